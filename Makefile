@@ -1,0 +1,49 @@
+# `make demo` and `make test` need Python >= 3.11, make and a network connection once; everything else they install
+# themselves into .venv. PYTHON=... chooses the interpreter of a new .venv.
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable
+export PIP_ROOT_USER_ACTION := ignore
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test lint format clean
+
+help: ## Show this list
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+demo: $(VENV)/.train ## Train LeNet with and without batch norm on real digits (about a minute); DEMO="--epochs 5" passes options
+	$(BIN)/batchnorm train $(DEMO)
+
+test: $(VENV)/.dev ## Run the tests; PYTEST="-k golden" passes options
+	$(BIN)/python -m pytest $(PYTEST)
+
+lint: $(VENV)/.dev ## Check style (ruff) and types (mypy --strict)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+format: $(VENV)/.dev ## Rewrite the code in the project's style
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+clean: ## Remove the environment and everything made
+	rm -rf $(VENV) build dist batchnorm-report .coverage .hypothesis .mypy_cache .pytest_cache .ruff_cache
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+$(BIN)/python:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+		{ echo "make: $(PYTHON) is older than Python 3.11; choose another with PYTHON=..."; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+
+# The stamps are newer than pyproject.toml once installed, so that a second run starts at once.
+$(VENV)/.train: pyproject.toml constraints.txt | $(BIN)/python
+	@echo "Installing what the demo needs into $(VENV) (once)"
+	$(INSTALL) '.[train]'
+	@touch $@
+
+$(VENV)/.dev: pyproject.toml constraints.txt | $(BIN)/python
+	@echo "Installing what the tests need into $(VENV) (once)"
+	$(INSTALL) '.[dev]'
+	@touch $@ $(VENV)/.train

@@ -1,0 +1,23 @@
+"""Batch normalization, done once: exact, fast, and fluent in every framework's convention."""
+
+from batchnorm.convention import Convention
+from batchnorm.conventions import CONVENTIONS
+from batchnorm.core.moments import Moments
+from batchnorm.core.running import RunningStatistics
+from batchnorm.functional import affine, backward, batch_norm, forward, moments
+from batchnorm.kernels.agnostic import Cache, Gradients
+
+__version__ = "0.1.0"
+__all__ = [
+    "CONVENTIONS",
+    "Cache",
+    "Convention",
+    "Gradients",
+    "Moments",
+    "RunningStatistics",
+    "affine",
+    "backward",
+    "batch_norm",
+    "forward",
+    "moments",
+]

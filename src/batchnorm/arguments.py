@@ -1,0 +1,251 @@
+"""What the public functions accept: every argument is checked here, once, before anything is computed or changed."""
+
+from typing import Any, NamedTuple
+
+import array_api_compat
+import numpy
+
+from batchnorm.convention import Convention
+from batchnorm.core import activations
+from batchnorm.core.axes import Axes, split
+from batchnorm.core.dtypes import FLOATS, Array, Namespace, cast, dtype_name, statistics_dtype
+from batchnorm.core.moments import counts
+from batchnorm.core.running import RunningStatistics
+from batchnorm.named import Axis, is_named, numbered_axis, unnamed, unnamed_like
+
+
+def known(condition: Any) -> bool | None:
+    """A condition's value; None where it is being traced, or lies on a device that it would have to be fetched from."""
+    if array_api_compat.is_torch_array(condition) and condition.device.type != "cpu":
+        return None
+    try:
+        return bool(condition)
+    except (TypeError, RuntimeError):  # what JAX and PyTorch raise while they trace
+        return None
+
+
+def check_array(name: str, value: Any) -> Namespace:
+    """The namespace of a floating array; anything else is a TypeError."""
+    try:
+        xp = array_api_compat.array_namespace(value)
+    except TypeError:
+        raise TypeError(
+            f"{name} is a {type(value).__name__}; it must be an array (NumPy, PyTorch, JAX, or one with an array-API "
+            f"namespace): pass numpy.asarray({name}, dtype=float)"
+        ) from None
+    if isinstance(value, numpy.ma.MaskedArray):
+        raise TypeError(f"{name} is a masked array; pass {name}.data, and mask=~{name}.mask for x")
+    if dtype_name(value.dtype) not in FLOATS:
+        raise TypeError(f"{name} has dtype {value.dtype}; it must be one of {', '.join(FLOATS)}: convert it first")
+    return xp
+
+
+def check_axes(given: Any, x: Array, axis: Axis) -> Axes:
+    """The split of the axes of x, whose rank must be at least 1."""
+    if x.ndim == 0:
+        raise ValueError("x is a scalar; batch normalization needs at least one dimension")
+    return split(numbered_axis(given, axis), x.ndim)
+
+
+def check_same_library(name: str, value: Array, x: Array) -> None:
+    """Raise unless both arrays belong to one library."""
+    if array_api_compat.array_namespace(value) is not array_api_compat.array_namespace(x):
+        raise TypeError(
+            f"{name} is a {type(value).__module__}.{type(value).__name__}, but x is a "
+            f"{type(x).__module__}.{type(x).__name__}; convert {name} to the library of x"
+        )
+
+
+def check_parameter(name: str, value: Any, x: Array, axes: Axes) -> Array | None:
+    """gamma or beta, one element for each channel."""
+    if value is None:
+        return None
+    check_array(name, value)
+    check_same_library(name, value, x)
+    check_statistics_shape(name, value, x, axes)
+    return value
+
+
+def check_statistics_shape(name: str, value: Array, x: Array, axes: Axes) -> None:
+    """Raise unless `value` has one element for each channel of x."""
+    expected = axes.statistics_shape(x.shape)
+    if tuple(value.shape) != expected:
+        kept = axes.kept[0] if len(axes.kept) == 1 else axes.kept
+        raise ValueError(
+            f"{name} has shape {tuple(value.shape)}, but x with shape {tuple(x.shape)} has channels {expected} along "
+            f"axis {kept}; give {name} shape {expected}, or pass the axis of the channels as axis="
+        )
+
+
+def check_running(running: Any, x: Array, axes: Axes) -> RunningStatistics:
+    """Running statistics that fit x, in float32 or wider, with every field an array of the library of x."""
+    if not isinstance(running, RunningStatistics):
+        raise TypeError(
+            f"running is a {type(running).__name__}; it must be a batchnorm.RunningStatistics, for example "
+            "RunningStatistics(mean, spread) or RunningStatistics.initial(channels, convention, like=x)"
+        )
+    for name in ("mean", "spread"):
+        value = getattr(running, name)
+        check_array(f"running.{name}", value)
+        check_same_library(f"running.{name}", value, x)
+        check_statistics_shape(f"running.{name}", value, x, axes)
+    xp = array_api_compat.array_namespace(x)
+    dtype = statistics_dtype(xp, running.mean, running.spread)
+    return RunningStatistics(
+        *(
+            xp.asarray(value, dtype=dtype) if isinstance(value, (int, float)) else cast(xp, value, dtype)
+            for value in running
+        )
+    )
+
+
+def check_training(training: Any) -> Any:
+    """True, False, or a boolean that is being traced."""
+    if isinstance(training, (bool, numpy.bool_)):
+        return bool(training)
+    if not array_api_compat.is_array_api_obj(training) or dtype_name(training.dtype) != "bool" or training.ndim:
+        raise TypeError(f"training is {training!r}; it must be True, False or a scalar boolean array")
+    value = known(training)
+    return training if value is None else value
+
+
+def check_activation(activation: Any) -> Any:
+    """None, the name of an activation, or a callable."""
+    if isinstance(activation, str):
+        activations.find(activation)
+    elif activation is not None and not callable(activation):
+        raise TypeError(f"activation is {activation!r}; it must be a name, a callable on the array, or None")
+    return activation
+
+
+def check_residual(residual: Any, x: Array) -> Array | None:
+    """An array of the shape of x."""
+    if residual is None:
+        return None
+    check_array("residual", residual)
+    check_same_library("residual", residual, x)
+    if tuple(residual.shape) != tuple(x.shape):
+        raise ValueError(f"residual has shape {tuple(residual.shape)}; it must be that of x, {tuple(x.shape)}")
+    return residual
+
+
+def check_out(out: Any, x: Array) -> None:
+    """Raise unless the result can be written into `out`."""
+    if out is None:
+        return
+    if not (array_api_compat.is_numpy_array(x) or array_api_compat.is_torch_array(x)):
+        raise ValueError(f"out cannot be written: arrays of {type(x).__module__} are not changed in place; drop out=")
+    check_array("out", out)
+    check_same_library("out", out, x)
+    if tuple(out.shape) != tuple(x.shape) or out.dtype != x.dtype:
+        raise ValueError(
+            f"out is {out.dtype} of shape {tuple(out.shape)}; it must be {x.dtype} of shape {tuple(x.shape)}, as x is"
+        )
+    if array_api_compat.is_numpy_array(out) and not out.flags.writeable:
+        raise ValueError("out is read-only; pass a writable array")
+
+
+def check_mask(mask: Any, lengths: Any, x: Array, axes: Axes) -> Array | None:
+    """A boolean array of the library of x, broadcastable to its shape, from either of `mask` and `lengths`."""
+    if mask is not None and lengths is not None:
+        raise ValueError("mask and lengths are both given; pass one (lengths is a mask of the leading elements)")
+    if lengths is not None:
+        return mask_of_lengths(lengths, x, axes)
+    if mask is None:
+        return None
+    xp = array_api_compat.array_namespace(x)
+    mask = as_array_like(x, mask)
+    if dtype_name(mask.dtype) != "bool":
+        raise TypeError(f"mask has dtype {mask.dtype}; it must be boolean, True where x counts: pass mask != 0")
+    shape = tuple(mask.shape)
+    sizes = (1,) * (x.ndim - mask.ndim) + shape
+    if len(sizes) != x.ndim or any(size not in (1, full) for size, full in zip(sizes, x.shape, strict=True)):
+        hint = ""
+        if shape == tuple(x.shape[: mask.ndim]):
+            hint = f": pass mask.reshape({shape + (1,) * (x.ndim - mask.ndim)})"
+        raise ValueError(f"mask of shape {shape} does not broadcast to x of shape {tuple(x.shape)}{hint}")
+    return xp.reshape(mask, sizes)
+
+
+def mask_of_lengths(lengths: Any, x: Array, axes: Axes) -> Array:
+    """True at position t of the time axis where t < length: the first axis that is neither batch nor channel."""
+    if len(axes.reduced) < 2:
+        raise ValueError(
+            f"lengths needs a batch axis and a time axis besides the channels; x has shape {tuple(x.shape)} and axis "
+            f"{axes.kept}: pass mask= instead"
+        )
+    batch, time = axes.reduced[:2]
+    xp = array_api_compat.array_namespace(x)
+    lengths = as_array_like(x, lengths)
+    if not dtype_name(lengths.dtype).startswith(("int", "uint")):
+        raise TypeError(f"lengths has dtype {lengths.dtype}; it must hold integers")
+    if tuple(lengths.shape) != (x.shape[batch],):
+        raise ValueError(
+            f"lengths has shape {tuple(lengths.shape)}; it must be ({x.shape[batch]},), one for each sequence of x"
+        )
+    if known(xp.all((lengths >= 0) & (lengths <= x.shape[time]))) is False:
+        raise ValueError(f"lengths are {lengths}; each must lie in 0 to {x.shape[time]}, the size of axis {time} of x")
+    positions = as_array_like(x, numpy.arange(x.shape[time]))
+    along_time = tuple(-1 if axis == time else 1 for axis in range(x.ndim))
+    along_batch = tuple(-1 if axis == batch else 1 for axis in range(x.ndim))
+    return xp.reshape(positions, along_time) < xp.reshape(lengths, along_batch)
+
+
+def as_array_like(x: Array, values: Any) -> Array:
+    """`values` (nested lists, a NumPy array or one of the library of x) as an array beside x."""
+    xp = array_api_compat.array_namespace(x)
+    if not array_api_compat.is_array_api_obj(values):
+        values = numpy.asarray(values)
+    if array_api_compat.is_torch_array(x):
+        return xp.asarray(values, device=x.device)
+    return xp.asarray(values)
+
+
+def check_trainable(x: Array, axes: Axes, mask: Array | None, convention: Convention) -> None:
+    """Raise where the convention refuses to train on this batch."""
+    if convention.eps == 0 and convention.zero_eps == "error":
+        raise ValueError(
+            f"eps is 0, which {convention.name} refuses in training: a constant channel would divide by 0; pass eps > 0"
+        )
+    allowed = convention.single != "error" or (mask is not None and convention.masked_running_correction == 0)
+    if allowed or 0 in x.shape:
+        return
+    if mask is None:
+        is_single: bool | None = axes.elements(x.shape) == 1
+    else:
+        xp = array_api_compat.array_namespace(x)
+        is_single = known(xp.any(counts(xp, x, axes, mask) == 1))
+    if is_single:
+        raise ValueError(
+            f"x of shape {tuple(x.shape)} has one element per channel{' after masking' * (mask is not None)}, "
+            f"which has no variance, and {convention.name} refuses it in training; use a larger batch, or pass "
+            "single='running' (normalise by the running statistics), 'clamp' (y = beta) or 'identity' (y = x)"
+        )
+
+
+class Operands(NamedTuple):
+    """The checked array arguments that the public functions share."""
+
+    gamma: Array | None
+    beta: Array | None
+    mask: Array | None
+    residual: Array | None
+
+
+def check_operands(
+    x: Any, gamma: Any, beta: Any, mask: Any, lengths: Any, residual: Any, axes: Axes, named: Any
+) -> Operands:
+    """All of them; `named` is x as it was given, by whose dimension names named arguments are aligned."""
+    if is_named(named):
+        gamma, beta, residual = (unnamed(value, named) for value in (gamma, beta, residual))
+        mask, lengths = unnamed_like(mask, named), unnamed(lengths, named)
+    arrays = {"gamma": gamma, "beta": beta, "mask": mask, "lengths": lengths, "residual": residual}
+    for name, value in arrays.items():
+        if is_named(value):
+            raise TypeError(f"{name} is an xarray.DataArray, but x is not; pass {name}.data, or x by name as well")
+    return Operands(
+        check_parameter("gamma", gamma, x, axes),
+        check_parameter("beta", beta, x, axes),
+        check_mask(mask, lengths, x, axes),
+        check_residual(residual, x),
+    )

@@ -1,0 +1,62 @@
+"""The layers of the frameworks in use."""
+
+from batchnorm.convention import Convention, Names
+
+RECORDS = (
+    Convention(
+        name="pytorch",
+        source="torch.nn.BatchNorm1d/2d/3d, torch/nn/modules/batchnorm.py, PyTorch 2.13.0",
+        axis=1,
+        eps=1e-5,
+        zero_eps="error",
+        running_correction=1,
+        decay=0.9,
+        momentum_weights="new",
+        single="error",
+        names=Names("weight", "bias", "running_mean", "running_var", "num_batches_tracked"),
+    ),
+    Convention(
+        name="flax",
+        source="flax.linen.BatchNorm and flax.nnx.BatchNorm, flax/linen/normalization.py, Flax 0.12.8",
+        axis=-1,
+        eps=1e-5,
+        decay=0.99,
+        momentum_weights="old",
+        masked_output="normalized",
+        names=Names("scale", "bias", "mean", "var"),
+    ),
+    Convention(
+        name="keras",
+        source="keras.layers.BatchNormalization, keras/src/layers/normalization/batch_normalization.py, Keras 3.15.1",
+        axis=-1,
+        eps=1e-3,
+        decay=0.99,
+        momentum_weights="old",
+        masked_output="normalized",
+        names=Names("gamma", "beta", "moving_mean", "moving_variance"),
+    ),
+    Convention(
+        name="tensorflow-fused",
+        source="tf.compat.v1.nn.fused_batch_norm, tensorflow/core/kernels/fused_batch_norm_op.cc, TensorFlow 2.21.0",
+        axis=-1,
+        eps=1e-3,
+        running_correction=1,
+        decay=0.0,
+        momentum_name="exponential_avg_factor",
+        momentum_weights="new",
+        names=Names("scale", "offset", "mean", "variance"),
+    ),
+    Convention(
+        name="returnn",
+        source="rf.BatchNorm, returnn/frontend/normalization.py, RETURNN 1.20261022",
+        axis=-1,
+        eps=1e-3,
+        running_correction=1,
+        masked_running_correction=0,
+        decay=0.9,
+        momentum_weights="new",
+        single="error",
+        masked_output="normalized",
+        names=Names("gamma", "beta", "running_mean", "running_variance"),
+    ),
+)

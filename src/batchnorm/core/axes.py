@@ -1,0 +1,68 @@
+"""Which axes keep statistics of their own and which are reduced."""
+
+import math
+from dataclasses import dataclass
+
+from batchnorm.core.dtypes import Array, Namespace
+
+
+@dataclass(frozen=True)
+class Axes:
+    """A split of the axes of x, both parts ascending and non-negative.
+
+    Attributes:
+        kept: Axes with statistics for each index (for each combination of indices where there are several).
+        reduced: All the others.
+    """
+
+    kept: tuple[int, ...]
+    reduced: tuple[int, ...]
+
+    @property
+    def ndim(self) -> int:
+        """Rank of x."""
+        return len(self.kept) + len(self.reduced)
+
+    def statistics_shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
+        """Shape of the statistics of an x of this shape: the sizes of the kept axes."""
+        return tuple(shape[axis] for axis in self.kept)
+
+    def elements(self, shape: tuple[int, ...]) -> int:
+        """Elements per channel of an x of this shape."""
+        return math.prod(shape[axis] for axis in self.reduced)
+
+    def spread_out(self, xp: Namespace, statistic: Array) -> Array:
+        """`statistic` with size 1 on every reduced axis, to broadcast against x."""
+        sizes = iter(statistic.shape)
+        return xp.reshape(statistic, tuple(next(sizes) if axis in self.kept else 1 for axis in range(self.ndim)))
+
+    def gather(self, xp: Namespace, statistic: Array) -> Array:
+        """The inverse of `spread_out`."""
+        return xp.reshape(statistic, tuple(statistic.shape[axis] for axis in self.kept))
+
+
+def split(axis: int | tuple[int, ...], ndim: int) -> Axes:
+    """The axes of an x of rank `ndim` that keeps statistics along `axis`.
+
+    Args:
+        axis: One axis or several, negative ones counted from the end; `()` reduces everything to one statistic.
+            A system that names the reduced axes instead, as Lasagne does, is served by their complement.
+        ndim: Rank of x, at least 1.
+
+    Raises:
+        TypeError: Not an integer or a tuple of them.
+        ValueError: Out of range, or named twice.
+    """
+    axes = axis if isinstance(axis, tuple) else (axis,)
+    for a in axes:
+        if isinstance(a, bool) or not isinstance(a, int):
+            raise TypeError(f"axis is {axis!r}; it must be an integer or a tuple of integers")
+        if not -ndim <= a < ndim:
+            raise ValueError(
+                f"axis {a} is out of range for x with {ndim} dimension{'s' * (ndim != 1)}; "
+                f"allowed are {-ndim} to {ndim - 1}: pass the axis of the channels as axis="
+            )
+    kept = tuple(sorted(a % ndim for a in axes))
+    if len(set(kept)) < len(kept):
+        raise ValueError(f"axis {axis!r} names an axis twice for x with {ndim} dimensions")
+    return Axes(kept, tuple(a for a in range(ndim) if a not in kept))

@@ -1,0 +1,43 @@
+"""Which precision a quantity is computed and kept in."""
+
+from typing import Any
+
+import array_api_compat
+
+Array = Any  #: an array of any library that array-api-compat knows
+Namespace = Any  #: its module of functions
+DType = Any
+
+FLOATS = ("float16", "bfloat16", "float32", "float64")
+
+
+def dtype_name(dtype: DType) -> str:
+    """`float32` for NumPy's, PyTorch's, JAX's and every other library's float32."""
+    return str(getattr(dtype, "name", dtype)).rpartition(".")[2]
+
+
+def statistics_dtype(xp: Namespace, *arrays: Array) -> DType:
+    """float64 if any of the arrays is float64, else float32: half precision cannot hold a variance.
+
+    float16 overflows at 65504, so a standard deviation of 256 is already infinite when squared; bfloat16 has 8 bits,
+    so a running mean stops moving as soon as its step is below 1/256 of it.
+    """
+    return xp.float64 if any(dtype_name(array.dtype) == "float64" for array in arrays) else xp.float32
+
+
+def accumulation_dtype(xp: Namespace) -> DType:
+    """The dtype of sums: float64 wherever the library has it (JAX only in its x64 mode)."""
+    known = xp.__array_namespace_info__().dtypes(kind="real floating")
+    return xp.float64 if "float64" in known else xp.float32
+
+
+def cast(xp: Namespace, array: Array, dtype: DType) -> Array:
+    """`array` as `dtype`, itself where it already is."""
+    return array if array.dtype == dtype else xp.astype(array, dtype)
+
+
+def full(xp: Namespace, shape: tuple[int, ...], value: float, *, dtype: DType, like: Array | None = None) -> Array:
+    """A constant array, on the device of `like` where the library places arrays by hand."""
+    if like is not None and array_api_compat.is_torch_array(like):
+        return xp.full(shape, value, dtype=dtype, device=like.device)
+    return xp.full(shape, value, dtype=dtype)

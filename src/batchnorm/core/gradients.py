@@ -1,0 +1,57 @@
+"""The backward rule."""
+
+from batchnorm.core.axes import Axes
+from batchnorm.core.dtypes import Array, Namespace, accumulation_dtype, cast
+from batchnorm.core.normalize import Statistics
+
+
+def gradients(
+    xp: Namespace,
+    dy: Array,
+    x: Array,
+    axes: Axes,
+    statistics: Statistics,
+    count: Array,
+    gamma: Array | None = None,
+    mask: Array | None = None,
+) -> tuple[Array, Array, Array]:
+    """Gradients of the batch statistics' normalisation, eps inside the root.
+
+        dbeta = sum(dy)     dgamma = sum(dy * xhat)
+        dx    = gamma * rstd * (dy - dbeta / count - xhat * dgamma / count)
+
+    For each channel dx is affine in dy and x, dx = a*dy + b*(x - mean) + c, so xhat is formed for the sum alone.
+
+    Args:
+        xp: Namespace of the arrays.
+        dy: Gradient of y; already zero where masked.
+        x: The input; where masked it may hold anything.
+        axes: The split of its axes.
+        statistics: What normalised it.
+        count: Elements behind the statistics of each channel.
+        gamma: Factor, or None for 1.
+        mask: Booleans that broadcast to x; dx is 0 outside it.
+
+    Returns:
+        dx, dgamma, dbeta in the dtype of the statistics.
+    """
+    mean, mean_lo, rstd = (axes.spread_out(xp, statistic) for statistic in statistics)
+    wide = accumulation_dtype(xp)
+
+    def total(values: Array) -> Array:
+        return cast(xp, xp.sum(values, axis=axes.reduced, keepdims=True, dtype=wide), rstd.dtype)
+
+    dy = cast(xp, dy, rstd.dtype)
+    deviation = cast(xp, x, rstd.dtype) - mean
+    if mask is not None:
+        deviation = xp.where(mask, deviation, mean_lo)
+    dbeta = total(dy)
+    dgamma = total(dy * ((deviation - mean_lo) * rstd))
+    n = axes.spread_out(xp, xp.maximum(cast(xp, count, rstd.dtype), xp.ones_like(statistics.rstd)))
+    a = rstd if gamma is None else axes.spread_out(xp, cast(xp, gamma, rstd.dtype)) * rstd
+    b = -a * rstd * dgamma / n
+    c = -a * dbeta / n - b * mean_lo
+    dx = a * dy + (b * deviation + c)
+    if mask is not None:
+        dx = xp.where(mask, dx, 0.0)
+    return dx, axes.gather(xp, dgamma), axes.gather(xp, dbeta)

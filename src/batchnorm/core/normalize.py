@@ -1,0 +1,89 @@
+"""From statistics to coefficients, and from coefficients to the output."""
+
+from typing import NamedTuple
+
+from batchnorm.convention import Convention, EpsPlacement
+from batchnorm.core.axes import Axes
+from batchnorm.core.dtypes import Array, Namespace, cast
+from batchnorm.core.moments import Moments
+
+
+class Statistics(NamedTuple):
+    """What normalises: xhat = (x - mean - mean_lo) * rstd, one of each for a channel."""
+
+    mean: Array
+    mean_lo: Array
+    rstd: Array
+
+
+def of_batch(
+    xp: Namespace, batch: Moments, eps: float, placement: EpsPlacement = "inside", correction: int = 0
+) -> Statistics:
+    """The statistics that normalise a batch by itself, from the variance with divisor max(count - correction, 1)."""
+    divisor = xp.maximum(cast(xp, batch.count, batch.m2.dtype) - correction, xp.ones_like(batch.m2))
+    return Statistics(batch.mean, batch.mean_lo, rstd_of_var(xp, batch.m2 / divisor, eps, placement))
+
+
+def rstd_of_var(xp: Namespace, var: Array, eps: float, placement: EpsPlacement) -> Array:
+    """1/sqrt(var + eps) for eps `inside`, 1/(sqrt(var) + eps) `outside`, 1/sqrt(var) where it is `absent`."""
+    if placement == "inside":
+        return reciprocal(xp, square_root(xp, var + eps))
+    return rstd_of_std(xp, square_root(xp, var), eps, placement)
+
+
+def rstd_of_std(xp: Namespace, std: Array, eps: float, placement: EpsPlacement) -> Array:
+    """The same from a standard deviation."""
+    if placement == "inside":
+        return rstd_of_var(xp, std * std, eps, placement)
+    return reciprocal(xp, std + eps if placement == "outside" else std)
+
+
+def reciprocal(xp: Namespace, value: Array) -> Array:
+    """1/value, and 0 with derivative 0 where value is 0.
+
+    A zero deviation without eps belongs to a constant channel: x - mean is 0 there as well, and 0 is the limit of
+    xhat, where 0 * (1/0) would be NaN.
+    """
+    is_zero = value == 0
+    return xp.where(is_zero, 0.0, 1 / xp.where(is_zero, 1.0, value))
+
+
+def square_root(xp: Namespace, value: Array) -> Array:
+    """sqrt(value), with derivative 0 where value is 0.
+
+    The derivative of sqrt is infinite at 0; with eps outside the root, infinity times a gradient of 0 is how the
+    original of the `lasagne-seed` convention returns NaN for a constant channel.
+    """
+    is_zero = value == 0
+    return xp.where(is_zero, 0.0, xp.sqrt(xp.where(is_zero, 1.0, value)))
+
+
+def effective_gamma(xp: Namespace, gamma: Array | None, convention: Convention) -> Array | None:
+    """The factor that the convention makes of gamma; None for 1."""
+    if gamma is None or convention.affine in ("ignored", "gamma_one"):
+        return None
+    return xp.abs(gamma) + convention.eps if convention.affine == "abs_eps" else gamma
+
+
+def effective_beta(beta: Array | None, convention: Convention) -> Array | None:
+    """The term that the convention makes of beta; None for 0."""
+    return None if convention.affine == "ignored" else beta
+
+
+def normalize(
+    xp: Namespace,
+    x: Array,
+    axes: Axes,
+    statistics: Statistics,
+    gamma: Array | None = None,
+    beta: Array | None = None,
+) -> Array:
+    """y = scale * (x - mean) + (beta - scale * mean_lo), scale = gamma * rstd, all in the dtype of the statistics.
+
+    x - mean comes first: folded into y = scale * x + offset, the two large terms cancel, which costs 46 units in the
+    last place at mean/std = 1e2 and 2300 at 1e4.
+    """
+    mean, mean_lo, rstd = (axes.spread_out(xp, statistic) for statistic in statistics)
+    scale = rstd if gamma is None else axes.spread_out(xp, gamma) * rstd
+    offset = -scale * mean_lo if beta is None else axes.spread_out(xp, beta) - scale * mean_lo
+    return scale * (cast(xp, x, mean.dtype) - mean) + offset

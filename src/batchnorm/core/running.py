@@ -1,0 +1,166 @@
+"""Running statistics: what a layer remembers of its batches, and how a batch enters."""
+
+import math
+from typing import NamedTuple
+
+import array_api_compat
+import numpy
+
+from batchnorm.convention import Convention
+from batchnorm.conventions import find
+from batchnorm.core.dtypes import Array, Namespace, cast, full, statistics_dtype
+from batchnorm.core.moments import Moments
+from batchnorm.core.normalize import Statistics, reciprocal, rstd_of_std, rstd_of_var, square_root
+
+
+class RunningStatistics(NamedTuple):
+    """The state of a batch-norm layer. A pytree of floating arrays, float32 or wider whatever the type of x.
+
+    Attributes:
+        mean: Average of the batches' means, one for each channel; to be divided by `weight`.
+        spread: Average of what the convention tracks (`var`, `std`, `rstd`, ...); to be divided by `weight`.
+        steps: Number of batches that entered; a scalar.
+        weight: Sum of the weights in the averages; a scalar, always 1 unless the convention's `debias` is `adam` or
+            `weight_sum`.
+        skipped: Number of batches that were refused because their statistics were not finite; a scalar.
+    """
+
+    mean: Array
+    spread: Array
+    steps: Array = 0.0
+    weight: Array = 1.0
+    skipped: Array = 0.0
+
+    @classmethod
+    def initial(
+        cls,
+        channels: int | tuple[int, ...],
+        convention: str | Convention = "pytorch",
+        like: Array | None = None,
+    ) -> "RunningStatistics":
+        """The state before the first batch.
+
+        Args:
+            channels: Number of channels; a tuple where several axes keep statistics.
+            convention: Whose initial values.
+            like: An array whose library and device the state takes, and whose dtype decides between float32 and
+                float64. None is float32 NumPy.
+
+        Example:
+            >>> import batchnorm as bn
+            >>> bn.RunningStatistics.initial(3).spread
+            array([1., 1., 1.], dtype=float32)
+        """
+        convention = find(convention)
+        like = numpy.empty((), numpy.float32) if like is None else like
+        xp = array_api_compat.array_namespace(like)
+        shape = channels if isinstance(channels, tuple) else (channels,)
+        dtype = statistics_dtype(xp, like)
+        weight = 0.0 if convention.debias in ("adam", "weight_sum") else 1.0
+
+        def constant(shape: tuple[int, ...], value: float) -> Array:
+            return full(xp, shape, value, dtype=dtype, like=like)
+
+        return cls(
+            mean=constant(shape, convention.initial_mean),
+            spread=constant(shape, convention.initial_spread),
+            steps=constant((), 0.0),
+            weight=constant((), weight),
+            skipped=constant((), 0.0),
+        )
+
+
+def tracked_value(xp: Namespace, var: Array, convention: Convention) -> Array:
+    """What the running statistic averages, from the batch's variance."""
+    match convention.tracked:
+        case "var":
+            return var
+        case "std":
+            return square_root(xp, var)
+        case "std_eps":
+            return square_root(xp, var + convention.eps)
+        case "rstd":
+            return reciprocal(xp, square_root(xp, var + convention.eps))
+        case "var_eps":
+            return var + convention.eps
+        case _:  # log10_std
+            return 0.5 * xp.log10(var)
+
+
+def of_running(xp: Namespace, running: RunningStatistics, convention: Convention) -> Statistics:
+    """The statistics that normalise at inference."""
+    mean, spread = estimates(xp, running, convention)
+    eps, placement = convention.eps, convention.eps_eval
+    match convention.tracked:
+        case "var" | "var_eps":
+            rstd = rstd_of_var(xp, spread, eps, placement)
+        case "std" | "std_eps":
+            rstd = rstd_of_std(xp, spread, eps, placement)
+        case "rstd":
+            rstd = spread
+        case _:  # log10_std
+            rstd = rstd_of_std(xp, 10.0**spread, eps, placement)
+    return Statistics(mean, xp.zeros_like(mean), rstd)
+
+
+def estimates(xp: Namespace, running: RunningStatistics, convention: Convention) -> tuple[Array, Array]:
+    """Mean and spread divided by their weight; as they are while the weight is 0, before the first batch."""
+    if convention.debias not in ("adam", "weight_sum"):
+        return running.mean, running.spread
+    weight = xp.where(running.weight == 0, 1.0, running.weight)
+    return running.mean / weight, running.spread / weight
+
+
+def advance(
+    xp: Namespace, running: RunningStatistics, batch: Moments, convention: Convention, *, masked: bool
+) -> RunningStatistics:
+    """The state after one more batch.
+
+        mean   <- decay * mean   + (1 - decay) * mean_batch
+        spread <- decay * spread + (1 - decay) * tracked(var_batch)
+
+    with decay = steps/(steps + 1) for the cumulative average, and the weights of `Convention.debias`. A batch whose
+    statistics are not finite is refused as a whole and counted in `skipped`; a batch without elements changes
+    nothing; a channel without elements (or with one, where `single` says so) keeps its estimates.
+    """
+    dtype = running.mean.dtype
+    count = cast(xp, batch.count, batch.m2.dtype)
+    correction = convention.correction(masked=masked)
+    divisor = count - correction
+    if convention.single == "clamp":
+        divisor = xp.maximum(divisor, xp.ones_like(divisor))
+    divisor = xp.where(divisor > 0, divisor, math.nan)  # one element, no variance: the batch is refused below
+    if convention.correction_on == "variance":
+        spread = tracked_value(xp, batch.m2 / divisor, convention)
+    else:
+        var = batch.m2 / xp.maximum(count, xp.ones_like(count))
+        spread = tracked_value(xp, var, convention) * (count / divisor)
+
+    mean = cast(xp, batch.mean, dtype) + cast(xp, batch.mean_lo, dtype)
+    spread = cast(xp, spread, dtype)
+    enters = count > (1 if convention.single in ("identity", "running") else 0)
+    is_present = xp.any(enters)
+    is_finite = xp.all(~enters | (xp.isfinite(mean) & xp.isfinite(spread)))
+    accepted = is_present & is_finite
+    old_mean, old_spread = estimates(xp, running, convention)
+    mean = xp.where(enters, mean, old_mean)
+    spread = xp.where(enters, spread, old_spread)
+
+    def average(old: Array, new: Array) -> Array:
+        # The NaN of a refused batch must not reach a multiplication: neither the result nor a gradient.
+        new = xp.where(accepted, new, old)
+        if convention.decay is None:
+            return old + (new - old) / (running.steps + 1)
+        if convention.debias == "weight_sum":
+            return xp.where(accepted, convention.decay * old + new, old)
+        if convention.debias == "first_batch":
+            old = xp.where(running.steps == 0, new, old)
+        return old + (1 - convention.decay) * (new - old)
+
+    return RunningStatistics(
+        mean=average(running.mean, mean),
+        spread=average(running.spread, spread),
+        steps=running.steps + cast(xp, accepted, dtype),
+        weight=average(running.weight, xp.ones_like(running.weight)),
+        skipped=running.skipped + cast(xp, is_present & ~is_finite, dtype),
+    )

@@ -1,0 +1,339 @@
+"""Batch normalization as functions of arrays: of NumPy, PyTorch, JAX, or any library with an array-API namespace."""
+
+import warnings
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+from batchnorm.arguments import (
+    check_activation,
+    check_array,
+    check_axes,
+    check_mask,
+    check_operands,
+    check_out,
+    check_parameter,
+    check_running,
+    check_same_library,
+    check_trainable,
+    check_training,
+    known,
+)
+from batchnorm.convention import Convention, MaskedOutput, Single, check_eps
+from batchnorm.conventions import find
+from batchnorm.core.axes import Axes
+from batchnorm.core.dtypes import Array, cast
+from batchnorm.core.moments import Moments
+from batchnorm.core.normalize import effective_beta, effective_gamma
+from batchnorm.core.running import RunningStatistics, of_running
+from batchnorm.kernels.agnostic import Cache, Gradients
+from batchnorm.kernels.registry import select
+from batchnorm.named import Axis, is_named, renamed, unnamed_like
+
+Activation = str | Callable[[Array], Array]
+
+
+def batch_norm(
+    x: Array,
+    gamma: Array | None = None,
+    beta: Array | None = None,
+    running: RunningStatistics | None = None,
+    *,
+    training: bool | Array = True,
+    convention: str | Convention = "pytorch",
+    axis: Axis | None = None,
+    eps: float | None = None,
+    decay: float | None = None,
+    mask: Array | None = None,
+    lengths: Array | None = None,
+    activation: Activation | None = None,
+    residual: Array | None = None,
+    single: Single | None = None,
+    masked_output: MaskedOutput | None = None,
+    kernel: str | None = None,
+    out: Array | None = None,
+) -> tuple[Array, RunningStatistics]:
+    """Batch normalization as a layer of the given convention does it, its state passed in and returned.
+
+        training    xhat = (x - mean(x)) / sqrt(var(x) + eps)       running <- decay * running + (1 - decay) * batch
+        inference   xhat = (x - running mean) / sqrt(running var + eps)
+        both        y = activation(gamma * xhat + beta + residual)
+
+    where the convention says otherwise (eps outside the root, another running statistic, ...), as it says. PyTorch
+    differentiates the result; JAX differentiates, compiles and vectorises the function.
+
+    Args:
+        x: float16, bfloat16, float32 or float64, of any rank >= 1; or an `xarray.DataArray`.
+        gamma: Scale, one for each channel; None is 1.
+        beta: Shift, one for each channel; None is 0.
+        running: The state so far. None in training starts from `RunningStatistics.initial`.
+        training: Normalise by the batch and update the state, or normalise by the state. May be traced by JAX.
+        convention: Whose behaviour: a name in `batchnorm.CONVENTIONS` or a `Convention`.
+        axis: The axis with statistics of its own, a tuple of several, or a dimension's name; None is the convention's.
+        eps: Added to the variance, in the units of x squared; None is the convention's.
+        decay: Weight of the old value in the running update (PyTorch's momentum m is decay = 1 - m); None is the
+            convention's. For the cumulative average pass `dataclasses.replace(convention, decay=None)`.
+        mask: Booleans that broadcast to x, True where an element counts. What x holds elsewhere reaches nothing.
+        lengths: Integers (B,), in place of a mask: how many leading elements count along the first axis that is
+            neither batch nor channel.
+        activation: A name (`relu`, `leaky_relu(0.2)`, `silu`, `sigmoid`, `tanh`, `gelu`) or a callable on the array.
+        residual: Added before the activation; the shape of x.
+        single: What one element per channel does in training (`error`, `clamp`, `identity`, `running`); None is the
+            convention's.
+        masked_output: What masked elements of y hold, `zero` or `normalized`; None is the convention's.
+        kernel: Who computes, by name; None is the best available.
+        out: Array that y is written to and which is returned, for libraries whose arrays can be changed.
+
+    Returns:
+        y in the dtype of x, and the state after this batch, in float32 or wider.
+
+    Raises:
+        ValueError: A shape, value or name that does not fit; nothing has been computed or changed.
+        TypeError: Not an array, or of a dtype without fractions.
+
+    Warns:
+        RuntimeWarning: The batch's statistics are not finite; it did not enter the state and is counted in `skipped`.
+
+    Source: Ioffe & Szegedy 2015, algorithms 1 and 2.
+
+    Example:
+        >>> import numpy as np, batchnorm as bn
+        >>> x = np.array([[1.0, 10.0], [3.0, 30.0]])
+        >>> y, running = bn.batch_norm(x)
+        >>> y.round(3)
+        array([[-1., -1.],
+               [ 1.,  1.]])
+        >>> running.mean
+        array([0.2, 2. ])
+    """
+    convention = resolve(convention, eps, decay, single, masked_output)
+    given, x = x, x.data if is_named(x) else x
+    check_array("x", x)
+    axes = check_axes(given, x, convention.axis if axis is None else axis)
+    operands = check_operands(x, gamma, beta, mask, lengths, residual, axes, given)
+    training = check_training(training)
+    check_activation(activation)
+    check_out(out, x)
+    compute = select(kernel)
+    if running is not None:
+        running = check_running(running, x, axes)
+    elif training is not False:
+        running = RunningStatistics.initial(axes.statistics_shape(x.shape), convention, like=x)
+    else:
+        raise ValueError("running is None at inference, which normalises by it; pass the state that training returned")
+    if training is True:
+        check_trainable(x, axes, operands.mask, convention)
+    y, updated = compute.batch_norm(
+        x,
+        operands.gamma,
+        operands.beta,
+        running,
+        training=training,
+        axes=axes,
+        convention=convention,
+        mask=operands.mask,
+        activation=activation,
+        residual=operands.residual,
+    )
+    if training is not False and known(updated.skipped > running.skipped):
+        warnings.warn(
+            "the statistics of a batch are not finite (NaN, Inf or overflow in x): it did not enter the running "
+            "statistics and is counted in running.skipped",
+            RuntimeWarning,
+            stacklevel=2,
+        )
+    return deliver(y, out, given), updated
+
+
+def forward(
+    x: Array,
+    gamma: Array | None = None,
+    beta: Array | None = None,
+    *,
+    axis: Axis = 1,
+    eps: float = 1e-5,
+    mask: Array | None = None,
+    lengths: Array | None = None,
+    activation: Activation | None = None,
+    residual: Array | None = None,
+    kernel: str | None = None,
+    out: Array | None = None,
+) -> tuple[Array, Cache]:
+    """Normalise a batch by its own statistics, and keep what the gradients need.
+
+        y = activation(gamma * (x - mean) / sqrt(var + eps) + beta + residual)
+
+    var is the mean squared deviation. Masked elements of y are 0. The cache refers to x, which must not change before
+    `backward`; nothing of the size of x is stored besides. Arguments, dtypes and errors as in `batch_norm`; one
+    element per channel gives xhat = 0.
+
+    Returns:
+        y in the dtype of x, and the cache for `backward`.
+
+    Source: Ioffe & Szegedy 2015, algorithm 1.
+
+    Example:
+        >>> import numpy as np, batchnorm as bn
+        >>> x, dy = np.array([[1.0], [2.0], [6.0]]), np.array([[1.0], [0.0], [0.0]])
+        >>> y, cache = bn.forward(x, gamma=np.array([2.0]), beta=np.array([0.5]), eps=0.0)
+        >>> y.ravel().round(4)
+        array([-1.3516, -0.4258,  3.2775])
+        >>> bn.backward(dy, cache).dx.ravel().round(4)
+        array([ 0.3527, -0.4409,  0.0882])
+    """
+    check_eps(eps)
+    given, x = x, x.data if is_named(x) else x
+    check_array("x", x)
+    axes = check_axes(given, x, axis)
+    operands = check_operands(x, gamma, beta, mask, lengths, residual, axes, given)
+    check_activation(activation)
+    check_out(out, x)
+    y, cache = select(kernel).forward(
+        x,
+        operands.gamma,
+        operands.beta,
+        axes=axes,
+        eps=eps,
+        mask=operands.mask,
+        activation=activation,
+        residual=operands.residual,
+    )
+    if is_named(given):
+        cache = cache._replace(plan=replace(cache.plan, dims=given.dims))
+    return deliver(y, out, given), cache
+
+
+def backward(dy: Array, cache: Cache) -> Gradients:
+    """Gradients of a scalar loss with respect to the arguments of `forward`.
+
+        dz = dy * activation'(z)        dbeta = sum(dz)     dgamma = sum(dz * xhat)     dresidual = dz
+        dx = gamma * rstd * (dz - dbeta / count - xhat * dgamma / count)
+
+    Args:
+        dy: Gradient of the loss with respect to y; the shape of y. What it holds where masked is not read.
+        cache: What `forward` returned.
+
+    Returns:
+        (dx, dgamma, dbeta, dresidual), each in the dtype of its argument, None where there was no argument. A
+        DataArray where dy is one.
+
+    Raises:
+        ValueError: dy does not fit, or the activation was a callable, whose derivative is not known here.
+
+    Source: Ioffe & Szegedy 2015, section 3; derived in `batchnorm.reference`.
+    """
+    if callable(cache.plan.activation):
+        raise ValueError(
+            f"the derivative of {cache.plan.activation!r} is not known; use a named activation, or differentiate "
+            "forward with PyTorch or JAX"
+        )
+    given = dy
+    if is_named(dy):
+        if cache.plan.dims is None or set(dy.dims) != set(cache.plan.dims):
+            raise ValueError(f"dy has dimensions {dy.dims}; those of x were {cache.plan.dims}")
+        given = dy.transpose(*cache.plan.dims)
+        dy = given.data
+    check_array("dy", dy)
+    check_same_library("dy", dy, cache.x)
+    if tuple(dy.shape) != tuple(cache.x.shape):
+        raise ValueError(f"dy has shape {tuple(dy.shape)}; it must be that of x, {tuple(cache.x.shape)}")
+    gradients: Gradients = select(None).backward(dy, cache)
+    if is_named(given):
+        dresidual = None if gradients.dresidual is None else renamed(gradients.dresidual, given)
+        return gradients._replace(dx=renamed(gradients.dx, given), dresidual=dresidual)
+    return gradients
+
+
+def moments(x: Array, axis: Axis = 1, mask: Array | None = None) -> Moments:
+    """Count, mean and sum of squared deviations of each channel, to be merged with those of other batches.
+
+        mean + mean_lo = E[x]       m2 = sum((x - mean - mean_lo)**2)
+
+    Args:
+        x: Floating array of any rank >= 1.
+        axis: The axis with statistics of its own, a tuple of several, or a dimension's name.
+        mask: Booleans that broadcast to x, True where an element counts.
+
+    Returns:
+        Moments in float32, or float64 for float64, whose `var(correction)` and `merge(other)` are the rest.
+
+    Raises:
+        ValueError, TypeError: As in `batch_norm`.
+
+    Example:
+        >>> import numpy as np, batchnorm as bn
+        >>> bn.moments(np.array([1.0, 2.0, 6.0]), axis=())
+        Moments(count=array(3), mean=array(3.), m2=array(14.), mean_lo=array(0.))
+    """
+    given, x = x, x.data if is_named(x) else x
+    check_array("x", x)
+    axes = check_axes(given, x, axis)
+    mask = check_mask(unnamed_like(mask, given), None, x, axes)
+    measured: Moments = select(None).moments(x, axes, mask)
+    return measured
+
+
+def affine(
+    gamma: Array | None,
+    beta: Array | None,
+    running: RunningStatistics,
+    convention: str | Convention = "pytorch",
+    eps: float | None = None,
+) -> tuple[Array, Array]:
+    """The layer at inference as y = scale * x + offset, for folding into a neighbouring layer.
+
+        scale = gamma * rstd        offset = beta - scale * mean
+
+    Args:
+        gamma: Scale of the layer, or None.
+        beta: Shift of the layer, or None.
+        running: Its state.
+        convention: Whose rule makes rstd of the state.
+        eps: None is the convention's.
+
+    Returns:
+        scale and offset, one for each channel. `batch_norm` itself subtracts the mean first: scale * x and offset
+        cancel where the mean is large against the deviations.
+
+    Raises:
+        ValueError, TypeError: As in `batch_norm`.
+
+    Example:
+        >>> import numpy as np, batchnorm as bn
+        >>> running = bn.RunningStatistics(np.array([1.0]), np.array([4.0]))
+        >>> bn.affine(None, None, running, eps=0.0)
+        (array([0.5]), array([-0.5]))
+    """
+    convention = resolve(convention, eps, None, None, None)
+    if not isinstance(running, RunningStatistics):
+        raise TypeError(f"running is a {type(running).__name__}; it must be a batchnorm.RunningStatistics")
+    xp = check_array("running.mean", running.mean)
+    axes = Axes(tuple(range(running.mean.ndim)), ())
+    running = check_running(running, running.mean, axes)
+    gamma = check_parameter("gamma", gamma, running.mean, axes)
+    beta = check_parameter("beta", beta, running.mean, axes)
+    mean, _, rstd = of_running(xp, running, convention)
+    gamma, beta = effective_gamma(xp, gamma, convention), effective_beta(beta, convention)
+    scale = rstd if gamma is None else cast(xp, gamma, rstd.dtype) * rstd
+    return scale, -scale * mean if beta is None else cast(xp, beta, rstd.dtype) - scale * mean
+
+
+def resolve(
+    convention: str | Convention,
+    eps: float | None,
+    decay: float | None,
+    single: Single | None,
+    masked_output: MaskedOutput | None,
+) -> Convention:
+    """The convention with the arguments of a call in place of its own values; validated by the record itself."""
+    overrides: dict[str, Any] = {"eps": eps, "decay": decay, "single": single, "masked_output": masked_output}
+    overrides = {name: value for name, value in overrides.items() if value is not None}
+    return replace(find(convention), **overrides) if overrides else find(convention)
+
+
+def deliver(y: Array, out: Array | None, given: Any) -> Array:
+    """y as the caller asked for it: written to `out`, and with the names of the x that was given."""
+    if out is not None:
+        out[...] = y
+        y = out
+    return renamed(y, given) if is_named(given) else y

@@ -1,0 +1,1 @@
+"""Who computes: one file for each family of arrays, chosen by `registry`."""

@@ -1,0 +1,229 @@
+"""The mathematics of `core` composed over any array-API namespace.
+
+Plain array code: a library that differentiates, compiles or vectorises its arrays (PyTorch, JAX) does so with these
+functions too. Arguments are checked by `functional`; nothing is checked here.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cache
+from typing import NamedTuple, TypeVar
+
+import array_api_compat
+import numpy
+
+from batchnorm.convention import Convention, MaskedOutput
+from batchnorm.core import activations
+from batchnorm.core.axes import Axes
+from batchnorm.core.dtypes import Array, Namespace, cast, statistics_dtype
+from batchnorm.core.gradients import gradients
+from batchnorm.core.moments import Moments
+from batchnorm.core.moments import moments as measure
+from batchnorm.core.normalize import (
+    Statistics,
+    effective_beta,
+    effective_gamma,
+    normalize,
+    of_batch,
+)
+from batchnorm.core.running import RunningStatistics, advance, of_running
+
+ActivationLike = str | Callable[[Array], Array] | None
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a forward pass leaves to its backward pass that is not an array; hashable."""
+
+    axes: Axes
+    activation: ActivationLike
+    dims: tuple[str, ...] | None = None  # names of the dimensions of x, where it had names
+
+
+class Cache(NamedTuple):
+    """What `backward` needs of a forward pass: x itself and one number of each kind for a channel. A pytree."""
+
+    x: Array
+    gamma: Array | None
+    beta: Array | None
+    residual: Array | None
+    mask: Array | None
+    statistics: Statistics
+    count: Array
+    plan: Plan
+
+
+class Gradients(NamedTuple):
+    """Gradients of a scalar loss; None for an argument that was not given."""
+
+    dx: Array
+    dgamma: Array | None
+    dbeta: Array | None
+    dresidual: Array | None
+
+
+#: NaN, Inf and overflow in x are reported as statistics that are not finite, once, and not by each operation.
+quietly = numpy.errstate(divide="ignore", invalid="ignore", over="ignore")
+
+
+@quietly
+def batch_norm(
+    x: Array,
+    gamma: Array | None,
+    beta: Array | None,
+    running: RunningStatistics,
+    *,
+    training: bool | Array,
+    axes: Axes,
+    convention: Convention,
+    mask: Array | None,
+    activation: ActivationLike,
+    residual: Array | None,
+) -> tuple[Array, RunningStatistics]:
+    """`functional.batch_norm`, with everything resolved; `training` may be a traced boolean."""
+    xp = array_api_compat.array_namespace(x)
+    gamma, beta = effective_gamma(xp, gamma, convention), effective_beta(beta, convention)
+    batch, updated = None, running
+    if training is not False or convention.update == "always":
+        batch = measure(xp, x, axes, mask)
+        updated = advance(xp, running, batch, convention, masked=mask is not None)
+        if convention.update == "training":
+            updated = choose(xp, training, updated, running)
+
+    statistics = of_running(xp, updated, convention)
+    if training is not False and batch is not None:
+        if convention.normalize_with == "batch":
+            own = of_batch(xp, batch, convention.eps, convention.eps_train, convention.normalize_correction)
+            statistics = choose(xp, training, own, statistics)
+        if convention.single == "running":
+            statistics = choose(xp, batch.count > 1, statistics, of_running(xp, running, convention))
+    z = normalized(xp, x, axes, statistics, gamma, beta, mask, convention.masked_output)
+    if convention.single == "identity" and batch is not None:
+        z = xp.where(axes.spread_out(xp, (batch.count == 1) & training), cast(xp, x, z.dtype), z)
+    return finish(xp, z, x, mask, convention.masked_output, activation, residual), detached(updated)
+
+
+@quietly
+def forward(
+    x: Array,
+    gamma: Array | None,
+    beta: Array | None,
+    *,
+    axes: Axes,
+    eps: float,
+    mask: Array | None,
+    activation: ActivationLike,
+    residual: Array | None,
+) -> tuple[Array, Cache]:
+    """`functional.forward`, with everything resolved."""
+    xp = array_api_compat.array_namespace(x)
+    if array_api_compat.is_jax_array(x):
+        register_plan_with_jax()
+    batch = measure(xp, x, axes, mask)
+    statistics = of_batch(xp, batch, eps)
+    z = normalized(xp, x, axes, statistics, gamma, beta, mask, "zero")
+    y = finish(xp, z, x, mask, "zero", activation, residual)
+    return y, Cache(x, gamma, beta, residual, mask, statistics, batch.count, Plan(axes, activation))
+
+
+@quietly
+def backward(dy: Array, cache: Cache) -> Gradients:
+    """`functional.backward`: the gradients of `forward`, with the pre-activation computed again from x."""
+    xp = array_api_compat.array_namespace(dy)
+    x, gamma, beta, residual, mask, statistics, count, plan = cache
+    dtype = statistics.rstd.dtype
+    dz = cast(xp, dy, dtype)
+    if mask is not None:
+        dz = xp.where(mask, dz, 0.0)
+    if isinstance(plan.activation, str) and plan.activation != "identity":
+        z = normalized(xp, x, plan.axes, statistics, gamma, beta, mask, "zero")
+        if residual is not None:
+            z = z + cast(xp, readable(xp, residual, mask, "zero"), dtype)
+        dz = dz * activations.find(plan.activation).derivative(xp, z)
+    dx, dgamma, dbeta = gradients(xp, dz, x, plan.axes, statistics, count, gamma, mask)
+    return Gradients(
+        cast(xp, dx, x.dtype),
+        None if gamma is None else cast(xp, dgamma, gamma.dtype),
+        None if beta is None else cast(xp, dbeta, beta.dtype),
+        None if residual is None else cast(xp, dz, residual.dtype),
+    )
+
+
+@quietly
+def moments(x: Array, axes: Axes, mask: Array | None) -> Moments:
+    """`functional.moments`, with everything resolved."""
+    return measure(array_api_compat.array_namespace(x), x, axes, mask)
+
+
+@cache
+def register_plan_with_jax() -> None:
+    """Make `Plan` a part of a cache's structure rather than a leaf, so that a cache can cross `jax.jit`."""
+    import jax
+
+    jax.tree_util.register_static(Plan)
+
+
+def detached(running: RunningStatistics) -> RunningStatistics:
+    """The state outside PyTorch's graph: kept from step to step, it would keep every step's graph alive."""
+    if not array_api_compat.is_torch_array(running.mean):
+        return running
+    return RunningStatistics(*(value.detach() for value in running))
+
+
+T = TypeVar("T", Statistics, RunningStatistics)
+
+
+def choose(xp: Namespace, condition: bool | Array, a: T, b: T) -> T:
+    """`a` where the condition holds, else `b`: decided here where it is known, by the array library where traced."""
+    if isinstance(condition, bool):
+        return a if condition else b
+    return type(a)(*(xp.where(condition, first, second) for first, second in zip(a, b, strict=True)))
+
+
+def normalized(
+    xp: Namespace,
+    x: Array,
+    axes: Axes,
+    statistics: Statistics,
+    gamma: Array | None,
+    beta: Array | None,
+    mask: Array | None,
+    masked_output: MaskedOutput,
+) -> Array:
+    """gamma * xhat + beta in the widest of the dtypes of x's and of the given statistics."""
+    dtype = statistics_dtype(xp, x, statistics.mean)
+    statistics = Statistics(*(cast(xp, statistic, dtype) for statistic in statistics))
+    x = cast(xp, x, dtype)
+    if mask is not None:
+        x = readable(xp, x, mask, masked_output, axes.spread_out(xp, statistics.mean))
+    gamma, beta = (None if parameter is None else cast(xp, parameter, dtype) for parameter in (gamma, beta))
+    return normalize(xp, x, axes, statistics, gamma, beta)
+
+
+def readable(
+    xp: Namespace, values: Array, mask: Array | None, masked_output: MaskedOutput, filling: Array | float = 0.0
+) -> Array:
+    """`values`, with `filling` where a masked element must not be read.
+
+    With `zero` output that is every masked element. With `normalized` output it is those that are not finite, so that
+    NaN in padding comes out as the filling does and receives no gradient.
+    """
+    if mask is None:
+        return values
+    return xp.where(mask if masked_output == "zero" else mask | xp.isfinite(values), values, filling)
+
+
+def finish(
+    xp: Namespace,
+    z: Array,
+    x: Array,
+    mask: Array | None,
+    masked_output: MaskedOutput,
+    activation: ActivationLike,
+    residual: Array | None,
+) -> Array:
+    """activation(z + residual) in the dtype of x, with masked positions as asked."""
+    if residual is not None:
+        z = z + cast(xp, readable(xp, residual, mask, masked_output), z.dtype)
+    y = cast(xp, activations.apply(xp, z, activation), x.dtype)
+    return xp.where(mask, y, 0.0) if mask is not None and masked_output == "zero" else y

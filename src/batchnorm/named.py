@@ -1,0 +1,57 @@
+"""Arrays whose dimensions have names: an `xarray.DataArray` goes in by name and comes out with its coordinates."""
+
+import sys
+from typing import Any
+
+from batchnorm.core.dtypes import Array
+
+Axis = int | str | tuple[int | str, ...]
+
+
+def is_named(value: Any) -> bool:
+    """Whether `value` is a DataArray. xarray is consulted only where somebody has imported it."""
+    xarray = sys.modules.get("xarray")
+    return xarray is not None and isinstance(value, xarray.DataArray)
+
+
+def numbered_axis(x: Array, axis: Axis | None) -> Any:
+    """`axis` with every name replaced by its number in x.
+
+    Raises:
+        ValueError: A name that x does not have, or any name where x has none.
+    """
+    if isinstance(axis, tuple):
+        return tuple(numbered_axis(x, a) for a in axis)
+    if not isinstance(axis, str):
+        return axis
+    if not is_named(x):
+        raise ValueError(f"axis is {axis!r}, but x has no named dimensions; pass a number, or x as an xarray.DataArray")
+    if axis not in x.dims:
+        raise ValueError(f"x has no dimension {axis!r}; it has {', '.join(map(repr, x.dims))}")
+    return x.dims.index(axis)
+
+
+def unnamed(value: Any, x: Any) -> Any:
+    """The plain array behind `value`, its dimensions in the order of those of the DataArray `x`.
+
+    Raises:
+        ValueError: `value` has a dimension that `x` lacks.
+    """
+    if not is_named(value):
+        return value
+    if foreign := [dim for dim in value.dims if dim not in x.dims]:
+        raise ValueError(f"dimension {foreign[0]!r} is not one of x, which has {', '.join(map(repr, x.dims))}")
+    return value.transpose(*(dim for dim in x.dims if dim in value.dims)).data
+
+
+def unnamed_like(value: Any, x: Any) -> Any:
+    """As `unnamed`, with size 1 for every dimension that `value` lacks, so that it broadcasts against x by name."""
+    if not is_named(value):
+        return value
+    array = unnamed(value, x)
+    return array.reshape(tuple(value.sizes.get(dim, 1) for dim in x.dims))
+
+
+def renamed(y: Array, x: Any) -> Any:
+    """`y` with the dimensions, coordinates, name and attributes of the DataArray `x`."""
+    return x.copy(data=y)
