@@ -138,7 +138,7 @@ def backward(dy: Array, cache: Cache) -> Gradients:
     if isinstance(plan.activation, str) and plan.activation != "identity":
         z = normalized(xp, x, plan.axes, statistics, gamma, beta, mask, "zero")
         if residual is not None:
-            z = z + cast(xp, readable(xp, residual, mask, "zero"), dtype)
+            z = z + cast(xp, read(xp, residual, mask, "zero"), dtype)
         dz = dz * activations.find(plan.activation).derivative(xp, z)
     dx, dgamma, dbeta = gradients(xp, dz, x, plan.axes, statistics, count, gamma, mask)
     return Gradients(
@@ -190,27 +190,30 @@ def normalized(
     mask: Array | None,
     masked_output: MaskedOutput,
 ) -> Array:
-    """gamma * xhat + beta in the widest of the dtypes of x's and of the given statistics."""
+    """gamma * xhat + beta, in the wider of the dtypes of x's and of the given statistics; xhat = 0 where not read."""
     dtype = statistics_dtype(xp, x, statistics.mean)
     statistics = Statistics(*(cast(xp, statistic, dtype) for statistic in statistics))
     x = cast(xp, x, dtype)
-    if mask is not None:
-        x = readable(xp, x, mask, masked_output, axes.spread_out(xp, statistics.mean))
     gamma, beta = (None if parameter is None else cast(xp, parameter, dtype) for parameter in (gamma, beta))
-    return normalize(xp, x, axes, statistics, gamma, beta)
-
-
-def readable(
-    xp: Namespace, values: Array, mask: Array | None, masked_output: MaskedOutput, filling: Array | float = 0.0
-) -> Array:
-    """`values`, with `filling` where a masked element must not be read.
-
-    With `zero` output that is every masked element. With `normalized` output it is those that are not finite, so that
-    NaN in padding comes out as the filling does and receives no gradient.
-    """
     if mask is None:
-        return values
-    return xp.where(mask if masked_output == "zero" else mask | xp.isfinite(values), values, filling)
+        return normalize(xp, x, axes, statistics, gamma, beta)
+    is_read = readable(xp, x, mask, masked_output)
+    z = normalize(xp, xp.where(is_read, x, axes.spread_out(xp, statistics.mean)), axes, statistics, gamma, beta)
+    return xp.where(is_read, z, 0.0 if beta is None else axes.spread_out(xp, beta))
+
+
+def readable(xp: Namespace, values: Array, mask: Array, masked_output: MaskedOutput) -> Array:
+    """Where `values` may be read.
+
+    With `zero` output that is where they are not masked. With `normalized` output it is also where they are finite,
+    so that NaN in padding comes out as xhat = 0 and receives no gradient.
+    """
+    return mask if masked_output == "zero" else mask | xp.isfinite(values)
+
+
+def read(xp: Namespace, values: Array, mask: Array | None, masked_output: MaskedOutput) -> Array:
+    """`values`, with 0 where they may not be read."""
+    return values if mask is None else xp.where(readable(xp, values, mask, masked_output), values, 0.0)
 
 
 def finish(
@@ -224,6 +227,6 @@ def finish(
 ) -> Array:
     """activation(z + residual) in the dtype of x, with masked positions as asked."""
     if residual is not None:
-        z = z + cast(xp, readable(xp, residual, mask, masked_output), z.dtype)
+        z = z + cast(xp, read(xp, residual, mask, masked_output), z.dtype)
     y = cast(xp, activations.apply(xp, z, activation), x.dtype)
     return xp.where(mask, y, 0.0) if mask is not None and masked_output == "zero" else y
