@@ -11,7 +11,7 @@ from batchnorm.core.axes import Axes, split
 from batchnorm.core.dtypes import FLOATS, Array, Namespace, cast, dtype_name, statistics_dtype
 from batchnorm.core.moments import counts
 from batchnorm.core.running import RunningStatistics
-from batchnorm.named import Axis, is_named, numbered_axis, unnamed, unnamed_like
+from batchnorm.named import Axis, numbered_axis, unnamed, unnamed_like
 
 
 def known(condition: Any) -> bool | None:
@@ -236,13 +236,9 @@ def check_operands(
     x: Any, gamma: Any, beta: Any, mask: Any, lengths: Any, residual: Any, axes: Axes, named: Any
 ) -> Operands:
     """All of them; `named` is x as it was given, by whose dimension names named arguments are aligned."""
-    if is_named(named):
-        gamma, beta, residual = (unnamed(value, named) for value in (gamma, beta, residual))
-        mask, lengths = unnamed_like(mask, named), unnamed(lengths, named)
-    arrays = {"gamma": gamma, "beta": beta, "mask": mask, "lengths": lengths, "residual": residual}
-    for name, value in arrays.items():
-        if is_named(value):
-            raise TypeError(f"{name} is an xarray.DataArray, but x is not; pass {name}.data, or x by name as well")
+    gamma, beta = unnamed("gamma", gamma, named), unnamed("beta", beta, named)
+    mask, lengths = unnamed_like("mask", mask, named), unnamed("lengths", lengths, named)
+    residual = unnamed("residual", residual, named)
     return Operands(
         check_parameter("gamma", gamma, x, axes),
         check_parameter("beta", beta, x, axes),

@@ -268,7 +268,7 @@ def moments(x: Array, axis: Axis = 1, mask: Array | None = None) -> Moments:
     given, x = x, x.data if is_named(x) else x
     check_array("x", x)
     axes = check_axes(given, x, axis)
-    mask = check_mask(unnamed_like(mask, given), None, x, axes)
+    mask = check_mask(unnamed_like("mask", mask, given), None, x, axes)
     measured: Moments = select(None).moments(x, axes, mask)
     return measured
 

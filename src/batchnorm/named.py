@@ -31,25 +31,28 @@ def numbered_axis(x: Array, axis: Axis | None) -> Any:
     return x.dims.index(axis)
 
 
-def unnamed(value: Any, x: Any) -> Any:
-    """The plain array behind `value`, its dimensions in the order of those of the DataArray `x`.
+def unnamed(name: str, value: Any, x: Any) -> Any:
+    """The plain array behind the argument called `name`, its dimensions in the order of those of the DataArray `x`.
 
     Raises:
+        TypeError: `value` has named dimensions and x has not.
         ValueError: `value` has a dimension that `x` lacks.
     """
     if not is_named(value):
         return value
+    if not is_named(x):
+        raise TypeError(f"{name} is an xarray.DataArray, but x is not; pass {name}.data, or x by name as well")
     if foreign := [dim for dim in value.dims if dim not in x.dims]:
-        raise ValueError(f"dimension {foreign[0]!r} is not one of x, which has {', '.join(map(repr, x.dims))}")
+        raise ValueError(
+            f"{name} has a dimension {foreign[0]!r} that x has not; x has {', '.join(map(repr, x.dims))}: rename it"
+        )
     return value.transpose(*(dim for dim in x.dims if dim in value.dims)).data
 
 
-def unnamed_like(value: Any, x: Any) -> Any:
+def unnamed_like(name: str, value: Any, x: Any) -> Any:
     """As `unnamed`, with size 1 for every dimension that `value` lacks, so that it broadcasts against x by name."""
-    if not is_named(value):
-        return value
-    array = unnamed(value, x)
-    return array.reshape(tuple(value.sizes.get(dim, 1) for dim in x.dims))
+    array = unnamed(name, value, x)
+    return array.reshape(tuple(value.sizes.get(dim, 1) for dim in x.dims)) if is_named(value) else array
 
 
 def renamed(y: Array, x: Any) -> Any:

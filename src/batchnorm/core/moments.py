@@ -65,8 +65,8 @@ def moments(xp: Namespace, x: Array, axes: Axes, mask: Array | None = None) -> M
         xp: Namespace of x.
         x: Floating array of any rank.
         axes: The split of its axes.
-        mask: Booleans that broadcast to x, True where an element counts. What x holds elsewhere, NaN included,
-            reaches nothing, nor do gradients reach it.
+        mask: Booleans of the rank of x that broadcast to it, True where an element counts. What x holds elsewhere,
+            NaN included, reaches nothing, nor do gradients reach it.
 
     Returns:
         Statistics-shaped moments, float32 or (for float64) float64.
@@ -85,7 +85,8 @@ def moments(xp: Namespace, x: Array, axes: Axes, mask: Array | None = None) -> M
     lo = average(deviation)
     deviation = deviation - lo if mask is None else xp.where(mask, deviation - lo, 0.0)
     m2 = cast(xp, xp.sum(deviation * deviation, axis=axes.reduced, keepdims=True, dtype=wide), dtype)
-    return Moments(count, axes.gather(xp, hi), axes.gather(xp, m2), axes.gather(xp, lo))
+    mean, mean_lo = two_sum(hi, lo)
+    return Moments(count, axes.gather(xp, mean), axes.gather(xp, m2), axes.gather(xp, mean_lo))
 
 
 def counts(xp: Namespace, x: Array, axes: Axes, mask: Array | None) -> Array:
@@ -97,7 +98,6 @@ def counts(xp: Namespace, x: Array, axes: Axes, mask: Array | None) -> Array:
     shape = axes.statistics_shape(x.shape)
     if mask is None:
         return full(xp, shape, axes.elements(x.shape), dtype=integer, like=x)
-    mask = xp.reshape(mask, (1,) * (x.ndim - mask.ndim) + tuple(mask.shape))
     repeats = math.prod(x.shape[axis] for axis in axes.reduced if mask.shape[axis] == 1)
     kept = xp.sum(cast(xp, mask, integer), axis=axes.reduced, keepdims=True) * repeats
     return xp.broadcast_to(axes.gather(xp, kept), shape)

@@ -90,13 +90,13 @@ def batch_norm(
         if convention.update == "training":
             updated = choose(xp, training, updated, running)
 
-    statistics = of_running(xp, updated, convention)
+    statistics = running_statistics(xp, x, updated, convention)
     if training is not False and batch is not None:
         if convention.normalize_with == "batch":
             own = of_batch(xp, batch, convention.eps, convention.eps_train, convention.normalize_correction)
             statistics = choose(xp, training, own, statistics)
         if convention.single == "running":
-            statistics = choose(xp, batch.count > 1, statistics, of_running(xp, running, convention))
+            statistics = choose(xp, batch.count > 1, statistics, running_statistics(xp, x, running, convention))
     z = normalized(xp, x, axes, statistics, gamma, beta, mask, convention.masked_output)
     if convention.single == "identity" and batch is not None:
         z = xp.where(axes.spread_out(xp, (batch.count == 1) & training), cast(xp, x, z.dtype), z)
@@ -180,6 +180,12 @@ def choose(xp: Namespace, condition: bool | Array, a: T, b: T) -> T:
     return type(a)(*(xp.where(condition, first, second) for first, second in zip(a, b, strict=True)))
 
 
+def running_statistics(xp: Namespace, x: Array, running: RunningStatistics, convention: Convention) -> Statistics:
+    """The statistics for inference, computed in the wider of the dtypes of the state and of x's own statistics."""
+    dtype = statistics_dtype(xp, x, running.mean)
+    return of_running(xp, RunningStatistics(*(cast(xp, value, dtype) for value in running)), convention)
+
+
 def normalized(
     xp: Namespace,
     x: Array,
@@ -190,9 +196,8 @@ def normalized(
     mask: Array | None,
     masked_output: MaskedOutput,
 ) -> Array:
-    """gamma * xhat + beta, in the wider of the dtypes of x's and of the given statistics; xhat = 0 where not read."""
-    dtype = statistics_dtype(xp, x, statistics.mean)
-    statistics = Statistics(*(cast(xp, statistic, dtype) for statistic in statistics))
+    """gamma * xhat + beta in the dtype of the statistics, with xhat = 0 where x may not be read."""
+    dtype = statistics.mean.dtype
     x = cast(xp, x, dtype)
     gamma, beta = (None if parameter is None else cast(xp, parameter, dtype) for parameter in (gamma, beta))
     if mask is None:

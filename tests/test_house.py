@@ -1,0 +1,70 @@
+"""The house rules: what importing loads, and which way the arrows point."""
+
+import ast
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import batchnorm as bn
+
+SOURCE = Path(bn.__file__).parent
+FRAMEWORKS = ("torch", "jax", "flax", "optax", "xarray", "sklearn", "scipy", "matplotlib", "typer", "rich", "ml_dtypes")
+
+#: From the bottom up: a module imports from its own rung and the ones before it.
+RUNGS = ("convention", "conventions", "core", "named", "kernels", "arguments", "functional", "", "training", "cli")
+
+
+def modules_after(code):
+    program = f"{code}\nimport json, sys\nprint(json.dumps(sorted(sys.modules)))"
+    result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    return set(json.loads(result.stdout))
+
+
+def test_lean_import():
+    """`import batchnorm`, and even its use on NumPy arrays, loads no framework."""
+    loaded = modules_after("import batchnorm as bn, numpy as np\nbn.batch_norm(np.ones((2, 3)), convention='flax')")
+    assert "batchnorm.functional" in loaded
+    assert not loaded & set(FRAMEWORKS)
+
+
+def test_lean_command_line():
+    """The command line starts without a framework; `train` loads the chosen one."""
+    loaded = modules_after("import batchnorm.cli")
+    assert not loaded & {"torch", "jax", "flax", "sklearn", "matplotlib"}
+
+
+def imports_of(path):
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.ImportFrom) and node.module and node.module.split(".")[0] == "batchnorm":
+            yield node.module
+        elif isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names if alias.name.split(".")[0] == "batchnorm")
+
+
+def rung(module):
+    name = module.removeprefix("batchnorm").lstrip(".").split(".")[0]
+    return RUNGS.index(name)
+
+
+FILES = [path for path in sorted(SOURCE.rglob("*.py")) if path.name != "reference.py"]
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(SOURCE)))
+def test_nothing_imports_upward(path):
+    parts = path.relative_to(SOURCE).with_suffix("").parts
+    own = rung(".".join(("batchnorm", *(part for part in parts if part != "__init__"))))
+    for module in imports_of(path):
+        assert rung(module) <= own, f"{path} imports {module}"
+        assert module != "batchnorm.reference", "the specification is for tests alone"
+
+
+def test_the_arrows_can_fail():
+    assert rung("batchnorm.core.axes") < rung("batchnorm.functional") < rung("batchnorm") < rung("batchnorm.cli")
+
+
+def test_version_is_that_of_the_project():
+    pyproject = SOURCE.parent.parent / "pyproject.toml"
+    assert f'version = "{bn.__version__}"' in pyproject.read_text()

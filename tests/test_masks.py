@@ -1,0 +1,93 @@
+"""Masks and lengths: the same as leaving the masked elements out, whatever they hold."""
+
+import numpy as np
+import pytest
+from libraries import LIBRARIES
+
+import batchnorm as bn
+
+RNG = np.random.default_rng(7)
+everywhere = pytest.mark.parametrize("library", LIBRARIES.values(), ids=lambda library: library.name)
+
+
+@everywhere
+@pytest.mark.parametrize("mask_shape", [(5, 7, 1), (5, 1, 1), (7, 1), (1, 7, 1), (5, 7, 4), (1, 1, 4), (4,)])
+def test_mask_is_the_same_as_leaving_out(library, mask_shape):
+    x = RNG.normal(size=(5, 7, 4))
+    mask = np.arange(np.prod(mask_shape)).reshape(mask_shape) % 3 != 1
+    full = np.broadcast_to(mask, x.shape)
+    with library.context("float64"):
+        moments = bn.moments(library.array(x), axis=-1, mask=library.array(mask))
+        y, running = bn.batch_norm(library.array(x), axis=-1, mask=library.array(mask), single="clamp")
+        y, count = library.numpy(y), library.numpy(moments.count)
+        mean, var = library.numpy(moments.mean), library.numpy(moments.var())
+        running_mean = library.numpy(running.mean)
+    for channel in range(4):
+        kept = x[..., channel][full[..., channel]]
+        assert count[channel] == len(kept)
+        if len(kept) == 0:
+            assert running_mean[channel] == 0
+            continue
+        np.testing.assert_allclose([mean[channel], var[channel]], [kept.mean(), kept.var()], atol=1e-14)
+        np.testing.assert_allclose(running_mean[channel], 0.1 * kept.mean(), atol=1e-14)
+        expected = (kept - kept.mean()) / np.sqrt(kept.var() + 1e-5)
+        np.testing.assert_allclose(y[..., channel][full[..., channel]], expected, atol=1e-12)
+    np.testing.assert_array_equal(y[~full], 0)
+
+
+@everywhere
+def test_lengths_are_a_mask_of_leading_elements(library):
+    lengths = np.array([7, 4, 0, 6, 3])
+    for shape, axis, time in (((5, 7, 4), -1, 1), ((5, 4, 7), 1, 2), ((5, 7, 2, 4), -1, 1), ((4, 5, 7), 0, 2)):
+        x = RNG.normal(size=shape)
+        positions = np.arange(7).reshape([-1 if a == time else 1 for a in range(x.ndim)])
+        mask = positions < lengths.reshape([-1 if n == 5 else 1 for n in shape])
+        with library.context("float64"):
+            by_lengths, _ = bn.forward(library.array(x), axis=axis, lengths=library.array(lengths))
+            by_mask, _ = bn.forward(library.array(x), axis=axis, mask=library.array(mask))
+            np.testing.assert_array_equal(library.numpy(by_lengths), library.numpy(by_mask))
+            assert library.numpy(by_lengths)[np.broadcast_to(~mask, shape)].any() == False  # noqa: E712
+    from_list, _ = bn.forward(RNG.normal(size=(2, 3, 1)), axis=-1, lengths=[1, 3])
+    assert from_list[0, 1, 0] == 0
+
+
+@everywhere
+@pytest.mark.parametrize("garbage", [np.nan, np.inf, 1e30])
+@pytest.mark.parametrize("activation", [None, "gelu"])
+def test_padding_reaches_nothing(library, garbage, activation):
+    x, dy, residual = (RNG.normal(size=(5, 7, 4)) for _ in range(3))
+    mask = RNG.random(size=(5, 7, 1)) > 0.4
+    dirty = [np.where(mask, values, garbage) for values in (x, dy, residual)]
+    with library.context("float64"):
+        gamma = library.array(RNG.normal(size=4))
+
+        def run(x, dy, residual):
+            x, dy, residual = map(library.array, (x, dy, residual))
+            y, cache = bn.forward(
+                x, gamma, gamma, axis=-1, mask=library.array(mask), activation=activation, residual=residual
+            )
+            return [library.numpy(value) for value in (y, *bn.backward(dy, cache))]
+
+        clean, padded = run(x, dy, residual), run(*dirty)
+        for expected, value in zip(clean, padded, strict=True):
+            np.testing.assert_array_equal(value, expected)
+
+
+@everywhere
+def test_normalized_padding(library):
+    x, mask = RNG.normal(size=(6, 2)), np.array([1, 1, 0, 1, 0, 1], bool)[:, None]
+    with library.context("float64"):
+        y, _ = bn.batch_norm(library.array(x), mask=library.array(mask), masked_output="normalized")
+    kept = x[mask[:, 0]]
+    np.testing.assert_allclose(library.numpy(y), (x - kept.mean(0)) / np.sqrt(kept.var(0) + 1e-5), atol=1e-12)
+
+
+def test_masked_inference():
+    x = np.array([[1.0], [np.nan], [3.0]])
+    running = bn.RunningStatistics(np.array([1.0]), np.array([4.0]))
+    mask = np.isfinite(x)
+    y, after = bn.batch_norm(x, running=running, training=False, mask=mask, eps=0.0)
+    np.testing.assert_array_equal(y, [[0.0], [0.0], [1.0]])
+    y, _ = bn.batch_norm(x, None, np.array([5.0]), running, training=False, mask=mask, eps=0.0, convention="flax")
+    np.testing.assert_array_equal(y, [[5.0], [5.0], [6.0]])
+    np.testing.assert_array_equal(after.mean, running.mean)
