@@ -25,7 +25,7 @@ from batchnorm.core.axes import Axes
 from batchnorm.core.dtypes import Array, cast
 from batchnorm.core.moments import Moments
 from batchnorm.core.normalize import effective_beta, effective_gamma
-from batchnorm.core.running import RunningStatistics, of_running
+from batchnorm.core.running import RunningStatistics, statistics_of_state
 from batchnorm.kernels.agnostic import Cache, Gradients
 from batchnorm.kernels.registry import select
 from batchnorm.named import Axis, is_named, renamed, unnamed_like
@@ -312,7 +312,7 @@ def affine(
     running = check_running(running, running.mean, axes)
     gamma = check_parameter("gamma", gamma, running.mean, axes)
     beta = check_parameter("beta", beta, running.mean, axes)
-    mean, _, rstd = of_running(xp, running, convention)
+    mean, _, rstd = statistics_of_state(xp, running, convention, running.mean.dtype)
     gamma, beta = effective_gamma(xp, gamma, convention), effective_beta(beta, convention)
     scale = rstd if gamma is None else cast(xp, gamma, rstd.dtype) * rstd
     return scale, -scale * mean if beta is None else cast(xp, beta, rstd.dtype) - scale * mean

@@ -16,7 +16,7 @@ class Statistics(NamedTuple):
     rstd: Array
 
 
-def of_batch(
+def statistics_of_batch(
     xp: Namespace, batch: Moments, eps: float, placement: EpsPlacement = "inside", correction: int = 0
 ) -> Statistics:
     """The statistics that normalise a batch by itself, from the variance with divisor max(count - correction, 1)."""

@@ -8,7 +8,7 @@ import numpy
 
 from batchnorm.convention import Convention
 from batchnorm.conventions import find
-from batchnorm.core.dtypes import Array, Namespace, cast, full, statistics_dtype
+from batchnorm.core.dtypes import Array, DType, Namespace, cast, full, statistics_dtype
 from batchnorm.core.moments import Moments
 from batchnorm.core.normalize import Statistics, reciprocal, rstd_of_std, rstd_of_var, square_root
 
@@ -87,8 +87,9 @@ def tracked_value(xp: Namespace, var: Array, convention: Convention) -> Array:
             return 0.5 * xp.log10(var)
 
 
-def of_running(xp: Namespace, running: RunningStatistics, convention: Convention) -> Statistics:
-    """The statistics that normalise at inference."""
+def statistics_of_state(xp: Namespace, running: RunningStatistics, convention: Convention, dtype: DType) -> Statistics:
+    """The statistics that normalise at inference, computed in `dtype`."""
+    running = RunningStatistics(*(cast(xp, value, dtype) for value in running))
     mean, spread = estimates(xp, running, convention)
     eps, placement = convention.eps, convention.eps_eval
     match convention.tracked:

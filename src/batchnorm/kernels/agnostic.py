@@ -24,9 +24,9 @@ from batchnorm.core.normalize import (
     effective_beta,
     effective_gamma,
     normalize,
-    of_batch,
+    statistics_of_batch,
 )
-from batchnorm.core.running import RunningStatistics, advance, of_running
+from batchnorm.core.running import RunningStatistics, advance, statistics_of_state
 
 ActivationLike = str | Callable[[Array], Array] | None
 
@@ -90,16 +90,19 @@ def batch_norm(
         if convention.update == "training":
             updated = choose(xp, training, updated, running)
 
-    statistics = running_statistics(xp, x, updated, convention)
+    dtype = statistics_dtype(xp, x, running.mean)
+    statistics = statistics_of_state(xp, updated, convention, dtype)
     if training is not False and batch is not None:
         if convention.normalize_with == "batch":
-            own = of_batch(xp, batch, convention.eps, convention.eps_train, convention.normalize_correction)
+            own = statistics_of_batch(xp, batch, convention.eps, convention.eps_train, convention.normalize_correction)
             statistics = choose(xp, training, own, statistics)
         if convention.single == "running":
-            statistics = choose(xp, batch.count > 1, statistics, running_statistics(xp, x, running, convention))
+            by_state = statistics_of_state(xp, running, convention, dtype)
+            statistics = choose(xp, batch.count > 1, statistics, by_state)
     z = normalized(xp, x, axes, statistics, gamma, beta, mask, convention.masked_output)
     if convention.single == "identity" and batch is not None:
-        z = xp.where(axes.spread_out(xp, (batch.count == 1) & training), cast(xp, x, z.dtype), z)
+        is_single = axes.spread_out(xp, (batch.count == 1) & training)
+        z = xp.where(is_single, cast(xp, read(xp, x, mask, convention.masked_output), z.dtype), z)
     return finish(xp, z, x, mask, convention.masked_output, activation, residual), detached(updated)
 
 
@@ -120,7 +123,7 @@ def forward(
     if array_api_compat.is_jax_array(x):
         register_plan_with_jax()
     batch = measure(xp, x, axes, mask)
-    statistics = of_batch(xp, batch, eps)
+    statistics = statistics_of_batch(xp, batch, eps)
     z = normalized(xp, x, axes, statistics, gamma, beta, mask, "zero")
     y = finish(xp, z, x, mask, "zero", activation, residual)
     return y, Cache(x, gamma, beta, residual, mask, statistics, batch.count, Plan(axes, activation))
@@ -178,12 +181,6 @@ def choose(xp: Namespace, condition: bool | Array, a: T, b: T) -> T:
     if isinstance(condition, bool):
         return a if condition else b
     return type(a)(*(xp.where(condition, first, second) for first, second in zip(a, b, strict=True)))
-
-
-def running_statistics(xp: Namespace, x: Array, running: RunningStatistics, convention: Convention) -> Statistics:
-    """The statistics for inference, computed in the wider of the dtypes of the state and of x's own statistics."""
-    dtype = statistics_dtype(xp, x, running.mean)
-    return of_running(xp, RunningStatistics(*(cast(xp, value, dtype) for value in running)), convention)
 
 
 def normalized(
