@@ -59,6 +59,15 @@ def test_ill_conditioned_float32(library):
     assert all(error(y, theirs["y"]) > 0.01 for y in systems.values()), "the case is no longer a hard one"
 
 
+@pytest.mark.parametrize("library", ["numpy", "torch"])
+def test_ill_conditioned_float32_without_gamma_and_beta(library):
+    library = LIBRARIES[library]
+    x = case_inputs("ill")["x"].astype(np.float32)
+    expected = reference.forward(x.astype(np.float64), np.ones(3), np.zeros(3), 1e-5).xhat
+    y, _ = bn.forward(library.array(x))
+    assert error(library.numpy(y), expected) <= 1e-6
+
+
 @pytest.mark.parametrize("ratio", [0, 1e2, 1e4, 1e6])
 @pytest.mark.parametrize("library", ["numpy", "torch", "jax"])
 def test_float32_at_any_mean(library, ratio):
@@ -76,6 +85,35 @@ def test_float32_at_any_mean(library, ratio):
     assert error(library.numpy(bn.moments(library.array(x)).var()), steps.var) <= 1e-6
     for name in ("dx", "dgamma", "dbeta"):
         assert error(library.numpy(getattr(gradients, name)), getattr(theirs, name)) <= 1e-5, name
+
+
+def hard_inputs():
+    rng = np.random.default_rng(4)
+    outlier = np.zeros((257, 2))
+    outlier[100] = [1e6, -3e4]
+    return {
+        "outlier": outlier,
+        "subnormal": rng.normal(size=(33, 2)) * 1e-40,
+        "tiny": rng.normal(size=(33, 2)) * 1e-15,
+        "huge": rng.normal(size=(33, 2)) * 1e15,
+        "more channels than elements": rng.normal(size=(7, 31)),
+        "two values": np.tile([[1e8], [1e8 + 64]], (9, 3)),
+        "a million elements": rng.normal(size=(1_000_000, 1)) + 100,
+    }
+
+
+@pytest.mark.parametrize("library", ["numpy", "torch"])
+@pytest.mark.parametrize("name", hard_inputs())
+def test_hard_float32_inputs(library, name):
+    library, x = LIBRARIES[library], hard_inputs()[name].astype(np.float32)
+    dy = np.cos(np.arange(x.size)).reshape(x.shape).astype(np.float32)
+    steps = reference.forward(x.astype(np.float64), np.ones(x.shape[1]), np.zeros(x.shape[1]), 1e-5)
+    theirs = reference.backward(dy.astype(np.float64), x.astype(np.float64), np.ones(x.shape[1]), 1e-5)
+    y, cache = bn.forward(library.array(x))
+    gradients = bn.backward(library.array(dy), cache)
+    assert np.abs(library.numpy(y) - steps.y).max() <= 1e-6 * max(1, np.abs(steps.y).max())
+    assert error(library.numpy(gradients.dx), theirs.dx) <= 1e-5
+    assert error(library.numpy(bn.moments(library.array(x)).var()), steps.var) <= 1e-6 or name == "subnormal"
 
 
 HALVES = {

@@ -39,6 +39,16 @@ BATCH_NORM = {
     "gamma integers": ({"gamma": np.ones(3, int)}, TypeError, "gamma has dtype int64"),
     "running type": ({"running": (ONES, ONES)}, TypeError, "running is a tuple; it must be a batchnorm.RunningStatistics"),
     "running shape": ({"running": bn.RunningStatistics.initial(4, like=X)}, ValueError, "running.mean has shape (4,)"),
+    "running steps": (
+        {"running": RUNNING._replace(steps=np.ones(3))},
+        TypeError,
+        "running.steps is array([1., 1., 1.]); it must be a number or a scalar array",
+    ),
+    "running weight": (
+        {"running": RUNNING._replace(weight=torch.ones(()))},
+        TypeError,
+        "running.weight is a torch.Tensor, but x is a numpy.ndarray",
+    ),
     "running missing": ({"running": None, "training": False}, ValueError, "running is None at inference, which normalises"),
     "training": ({"training": 1}, TypeError, "training is 1; it must be True, False or a scalar boolean array"),
     "training array": ({"training": np.array([True])}, TypeError, "it must be True, False or a scalar boolean"),

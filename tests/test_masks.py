@@ -74,6 +74,23 @@ def test_padding_reaches_nothing(library, garbage, activation):
 
 
 @everywhere
+def test_gradients_are_those_of_the_kept_part(library):
+    x, dy, gamma = RNG.normal(size=(6, 3, 4)), RNG.normal(size=(6, 3, 4)), RNG.normal(size=3)
+    kept = np.array([True, False, True, True, False, True])
+    with library.context("float64"):
+
+        def run(x, dy, mask=None):
+            _, cache = bn.forward(library.array(x), library.array(gamma), beta=library.array(gamma), mask=mask)
+            return [library.numpy(value) for value in bn.backward(library.array(dy), cache)[:3]]
+
+        dx, dgamma, dbeta = run(x, dy, library.array(kept[:, None, None]))
+        expected = run(x[kept], dy[kept])
+    np.testing.assert_allclose(dx[kept], expected[0], atol=1e-13)
+    np.testing.assert_array_equal(dx[~kept], 0)
+    np.testing.assert_allclose([dgamma, dbeta], expected[1:], atol=1e-13)
+
+
+@everywhere
 def test_normalized_padding(library):
     x, mask = RNG.normal(size=(6, 2)), np.array([1, 1, 0, 1, 0, 1], bool)[:, None]
     with library.context("float64"):

@@ -312,3 +312,16 @@ def test_initial_state():
     assert float(state.spread.sum()) == 0
     assert bn.RunningStatistics.initial(4).mean.dtype == np.float32
     assert isinstance(bn.RunningStatistics.initial(4, like=jnp.ones(1)).mean, jax.Array)
+
+
+def test_state_taken_from_a_layer():
+    layer = torch.nn.BatchNorm1d(4).double()
+    for x in BATCHES[:2]:
+        layer(torch.tensor(x))
+    running = bn.RunningStatistics(layer.running_mean.clone(), layer.running_var.clone(), layer.num_batches_tracked + 0)
+    x = torch.tensor(BATCHES[2])
+    expected = layer(x)
+    y, after = bn.batch_norm(x, running=running)
+    torch.testing.assert_close(y, expected, atol=1e-12, rtol=0)
+    torch.testing.assert_close(after.spread, layer.running_var, atol=1e-12, rtol=0)
+    assert (after.steps, after.steps.dtype) == (3, torch.float64)

@@ -8,7 +8,7 @@ import numpy
 from batchnorm.convention import Convention
 from batchnorm.core import activations
 from batchnorm.core.axes import Axes, split
-from batchnorm.core.dtypes import FLOATS, Array, Namespace, cast, dtype_name, statistics_dtype
+from batchnorm.core.dtypes import FLOATS, Array, Namespace, cast, dtype_name, full, statistics_dtype
 from batchnorm.core.moments import counts
 from batchnorm.core.running import RunningStatistics
 from batchnorm.named import Axis, numbered_axis, unnamed, unnamed_like
@@ -91,11 +91,20 @@ def check_running(running: Any, x: Array, axes: Axes) -> RunningStatistics:
         check_statistics_shape(f"running.{name}", value, x, axes)
     xp = array_api_compat.array_namespace(x)
     dtype = statistics_dtype(xp, running.mean, running.spread)
+
+    def scalar(name: str) -> Array:
+        value = getattr(running, name)
+        if isinstance(value, (int, float)):
+            return full(xp, (), value, dtype=dtype, like=x)
+        if not array_api_compat.is_array_api_obj(value) or value.ndim:
+            raise TypeError(f"running.{name} is {value!r}; it must be a number or a scalar array")
+        check_same_library(f"running.{name}", value, x)
+        return cast(xp, value, dtype)
+
     return RunningStatistics(
-        *(
-            xp.asarray(value, dtype=dtype) if isinstance(value, (int, float)) else cast(xp, value, dtype)
-            for value in running
-        )
+        cast(xp, running.mean, dtype),
+        cast(xp, running.spread, dtype),
+        *(scalar(name) for name in ("steps", "weight", "skipped")),
     )
 
 

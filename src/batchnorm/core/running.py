@@ -140,9 +140,8 @@ def advance(
     mean = cast(xp, batch.mean, dtype) + cast(xp, batch.mean_lo, dtype)
     spread = cast(xp, spread, dtype)
     enters = count > (1 if convention.single in ("identity", "running") else 0)
-    is_present = xp.any(enters)
     is_finite = xp.all(~enters | (xp.isfinite(mean) & xp.isfinite(spread)))
-    accepted = is_present & is_finite
+    accepted = xp.any(enters) & is_finite
     old_mean, old_spread = estimates(xp, running, convention)
     mean = xp.where(enters, mean, old_mean)
     spread = xp.where(enters, spread, old_spread)
@@ -163,5 +162,5 @@ def advance(
         spread=average(running.spread, spread),
         steps=running.steps + cast(xp, accepted, dtype),
         weight=average(running.weight, xp.ones_like(running.weight)),
-        skipped=running.skipped + cast(xp, is_present & ~is_finite, dtype),
+        skipped=running.skipped + cast(xp, ~is_finite, dtype),
     )
