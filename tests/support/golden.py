@@ -90,7 +90,7 @@ class Replay:
         dy_mask: np.ndarray | None = None,
         **options: Any,
     ):
-        self.library, self.options = library, {"convention": convention, **options}
+        self.arrays, self.options = library, {"convention": convention, **options}
         self.convention = bn.CONVENTIONS[convention] if isinstance(convention, str) else convention
         self.dtype, self.inputs = dtype, inputs
         dy = inputs["dy"] if dy_mask is None else np.where(dy_mask, inputs["dy"], 0)
@@ -100,7 +100,7 @@ class Replay:
         self.options.setdefault("axis", int(inputs.get("channel_axis", -1)))
 
     def array(self, values: np.ndarray) -> Any:
-        return self.library.array(values, self.dtype)
+        return self.arrays.array(values, self.dtype)
 
     def state(self, mean: np.ndarray, spread: np.ndarray) -> bn.RunningStatistics:
         return bn.RunningStatistics(self.array(mean), self.array(spread))
@@ -137,7 +137,7 @@ class Replay:
             computed["y_eval_3"], after = self.call(running=running, training=False)
             computed["running_mean_after_eval"], computed["running_var_after_eval"] = after.mean, after.spread
             computed |= self.gradients("dx_eval_3", "dgamma_eval_3", "dbeta_eval_3", running=running, training=False)
-        return {name: self.library.numpy(value) for name, value in computed.items() if name in names}
+        return {name: self.arrays.numpy(value) for name, value in computed.items() if name in names}
 
     def call(self, *, x: Any = None, **options: Any) -> tuple[Any, bn.RunningStatistics]:
         x = self.x_steps[0] if x is None else x
@@ -145,7 +145,7 @@ class Replay:
 
     def gradients(self, dx: str, dgamma: str, dbeta: str, **options: Any) -> dict[str, Any]:
         """Gradients of sum(y * dy), where the library differentiates."""
-        if not self.library.differentiates:
+        if not self.arrays.differentiates:
             return {}
 
         def loss(x: Any, *affine: Any) -> Any:
@@ -153,5 +153,5 @@ class Replay:
             return (y * self.dy).sum()
 
         affine = () if self.gamma is None else (self.gamma, self.beta)
-        values = self.library.gradients(loss, self.x_steps[0], *affine)
-        return {name: self.library.array(value) for name, value in zip((dx, dgamma, dbeta), values, strict=False)}
+        values = self.arrays.gradients(loss, self.x_steps[0], *affine)
+        return {name: self.arrays.array(value) for name, value in zip((dx, dgamma, dbeta), values, strict=False)}
