@@ -1,0 +1,97 @@
+"""Fashion-MNIST, fetched once into a cache and checked against its published checksums."""
+
+import hashlib
+import http.client
+import os
+import tempfile
+import urllib.error
+import urllib.request
+from collections.abc import Callable
+from pathlib import Path
+
+from batchnorm.training.data import ImageSet, load_folder
+
+FASHION_MNIST_URL = "http://fashion-mnist.s3-website.eu-central-1.amazonaws.com/"
+
+# MD5 of each file, from the README of github.com/zalandoresearch/fashion-mnist.
+FASHION_MNIST_MD5 = {
+    "train-images-idx3-ubyte.gz": "8d4fb7e6c68d591d4c3dfef9ec88bf0d",
+    "train-labels-idx1-ubyte.gz": "25c81989df183df01b3e8a0aad5dffbe",
+    "t10k-images-idx3-ubyte.gz": "bef4ecab320f06d8554ea6380940ec79",
+    "t10k-labels-idx1-ubyte.gz": "bb300cfdad3c16e7a12a480ee83cd310",
+}
+TIMEOUT = 30  # seconds without a byte
+
+Progress = Callable[[str, int, int | None], None]
+"""Called with the file's name, the bytes so far and the bytes in all, where the server says."""
+
+
+class DownloadError(RuntimeError):
+    """The files could not be fetched or are not the published ones; the message says what to do."""
+
+
+def cache_folder() -> Path:
+    """`$XDG_CACHE_HOME/batchnorm`, or `~/.cache/batchnorm` where the variable is unset, empty or relative."""
+    base = Path(os.environ.get("XDG_CACHE_HOME", ""))
+    return (base if base.is_absolute() else Path.home() / ".cache") / "batchnorm"
+
+
+def load_fashion_mnist(progress: Progress, base_url: str = FASHION_MNIST_URL) -> ImageSet:
+    """Fashion-MNIST from the cache, downloading what is not there yet.
+
+    Raises:
+        DownloadError: no connection, or a file whose checksum is not the published one.
+    """
+    folder = cache_folder() / "fashion-mnist"
+    for name, md5 in FASHION_MNIST_MD5.items():
+        fetch(base_url + name, folder / name, md5, progress)
+    source = "Fashion-MNIST (H. Xiao, K. Rasul and R. Vollgraf, 2017), the official files of Zalando Research"
+    return load_folder(folder, "fashion-mnist", source)
+
+
+def fetch(url: str, path: Path, md5: str, progress: Progress) -> None:
+    """Make `path` hold the file at `url`, unless it already does.
+
+    The bytes go to a temporary name in the same folder and get their own name once the checksum is right, so an
+    interrupted or falsified download leaves nothing behind. MD5 is what the publisher gives: it tells damage from
+    the real file and is no protection against an attacker.
+
+    Raises:
+        DownloadError: the file cannot be fetched or stored, or its MD5 is another.
+    """
+    if path.exists() and _md5(path) == md5:
+        return
+    temporary: Path | None = None
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with (
+            urllib.request.urlopen(url, timeout=TIMEOUT) as response,
+            tempfile.NamedTemporaryFile(dir=path.parent, prefix=f".{path.name}.", delete=False) as file,
+        ):
+            temporary = Path(file.name)
+            total = int(response.headers.get("Content-Length") or 0) or None
+            done = 0
+            while piece := response.read(1 << 16):
+                file.write(piece)
+                done += len(piece)
+                progress(path.name, done, total)
+        if (found := _md5(temporary)) != md5:
+            raise DownloadError(f"{url} has MD5 {found}, the published one is {md5}; nothing was kept, try again later")
+        temporary.replace(path)
+    except (OSError, http.client.HTTPException) as error:  # URLError, timeouts and a full disk are OSErrors
+        if isinstance(error, urllib.error.HTTPError):
+            error.close()  # it holds the connection
+        reason = error.reason if type(error) is urllib.error.URLError else error
+        raise DownloadError(
+            f"cannot fetch {url} ({reason}); without a connection put {', '.join(FASHION_MNIST_MD5)} into "
+            f"{path.parent}, or pass --data DIR with MNIST-like files, or leave out --dataset to train on the bundled "
+            "digits"
+        ) from None
+    finally:
+        if temporary is not None:
+            temporary.unlink(missing_ok=True)
+
+
+def _md5(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, lambda: hashlib.md5(usedforsecurity=False)).hexdigest()

@@ -1,0 +1,162 @@
+"""Training both networks epoch by epoch in lockstep, measuring and checkpointing after each."""
+
+import dataclasses
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+
+from batchnorm.training import checkpoint
+from batchnorm.training.data import ImageSet
+from batchnorm.training.measurements import (
+    BATCH_NORM,
+    EVALUATION_BATCH,
+    NETWORKS,
+    Epoch,
+    History,
+    evaluate,
+    gamma_beta,
+    is_probed,
+    number,
+    probe,
+)
+from batchnorm.training.network import Network, build
+from batchnorm.training.options import InputError, Options
+
+
+class Observer(Protocol):
+    """Who watches a run."""
+
+    def start(self, done: int, epochs: int, batches: int) -> None:
+        """Called once: epochs already done, epochs in all, batches in each."""
+        ...
+
+    def batch(self, network: str, loss: float, accuracy: float) -> None:
+        """Called after each batch with the means of the epoch so far."""
+        ...
+
+    def epoch(self, records: dict[str, Epoch]) -> None:
+        """Called after each epoch with both networks' records."""
+        ...
+
+
+class Stopped(Exception):  # noqa: N818 - not an error: the run was asked to stop
+    """Raised inside an epoch that is given up."""
+
+
+def train(
+    options: Options,
+    data: ImageSet,
+    folder: Path,
+    observer: Observer,
+    *,
+    resume: bool = False,
+    is_stopped: Callable[[], bool] = lambda: False,
+) -> dict[str, History]:
+    """Train both networks up to `options.epochs` and return their histories, keyed by `NETWORKS`.
+
+    The order of the images in epoch e depends on (seed, e) alone, so a run that is stopped and continued yields the
+    same numbers as an unbroken one, seconds apart. `is_stopped` is asked after every batch; the epoch it interrupts is
+    given up and the histories end with the epoch before. Every complete epoch is in the checkpoint in `folder`.
+
+    Raises:
+        InputError: the options do not fit the data, or with `resume` the checkpoint does not fit the options.
+    """
+    batches = len(data.train_labels) // options.batch_size  # the rest of each shuffle sits out its epoch
+    if not batches:
+        raise InputError(
+            f"--batch-size is {options.batch_size}, there are only {len(data.train_labels)} images to train on"
+        )
+    run, networks = _begin(options, data, folder, resume=resume)
+    done = len(run["histories"][BATCH_NORM]["epochs"])
+    observer.start(done, options.epochs, batches)
+    for epoch in range(done + 1, options.epochs + 1):
+        order = np.random.default_rng([options.seed, epoch]).permutation(len(data.train_labels))
+        plan = order[: batches * options.batch_size].reshape(batches, options.batch_size)
+        try:
+            records = {
+                name: _epoch(epoch, name, network, data, plan, observer, is_stopped)
+                for name, network in networks.items()
+            }
+        except Stopped:
+            break
+        for name, network in networks.items():
+            history = run["histories"][name]
+            history["epochs"].append(records[name])
+            if is_probed(epoch):
+                history["probes"].append(probe(network, data, epoch))
+            history["gamma_beta"] = gamma_beta(network)
+        checkpoint.save(folder, run, {name: network.state() for name, network in networks.items()})
+        observer.epoch(records)
+    return run["histories"]
+
+
+def _begin(
+    options: Options, data: ImageSet, folder: Path, *, resume: bool
+) -> tuple[checkpoint.Run, dict[str, Network]]:
+    """Both networks and their history: new and probed once, or as the checkpoint left them."""
+    identity, fingerprint = _identity(options), data.fingerprint()
+    networks = {name: build(options, batch_norm=name == BATCH_NORM) for name in NETWORKS}
+    if not resume:
+        histories = {
+            name: History(epochs=[], probes=[probe(network, data, 0)], gamma_beta={})
+            for name, network in networks.items()
+        }
+        run = checkpoint.Run(format=checkpoint.FORMAT, identity=identity, fingerprint=fingerprint, histories=histories)
+        return run, networks
+    run, states = checkpoint.load(folder, identity, fingerprint)
+    done = len(run["histories"][BATCH_NORM]["epochs"])
+    if done > options.epochs:
+        raise InputError(f"--resume: the checkpoint has {done} epochs; pass --epochs {done} or more")
+    for name, network in networks.items():
+        try:
+            network.restore(states[name])
+        except ValueError as error:
+            raise InputError(f"--resume: the checkpoint's {name} network does not fit: {error}") from None
+    return run, networks
+
+
+def _epoch(
+    epoch: int,
+    name: str,
+    network: Network,
+    data: ImageSet,
+    plan: np.ndarray[Any, np.dtype[np.int64]],
+    observer: Observer,
+    is_stopped: Callable[[], bool],
+) -> Epoch:
+    """Train one network on the batches of `plan` (image indices, a row a batch) and test it."""
+    start = time.perf_counter()
+    loss = 0.0
+    correct = seen = 0
+    for indices in plan:
+        result = network.step(data.train_images[indices], data.train_labels[indices])
+        loss += result.loss * len(indices)
+        correct += result.correct
+        seen += len(indices)
+        observer.batch(name, loss / seen, correct / seen)
+        if is_stopped():
+            raise Stopped
+    seconds = time.perf_counter() - start
+    test = (data.test_images, data.test_labels)
+    test_loss, test_accuracy = evaluate(network, *test, training=False, batch_size=EVALUATION_BATCH)
+    batch_accuracy = None
+    if name == BATCH_NORM:
+        _, batch_accuracy = evaluate(network, *test, training=True, batch_size=plan.shape[1])
+    return Epoch(
+        epoch=epoch,
+        train_loss=number(loss / seen),
+        train_accuracy=correct / seen,
+        test_loss=number(test_loss),
+        test_accuracy=test_accuracy,
+        test_accuracy_batch=batch_accuracy,
+        seconds=seconds,
+    )
+
+
+def _identity(options: Options) -> dict[str, Any]:
+    """The options that decide a run's numbers. Where the images lie does not: their fingerprint is compared instead."""
+    values = dataclasses.asdict(options)
+    return {name: value for name, value in values.items() if name not in {"epochs", "data", "images", "dataset"}}

@@ -1,0 +1,145 @@
+"""What is measured of the two networks while they train, as plain records that JSON can hold.
+
+A number that is not finite is kept as None, which is what JSON and the charts know.
+"""
+
+import math
+from typing import TypedDict
+
+import numpy as np
+from numpy.typing import NDArray
+
+from batchnorm.training.data import Floats, ImageSet, Labels
+from batchnorm.training.network import HIDDEN, LAYERS, Network
+
+PLAIN, BATCH_NORM = "plain", "batch_norm"
+NETWORKS = (PLAIN, BATCH_NORM)
+QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95)
+PROBE_IMAGES = 256
+EVALUATION_BATCH = 500  # bounds the memory of inference; the first convolution holds 14 kB an image
+
+
+class Epoch(TypedDict):
+    """One epoch of one network; `seconds` is spent on training steps only.
+
+    `test_accuracy` is that of inference mode, `test_accuracy_batch` that of training mode on batches of the training's
+    size, which only differs with batch norm.
+    """
+
+    epoch: int
+    train_loss: float | None
+    train_accuracy: float
+    test_loss: float | None
+    test_accuracy: float
+    test_accuracy_batch: float | None
+    seconds: float
+
+
+class Distribution(TypedDict):
+    """Of the values at one place: their `QUANTILES`, and how much they vary from image to image.
+
+    `variation` is the root mean square over channels of the standard deviation over images and positions. A channel
+    that says the same of every image has none, however large its values.
+    """
+
+    quantiles: list[float | None]
+    variation: float | None
+
+
+class LayerProbe(TypedDict):
+    """Both sides of one batch norm; without batch norm both are the layer's output."""
+
+    before: Distribution
+    after: Distribution
+
+
+class ProbeRecord(TypedDict):
+    """All layers after `epoch` epochs (0: before training) for the same images each time."""
+
+    epoch: int
+    layers: dict[str, LayerProbe]
+    gradients: dict[str, float | None]
+
+
+class GammaBeta(TypedDict):
+    """One batch norm's parameters after the last epoch."""
+
+    gamma: list[float | None]
+    beta: list[float | None]
+
+
+class History(TypedDict):
+    """Everything measured of one network so far."""
+
+    epochs: list[Epoch]
+    probes: list[ProbeRecord]
+    gamma_beta: dict[str, GammaBeta]
+
+
+def number(value: float) -> float | None:
+    """The value as JSON can hold it.
+
+    Example:
+        >>> number(0.5), number(float("nan"))
+        (0.5, None)
+    """
+    return float(value) if math.isfinite(value) else None
+
+
+def is_probed(epoch: int) -> bool:
+    """Whether an epoch's layers are recorded: all up to 32, then ever fewer, 16 for each doubling.
+
+    The rule does not look at how many epochs are planned: a run that is continued records the same as an unbroken one.
+
+    Example:
+        >>> [epoch for epoch in range(65) if not is_probed(epoch)][:3]
+        [33, 35, 37]
+    """
+    stride = max(1, 2 ** ((epoch - 1).bit_length() - 5)) if epoch else 1
+    return epoch % stride == 0
+
+
+def evaluate(
+    network: Network, images: Floats, labels: Labels, *, training: bool, batch_size: int
+) -> tuple[float, float]:
+    """Mean loss and accuracy, from batches of at least `batch_size` whose sizes differ by one at most.
+
+    Never smaller: in training mode a batch of a few left-over images would be normalised by itself.
+    """
+    loss = accuracy = 0.0
+    for part in np.array_split(np.arange(len(labels)), max(1, len(labels) // batch_size)):
+        score = network.evaluate(images[part], labels[part], training=training)
+        loss += score.loss * len(part) / len(labels)
+        accuracy += score.accuracy * len(part) / len(labels)
+    return loss, accuracy
+
+
+def probe(network: Network, data: ImageSet, epoch: int) -> ProbeRecord:
+    """The distributions and gradients of the first training images, the same ones at every call."""
+    measured = network.probe(data.train_images[:PROBE_IMAGES], data.train_labels[:PROBE_IMAGES])
+    return ProbeRecord(
+        epoch=epoch,
+        layers={
+            layer.name: LayerProbe(
+                before=_distribution(measured.before[layer.name]), after=_distribution(measured.after[layer.name])
+            )
+            for layer in HIDDEN
+        },
+        gradients={layer.name: number(measured.gradients[layer.name]) for layer in LAYERS},
+    )
+
+
+def gamma_beta(network: Network) -> dict[str, GammaBeta]:
+    """The parameters of every batch norm as lists."""
+    return {
+        name: GammaBeta(gamma=[number(g) for g in gamma], beta=[number(b) for b in beta])
+        for name, (gamma, beta) in network.gamma_beta().items()
+    }
+
+
+def _distribution(values: NDArray[np.float32]) -> Distribution:
+    wide = values.astype(np.float64).reshape(-1, values.shape[-1])
+    with np.errstate(all="ignore"):  # a diverged network's values overflow, and are recorded as None
+        quantiles = np.quantile(wide, QUANTILES)
+        variation = np.sqrt(wide.var(axis=0).mean())
+    return Distribution(quantiles=[number(q) for q in quantiles], variation=number(variation))

@@ -1,0 +1,199 @@
+"""LeNet in PyTorch."""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+import batchnorm as bn
+from batchnorm.training.data import Floats, Labels
+from batchnorm.training.network import (
+    DECAY,
+    HIDDEN,
+    LAYERS,
+    Arrays,
+    Probe,
+    Score,
+    StepResult,
+    check_state,
+    initial_weights,
+)
+from batchnorm.training.options import Options
+
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "sigmoid": torch.sigmoid,
+    "relu": functional.relu,
+    "leaky_relu": partial(functional.leaky_relu, negative_slope=0.01),
+    "silu": functional.silu,
+    "tanh": torch.tanh,
+    "gelu": functional.gelu,
+    "identity": nn.Identity(),
+}
+
+
+class BatchNorm(nn.Module):
+    """Batch norm over axis 1; `running` is replaced, never changed in place, by each call in training mode."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.gamma = nn.Parameter(torch.ones(channels))
+        self.beta = nn.Parameter(torch.zeros(channels))
+        self.running = bn.RunningStatistics.initial(channels, convention="flax", like=self.gamma.detach())
+
+    def forward(self, x: Tensor) -> Tensor:
+        """`x` (B, C, ...) normalized per channel."""
+        y: Tensor
+        y, running = bn.batch_norm(
+            x, self.gamma, self.beta, self.running, training=self.training, convention="flax", axis=1, decay=DECAY
+        )
+        if self.training:
+            self.running = running
+        return y
+
+
+class LeNet(nn.Module):
+    """The network; the modules of a layer are `conv1`, `norm_conv1` and so on."""
+
+    def __init__(self, weights: dict[str, Floats], activation: str, *, batch_norm: bool) -> None:
+        super().__init__()
+        self.activation = ACTIVATIONS[activation]
+        for layer in LAYERS:
+            normalized = batch_norm and layer in HIDDEN
+            if layer.kernel:
+                module: nn.Module = nn.Conv2d(layer.inputs, layer.outputs, layer.kernel, bias=not normalized)
+            else:
+                module = nn.Linear(layer.inputs, layer.outputs, bias=not normalized)
+            with torch.no_grad():
+                for name, parameter in module.named_parameters():
+                    parameter.copy_(torch.from_numpy(weights[layer.name]) if name == "weight" else torch.zeros(()))
+            self.add_module(layer.name, module)
+            if layer in HIDDEN:
+                self.add_module(f"norm_{layer.name}", BatchNorm(layer.outputs) if batch_norm else nn.Identity())
+
+    def forward(self, images: Tensor) -> tuple[Tensor, list[Tensor], list[Tensor]]:
+        """Logits, and the values before and after each batch norm."""
+        x = images[:, None]
+        before, after = [], []
+        for layer in HIDDEN:
+            if not layer.kernel:
+                x = x.flatten(1)
+            before.append(self.get_submodule(layer.name)(x))
+            after.append(self.get_submodule(f"norm_{layer.name}")(before[-1]))
+            x = self.activation(after[-1])
+            if layer.kernel:
+                x = functional.avg_pool2d(x, 2)
+        return self.get_submodule(LAYERS[-1].name)(x), before, after
+
+
+class TorchNetwork:
+    """A `Network` in PyTorch."""
+
+    def __init__(self, options: Options, *, batch_norm: bool) -> None:
+        self.model = LeNet(initial_weights(options.seed), options.activation, batch_norm=batch_norm)
+        self.optimizer = torch.optim.Adam(self.model.parameters(), options.learning_rate)
+        self.norms = {name: module for name, module in self.model.named_modules() if isinstance(module, BatchNorm)}
+
+    def step(self, images: Floats, labels: Labels) -> StepResult:
+        """See `Network`."""
+        self.model.train()
+        logits, loss = self._loss(images, labels)
+        self.optimizer.zero_grad()
+        loss.backward()  # type: ignore[no-untyped-call]
+        self.optimizer.step()
+        return StepResult(loss.item(), _correct(logits, labels))
+
+    def evaluate(self, images: Floats, labels: Labels, *, training: bool) -> Score:
+        """See `Network`."""
+        self.model.train(training)
+        with self._keeping_statistics(), torch.no_grad():
+            logits, loss = self._loss(images, labels)
+        return Score(loss.item(), _correct(logits, labels) / len(labels))
+
+    def probe(self, images: Floats, labels: Labels) -> Probe:
+        """See `Network`."""
+        self.model.train()
+        weights = {layer.name: self.model.get_submodule(layer.name).get_parameter("weight") for layer in LAYERS}
+        with self._keeping_statistics():
+            logits, before, after = self.model(torch.from_numpy(images))
+            gradients = torch.autograd.grad(functional.cross_entropy(logits, _targets(labels)), list(weights.values()))
+        names = [layer.name for layer in HIDDEN]
+        return Probe(
+            dict(zip(names, map(_channels_last, before), strict=True)),
+            dict(zip(names, map(_channels_last, after), strict=True)),
+            {name: gradient.norm().item() for name, gradient in zip(weights, gradients, strict=True)},
+        )
+
+    def gamma_beta(self) -> dict[str, tuple[Floats, Floats]]:
+        """See `Network`."""
+        return {
+            name.removeprefix("norm_"): (norm.gamma.detach().numpy().copy(), norm.beta.detach().numpy().copy())
+            for name, norm in self.norms.items()
+        }
+
+    def state(self) -> Arrays:
+        """See `Network`."""
+        tensors = {}
+        for name, parameter in self.model.named_parameters():
+            tensors[f"parameters.{name}"] = parameter.detach()
+            # Adam creates its moments with the first step; until then they are zero.
+            moments = self.optimizer.state.get(parameter) or _adam_start(parameter.detach())
+            for moment, value in moments.items():
+                tensors[f"adam.{name}.{moment}"] = value
+        for name, norm in self.norms.items():
+            for statistic, value in norm.running._asdict().items():
+                tensors[f"running.{name}.{statistic}"] = value
+        return {name: tensor.numpy().copy() for name, tensor in tensors.items()}
+
+    def restore(self, state: Arrays) -> None:
+        """See `Network`."""
+        check_state(state, self.state())
+        tensors = {name: torch.from_numpy(np.array(array)) for name, array in state.items()}
+        for name, parameter in self.model.named_parameters():
+            with torch.no_grad():
+                parameter.copy_(tensors[f"parameters.{name}"])
+            self.optimizer.state[parameter] = {
+                moment: tensors[f"adam.{name}.{moment}"] for moment in _adam_start(parameter.detach())
+            }
+        for name, norm in self.norms.items():
+            norm.running = norm.running._replace(
+                **{statistic: tensors[f"running.{name}.{statistic}"] for statistic in norm.running._fields}
+            )
+
+    def _loss(self, images: Floats, labels: Labels) -> tuple[Tensor, Tensor]:
+        logits, _, _ = self.model(torch.from_numpy(images))
+        return logits, functional.cross_entropy(logits, _targets(labels))
+
+    @contextmanager
+    def _keeping_statistics(self) -> Iterator[None]:
+        """Put the running statistics back afterwards."""
+        kept = {name: norm.running for name, norm in self.norms.items()}
+        try:
+            yield
+        finally:
+            for name, norm in self.norms.items():
+                norm.running = kept[name]
+
+
+def _targets(labels: Labels) -> Tensor:
+    return torch.from_numpy(labels.astype(np.int64))  # what cross_entropy takes
+
+
+def _correct(logits: Tensor, labels: Labels) -> int:
+    return int((logits.argmax(1).numpy() == labels).sum())
+
+
+def _channels_last(tensor: Tensor) -> Floats:
+    return np.ascontiguousarray(tensor.detach().movedim(1, -1).numpy())
+
+
+def _adam_start(parameter: Tensor) -> dict[str, Tensor]:
+    """The optimizer's moments before the first step."""
+    return {
+        "step": torch.zeros(()),
+        "exp_avg": torch.zeros_like(parameter),
+        "exp_avg_sq": torch.zeros_like(parameter),
+    }

@@ -1,0 +1,90 @@
+"""What a run shows while it trains: a progress bar for each network in a terminal, a line an epoch elsewhere."""
+
+from types import TracebackType
+from typing import Self
+
+from rich.console import Console
+from rich.progress import BarColumn, DownloadColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
+
+from batchnorm.training.measurements import NETWORKS, Epoch
+from batchnorm.training.summary import NAMES, percent
+
+
+class TrainingProgress:
+    """The loop's observer on a console, to be used as a context manager around it."""
+
+    def __init__(self, console: Console) -> None:
+        self.console = console
+        self.bars = Progress(
+            TextColumn("{task.description:>10}"),
+            BarColumn(bar_width=24),
+            TextColumn("epoch {task.fields[epoch]}/{task.fields[epochs]}  {task.fields[figures]}"),
+            TimeRemainingColumn(),
+            console=console,
+            disable=not console.is_terminal,
+        )
+        self.tasks: dict[str, TaskID] = {}
+        self.tested = dict.fromkeys(NETWORKS, "")
+        self.epochs = self.done = 0
+
+    def __enter__(self) -> Self:
+        self.bars.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.bars.stop()
+
+    def start(self, done: int, epochs: int, batches: int) -> None:
+        """See `Observer`."""
+        self.done, self.epochs = done, epochs
+        for name in NETWORKS:
+            self.tasks[name] = self.bars.add_task(
+                NAMES[name], total=epochs * batches, completed=done * batches, epoch=done, epochs=epochs, figures=""
+            )
+
+    def batch(self, network: str, loss: float, accuracy: float) -> None:
+        """See `Observer`."""
+        figures = f"loss {loss:6.4f}  train {percent(accuracy):>7}  {self.tested[network]}"
+        self.bars.update(self.tasks[network], advance=1, epoch=self.done + 1, figures=figures)
+
+    def epoch(self, records: dict[str, Epoch]) -> None:
+        """See `Observer`."""
+        self.done += 1
+        self.tested = {name: f"test {percent(record['test_accuracy']):>7}" for name, record in records.items()}
+        if not self.console.is_terminal:
+            figures = "; ".join(
+                f"{NAMES[name]}: loss {_loss(record)}, test {percent(record['test_accuracy'])}"
+                for name, record in records.items()
+            )
+            self.console.print(f"epoch {self.done}/{self.epochs}  {figures}", highlight=False, soft_wrap=True)
+
+
+class DownloadProgress:
+    """A bar for each file that is being fetched, as a context manager that is called with each file's progress."""
+
+    def __init__(self, console: Console) -> None:
+        self.bars = Progress(
+            TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TimeRemainingColumn(), console=console
+        )
+        self.tasks: dict[str, TaskID] = {}
+
+    def __enter__(self) -> Self:
+        self.bars.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.bars.stop()
+
+    def __call__(self, name: str, done: int, total: int | None) -> None:
+        """See `download.Progress`."""
+        if name not in self.tasks:
+            self.tasks[name] = self.bars.add_task(name, total=total)
+        self.bars.update(self.tasks[name], completed=done)
+
+
+def _loss(record: Epoch) -> str:
+    return "not finite" if record["train_loss"] is None else f"{record['train_loss']:.4f}"

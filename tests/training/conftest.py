@@ -1,0 +1,80 @@
+"""Small images, and the metrics of a run of a few steps."""
+
+import copy
+import dataclasses
+import gzip
+import struct
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from batchnorm.training.data import ImageSet, load_digits
+from batchnorm.training.loop import train
+from batchnorm.training.measurements import Epoch
+from batchnorm.training.options import Options
+from batchnorm.training.summary import Metrics, collect
+
+
+class Recorder:
+    """An observer that keeps what it is told."""
+
+    def __init__(self) -> None:
+        self.started: tuple[int, int, int] | None = None
+        self.batches: list[str] = []
+        self.epochs: list[dict[str, Epoch]] = []
+
+    def start(self, done: int, epochs: int, batches: int) -> None:
+        self.started = (done, epochs, batches)
+
+    def batch(self, network: str, loss: float, accuracy: float) -> None:
+        self.batches.append(network)
+
+    def epoch(self, records: dict[str, Epoch]) -> None:
+        self.epochs.append(records)
+
+
+@pytest.fixture
+def recorder() -> Recorder:
+    return Recorder()
+
+
+@pytest.fixture(scope="session")
+def digits() -> ImageSet:
+    return load_digits()
+
+
+@pytest.fixture(scope="session")
+def tiny(digits: ImageSet) -> ImageSet:
+    """50 digits to train on, 22 to test: no multiple of the batch sizes the tests use."""
+    return dataclasses.replace(
+        digits.limited(50), test_images=digits.test_images[:22], test_labels=digits.test_labels[:22]
+    )
+
+
+@pytest.fixture(scope="session")
+def trained(tiny: ImageSet, tmp_path_factory: pytest.TempPathFactory) -> Metrics:
+    """The metrics of a real run, not to be changed."""
+    options = Options(framework="torch", epochs=3, batch_size=8)
+    histories = train(options, tiny, tmp_path_factory.mktemp("run"), Recorder())
+    return collect(options, tiny, histories)
+
+
+@pytest.fixture
+def metrics(trained: Metrics) -> Metrics:
+    """The same for the test to change."""
+    return copy.deepcopy(trained)
+
+
+@pytest.fixture
+def write_idx(tmp_path: Path) -> Callable[..., Path]:
+    """A function that writes an array as an IDX file into `tmp_path`."""
+
+    def write(name: str, array: np.ndarray) -> Path:
+        content = struct.pack(f">BBBB{array.ndim}I", 0, 0, 8, array.ndim, *array.shape) + array.astype("u1").tobytes()
+        path = tmp_path / name
+        path.write_bytes(gzip.compress(content) if name.endswith(".gz") else content)
+        return path
+
+    return write
