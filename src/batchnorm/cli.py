@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 BAD_INPUT, FAILURE, INTERRUPTED = 2, 1, 130
 DEFAULT_OUTPUT = Path("batchnorm-report")
 
-app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
+app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
 
 
 def main() -> None:
