@@ -16,9 +16,8 @@ help: ## Show this list
 demo: $(VENV)/.train ## Train LeNet with and without batch norm on real digits (about a minute); DEMO="--epochs 5" passes options
 	$(BIN)/batchnorm train $(DEMO)
 
-# The whole run also holds the coverage of the mathematics; a selection by PYTEST does not.
-PYTEST ?= --cov=batchnorm.core --cov=batchnorm.functional --cov=batchnorm.convention --cov-fail-under=95 \
-	--cov-report=term:skip-covered
+# The whole run also holds the coverage of what pyproject.toml lists; a selection by PYTEST does not.
+PYTEST ?= --cov=batchnorm --cov-fail-under=95
 
 test: $(VENV)/.dev ## Run the tests; PYTEST="-k golden" passes options
 	$(BIN)/python -m pytest $(PYTEST)

@@ -24,7 +24,7 @@ SIGNAL_CAPTIONS = (
 )
 INSIDE = (
     "The same training images’ values on either side of each batch norm, both ahead of the activation. Blue is after: "
-    "the line is the median, the dark band holds the middle half of the values, the light band the middle nine "
+    "the line is the median, the inner band holds the middle half of the values, the outer band the middle nine "
     "tenths. Grey is before: the same five quantiles as lines. Epoch 0 is before training, when gamma is 1 and beta 0."
 )
 LEARNED = (
