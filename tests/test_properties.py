@@ -99,7 +99,7 @@ def as_moments(x):
     return bn.moments(x, axis=1)
 
 
-def same(a, b):
+def assert_same_moments(a, b):
     assert (a.count == b.count).all()
     spread = np.sqrt(np.asarray(b.m2)) + np.abs(b.mean) + 1e-300
     np.testing.assert_array_less(np.abs((a.mean - b.mean) + (a.mean_lo - b.mean_lo)), 1e-14 * spread + 1e-300)
@@ -116,14 +116,14 @@ PARTS = st.integers(1, 4).flatmap(
 @given(PARTS)
 def test_merge_is_the_moments_of_both(parts):
     a, b, c = map(as_moments, parts)
-    same(a.merge(b).merge(c), as_moments(np.concatenate(parts)))
+    assert_same_moments(a.merge(b).merge(c), as_moments(np.concatenate(parts)))
 
 
 @given(PARTS)
 def test_merge_is_associative_and_commutative_up_to_rounding(parts):
     a, b, c = map(as_moments, parts)
-    same(a.merge(b).merge(c), a.merge(b.merge(c)))
-    same(a.merge(b), b.merge(a))
+    assert_same_moments(a.merge(b).merge(c), a.merge(b.merge(c)))
+    assert_same_moments(a.merge(b), b.merge(a))
 
 
 @given(PARTS)

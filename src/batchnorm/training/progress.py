@@ -10,7 +10,22 @@ from batchnorm.training.measurements import NETWORKS, Epoch
 from batchnorm.training.summary import NAMES, percent
 
 
-class TrainingProgress:
+class Bars:
+    """Rich's bars, shown while the object is used as a context manager."""
+
+    bars: Progress
+
+    def __enter__(self) -> Self:
+        self.bars.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.bars.stop()
+
+
+class TrainingProgress(Bars):
     """The loop's observer on a console, to be used as a context manager around it."""
 
     def __init__(self, console: Console) -> None:
@@ -24,17 +39,9 @@ class TrainingProgress:
             disable=not console.is_terminal,
         )
         self.tasks: dict[str, TaskID] = {}
+        self.trained = dict.fromkeys(NETWORKS, "")
         self.tested = dict.fromkeys(NETWORKS, "")
         self.epochs = self.done = 0
-
-    def __enter__(self) -> Self:
-        self.bars.start()
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.bars.stop()
 
     def start(self, done: int, epochs: int, batches: int) -> None:
         """See `Observer`."""
@@ -46,13 +53,15 @@ class TrainingProgress:
 
     def batch(self, network: str, loss: float, accuracy: float) -> None:
         """See `Observer`."""
-        figures = f"loss {loss:6.4f}  train {percent(accuracy):>7}  {self.tested[network]}"
-        self.bars.update(self.tasks[network], advance=1, epoch=self.done + 1, figures=figures)
+        self.trained[network] = f"loss {loss:6.4f}  train {percent(accuracy):>7}"
+        self.bars.update(self.tasks[network], advance=1, epoch=self.done + 1, figures=self.figures(network))
 
     def epoch(self, records: dict[str, Epoch]) -> None:
         """See `Observer`."""
         self.done += 1
         self.tested = {name: f"test {percent(record['test_accuracy']):>7}" for name, record in records.items()}
+        for network, task in self.tasks.items():
+            self.bars.update(task, figures=self.figures(network))
         if not self.console.is_terminal:
             figures = "; ".join(
                 f"{NAMES[name]}: loss {_loss(record)}, test {percent(record['test_accuracy'])}"
@@ -60,8 +69,12 @@ class TrainingProgress:
             )
             self.console.print(f"epoch {self.done}/{self.epochs}  {figures}", highlight=False, soft_wrap=True)
 
+    def figures(self, network: str) -> str:
+        """What stands behind a network's bar: its training figures so far, and the last epoch's test."""
+        return f"{self.trained[network]}  {self.tested[network]}"
 
-class DownloadProgress:
+
+class DownloadProgress(Bars):
     """A bar for each file that is being fetched, as a context manager that is called with each file's progress."""
 
     def __init__(self, console: Console) -> None:
@@ -69,15 +82,6 @@ class DownloadProgress:
             TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TimeRemainingColumn(), console=console
         )
         self.tasks: dict[str, TaskID] = {}
-
-    def __enter__(self) -> Self:
-        self.bars.start()
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.bars.stop()
 
     def __call__(self, name: str, done: int, total: int | None) -> None:
         """See `download.Progress`."""

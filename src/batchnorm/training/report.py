@@ -155,7 +155,7 @@ def _how(metrics: Metrics) -> str:
             "Training",
             f"{metrics['epochs_done']} of {count(options['epochs'], 'epoch')}, Adam at {options['learning_rate']:g}, "
             f"batches of {options['batch_size']}, seed {options['seed']}. Seconds count training steps and their "
-            "compilation, not testing. One seed is one draw: other seeds move the last decimals.",
+            "compilation, not testing. One seed is one draw: another gives figures a point or two apart.",
         ),
         ("Versions", html.escape(", ".join(f"{name} {value}" for name, value in _versions(metrics)))),
         (
