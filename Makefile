@@ -13,7 +13,7 @@ export PIP_ROOT_USER_ACTION := ignore
 help: ## Show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
-demo: $(VENV)/.train ## Train LeNet with and without batch norm on real digits (about a minute); DEMO="--epochs 5" passes options
+demo: $(VENV)/.train ## Train LeNet with and without batch norm on real digits (half a minute); DEMO="--epochs 5" passes options
 	$(BIN)/batchnorm train $(DEMO)
 
 # The whole run also holds the coverage of what pyproject.toml lists; a selection by PYTEST does not.
