@@ -32,13 +32,17 @@ EXCEPTIONS = {
 }
 
 
-def tolerance(system: str, dtype: str, case: str = "", *, masked: bool = False) -> float:
+#: Results that no stored state enters.
+OF_THE_BATCH = ("y", "dx", "dgamma", "dbeta")
+
+
+def tolerance(system: str, dtype: str, case: str = "", name: str = "", *, masked: bool = False) -> float:
     if system == "returnn_rf" and masked:
         return max(2e-6, TOLERANCES[dtype])  # masked means carry a float32 correction factor
-    if system == "keras3_jax" and case == "const":
-        return 3e-5  # of a constant channel it returns dgamma = 1.5e-5 in place of 0
-    if case == "ill" and dtype == "float64":
-        return 3e-7 if system.startswith("flax") else 1e-9
+    if system == "keras3_jax" and (case, name) == ("const", "dgamma"):
+        return 3e-5  # of a constant channel it returns 1.5e-5 in place of 0
+    if case == "ill" and dtype == "float64" and (name in OF_THE_BATCH or not system.startswith("flax")):
+        return 1e-9
     return EXCEPTIONS.get((system, dtype), TOLERANCES[dtype])
 
 
