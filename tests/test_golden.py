@@ -110,7 +110,14 @@ RUNS = [
     Run("torch", "pytorch", "channels_last", ("d4",)),
     Run("torch", "pytorch", "mom0.3_eps1e-3", ("d2", "d4"), {"decay": 0.7, "eps": 1e-3}),
     Run("torch", cumulative("pytorch"), "mom_none", ("d2", "d4"), dtypes=F64),
-    Run("torch", "pytorch", "no_track", ("d2", "d4"), dtypes=F64, skip=("y_eval_init", "y_eval_3")),
+    Run(
+        "torch",
+        "pytorch",
+        "no_track",
+        ("d2", "d4"),
+        dtypes=F64,
+        skip=("y_eval_init", "y_eval_3", "dx_eval_3", "dgamma_eval_3", "dbeta_eval_3"),
+    ),
     Run("torch", "pytorch", "no_affine", ("d2", "d4"), dtypes=F64, affine=False),
     Run("torch", "pytorch", "eps0", ILL, {"eps": 0.0}, dtypes=F64),
     Run("flax_linen", "flax", "default", (*NORMAL, *CONST, *SINGLE)),
@@ -173,6 +180,14 @@ RUNS = [
 JAX_CONFIGS = ("default", "init0", "mask", "masked_init0", "fused_default", "batch", "ema", "axes_01")
 
 
+GRADIENTS = ("dx", "dgamma", "dbeta")
+#: Inputs, counters, and results of other calls; test_golden_seeds and test_golden_limits treat those that matter.
+NOT_REPLAYED = (
+    "gamma", "beta", "moving_", "num_batches_tracked", "counter_", "output_is_time_major", "y_eval_local_stats",
+    "running_mean_after_plain_run", "y_fulldy", "dx_fulldy", "dgamma_fulldy", "dbeta_fulldy",
+)  # fmt: skip
+
+
 def cells():
     for run in RUNS:
         for case in run.cases:
@@ -202,7 +217,9 @@ def test_convention_reproduces_system(run, case, dtype, library):
     with library.context(dtype):
         replay = Replay(library, dtype, inputs, run.convention, affine=run.affine, dy_mask=dy_mask, **options)
         ours = replay.run(names=set(theirs) - set(run.skip))
-    assert ours.keys() & {"y", "y_eval_3", "y_eval_init"}, "nothing was compared"
+    left_out = {name for name in set(theirs) - set(ours) - set(run.skip) if not name.startswith(NOT_REPLAYED)}
+    assert library.differentiates or all(name.startswith(GRADIENTS) for name in left_out)
+    assert not library.differentiates or not left_out
     for name, value in ours.items():
         assert np.isfinite(value).all(), name
         bound = tolerance(run.system, dtype, case, name, masked=run.config.startswith("mask"))
@@ -228,104 +245,6 @@ def test_pytorch_counts_batches():
     for x in case_inputs("d4")["x_steps"]:
         _, running = bn.batch_norm(x, running=running)
     assert running.steps == theirs["num_batches_tracked_3"] == 3
-
-
-DIFFERENTIATING = [LIBRARIES["torch"], LIBRARIES["jax"]]
-
-
-def by_name(library):
-    return library.name
-
-
-@pytest.mark.parametrize("library", DIFFERENTIATING, ids=by_name)
-@pytest.mark.parametrize("dtype", ["float64", "float32"])
-@pytest.mark.parametrize(("case", "config", "options"), [
-    *((case, "default", {}) for case in (*NORMAL, "const")),
-    *((case, name, {"activation": name}) for case in ("d2", "d4") for name in ("relu", "tanh")),
-    *((case, "eps1e-2", {"eps": float(np.float32(1e-2))}) for case in ("d2", "d4")),
-])  # fmt: skip
-def test_zygote_seed(library, dtype, case, config, options):
-    """Its statistics come back as gradients: those of one batch, which is a running update of decay 0."""
-    theirs, inputs = results("zygote", dtype, case, config), case_inputs(case)
-    bound = tolerance("zygote", dtype, case)
-    with library.context(dtype):
-        axis = {"axis": int(inputs["channel_axis"])}
-        replay = Replay(library, dtype, inputs, "zygote-seed", decay=0.0, **options, **axis)
-        ours = replay.run(names={"y", "dx", "dgamma", "dbeta", "y_eval_init", "y_eval_r0"})
-        for name, value in ours.items():
-            assert relative_error(value, theirs[name]) <= bound, name
-        for step, x in enumerate(replay.x_steps, start=1):
-            y, batch = bn.batch_norm(
-                x, running=replay.initial(), convention="zygote-seed", decay=0.0, **options, **axis
-            )
-            if f"mu_dropped_{step}" in theirs:
-                assert relative_error(library.numpy(batch.mean), theirs[f"mu_dropped_{step}"]) <= bound
-                assert relative_error(library.numpy(batch.spread), theirs[f"sigma_dropped_{step}"]) <= bound
-        _, stored = replay.call(running=replay.initial(), training=True)
-        y, _ = replay.call(running=stored, training=False)
-        assert relative_error(library.numpy(y), theirs["y_eval_stored"]) <= bound
-
-
-def test_zygote_seed_ill_conditioned():
-    theirs, inputs = results("zygote", "float64", "ill", "default"), case_inputs("ill")
-    y, batch = bn.batch_norm(inputs["x"], inputs["gamma"], inputs["beta"], convention="zygote-seed", decay=0.0)
-    assert relative_error(y, theirs["y"]) <= 1e-9
-    assert relative_error(batch.spread, theirs["sigma_dropped_1"]) <= 1e-9
-
-
-def test_zygote_seed_averages_what_it_returns():
-    """With the decay that its unused field means, three steps average its three batch statistics."""
-    theirs, inputs = results("zygote", "float64", "d3", "default"), case_inputs("d3")
-    running, mean, spread = None, 0.0, 1.0
-    for step, x in enumerate(inputs["x_steps"], start=1):
-        _, running = bn.batch_norm(x, running=running, convention="zygote-seed")
-        mean = 0.9 * mean + 0.1 * theirs[f"mu_dropped_{step}"]
-        spread = 0.9 * spread + 0.1 * theirs[f"sigma_dropped_{step}"]
-    assert relative_error(running.mean, mean) <= 1e-12
-    assert relative_error(running.spread, spread) <= 1e-12
-
-
-def test_zygote_seed_single_element_is_finite():
-    """Its m/(m - 1) is infinite for one element; ours is clamped to 1, and sigma is sqrt(eps)."""
-    theirs, inputs = results("zygote", "float64", "single", "default"), case_inputs("single")
-    assert np.isinf(theirs["sigma_dropped_1"]).all()
-    y, batch = bn.batch_norm(inputs["x"], inputs["gamma"], inputs["beta"], convention="zygote-seed", decay=0.0)
-    assert relative_error(y, theirs["y"]) <= 1e-12
-    np.testing.assert_allclose(batch.spread, EPS_FLOAT32**0.5, rtol=1e-12)
-
-
-@pytest.mark.parametrize("library", DIFFERENTIATING, ids=by_name)
-@pytest.mark.parametrize("config", ["module_asis_nf3", "module_nhwc_nf4"])
-def test_d2l_seed_on_images_normalises_rows(library, config):
-    """What its code does with channels-last images: statistics of axis 1, gamma and beta on the last axis."""
-    theirs = results("d2l", "float64", "d4", config)
-    with library.context("float64"):
-        x, dy, gamma, beta = (library.array(theirs[n]) for n in ("x_steps", "dy", "gamma", "beta"))
-        running = bn.RunningStatistics.initial(theirs["x_steps"].shape[2], "d2l-seed", like=x)
-
-        def layer(x, gamma, beta, running, training):
-            xhat, running = bn.batch_norm(x, running=running, convention="d2l-seed", axis=1, training=training)
-            return xhat * gamma + beta, running
-
-        def loss(running, training):
-            return lambda x, gamma, beta: (layer(x, gamma, beta, running, training)[0] * dy).sum()
-
-        ours = {"y_eval_init": layer(x[0], gamma, beta, running, False)[0]}
-        gradients = library.gradients(loss(running, True), x[0], gamma, beta)
-        ours |= dict(zip(("dx", "dgamma", "dbeta"), gradients, strict=True))
-        for step in range(3):
-            y, running = layer(x[step], gamma, beta, running, True)
-            ours.setdefault("y", y)
-            for name, value in (("mean", running.mean), ("var", running.spread)):
-                # the state silently takes the shape (1, rows, 1, C), with the same numbers for each channel
-                ours[f"running_{name}_{step + 1}"] = value[None, :, None, None] + 0 * gamma
-        ours["y_eval_3"] = layer(x[0], gamma, beta, running, False)[0]
-        gradients = library.gradients(loss(running, False), x[0], gamma, beta)
-        ours |= dict(zip(("dx_eval_3", "dgamma_eval_3", "dbeta_eval_3"), gradients, strict=True))
-        compared = {name: library.numpy(value) for name, value in ours.items()}
-    for name, value in compared.items():
-        assert relative_error(value, theirs[name]) <= 1e-12, name
-    assert relative_error(compared["running_mean_1"], theirs["moving_mean_after_init"]) <= 1e-12
 
 
 def test_equinox_ema_trains_on_its_average():
