@@ -1,0 +1,145 @@
+#include "arrays.hpp"
+
+#include <string>
+
+namespace nb = nanobind;
+
+namespace batchnorm {
+namespace {
+
+// The part of DLPack 1.2's table of C functions that is used here (dlpack.h, DLPackExchangeAPI).
+struct ExchangeTable {
+  struct { uint32_t major, minor; } version;
+  ExchangeTable* previous;
+  void *allocate, *to_managed, *from_managed;
+  int (*view)(void* object, nb::dlpack::dltensor* out);  // borrows; null where it is not offered
+};
+
+// The table of a type; null if it has none. The last answer is kept: a program's arrays are mostly of one type.
+ExchangeTable* exchange_table(PyTypeObject* type) {
+  static PyTypeObject* known_type = nullptr;
+  static ExchangeTable* known_table = nullptr;
+  if (type == known_type) return known_table;
+  ExchangeTable* table = nullptr;
+  nb::object capsule = nb::getattr(nb::handle(reinterpret_cast<PyObject*>(type)), "__dlpack_c_exchange_api__", nb::none());
+  if (PyCapsule_IsValid(capsule.ptr(), "dlpack_exchange_api")) {
+    table = static_cast<ExchangeTable*>(PyCapsule_GetPointer(capsule.ptr(), "dlpack_exchange_api"));
+    if (table->version.major != 1 || !table->view) table = nullptr;
+  }
+  Py_INCREF(reinterpret_cast<PyObject*>(type));  // for good: its address stands for it
+  known_type = type;
+  known_table = table;
+  return table;
+}
+
+constexpr uint8_t dlpack_int = 0, dlpack_uint = 1, dlpack_float = 2, dlpack_bfloat = 4, dlpack_bool = 6;
+
+}  // namespace
+
+Array::Array(const char* name, nb::handle object, bool is_written) : name(name) {
+  if (object.is_none()) return;
+  is_given = true;
+  if (!read_dlpack_table(object) && !read_buffer(object, is_written)) read_dlpack(object);
+}
+
+Array::~Array() {
+  if (has_buffer_) PyBuffer_Release(&buffer_);
+}
+
+bool Array::read_dlpack_table(nb::handle object) {
+  ExchangeTable* table = exchange_table(Py_TYPE(object.ptr()));
+  if (!table) return false;
+  nb::dlpack::dltensor tensor;
+  if (table->view(object.ptr(), &tensor) != 0) throw nb::python_error();
+  read_tensor(tensor);
+  return true;
+}
+
+bool Array::read_buffer(nb::handle object, bool is_written) {
+  if (!PyObject_CheckBuffer(object.ptr())) return false;
+  const int flags = PyBUF_STRIDES | PyBUF_FORMAT | (is_written ? PyBUF_WRITABLE : 0);
+  if (PyObject_GetBuffer(object.ptr(), &buffer_, flags) != 0) throw nb::python_error();
+  has_buffer_ = true;
+  if (buffer_.ndim > most_dimensions) throw nb::value_error("more than 32 dimensions");
+  const char* format = buffer_.format ? buffer_.format : "B";
+  if (*format == '@' || *format == '=') ++format;
+  switch (format[1] ? 0 : *format) {
+    case 'f': element = Element::float32; break;
+    case 'd': element = Element::float64; break;
+    case 'e': element = Element::float16; break;
+    case 'H': element = Element::bfloat16; break;
+    case '?': case 'B': element = Element::byte; break;
+    case 'l': case 'q': element = Element::int64; break;
+    default: throw nb::type_error((std::string(name) + " has an unknown format " + format).c_str());
+  }
+  data = buffer_.buf;
+  ndim = buffer_.ndim;
+  for (int i = 0; i < ndim; ++i) {
+    shape[i] = buffer_.shape[i];
+    strides[i] = buffer_.strides[i] / buffer_.itemsize;
+    if (strides[i] * buffer_.itemsize != buffer_.strides[i] && shape[i] > 1)
+      throw nb::value_error((std::string(name) + " has strides that are not multiples of its elements' size").c_str());
+  }
+  return true;
+}
+
+void Array::read_dlpack(nb::handle object) {
+  if (!nb::try_cast(object, holder_) || !holder_.is_valid())
+    throw nb::type_error((std::string(name) + " is not an array").c_str());
+  nb::dlpack::dltensor tensor;
+  tensor.data = const_cast<void*>(holder_.data());
+  tensor.device = {holder_.device_type(), holder_.device_id()};
+  tensor.ndim = static_cast<int32_t>(holder_.ndim());
+  tensor.dtype = holder_.dtype();
+  tensor.shape = const_cast<int64_t*>(holder_.shape_ptr());
+  tensor.strides = const_cast<int64_t*>(holder_.stride_ptr());
+  read_tensor(tensor);
+}
+
+void Array::read_tensor(const nb::dlpack::dltensor& tensor) {
+  if (tensor.device.device_type != nb::device::cpu::value)
+    throw nb::value_error((std::string(name) + " is not in the CPU's memory").c_str());
+  if (tensor.ndim > most_dimensions) throw nb::value_error("more than 32 dimensions");
+  read_element(tensor.dtype.code, tensor.dtype.bits);
+  data = static_cast<char*>(tensor.data) + tensor.byte_offset;
+  ndim = tensor.ndim;
+  int64_t packed = 1;
+  for (int i = ndim - 1; i >= 0; --i) {
+    shape[i] = tensor.shape[i];
+    strides[i] = tensor.strides ? tensor.strides[i] : packed;
+    packed *= shape[i];
+  }
+}
+
+void Array::read_element(uint8_t code, uint8_t bits) {
+  if (code == dlpack_float && bits == 32) element = Element::float32;
+  else if (code == dlpack_float && bits == 64) element = Element::float64;
+  else if (code == dlpack_float && bits == 16) element = Element::float16;
+  else if ((code == dlpack_bfloat || code == dlpack_uint) && bits == 16) element = Element::bfloat16;
+  else if ((code == dlpack_bool || code == dlpack_uint) && bits == 8) element = Element::byte;
+  else if (code == dlpack_int && bits == 64) element = Element::int64;
+  else throw nb::type_error((std::string(name) + " has a dtype that the kernels do not know").c_str());
+}
+
+int64_t Array::size() const {
+  int64_t size = 1;
+  for (int i = 0; i < ndim; ++i) size *= shape[i];
+  return size;
+}
+
+bool Array::is_contiguous() const {
+  int64_t packed = 1;
+  for (int i = ndim - 1; i >= 0; --i) {
+    if (shape[i] > 1 && strides[i] != packed) return false;
+    packed *= shape[i];
+  }
+  return true;
+}
+
+Dtype Array::dtype() const {
+  if (element > Element::float16)
+    throw nb::type_error((std::string(name) + " must be float16, bfloat16, float32 or float64").c_str());
+  return static_cast<Dtype>(element);
+}
+
+}  // namespace batchnorm

@@ -1,0 +1,96 @@
+#include "dispatch.hpp"
+
+#include <omp.h>
+#include <pthread.h>
+
+#include <algorithm>
+#include <cstdlib>
+#include <memory>
+#include <stdexcept>
+
+namespace batchnorm {
+
+namespace baseline { extern const Kernels kernels; }
+#ifdef BATCHNORM_HAS_X86
+namespace avx2 { extern const Kernels kernels; }
+namespace avx512 { extern const Kernels kernels; }
+#endif
+#ifdef BATCHNORM_HAS_NEON
+namespace neon { extern const Kernels kernels; }
+#endif
+
+std::vector<const Kernels*> supported_kernels() {
+  std::vector<const Kernels*> supported;
+#ifdef BATCHNORM_HAS_X86
+  __builtin_cpu_init();
+  const bool has_avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
+  if (has_avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+      __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl"))
+    supported.push_back(&avx512::kernels);
+  if (has_avx2) supported.push_back(&avx2::kernels);
+#endif
+#ifdef BATCHNORM_HAS_NEON
+  supported.push_back(&neon::kernels);
+#endif
+  supported.push_back(&baseline::kernels);
+  return supported;
+}
+
+namespace {
+
+const Kernels* chosen = nullptr;
+int default_threads = 0;
+
+// OpenMP's pool does not survive a fork: a child that asked it for a second thread would wait for ever.
+bool is_forked_child = false;
+[[maybe_unused]] const int registered = pthread_atfork(nullptr, nullptr, [] { is_forked_child = true; });
+
+// Below this many elements for each thread, waking it costs more than it computes.
+constexpr int64_t elements_for_a_thread = 32 << 10;
+
+}  // namespace
+
+const Kernels& chosen_kernels() { return *chosen; }
+
+void choose_kernels(const char* name) {
+  const auto supported = supported_kernels();
+  if (!name || !*name) {
+    chosen = supported.front();
+    return;
+  }
+  std::string names;
+  for (const Kernels* kernels : supported) {
+    if (std::string(kernels->name) == name) {
+      chosen = kernels;
+      return;
+    }
+    names += (names.empty() ? "" : ", ") + std::string(kernels->name);
+  }
+  throw std::invalid_argument("the instruction set " + std::string(name) + " is not one of those that are compiled in and that this machine has: " + names);
+}
+
+int num_threads() {
+  if (is_forked_child) return 1;
+  return default_threads ? default_threads : omp_get_max_threads();
+}
+
+void set_num_threads(int threads) { default_threads = threads; }
+
+bool compute(Operation operation, Problem& problem) {
+  if (is_forked_child || omp_in_parallel()) problem.threads = 1;
+  const int64_t elements = problem.N * problem.C * problem.S;
+  problem.threads = static_cast<int>(std::clamp<int64_t>(elements / elements_for_a_thread, 1, problem.threads));
+  Plan plan;
+  if (!make_plan(problem, plan)) return false;
+  alignas(64) char small[16 << 10];
+  std::unique_ptr<char[]> large;
+  char* workspace = small;
+  if (plan.workspace > static_cast<int64_t>(sizeof small)) {
+    large.reset(new char[plan.workspace]);
+    workspace = large.get();
+  }
+  (operation == Operation::forward ? chosen->forward : chosen->backward)(problem, plan, workspace);
+  return true;
+}
+
+}  // namespace batchnorm

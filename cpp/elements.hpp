@@ -1,0 +1,200 @@
+// The formulas: what happens to one vector of elements. Each struct below is one pass over the data; `traverse.hpp`
+// walks it along rows or down columns, where its coefficients are those of one channel or of one column each.
+//
+//     d = x - hi                       exact where x lies within a factor of two of hi (Sterbenz)
+//     z = scale * d + offset           scale = gamma * rstd, offset = beta - scale * lo: mean = hi + lo
+//     y = activation(z + residual)
+//     dx = a * dz + b * (d * rstd) + c
+#pragma once
+
+#include "activations.hpp"
+#include "problem.hpp"
+#include "simd.hpp"
+
+namespace batchnorm::BATCHNORM_ISA {
+
+// Which lanes of a vector hold elements: all, or the first n.
+struct All {};
+struct First { int n; };
+
+template <class T> BATCHNORM_INLINE auto load(const T* p, All) { return load(p); }
+template <class T> BATCHNORM_INLINE auto load(const T* p, First lanes) { return load(p, lanes.n); }
+template <class V> BATCHNORM_INLINE V only(V v, All) { return v; }
+template <class V> BATCHNORM_INLINE V only(V v, First lanes) { return select(first_lanes<V>(lanes.n), v, V{}); }
+template <class V> BATCHNORM_INLINE MaskOf<V> keep_lanes(const uint8_t* p, All) { return load_mask<V>(p); }
+template <class V> BATCHNORM_INLINE MaskOf<V> keep_lanes(const uint8_t* p, First lanes) {
+  return load_mask<V>(p, lanes.n);
+}
+
+template <class T, class V> BATCHNORM_INLINE void put(T* p, V v, All, bool is_streaming) {
+  if (is_streaming) stream(p, v);
+  else store(p, v);
+}
+template <class T, class V> BATCHNORM_INLINE void put(T* p, V v, First lanes, bool) { store(p, v, lanes.n); }
+
+// Where the elements of one row are.
+template <class T> struct Row {
+  const T *x, *residual, *dy;
+  T *out, *dresidual;  // out: y or dx
+  const uint8_t* keep;  // of a mask element by element
+
+  BATCHNORM_INLINE Row operator+(int64_t j) const { return advanced({j, j, j, j, j, j}, 1); }
+
+  // Elements from one row to the next, in each array.
+  struct Step { int64_t x, residual, dy, out, dresidual, keep; };
+  BATCHNORM_INLINE Row advanced(const Step& step, int64_t rows) const {
+    return {x + rows * step.x, residual ? residual + rows * step.residual : nullptr, dy ? dy + rows * step.dy : nullptr,
+            out ? out + rows * step.out : nullptr, dresidual ? dresidual + rows * step.dresidual : nullptr,
+            keep ? keep + rows * step.keep : nullptr};
+  }
+};
+
+// Tables of coefficients, by channel or by column. In the workspace.
+template <class F> struct Tables { F *hi, *scale, *offset, *rstd, *a, *b, *c; };
+
+// What varies between calls but not between elements.
+struct Options {
+  Activation activation;
+  double slope;
+  bool has_mask;            // rows carry `keep`
+  bool is_padding;          // forward: no element counts, all come out normalised
+  bool normalized_padding;  // forward: those that do not count come out normalised
+  bool through_statistics;  // backward
+};
+
+// The passes are compiled for the common forms and once for everything else, which is decided at run time.
+enum class Form : uint8_t { plain, relu, relu_residual, general };
+
+// A coefficient for the lanes of a vector: `by_channel` for the rows family, `by_column` for the other.
+template <class V> BATCHNORM_INLINE V by_channel(const ScalarOf<V>* table, int64_t channel) {
+  return broadcast<V>(table[channel]);
+}
+template <class V> BATCHNORM_INLINE V by_column(const ScalarOf<V>* table, int64_t column) { return load(table + column); }
+
+#define BATCHNORM_COEFFICIENTS(...)                                                                 \
+  struct Coefficients { V __VA_ARGS__; };                                                           \
+  template <auto fetch> BATCHNORM_INLINE Coefficients coefficients(int64_t i) const
+
+// p = q = x - hi, with any value near the mean as hi: the sums of p and p * q give the moments.
+template <class T, bool is_masked> struct Deviations {
+  using V = typename Compute<T>::V;
+  Tables<ScalarOf<V>> tables;
+  Options options;
+
+  BATCHNORM_COEFFICIENTS(hi) { return {fetch(tables.hi, i)}; }
+
+  template <class L> BATCHNORM_INLINE void terms(const Row<T>& row, int64_t j, const Coefficients& k, L lanes, V& p, V& q)
+      const {
+    V d = only(load(row.x + j, lanes) - k.hi, lanes);
+    if constexpr (is_masked) d = select(keep_lanes<V>(row.keep + j, lanes), d, V{});
+    p = q = d;
+  }
+};
+
+template <class T> struct Normalized {  // what both directions share
+  using V = typename Compute<T>::V;
+
+  template <class L> static BATCHNORM_INLINE V z(const Row<T>& row, int64_t j, V d, V scale, V offset, bool has_residual, L lanes) {
+    const V z = fma(scale, d, offset);
+    return has_residual ? z + load(row.residual + j, lanes) : z;
+  }
+};
+
+// y = activation(z + residual).
+template <class T, Form form> struct Forward {
+  using V = typename Compute<T>::V;
+  Tables<ScalarOf<V>> tables;
+  Options options;
+
+  BATCHNORM_COEFFICIENTS(hi, scale, offset) {
+    return {fetch(tables.hi, i), fetch(tables.scale, i), fetch(tables.offset, i)};
+  }
+
+  template <class L> BATCHNORM_INLINE void apply(const Row<T>& row, int64_t j, const Coefficients& k, L lanes, bool is_streaming)
+      const {
+    V d = load(row.x + j, lanes) - k.hi;
+    if constexpr (form != Form::general) {
+      const V z = Normalized<T>::z(row, j, d, k.scale, k.offset, form == Form::relu_residual, lanes);
+      return put(row.out + j, form == Form::plain ? z : select(z <= V{}, V{}, z), lanes, is_streaming);
+    }
+    MaskOf<V> keep = ~MaskOf<V>{};
+    if (options.is_padding) keep = ~keep;
+    else if (options.has_mask) keep = keep_lanes<V>(row.keep + j, lanes);
+    // NaN in padding comes out as xhat = 0, and as 0 in the residual.
+    d = select(keep | is_finite(d), d, V{});
+    V z = fma(k.scale, d, k.offset);
+    if (row.residual) {
+      const V residual = load(row.residual + j, lanes);
+      z += select(keep | is_finite(residual), residual, V{});
+    }
+    V y = activate(options.activation, z, broadcast<V>(static_cast<ScalarOf<V>>(options.slope)));
+    if (!options.normalized_padding) y = select(keep, y, V{});
+    put(row.out + j, y, lanes, is_streaming);
+  }
+};
+
+// dz = dy * activation'(z), from x alone: z is computed again as forward did.
+template <class T, Form form> struct Backward {
+  using V = typename Compute<T>::V;
+  Tables<ScalarOf<V>> tables;
+  Options options;
+
+  template <class K, class L> BATCHNORM_INLINE V dz(const Row<T>& row, int64_t j, V d, const K& k, L lanes) const {
+    const V dy = load(row.dy + j, lanes);
+    if constexpr (form == Form::plain) return dy;
+    V z = fma(k.scale, d, k.offset);
+    if constexpr (form == Form::relu) return select(z <= V{}, V{}, dy);
+    if constexpr (form == Form::relu_residual) return select(z + load(row.residual + j, lanes) <= V{}, V{}, dy);
+    if (row.residual) z += load(row.residual + j, lanes);
+    const V slope = broadcast<V>(static_cast<ScalarOf<V>>(options.slope));
+    const V dz = dy * activation_slope(options.activation, z, slope);
+    return options.has_mask ? select(keep_lanes<V>(row.keep + j, lanes), dz, V{}) : dz;
+  }
+};
+
+// p = dz and q = (x - hi) * rstd: their sums give dbeta and dgamma.
+template <class T, Form form> struct BackwardTerms : Backward<T, form> {
+  using V = typename Compute<T>::V;
+
+  BATCHNORM_COEFFICIENTS(hi, rstd, scale, offset) {
+    const auto& t = this->tables;
+    return {fetch(t.hi, i), fetch(t.rstd, i), fetch(t.scale, i), fetch(t.offset, i)};
+  }
+
+  template <class L> BATCHNORM_INLINE void terms(const Row<T>& row, int64_t j, const Coefficients& k, L lanes, V& p, V& q)
+      const {
+    const V d = load(row.x + j, lanes) - k.hi;
+    p = only(this->dz(row, j, d, k, lanes), lanes);
+    q = d * k.rstd;
+    if constexpr (form == Form::general)
+      if (this->options.has_mask) q = select(keep_lanes<V>(row.keep + j, lanes), q, V{});
+  }
+};
+
+// dx = a * dz + b * (x - hi) * rstd + c, and dresidual = dz.
+template <class T, Form form> struct Gradient : Backward<T, form> {
+  using V = typename Compute<T>::V;
+
+  BATCHNORM_COEFFICIENTS(hi, rstd, scale, offset, a, b, c) {
+    const auto& t = this->tables;
+    return {fetch(t.hi, i), fetch(t.rstd, i), fetch(t.scale, i), fetch(t.offset, i), fetch(t.a, i), fetch(t.b, i), fetch(t.c, i)};
+  }
+
+  template <class L> BATCHNORM_INLINE void apply(const Row<T>& row, int64_t j, const Coefficients& k, L lanes, bool is_streaming)
+      const {
+    const V d = load(row.x + j, lanes) - k.hi;
+    const V dz = this->dz(row, j, d, k, lanes);
+    V dx = fma(k.a, dz, fma(k.b, d * k.rstd, k.c));
+    if constexpr (form == Form::general) {
+      if (!this->options.through_statistics) dx = k.a * dz;
+      if (this->options.has_mask) dx = select(keep_lanes<V>(row.keep + j, lanes), dx, V{});
+      if (row.out) put(row.out + j, dx, lanes, is_streaming);
+      if (row.dresidual) put(row.dresidual + j, dz, lanes, is_streaming);
+    } else {
+      put(row.out + j, dx, lanes, is_streaming);
+      if constexpr (form == Form::relu_residual) put(row.dresidual + j, dz, lanes, is_streaming);
+    }
+  }
+};
+
+}  // namespace batchnorm::BATCHNORM_ISA

@@ -1,0 +1,78 @@
+// What a kernel is asked to do: plain numbers and pointers, the same for every instruction set, checked by the caller.
+#pragma once
+
+#include <cstdint>
+
+#include "dtypes.hpp"
+
+namespace batchnorm {
+
+enum class Activation : uint8_t { identity, relu, leaky_relu, silu, sigmoid, tanh, gelu };
+enum class EpsPlacement : uint8_t { inside, outside, absent };
+
+// A view (N, C, S): outer, channel, inner. Strides in elements, of any sign; no alignment is assumed.
+struct Tensor {
+  void* data = nullptr;  // null: not there
+  int64_t n = 0, c = 0, s = 0;
+};
+
+// One number for each channel, of any element type.
+struct Channels {
+  void* data = nullptr;
+  Dtype dtype = Dtype::float32;
+  int64_t stride = 0;
+};
+
+// Which elements count. At most one of the two is given; neither: all of them.
+struct Mask {
+  const int64_t* lengths = nullptr;  // for each n, how many leading s count; in 0..S
+  Tensor keep = {};                  // bytes, not 0 where an element counts; stride 0 along what they broadcast over
+};
+
+struct Problem {
+  Dtype dtype;
+  int64_t N, C, S;
+  Mask mask = {};
+  int threads = 1;
+
+  // Arrays of the shape of x. They share one layout: s (or N = S = 1) is the unit stride of all, or c is.
+  Tensor x, residual = {}, dy = {};      // read
+  Tensor y = {}, dx = {}, dresidual = {};  // written; null where it is not wanted
+
+  Activation activation = Activation::identity;
+  double slope = 0;                 // of leaky_relu
+  bool normalized_padding = false;  // forward: masked elements come out normalised like the rest, not as 0
+  Channels gamma = {}, beta = {};   // null: 1 and 0
+
+  // One for each channel, contiguous; float, or double for float64. Forward writes them if it measures and reads
+  // mean, mean_lo and rstd if not; backward reads those.
+  void *mean = nullptr, *mean_lo = nullptr, *m2 = nullptr, *rstd = nullptr;
+  int64_t* count = nullptr;  // null: N * S for every channel
+
+  // Forward only.
+  bool measure = true;  // normalise by the moments of x, which are returned, rather than by given statistics
+  double eps = 0;
+  EpsPlacement eps_placement = EpsPlacement::inside;
+  int correction = 0;  // the variance that normalises is m2 / max(count - correction, 1)
+
+  // Backward only.
+  bool through_statistics = true;      // the statistics depend on x; if not, dx = gamma * rstd * dz
+  Channels factor = {};                // of the xhat term of dx: (std + eps) / std for eps outside the root; null: 1
+  Channels dgamma = {}, dbeta = {};    // written; null where it is not wanted
+};
+
+struct Plan;
+
+// The compiled kernels of one instruction set.
+struct Kernels {
+  const char* name;
+
+  // y = activation(gamma * (x - mean) * rstd + beta + residual), and with `measure` the statistics.
+  void (*forward)(const Problem&, const Plan&, void* workspace);
+
+  // dz = dy * activation'(z); dbeta = sum(dz), dgamma = sum(dz * xhat), dresidual = dz, and dx, which is also
+  // J(dy), the forward-mode derivative: the Jacobian with respect to x is symmetric.
+  void (*backward)(const Problem&, const Plan&, void* workspace);
+};
+
+}  // namespace batchnorm

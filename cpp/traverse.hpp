@@ -1,0 +1,138 @@
+// Walking a pass (see elements.hpp) over rows: reductions, whose sums end up in doubles, and maps, which store.
+#pragma once
+
+#include "elements.hpp"
+
+namespace batchnorm::BATCHNORM_ISA {
+
+// Sums of p and of p * q in double lanes. Short runs are summed in the element's own precision and folded in here.
+template <class V> struct Sums;
+
+template <> struct Sums<Vf> {
+  Vd first[2] = {}, second[2] = {};
+
+  BATCHNORM_INLINE void fold(Vf p, Vf pq) {
+    const Halves a = widen(p), b = widen(pq);
+    first[0] += a.low, first[1] += a.high;
+    second[0] += b.low, second[1] += b.high;
+  }
+  double total_first() const { return total(first[0] + first[1]); }
+  double total_second() const { return total(second[0] + second[1]); }
+};
+
+template <> struct Sums<Vd> {
+  Vd first = {}, second = {};
+
+  BATCHNORM_INLINE void fold(Vd p, Vd pq) { first += p, second += pq; }
+  double total_first() const { return total(first); }
+  double total_second() const { return total(second); }
+};
+
+// Elements summed before they are folded: 16 of each lane at the widest, which costs float32 less than half a unit
+// in the last place of the sum on random data.
+constexpr int64_t run_length = 1024;
+
+// The sums over `length` elements of a row of one channel.
+template <class Pass, class T>
+inline void reduce_row(const Pass pass, const Row<T> row, const typename Pass::Coefficients k, int64_t length,
+                       Sums<typename Pass::V>& sums) {
+  using V = typename Pass::V;
+  constexpr int W = width<V>, unroll = 4;
+  for (int64_t begin = 0; begin < length; begin += run_length) {
+    const int64_t end = length - begin < run_length ? length : begin + run_length;
+    V first[unroll] = {}, second[unroll] = {}, p, q;
+    int64_t j = begin;
+    for (; j + unroll * W <= end; j += unroll * W)
+      for (int u = 0; u < unroll; ++u) {
+        pass.terms(row, j + u * W, k, All{}, p, q);
+        first[u] += p, second[u] = fma(p, q, second[u]);
+      }
+    for (int u = 0; j + W <= end; j += W, ++u) {
+      pass.terms(row, j, k, All{}, p, q);
+      first[u] += p, second[u] = fma(p, q, second[u]);
+    }
+    if (j < end) {
+      pass.terms(row, j, k, First{static_cast<int>(end - j)}, p, q);
+      first[3] += p, second[3] = fma(p, q, second[3]);
+    }
+    sums.fold((first[0] + first[1]) + (first[2] + first[3]), (second[0] + second[1]) + (second[2] + second[3]));
+  }
+}
+
+BATCHNORM_INLINE void accumulate(double* sums, Vf v) {
+  const Halves halves = widen(v);
+  store(sums, load(sums) + halves.low);
+  store(sums + width<Vd>, load(sums + width<Vd>) + halves.high);
+}
+BATCHNORM_INLINE void accumulate(double* sums, Vd v) { store(sums, load(sums) + v); }
+
+// Adds the sums of `count` evenly spaced rows to those of each column in [begin, end).
+template <int count, class Pass, class T>
+inline void reduce_columns(const Pass& pass, const Row<T> row, const typename Row<T>::Step& step, int64_t begin,
+                           int64_t end, double* first, double* second) {
+  using V = typename Pass::V;
+  constexpr int W = width<V>;
+  Row<T> rows[count];
+  for (int r = 0; r < count; ++r) rows[r] = row.advanced(step, r);
+  const auto block = [&](int64_t j, auto lanes) __attribute__((always_inline)) {
+    const auto k = pass.template coefficients<by_column<V>>(j);
+    V p, q, sum[2] = {}, product[2] = {};
+    for (int r = 0; r < count; ++r) {
+      pass.terms(rows[r], j, k, lanes, p, q);
+      sum[r % 2] += p, product[r % 2] = fma(p, q, product[r % 2]);
+    }
+    accumulate(first + j, sum[0] + sum[1]);
+    accumulate(second + j, product[0] + product[1]);
+  };
+  int64_t j = begin;
+  for (; j + W <= end; j += W) block(j, All{});
+  if (j < end) block(j, First{static_cast<int>(end - j)});
+}
+
+// Whether all that a row writes can be streamed, whole vectors at a time, from its element j on.
+template <class T> inline bool is_aligned(const Row<T>& row, int64_t j) {
+  constexpr uintptr_t bytes = width<typename Compute<T>::V> * sizeof(T);
+  const auto at = [&](const T* p) { return p ? reinterpret_cast<uintptr_t>(p + j) % bytes : 0; };
+  return at(row.out) == 0 && at(row.dresidual) == 0;
+}
+
+// Stores the results for `length` elements of a row of one channel.
+template <class Pass, class T>
+inline void map_row(const Pass pass, const Row<T> row, const typename Pass::Coefficients k, int64_t length,
+                    bool is_streaming) {
+  constexpr int W = width<typename Pass::V>;
+  int64_t j = 0;
+  if (is_streaming) {
+    const T* out = row.out ? row.out : row.dresidual;
+    const int head = static_cast<int>((W - reinterpret_cast<uintptr_t>(out) / sizeof(T) % W) % W);
+    if (head < length && is_aligned(row, head)) {
+      if (head) pass.apply(row, 0, k, First{head}, false);
+      for (j = head; j + W <= length; j += W) pass.apply(row, j, k, All{}, true);
+    }
+  }
+  for (; j + W <= length; j += W) pass.apply(row, j, k, All{}, false);
+  if (j < length) pass.apply(row, j, k, First{static_cast<int>(length - j)}, false);
+}
+
+// Stores the results of `count` evenly spaced rows for the columns in [begin, end).
+template <int count, class Pass, class T>
+inline void map_columns(const Pass& pass, const Row<T> row, const typename Row<T>::Step& step, int64_t begin,
+                        int64_t end, bool is_streaming) {
+  using V = typename Pass::V;
+  constexpr int W = width<V>;
+  Row<T> rows[count];
+  for (int r = 0; r < count; ++r) {
+    rows[r] = row.advanced(step, r);
+    is_streaming = is_streaming && is_aligned(rows[r], begin);
+  }
+  const auto block = [&](int64_t j, auto lanes, bool streams) __attribute__((always_inline)) {
+    const auto k = pass.template coefficients<by_column<V>>(j);
+    for (int r = 0; r < count; ++r) pass.apply(rows[r], j, k, lanes, streams);
+  };
+  int64_t j = begin;
+  if (is_streaming) for (; j + W <= end; j += W) block(j, All{}, true);
+  for (; j + W <= end; j += W) block(j, All{}, false);
+  if (j < end) block(j, First{static_cast<int>(end - j)}, false);
+}
+
+}  // namespace batchnorm::BATCHNORM_ISA
