@@ -40,7 +40,7 @@ template <class T> class BackwardJob : public Job<T> {
     });
   }
 
-  // dx = gamma * rstd * (dz - E[dz] - xhat * E[dz * xhat]) = a * dz + b * q + c, with q = (x - hi) * rstd and
+  // dx = gamma * rstd * (dz - E[dz] - xhat * E[dz * xhat]) = a * (dz - c + b * q), with q = (x - hi) * rstd and
   // xhat = q - rstd * lo.
   void finish(int64_t c) {
     double dbeta, dgamma;
@@ -50,11 +50,10 @@ template <class T> class BackwardJob : public Job<T> {
     write(problem.dgamma, c, dgamma);
     write(problem.dbeta, c, dbeta);
     const double n = static_cast<double>(max(problem.count ? problem.count[c] : problem.N * problem.S, 1));
-    const double a = read(problem.gamma, c, 1) * rstd;
-    const double b = -a * dgamma / n * read(problem.factor, c, 1);
-    tables.a[c] = static_cast<F>(a);
+    const double b = -dgamma / n * read(problem.factor, c, 1);
+    tables.a[c] = static_cast<F>(read(problem.gamma, c, 1) * rstd);
     tables.b[c] = static_cast<F>(b);
-    tables.c[c] = static_cast<F>(-a * dbeta / n - b * shift);
+    tables.c[c] = static_cast<F>(dbeta / n + b * shift);
   }
 };
 

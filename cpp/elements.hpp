@@ -4,7 +4,7 @@
 //     d = x - hi                       exact where x lies within a factor of two of hi (Sterbenz)
 //     z = scale * d + offset           scale = gamma * rstd, offset = beta - scale * lo: mean = hi + lo
 //     y = activation(z + residual)
-//     dx = a * dz + b * (d * rstd) + c
+//     dx = a * (dz - c + b * (d * rstd))      exactly 0 for one element, whose dz is c
 #pragma once
 
 #include "activations.hpp"
@@ -171,7 +171,7 @@ template <class T, Form form> struct BackwardTerms : Backward<T, form> {
   }
 };
 
-// dx = a * dz + b * (x - hi) * rstd + c, and dresidual = dz.
+// dx = a * (dz - c + b * (x - hi) * rstd), and dresidual = dz.
 template <class T, Form form> struct Gradient : Backward<T, form> {
   using V = typename Compute<T>::V;
 
@@ -184,7 +184,7 @@ template <class T, Form form> struct Gradient : Backward<T, form> {
       const {
     const V d = load(row.x + j, lanes) - k.hi;
     const V dz = this->dz(row, j, d, k, lanes);
-    V dx = fma(k.a, dz, fma(k.b, d * k.rstd, k.c));
+    V dx = k.a * fma(k.b, d * k.rstd, dz - k.c);
     if constexpr (form == Form::general) {
       if (!this->options.through_statistics) dx = k.a * dz;
       if (this->options.has_mask) dx = select(keep_lanes<V>(row.keep + j, lanes), dx, V{});

@@ -11,8 +11,12 @@ constexpr int64_t row_chunk = 8192;     // elements of a channel that are summed
 constexpr int64_t column_block = 512;   // columns whose sums stay in the first-level cache
 constexpr int64_t widest_row = 4096;    // columns, of rows put side by side
 
-constexpr int64_t cache_bytes = 384 << 10;     // of a second-level cache of 1 MiB and more
-constexpr int64_t streamed_bytes = 16 << 20;   // x and y together fill a third-level cache of 32 MiB
+// What a thread reads between two passes over it. More than fits some second-level caches: with few channels at a time
+// the stretches of contiguous memory are short, and starting on one costs more than a read from the third level.
+constexpr int64_t cache_bytes = 1 << 20;
+
+// Bytes of all tensors from which results are streamed: they would push each other out of a third level of 32 MiB.
+constexpr int64_t streamed_bytes = 24 << 20;
 
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
@@ -80,7 +84,9 @@ bool make_plan(const Problem& p, Plan& plan) {
   } else {
     return false;
   }
-  plan.is_streaming = p.N * p.C * p.S * size_of(p.dtype) >= streamed_bytes;
+  int64_t tensors = 0;
+  all_tensors(p, [&](const Tensor&) { return ++tensors; });
+  plan.is_streaming = tensors * p.N * p.C * p.S * size_of(p.dtype) >= streamed_bytes;
   plan.cache_bytes = cache_bytes;
   const int64_t scalar = p.dtype == Dtype::float64 ? 8 : 4;
   const int64_t partial = 2 * 8 * plan.chunks * (plan.is_columns ? plan.pitch : p.C);

@@ -47,13 +47,13 @@ inline void reduce_row(const Pass pass, const Row<T> row, const typename Pass::C
         pass.terms(row, j + u * W, k, All{}, p, q);
         first[u] += p, second[u] = fma(p, q, second[u]);
       }
-    for (int u = 0; j + W <= end; j += W, ++u) {
+    for (; j + W <= end; j += W) {
       pass.terms(row, j, k, All{}, p, q);
-      first[u] += p, second[u] = fma(p, q, second[u]);
+      first[0] += p, second[0] = fma(p, q, second[0]);
     }
     if (j < end) {
       pass.terms(row, j, k, First{static_cast<int>(end - j)}, p, q);
-      first[3] += p, second[3] = fma(p, q, second[3]);
+      first[1] += p, second[1] = fma(p, q, second[1]);
     }
     sums.fold((first[0] + first[1]) + (first[2] + first[3]), (second[0] + second[1]) + (second[2] + second[3]));
   }

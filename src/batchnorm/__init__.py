@@ -6,6 +6,7 @@ from batchnorm.core.moments import Moments
 from batchnorm.core.running import RunningStatistics
 from batchnorm.functional import affine, backward, batch_norm, forward, moments
 from batchnorm.kernels.agnostic import Cache, Gradients
+from batchnorm.kernels.registry import set_num_threads
 
 __version__ = "0.1.0"
 __all__ = [
@@ -20,4 +21,5 @@ __all__ = [
     "batch_norm",
     "forward",
     "moments",
+    "set_num_threads",
 ]

@@ -9,7 +9,7 @@ from batchnorm.convention import Convention
 from batchnorm.core import activations
 from batchnorm.core.axes import Axes, split
 from batchnorm.core.dtypes import FLOATS, Array, Namespace, cast, dtype_name, full, statistics_dtype
-from batchnorm.core.moments import counts
+from batchnorm.core.masks import Lengths, Mask, counts
 from batchnorm.core.running import RunningStatistics
 from batchnorm.named import Axis, numbered_axis, unnamed, unnamed_like
 
@@ -138,8 +138,8 @@ def check_residual(residual: Any, x: Array) -> Array | None:
     return residual
 
 
-def check_out(out: Any, x: Array) -> None:
-    """Raise unless the result can be written into `out`."""
+def check_out(out: Any, x: Array, residual: Array | None, *, is_x_kept: bool = False) -> None:
+    """Raise unless the result can be written into `out`: over x itself at most where x is not needed afterwards."""
     if out is None:
         return
     if not (array_api_compat.is_numpy_array(x) or array_api_compat.is_torch_array(x)):
@@ -152,14 +152,40 @@ def check_out(out: Any, x: Array) -> None:
         )
     if array_api_compat.is_numpy_array(out) and not out.flags.writeable:
         raise ValueError("out is read-only; pass a writable array")
+    if is_x_kept and shares_memory(out, x):
+        raise ValueError("out shares memory with x, which backward still needs; pass another array")
+    for name, array in (("x", x), ("residual", residual)):
+        if array is not None and shares_memory(out, array) and not is_same_view(out, array):
+            raise ValueError(f"out overlaps {name} without being the same view of it; pass another array")
 
 
-def check_mask(mask: Any, lengths: Any, x: Array, axes: Axes) -> Array | None:
-    """A boolean array of the library of x, broadcastable to its shape, from either of `mask` and `lengths`."""
+def shares_memory(a: Array, b: Array) -> bool:
+    """Whether the two arrays span overlapping addresses."""
+    if array_api_compat.is_torch_array(a):
+        if a.device.type != "cpu" or b.device.type != "cpu":
+            return bool(a.untyped_storage().data_ptr() == b.untyped_storage().data_ptr())
+        a, b = a.detach(), b.detach()
+        spans = [(t.data_ptr(), sum((n - 1) * s for n, s in zip(t.shape, t.stride(), strict=True))) for t in (a, b)]
+        (begin, reach), (other_begin, other_reach) = spans
+        size = a.element_size()
+        is_apart = begin + (reach + 1) * size <= other_begin or other_begin + (other_reach + 1) * size <= begin
+        return not is_apart and 0 not in a.shape
+    return numpy.may_share_memory(a, b)
+
+
+def is_same_view(a: Array, b: Array) -> bool:
+    """Whether two arrays of one shape and dtype are the same elements at the same places."""
+    if array_api_compat.is_torch_array(a):
+        return a.data_ptr() == b.data_ptr() and a.stride() == b.stride()
+    return a.__array_interface__["data"][0] == b.__array_interface__["data"][0] and a.strides == b.strides
+
+
+def check_mask(mask: Any, lengths: Any, x: Array, axes: Axes) -> Mask:
+    """A boolean array of the library of x, of its rank and broadcastable to its shape; or the lengths."""
     if mask is not None and lengths is not None:
         raise ValueError("mask and lengths are both given; pass one (lengths is a mask of the leading elements)")
     if lengths is not None:
-        return mask_of_lengths(lengths, x, axes)
+        return check_lengths(lengths, x, axes)
     if mask is None:
         return None
     xp = array_api_compat.array_namespace(x)
@@ -176,8 +202,8 @@ def check_mask(mask: Any, lengths: Any, x: Array, axes: Axes) -> Array | None:
     return xp.reshape(mask, sizes)
 
 
-def mask_of_lengths(lengths: Any, x: Array, axes: Axes) -> Array:
-    """True at position t of the time axis where t < length: the first axis that is neither batch nor channel."""
+def check_lengths(lengths: Any, x: Array, axes: Axes) -> Lengths:
+    """Integers, one for each sequence, none longer than the time axis: the first that is neither batch nor channel."""
     if len(axes.reduced) < 2:
         raise ValueError(
             f"lengths needs a batch axis and a time axis besides the channels; x has shape {tuple(x.shape)} and axis "
@@ -194,10 +220,7 @@ def mask_of_lengths(lengths: Any, x: Array, axes: Axes) -> Array:
         )
     if known(xp.all((lengths >= 0) & (lengths <= x.shape[time]))) is False:
         raise ValueError(f"lengths are {lengths}; each must lie in 0 to {x.shape[time]}, the size of axis {time} of x")
-    positions = as_array_like(x, numpy.arange(x.shape[time]))
-    along_time = tuple(-1 if axis == time else 1 for axis in range(x.ndim))
-    along_batch = tuple(-1 if axis == batch else 1 for axis in range(x.ndim))
-    return xp.reshape(positions, along_time) < xp.reshape(lengths, along_batch)
+    return Lengths(lengths)
 
 
 def as_array_like(x: Array, values: Any) -> Array:
@@ -210,7 +233,7 @@ def as_array_like(x: Array, values: Any) -> Array:
     return xp.asarray(values)
 
 
-def check_trainable(x: Array, axes: Axes, mask: Array | None, convention: Convention) -> None:
+def check_trainable(x: Array, axes: Axes, mask: Mask, convention: Convention) -> None:
     """Raise where the convention refuses to train on this batch."""
     if convention.eps == 0 and convention.zero_eps == "error":
         raise ValueError(
@@ -237,7 +260,7 @@ class Operands(NamedTuple):
 
     gamma: Array | None
     beta: Array | None
-    mask: Array | None
+    mask: Mask
     residual: Array | None
 
 

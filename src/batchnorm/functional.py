@@ -113,8 +113,7 @@ def batch_norm(
     operands = check_operands(x, gamma, beta, mask, lengths, residual, axes, given)
     training = check_training(training)
     check_activation(activation)
-    check_out(out, x)
-    compute = select(kernel)
+    check_out(out, x, operands.residual)
     if running is not None:
         running = check_running(running, x, axes)
     elif training is not False:
@@ -123,6 +122,9 @@ def batch_norm(
         raise ValueError("running is None at inference, which normalises by it; pass the state that training returned")
     if training is True:
         check_trainable(x, axes, operands.mask, convention)
+    small = (operands.gamma, operands.beta, running.mean, running.spread)
+    name = kernel if isinstance(training, bool) else "agnostic"
+    compute = select(name, (x, operands.residual), small, axes, activation)
     y, updated = compute.batch_norm(
         x,
         operands.gamma,
@@ -134,6 +136,7 @@ def batch_norm(
         mask=operands.mask,
         activation=activation,
         residual=operands.residual,
+        out=out,
     )
     if training is not False and known(updated.skipped > running.skipped):
         warnings.warn(
@@ -142,7 +145,7 @@ def batch_norm(
             RuntimeWarning,
             stacklevel=2,
         )
-    return deliver(y, out, given), updated
+    return (renamed(y, given) if is_named(given) else y), updated
 
 
 def forward(
@@ -187,8 +190,9 @@ def forward(
     axes = check_axes(given, x, axis)
     operands = check_operands(x, gamma, beta, mask, lengths, residual, axes, given)
     check_activation(activation)
-    check_out(out, x)
-    y, cache = select(kernel).forward(
+    check_out(out, x, operands.residual, is_x_kept=True)
+    compute = select(kernel, (x, operands.residual), (operands.gamma, operands.beta), axes, activation)
+    y, cache = compute.forward(
         x,
         operands.gamma,
         operands.beta,
@@ -197,10 +201,12 @@ def forward(
         mask=operands.mask,
         activation=activation,
         residual=operands.residual,
+        out=out,
     )
     if is_named(given):
         cache = cache._replace(plan=replace(cache.plan, dims=given.dims))
-    return deliver(y, out, given), cache
+        y = renamed(y, given)
+    return y, cache
 
 
 def backward(dy: Array, cache: Cache) -> Gradients:
@@ -237,7 +243,9 @@ def backward(dy: Array, cache: Cache) -> Gradients:
     check_same_library("dy", dy, cache.x)
     if tuple(dy.shape) != tuple(cache.x.shape):
         raise ValueError(f"dy has shape {tuple(dy.shape)}; it must be that of x, {tuple(cache.x.shape)}")
-    gradients: Gradients = select(None).backward(dy, cache)
+    large, small = (dy, cache.x, cache.residual), (cache.gamma, cache.beta)
+    compute = select(None, large, small, cache.plan.axes, cache.plan.activation)
+    gradients: Gradients = compute.backward(dy, cache)
     if is_named(given):
         dresidual = None if gradients.dresidual is None else renamed(gradients.dresidual, given)
         return gradients._replace(dx=renamed(gradients.dx, given), dresidual=dresidual)
@@ -269,7 +277,7 @@ def moments(x: Array, axis: Axis = 1, mask: Array | None = None) -> Moments:
     check_array("x", x)
     axes = check_axes(given, x, axis)
     mask = check_mask(unnamed_like("mask", mask, given), None, x, axes)
-    measured: Moments = select(None).moments(x, axes, mask)
+    measured: Moments = select(None, (x,), (), axes).moments(x, axes, mask)
     return measured
 
 
@@ -329,11 +337,3 @@ def resolve(
     overrides: dict[str, Any] = {"eps": eps, "decay": decay, "single": single, "masked_output": masked_output}
     overrides = {name: value for name, value in overrides.items() if value is not None}
     return replace(find(convention), **overrides) if overrides else find(convention)
-
-
-def deliver(y: Array, out: Array | None, given: Any) -> Array:
-    """y as the caller asked for it: written to `out`, and with the names of the x that was given."""
-    if out is not None:
-        out[...] = y
-        y = out
-    return renamed(y, given) if is_named(given) else y

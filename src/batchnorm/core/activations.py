@@ -101,10 +101,13 @@ def leaky_relu(slope: float) -> Activation:
     )
 
 
+DEFAULT_SLOPE = 0.01
+
+#: In the order of the kernels' enumeration.
 ACTIVATIONS = {
     "identity": Activation(lambda xp, z: z, lambda xp, z: xp.ones_like(z)),
     "relu": Activation(lambda xp, z: xp.where(z <= 0, 0.0, z), lambda xp, z: xp.where(z <= 0, 0.0, xp.ones_like(z))),
-    "leaky_relu": leaky_relu(0.01),
+    "leaky_relu": leaky_relu(DEFAULT_SLOPE),
     "silu": Activation(lambda xp, z: z * sigmoid(xp, z), silu_derivative),
     "sigmoid": Activation(sigmoid, lambda xp, z: sigmoid(xp, z) * sigmoid(xp, -z)),
     "tanh": Activation(lambda xp, z: xp.tanh(z), lambda xp, z: 1 - xp.tanh(z) ** 2),
@@ -116,7 +119,17 @@ ACTIVATIONS = {
 
 
 def find(name: str) -> Activation:
-    """The activation called `name`; `leaky_relu(0.2)` sets the slope, which is 0.01 by default.
+    """The activation called `name`.
+
+    Raises:
+        ValueError: As `parse`.
+    """
+    base, slope = parse(name)
+    return leaky_relu(slope) if base == "leaky_relu" else ACTIVATIONS[base]
+
+
+def parse(name: str) -> tuple[str, float]:
+    """The activation's own name and its slope: `leaky_relu(0.2)` sets it, which is 0.01 by default, 0 for the others.
 
     Raises:
         ValueError: No activation has that name; the message names the nearest.
@@ -128,7 +141,7 @@ def find(name: str) -> Activation:
             slope = math.nan
         if not math.isfinite(slope):
             raise ValueError(f"the slope of {name!r} is not a finite number; write leaky_relu(0.2)")
-        return leaky_relu(slope)
+        return "leaky_relu", slope
     if name not in ACTIVATIONS:
         nearest = difflib.get_close_matches(name.lower(), ACTIVATIONS, n=1)
         hint = f"did you mean {nearest[0]!r}? " if nearest else ""
@@ -136,7 +149,7 @@ def find(name: str) -> Activation:
             f"no activation is called {name!r}; {hint}Known are {', '.join(ACTIVATIONS)}, leaky_relu(slope), or pass "
             "any callable on the array"
         )
-    return ACTIVATIONS[name]
+    return name, DEFAULT_SLOPE if name == "leaky_relu" else 0.0
 
 
 def apply(xp: Namespace, z: Array, activation: str | Callable[[Array], Array] | None) -> Array:

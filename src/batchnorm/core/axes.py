@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import dataclass
+from functools import cached_property, lru_cache
 
 from batchnorm.core.dtypes import Array, Namespace
 
@@ -22,6 +23,11 @@ class Axes:
     def ndim(self) -> int:
         """Rank of x."""
         return len(self.kept) + len(self.reduced)
+
+    @cached_property
+    def kept_bits(self) -> int:
+        """The kept axes as the set bits of a number."""
+        return sum(1 << axis for axis in self.kept)
 
     def statistics_shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
         """Shape of the statistics of an x of this shape: the sizes of the kept axes."""

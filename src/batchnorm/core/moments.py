@@ -7,6 +7,7 @@ import array_api_compat
 
 from batchnorm.core.axes import Axes
 from batchnorm.core.dtypes import Array, Namespace, accumulation_dtype, cast, full, statistics_dtype
+from batchnorm.core.masks import counts
 
 
 class Moments(NamedTuple):
@@ -87,20 +88,6 @@ def moments(xp: Namespace, x: Array, axes: Axes, mask: Array | None = None) -> M
     m2 = cast(xp, xp.sum(deviation * deviation, axis=axes.reduced, keepdims=True, dtype=wide), dtype)
     mean, mean_lo = two_sum(hi, lo)
     return Moments(count, axes.gather(xp, mean), axes.gather(xp, m2), axes.gather(xp, mean_lo))
-
-
-def counts(xp: Namespace, x: Array, axes: Axes, mask: Array | None) -> Array:
-    """Elements that count, for each channel: an exact integer, whatever the mask broadcasts along.
-
-    Cost: a sum over the mask's own elements, never over x.
-    """
-    integer = xp.asarray(0).dtype  # int32 in JAX's default mode, int64 elsewhere
-    shape = axes.statistics_shape(x.shape)
-    if mask is None:
-        return full(xp, shape, axes.elements(x.shape), dtype=integer, like=x)
-    repeats = math.prod(x.shape[axis] for axis in axes.reduced if mask.shape[axis] == 1)
-    kept = xp.sum(cast(xp, mask, integer), axis=axes.reduced, keepdims=True) * repeats
-    return xp.broadcast_to(axes.gather(xp, kept), shape)
 
 
 def merge(xp: Namespace, a: Moments, b: Moments) -> Moments:

@@ -17,6 +17,7 @@ from batchnorm.core import activations
 from batchnorm.core.axes import Axes
 from batchnorm.core.dtypes import Array, Namespace, cast, statistics_dtype
 from batchnorm.core.gradients import gradients
+from batchnorm.core.masks import Mask, elementwise
 from batchnorm.core.moments import Moments
 from batchnorm.core.moments import moments as measure
 from batchnorm.core.normalize import (
@@ -37,6 +38,7 @@ class Plan:
 
     axes: Axes
     activation: ActivationLike
+    eps: float
     dims: tuple[str, ...] | None = None  # names of the dimensions of x, where it had names
 
 
@@ -47,7 +49,7 @@ class Cache(NamedTuple):
     gamma: Array | None
     beta: Array | None
     residual: Array | None
-    mask: Array | None
+    mask: Mask
     statistics: Statistics
     count: Array
     plan: Plan
@@ -76,12 +78,14 @@ def batch_norm(
     training: bool | Array,
     axes: Axes,
     convention: Convention,
-    mask: Array | None,
+    mask: Mask,
     activation: ActivationLike,
     residual: Array | None,
+    out: Array | None = None,
 ) -> tuple[Array, RunningStatistics]:
     """`functional.batch_norm`, with everything resolved; `training` may be a traced boolean."""
     xp = array_api_compat.array_namespace(x)
+    mask = elementwise(xp, mask, x, axes)
     gamma, beta = effective_gamma(xp, gamma, convention), effective_beta(beta, convention)
     batch, updated = None, running
     if training is not False or convention.update == "always":
@@ -103,7 +107,7 @@ def batch_norm(
     if convention.single == "identity" and batch is not None:
         is_single = axes.spread_out(xp, (batch.count == 1) & training)
         z = xp.where(is_single, cast(xp, read(xp, x, mask, convention.masked_output), z.dtype), z)
-    return finish(xp, z, x, mask, convention.masked_output, activation, residual), detached(updated)
+    return deliver(finish(xp, z, x, mask, convention.masked_output, activation, residual), out), detached(updated)
 
 
 @quietly
@@ -114,19 +118,21 @@ def forward(
     *,
     axes: Axes,
     eps: float,
-    mask: Array | None,
+    mask: Mask,
     activation: ActivationLike,
     residual: Array | None,
+    out: Array | None = None,
 ) -> tuple[Array, Cache]:
     """`functional.forward`, with everything resolved."""
     xp = array_api_compat.array_namespace(x)
     if array_api_compat.is_jax_array(x):
         register_plan_with_jax()
-    batch = measure(xp, x, axes, mask)
+    keep = elementwise(xp, mask, x, axes)
+    batch = measure(xp, x, axes, keep)
     statistics = statistics_of_batch(xp, batch, eps)
-    z = normalized(xp, x, axes, statistics, gamma, beta, mask, "zero")
-    y = finish(xp, z, x, mask, "zero", activation, residual)
-    return y, Cache(x, gamma, beta, residual, mask, statistics, batch.count, Plan(axes, activation))
+    z = normalized(xp, x, axes, statistics, gamma, beta, keep, "zero")
+    y = deliver(finish(xp, z, x, keep, "zero", activation, residual), out)
+    return y, Cache(x, gamma, beta, residual, mask, statistics, batch.count, Plan(axes, activation, eps))
 
 
 @quietly
@@ -134,6 +140,7 @@ def backward(dy: Array, cache: Cache) -> Gradients:
     """`functional.backward`: the gradients of `forward`, with the pre-activation computed again from x."""
     xp = array_api_compat.array_namespace(dy)
     x, gamma, beta, residual, mask, statistics, count, plan = cache
+    mask = elementwise(xp, mask, x, plan.axes)
     dtype = statistics.rstd.dtype
     dz = cast(xp, dy, dtype)
     if mask is not None:
@@ -153,9 +160,10 @@ def backward(dy: Array, cache: Cache) -> Gradients:
 
 
 @quietly
-def moments(x: Array, axes: Axes, mask: Array | None) -> Moments:
+def moments(x: Array, axes: Axes, mask: Mask) -> Moments:
     """`functional.moments`, with everything resolved."""
-    return measure(array_api_compat.array_namespace(x), x, axes, mask)
+    xp = array_api_compat.array_namespace(x)
+    return measure(xp, x, axes, elementwise(xp, mask, x, axes))
 
 
 @cache
@@ -171,6 +179,14 @@ def detached(running: RunningStatistics) -> RunningStatistics:
     if not array_api_compat.is_torch_array(running.mean):
         return running
     return RunningStatistics(*(value.detach() for value in running))
+
+
+def deliver(y: Array, out: Array | None) -> Array:
+    """y, written to `out` where that is given."""
+    if out is None:
+        return y
+    out[...] = y
+    return out
 
 
 T = TypeVar("T", Statistics, RunningStatistics)

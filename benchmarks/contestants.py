@@ -1,0 +1,98 @@
+"""Who takes part in a race, and how its results are compared with everyone else's."""
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from importlib.util import find_spec
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from benchmarks.cases import Case
+
+if TYPE_CHECKING:
+    from benchmarks.arrays import Arrays
+
+OURS, OURS_NUMPY, FLOOR = "batchnorm", "batchnorm (NumPy)", "floor"
+EAGER, IN_PLACE, COMPILED = "PyTorch", "PyTorch in place", "torch.compile"
+ONEDNN, JAX, NUMPY = "oneDNN", "JAX", "NumPy"
+PEERS = {
+    EAGER: "eager, with autograd",
+    IN_PLACE: "eager, with += and an in-place ReLU as torchvision's networks have them",
+    COMPILED: "the same functions compiled by Inductor",
+    ONEDNN: "the primitive, through PyTorch's mkldnn tensors",
+    JAX: "under jit, with the formulas of Flax",
+    NUMPY: "as people write it; compared with ours on NumPy arrays",
+}
+MODULES = {JAX: "jax"}  # what a peer needs that may not be installed; PyTorch itself is what ours is measured with
+
+AGAINST = {NUMPY: OURS_NUMPY, OURS_NUMPY: OURS_NUMPY}  # whose time a ratio is relative to, where it is not OURS
+
+Results = dict[str, NDArray[np.float64]]
+
+
+def nothing() -> None:
+    """For a library without threads of its own there is nothing to wake."""
+
+
+@dataclass(frozen=True)
+class Contestant:
+    """One way to do a case's work.
+
+    Attributes:
+        name: As tables and files call it.
+        run: Does the work and returns all of its results, so that none of them is freed inside the timed call.
+        unpack: The results of `run` by name (`y`, `dx`, `dgamma`, `dbeta`, `dresidual`) with the axes of
+            `Case.shape`; what they are compared by.
+        wake: A little work on the same threads: they fall asleep after some milliseconds without any.
+    """
+
+    name: str
+    run: Callable[[], Any]
+    unpack: Callable[[Any], Results] | None = None
+    wake: Callable[[], object] = nothing
+
+
+def entered(case: Case, *, compiles: bool = True) -> tuple[str, ...]:
+    """The peers that take part in a case: those that can do it at all, and where it says something.
+
+    oneDNN is reached for float32 and NCHW; its backward pass goes through PyTorch's conversions, which would be
+    timed too. NumPy has no bfloat16, and takes seconds for the huge tensor. An activation fused into lines of NumPy
+    is nobody's code.
+    """
+    peers = [EAGER]
+    if case.operation == "forward-out":
+        return tuple(peers)
+    if case.operation in ("relu", "add+relu"):
+        peers.append(IN_PLACE)
+    if compiles:
+        peers.append(COMPILED)
+    if case.dtype == "float32" and case.layout == "NCHW" and case.operation in ("forward", "inference"):
+        peers.append(ONEDNN)
+    peers.append(JAX)
+    is_plain = case.operation in ("forward", "forward+backward", "inference")
+    if case.dtype == "float32" and is_plain and case.layout != "masked" and case.family != "huge":
+        peers.append(NUMPY)
+    return tuple(peers)
+
+
+def missing(peers: Iterable[str]) -> dict[str, str]:
+    """Those of the peers that cannot take part here, with what they need."""
+    return {peer: MODULES[peer] for peer in peers if peer in MODULES and find_spec(MODULES[peer]) is None}
+
+
+def contestants(case: Case, arrays: "Arrays", peers: Iterable[str]) -> list[Contestant]:
+    """Ours, the passes over memory that make up the floor, and these peers; their libraries are imported here."""
+    from benchmarks import ours, passes, peer_numpy, peer_pytorch
+
+    found = [ours.with_tensors(case, arrays), *passes.contestants(case, arrays)]
+    for peer in peers:
+        if peer == JAX:
+            from benchmarks import peer_jax
+
+            found.append(peer_jax.contestant(case, arrays))
+        elif peer == NUMPY:
+            found += [peer_numpy.contestant(case, arrays), ours.with_numpy(case, arrays)]
+        else:
+            found.append(peer_pytorch.contestant(peer, case, arrays))
+    return found

@@ -1,0 +1,78 @@
+"""The floor: the time that memory alone takes. It is the denominator of every "within 1.25 times the floor".
+
+A batch norm computes a handful of operations an element, so what it cannot do without is moving the elements. The floor
+of a case is the sum of the passes over memory that it needs, each timed by itself in the same race as everything else,
+with the same tensors, layout and number of threads. `passes` is its definition; a pass is one of
+
+    read        every element of x is read                                       1 x the bytes of x
+    copy        x is read, a result of its size is allocated and written         2 x
+    copy-into   the same into a tensor that is there already                     2 x
+    add         two tensors are read, a result is allocated and written          3 x
+
+A channel's statistics must be complete before its first result can be written, so x is visited twice. The second visit
+costs no memory traffic where the channel's *slice* stayed in L2, the cache of the core that works on it. A slice is
+what the elements of one channel occupy there: the elements themselves where they lie together (NCHW), but whole lines
+of 64 bytes, with the neighbouring channels in them, where the channels alternate (channels last, rows, sequences):
+memory moves in lines. So:
+
+    forward     copy                   where a slice of x fits L2             read + copy       otherwise
+    backward    add                    where slices of x and dy fit it        2 read + add      otherwise
+    inference   copy
+
+ReLU costs nothing: where it is 0 is computed again from x. A residual is one more tensor to read on the way forward,
+and dresidual one more to write on the way back:
+
+    forward     add                    where a slice of x fits L2             read + add        otherwise
+    backward    add + copy             where slices of x and dy fit it        2 add + read      otherwise
+
+The last is the cheaper order of two: x, dy and the residual make dresidual, then x and dresidual make dx. Statistics,
+parameters and masks are not counted: they are small. In a masked case every element is counted, padding too. A result
+is a fresh tensor, as the call's own is, except in `forward-out`.
+"""
+
+from collections import Counter
+from typing import Literal
+
+from benchmarks.cases import DTYPES, Case
+
+Pass = Literal["read", "copy", "copy-into", "add"]
+
+LINE = 64  # bytes
+TRAFFIC: dict[Pass, int] = {"read": 1, "copy": 2, "copy-into": 2, "add": 3}  # tensors moved
+
+
+def slice_bytes(case: Case) -> int:
+    """What the elements of one channel occupy in a cache.
+
+    Example:
+        >>> slice_bytes(Case("grid", "forward", "float32", "NCHW", (32, 64, 56, 56)))
+        401408
+        >>> slice_bytes(Case("grid", "forward", "float32", "channels-last", (32, 64, 56, 56)))
+        6422528
+    """
+    elements = case.bytes // DTYPES[case.dtype] // case.channels
+    if case.layout == "NCHW":
+        return elements * DTYPES[case.dtype]
+    return elements * min(LINE, case.channels * DTYPES[case.dtype])
+
+
+def passes(case: Case, l2: int) -> Counter[Pass]:
+    """The passes over memory that a case needs on cores with `l2` bytes of second-level cache, and how often each."""
+    if case.operation == "inference":
+        return Counter({"copy": 1})
+    slice_ = slice_bytes(case)
+    needed: Counter[Pass] = Counter()
+    needed["read"] += slice_ > l2
+    needed["add" if case.has_residual else "copy-into" if case.operation == "forward-out" else "copy"] += 1
+    if case.has_backward:
+        fits = 2 * slice_ <= l2
+        if case.has_residual:
+            needed += Counter({"add": 1, "copy": 1}) if fits else Counter({"add": 2, "read": 1})
+        else:
+            needed += Counter({"add": 1}) if fits else Counter({"read": 2, "add": 1})
+    return +needed
+
+
+def moved_bytes(case: Case, l2: int) -> int:
+    """The memory traffic of the floor."""
+    return case.bytes * sum(TRAFFIC[name] * times for name, times in passes(case, l2).items())

@@ -1,0 +1,93 @@
+"""The passes over memory of `floors`, as PyTorch does them."""
+
+from collections.abc import Callable
+from functools import cache, partial
+from time import perf_counter
+
+import torch
+from torch import Tensor
+
+from benchmarks.arrays import Arrays
+from benchmarks.cases import Case
+from benchmarks.contestants import Contestant
+from benchmarks.floors import Pass, passes
+from benchmarks.machine import cache_sizes
+
+
+def contestants(case: Case, arrays: Arrays) -> list[Contestant]:
+    """Each pass of the case's floor, once; and always a copy, which everybody knows."""
+    wanted: list[Pass] = sorted({*passes(case, cache_sizes().l2), "copy"})
+    return [Contestant(name, partial(TIMED[name], arrays), wake=wake) for name in wanted]
+
+
+@cache
+def _scratch() -> Tensor:
+    # PyTorch gives a thread at least 32,768 elements; one byte each leaves the caches nearly as they were.
+    return torch.zeros(torch.get_num_threads() * 2**16, dtype=torch.uint8)
+
+
+def wake() -> None:
+    """Work for every OpenMP thread."""
+    _scratch().add_(1)
+
+
+def _read(arrays: Arrays) -> Tensor:
+    return READERS[fastest_reader()](arrays.x)
+
+
+def _copy(arrays: Arrays) -> Tensor:
+    return arrays.x.clone()
+
+
+def _copy_into(arrays: Arrays) -> Tensor:
+    assert arrays.out is not None
+    return arrays.out.copy_(arrays.x)
+
+
+def _add(arrays: Arrays) -> Tensor:
+    other = arrays.residual if arrays.dy is None else arrays.dy
+    assert other is not None
+    return torch.add(arrays.x, other)
+
+
+TIMED: dict[Pass, Callable[[Arrays], Tensor]] = {
+    "read": _read,
+    "copy": _copy,
+    "copy-into": _copy_into,
+    "add": _add,
+}
+
+
+def _memory(x: Tensor) -> Tensor:
+    """The elements in the order in which they lie in memory, without a copy."""
+    order = sorted(range(x.ndim), key=x.stride, reverse=True)
+    return x.permute(order).reshape(-1)
+
+
+def _as_integers(x: Tensor) -> Tensor:
+    flat = _memory(x)
+    whole = 8 // x.element_size()
+    return flat[: flat.numel() // whole * whole].view(torch.int64).sum()
+
+
+READERS: dict[str, Callable[[Tensor], Tensor]] = {
+    "sum of the elements": lambda x: _memory(x).sum(),
+    "largest element": lambda x: _memory(x).amax(),
+    "sum of the bits as int64": _as_integers,
+}
+
+
+@cache
+def fastest_reader() -> str:
+    """Which of the ways to read a tensor is the fastest here, for 16 MB in either type; found once."""
+    seconds = dict.fromkeys(READERS, 0.0)
+    for dtype in (torch.float32, torch.bfloat16):
+        x = torch.ones(2**24 // dtype.itemsize, dtype=dtype)
+        for name, read in READERS.items():
+            times = []
+            for _ in range(6):
+                start = perf_counter()
+                read(x)
+                times.append(perf_counter() - start)
+            seconds[name] += min(times)
+    return min(seconds, key=seconds.__getitem__)

@@ -1,0 +1,108 @@
+"""What was measured: one row for each contestant of a case, in memory and as CSV."""
+
+import csv
+import math
+import re
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+
+from batchnorm.training.folder import write_atomically
+from batchnorm.training.options import InputError
+from benchmarks.cases import Case
+from benchmarks.machine import Machine
+
+KEY = ("commit", "date", "machine", "os", "compiler", "python", "batchnorm", "torch", "jax", "numpy")
+COLUMNS = (*KEY, "threads", "family", "operation", "dtype", "layout", "shape", "contestant")
+FIGURES = ("p20_us", "p50_us", "p80_us", "rounds", "ratio", "others")
+
+
+@dataclass(frozen=True)
+class Result:
+    """One contestant in one case.
+
+    Attributes:
+        p20, p50, p80: Microseconds of a call.
+        rounds: How often it took part.
+        ratio: Its median over that of ours in the same race: above 1 ours is faster.
+        others: How many cores other processes kept busy meanwhile.
+    """
+
+    case: Case
+    threads: int
+    contestant: str
+    p20: float
+    p50: float
+    p80: float
+    rounds: int
+    ratio: float
+    others: float
+
+
+def geometric_mean(ratios: Iterable[float]) -> float:
+    """Of ratios, where 2 and 1/2 make 1.
+
+    Example:
+        >>> geometric_mean([2.0, 0.5])
+        1.0
+    """
+    logarithms = [math.log(ratio) for ratio in ratios]
+    return math.exp(sum(logarithms) / len(logarithms))
+
+
+def write_csv(path: Path, results: Sequence[Result], machine: Machine) -> None:
+    """All rows; the file is there whole or not at all."""
+
+    def write(temporary: Path) -> None:
+        with temporary.open("w", newline="", encoding="utf-8") as file:
+            writer = csv.writer(file, lineterminator="\n")
+            writer.writerow([*COLUMNS, *FIGURES])
+            for r in results:
+                times = [f"{value:.7g}" for value in (r.p20, r.p50, r.p80)]
+                shape = "x".join(map(str, r.case.shape))
+                case = (r.threads, r.case.family, r.case.operation, r.case.dtype, r.case.layout, shape, r.contestant)
+                writer.writerow(
+                    [*asdict(machine).values(), *case, *times, r.rounds, f"{r.ratio:.7g}", f"{r.others:.2f}"]
+                )
+
+    write_atomically(path, write)
+
+
+def read_csv(path: Path) -> tuple[list[Result], Machine]:
+    """What `write_csv` wrote.
+
+    Raises:
+        InputError: It is not such a file.
+    """
+    try:
+        with path.open(newline="", encoding="utf-8") as file:
+            rows = list(csv.DictReader(file))
+        results = [_result(row) for row in rows]
+        machine = Machine(**{field.name: rows[0][field.name] for field in fields(Machine)})
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"--read {path}: cannot be read ({error})") from None
+    except (KeyError, IndexError, TypeError, ValueError, csv.Error):
+        raise InputError(f"--read {path}: not a results.csv of this program") from None
+    return results, machine
+
+
+def parse_shape(text: str) -> tuple[int, ...]:
+    """Sizes separated by x, commas or spaces, in parentheses or not.
+
+    Raises:
+        ValueError: Anything else.
+
+    Example:
+        >>> parse_shape("32x64x56x56"), parse_shape("(256, 120)")
+        ((32, 64, 56, 56), (256, 120))
+    """
+    sizes = tuple(int(size) for size in re.split(r"[x,\s]+", text.strip("() ,")))
+    if min(sizes) < 1:
+        raise ValueError(f"a size of {min(sizes)}")
+    return sizes
+
+
+def _result(row: dict[str, str]) -> Result:
+    case = Case(row["family"], row["operation"], row["dtype"], row["layout"], parse_shape(row["shape"]))
+    p20, p50, p80, ratio, others = (float(row[name]) for name in ("p20_us", "p50_us", "p80_us", "ratio", "others"))
+    return Result(case, int(row["threads"]), row["contestant"], p20, p50, p80, int(row["rounds"]), ratio, others)

@@ -1,0 +1,123 @@
+"""The race: contestants take turns, in another order each round, and each call is timed by itself."""
+
+import gc
+import random
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from time import perf_counter_ns
+
+import numpy as np
+
+from benchmarks.cases import Case
+from benchmarks.contestants import Contestant
+
+SMALL = 2**20  # bytes of x; a call this short is timed several times in a turn
+
+
+@dataclass(frozen=True)
+class Effort:
+    """How long to measure a case.
+
+    Attributes:
+        seconds: Of calls, shared equally by the contestants: a slow one takes part in fewer rounds.
+        fewest: Rounds that every contestant takes part in at least.
+        most: And at most.
+        calls: In a turn, where x is small.
+        attempts: Races at most, while other processes disturb them.
+    """
+
+    seconds: float = 1.5
+    fewest: int = 7
+    most: int = 200
+    calls: int = 10
+    attempts: int = 3
+
+
+QUICK = Effort(seconds=0.25, fewest=3, attempts=1)
+
+
+@dataclass(frozen=True)
+class Timing:
+    """One contestant's calls, in microseconds; p50 is the median, p20 and p80 say how much it varies."""
+
+    p20: float
+    p50: float
+    p80: float
+    rounds: int
+
+
+def race(
+    contestants: Sequence[Contestant],
+    case: Case,
+    effort: Effort,
+    estimates: dict[str, float],
+    clock: Callable[[], int] = perf_counter_ns,
+) -> dict[str, Timing]:
+    """Time every contestant of a case; `estimates` are the seconds of a call, from `warm_up`.
+
+    The order of a round is drawn anew (and the same in every run), so that each contestant meets the caches as every
+    other one leaves them. A result is freed after the clock has stopped and before it starts again; the garbage
+    collector is off.
+    """
+    calls = effort.calls if case.bytes <= SMALL else 1
+    rounds = {c.name: rounds_for(estimates[c.name] * calls, effort, len(contestants)) for c in contestants}
+    samples: dict[str, list[int]] = {contestant.name: [] for contestant in contestants}
+    total = max(rounds.values())
+    order = list(contestants)
+    shuffle = random.Random(0).shuffle
+    gc.collect()
+    gc.disable()
+    try:
+        for number in range(total):
+            shuffle(order)
+            for contestant in order:
+                if takes_part(number, rounds[contestant.name], total):
+                    contestant.wake()
+                    _turn(contestant, calls, samples[contestant.name], clock)
+    finally:
+        gc.enable()
+    return {name: timing(values, rounds[name]) for name, values in samples.items()}
+
+
+def warm_up(contestant: Contestant, clock: Callable[[], int] = perf_counter_ns) -> float:
+    """Let it compile and allocate what it keeps; the seconds of a call after that."""
+    contestant.run()
+    samples: list[int] = []
+    _turn(contestant, 2, samples, clock)
+    return min(samples) / 1e9
+
+
+def rounds_for(seconds: float, effort: Effort, contestants: int) -> int:
+    """Rounds of a contestant whose turn takes `seconds`.
+
+    Example:
+        >>> rounds_for(0.01, Effort(seconds=2), contestants=10), rounds_for(1.0, Effort(seconds=2), contestants=10)
+        (20, 7)
+    """
+    share = effort.seconds / contestants
+    return max(effort.fewest, min(effort.most, int(share / max(seconds, 1e-9))))
+
+
+def takes_part(number: int, rounds: int, total: int) -> bool:
+    """Whether a contestant of so many `rounds` runs in round `number` of `total`: spread evenly.
+
+    Example:
+        >>> [takes_part(number, 2, 6) for number in range(6)]
+        [False, False, True, False, False, True]
+    """
+    return (number + 1) * rounds // total > number * rounds // total
+
+
+def timing(nanoseconds: Sequence[int], rounds: int) -> Timing:
+    """The percentiles of a contestant's calls."""
+    p20, p50, p80 = (float(value) / 1e3 for value in np.percentile(nanoseconds, [20, 50, 80]))
+    return Timing(p20, p50, p80, rounds)
+
+
+def _turn(contestant: Contestant, calls: int, samples: list[int], clock: Callable[[], int]) -> None:
+    for _ in range(calls):
+        start = clock()
+        results = contestant.run()
+        stop = clock()
+        samples.append(stop - start)
+        del results

@@ -1,0 +1,160 @@
+"""Measuring: one process for each number of threads, confined to as many cores, in which all contestants race."""
+
+import multiprocessing
+import os
+import signal
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from multiprocessing.connection import Connection
+from typing import TYPE_CHECKING
+
+from benchmarks.cases import Case
+from benchmarks.contestants import AGAINST, COMPILED, FLOOR, OURS, PEERS, contestants, entered
+from benchmarks.floors import passes
+from benchmarks.machine import Others, cache_sizes, cores
+from benchmarks.results import Result
+from benchmarks.timing import Effort, Timing, race, warm_up
+
+if TYPE_CHECKING:
+    from benchmarks.contestants import Contestant
+
+DISTURBED = 0.15  # cores that other processes took from the race, above which a case is measured again
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What one process measures; `compiled` are the cases in which torch.compile takes part."""
+
+    threads: int
+    cases: tuple[Case, ...]
+    peers: tuple[str, ...]
+    compiled: frozenset[Case]
+    effort: Effort
+
+
+@dataclass(frozen=True)
+class Note:
+    """Something to tell the user."""
+
+    text: str
+
+
+class WorkerError(RuntimeError):
+    """The measuring process ended before its time."""
+
+
+def measured(plan: Plan) -> Iterator[list[Result] | Note]:
+    """The results of each case as soon as they are there, measured in a process of their own.
+
+    The number of threads of JAX, oneDNN and OpenMP is settled when they are loaded, by the cores that the process may
+    use: confining it is the one way that holds for all of them.
+
+    Raises:
+        WorkerError: The process died or failed; what it wrote is on stderr.
+    """
+    context = multiprocessing.get_context("spawn")
+    receiver, sender = context.Pipe(duplex=False)
+    process = context.Process(target=_main, args=(sender, plan), daemon=True)
+    process.start()
+    sender.close()
+    try:
+        while (message := receiver.recv()) is not None:
+            yield message
+    except EOFError:
+        process.join()
+        raise WorkerError(f"the measuring process ended with code {process.exitcode}") from None
+    finally:
+        process.terminate()
+        process.join()
+
+
+def _main(sender: Connection, plan: Plan) -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the parent, which ends this process
+    confine(plan.threads)
+    for message in measure(plan):
+        sender.send(message)
+    sender.send(None)
+
+
+def confine(threads: int) -> None:
+    """Let this process and every library that it is going to load use so many threads."""
+    if hasattr(os, "sched_setaffinity"):
+        os.sched_setaffinity(0, cores()[:threads])
+    os.environ |= {
+        "OMP_NUM_THREADS": str(threads),
+        "MKL_NUM_THREADS": str(threads),
+        "JAX_PLATFORMS": "cpu",
+        "TORCHINDUCTOR_COMPILE_THREADS": "1",  # its other processes would be waiting for work while the clock runs
+    }
+
+
+def measure(plan: Plan) -> Iterator[list[Result] | Note]:
+    """As `measured`, in this process."""
+    import torch
+
+    from benchmarks.passes import fastest_reader
+
+    torch.set_num_threads(plan.threads)
+    yield Note(f"{plan.threads} thread{'s' * (plan.threads > 1)}: the fastest read of a tensor is {fastest_reader()}")
+    absent: set[str] = set()
+    for case in plan.cases:
+        yield from _measure_case(case, plan, absent)
+
+
+def _measure_case(case: Case, plan: Plan, absent: set[str]) -> Iterator[list[Result] | Note]:
+    from benchmarks.arrays import make
+
+    names = entered(case, compiles=case in plan.compiled)
+    racing: list[Contestant] = []
+    estimates: dict[str, float] = {}
+    arrays = make(case)
+    for contestant in contestants(case, arrays, [name for name in names if name in plan.peers]):
+        try:
+            estimates[contestant.name] = warm_up(contestant)
+        except Exception as error:  # whatever a peer's compiler raises: the race goes on without it
+            if contestant.name not in PEERS:
+                raise
+            if contestant.name not in absent:
+                yield Note(f"{contestant.name} is left out of {case}: {str(error).strip().splitlines()[0]}")
+            absent.add(contestant.name)
+            continue
+        racing.append(contestant)
+    timings, others = _least_disturbed(racing, case, plan, estimates)
+    if is_disturbed(others, plan.threads):
+        yield Note(f"{case}: other processes kept {others:.1f} cores busy; measure it again on a quiet machine")
+    yield rows(case, plan.threads, timings, others, cache_sizes().l2)
+
+
+def _least_disturbed(
+    racing: "Sequence[Contestant]", case: Case, plan: Plan, estimates: dict[str, float]
+) -> tuple[dict[str, Timing], float]:
+    attempts = []
+    for _ in range(plan.effort.attempts):
+        watch = Others()
+        timings = race(racing, case, plan.effort, estimates)
+        attempts.append((timings, watch.cores()))
+        if not is_disturbed(attempts[-1][1], plan.threads):
+            break
+    return min(attempts, key=lambda attempt: attempt[1])
+
+
+def is_disturbed(others: float, threads: int) -> bool:
+    """Whether other processes kept more cores busy than a race of so many threads leaves to them."""
+    return others > (os.cpu_count() or 1) - threads + DISTURBED
+
+
+def rows(case: Case, threads: int, timings: dict[str, Timing], others: float, l2: int) -> list[Result]:
+    """The results of a race with the floor that the timed passes add up to, each with its ratio to ours."""
+    parts = [(timings[name], times) for name, times in passes(case, l2).items()]
+    p20, p50, p80 = (sum(getattr(part, name) * times for part, times in parts) for name in ("p20", "p50", "p80"))
+    floor = Timing(p20, p50, p80, rounds=min(part.rounds for part, _ in parts))
+    return [
+        Result(case, threads, name, t.p20, t.p50, t.p80, t.rounds, t.p50 / timings[AGAINST.get(name, OURS)].p50, others)
+        for name, t in {OURS: timings[OURS], FLOOR: floor, **timings}.items()
+    ]
+
+
+def compiled_cases(cases: Sequence[Case], *, quick: bool) -> frozenset[Case]:
+    """Where torch.compile takes part: everywhere, or in one case, as compiling takes two to sixteen seconds."""
+    eligible = [case for case in cases if COMPILED in entered(case)]
+    return frozenset([case for case in eligible if case.operation == "add+relu"][:1] if quick else eligible)

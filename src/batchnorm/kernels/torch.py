@@ -1,0 +1,311 @@
+"""The C++ kernels on PyTorch's CPU tensors, with autograd."""
+
+from dataclasses import dataclass
+from types import ModuleType
+from typing import Any
+
+import array_api_compat.torch as xp
+import torch
+from torch.autograd import forward_ad
+
+from batchnorm import _native
+from batchnorm.convention import Convention
+from batchnorm.core import activations
+from batchnorm.core.axes import Axes
+from batchnorm.core.dtypes import Array
+from batchnorm.core.masks import Mask, elementwise
+from batchnorm.core.moments import Moments
+from batchnorm.core.moments import moments as measure
+from batchnorm.core.normalize import Statistics, effective_beta, effective_gamma, statistics_of_batch
+from batchnorm.core.running import RunningStatistics
+from batchnorm.kernels import agnostic, native
+from batchnorm.kernels.agnostic import ActivationLike, Cache, Gradients
+from batchnorm.kernels.native import Library, Measured, Operands, Rule
+
+#: From this size on a result is asked to lie in huge pages: the C library takes such blocks fresh from the system, and
+#: a fault for every 4 KiB costs more than the normalisation.
+HUGE_BYTES = 32 << 20
+
+
+class PyTorch(Library):
+    """PyTorch's CPU tensors."""
+
+    xp: ModuleType = xp
+
+    def empty_like(self, array: Array) -> Array:
+        empty = torch.empty_like(array, requires_grad=False)
+        if empty.nbytes >= HUGE_BYTES:
+            _native.advise_huge_pages(empty)
+        return empty
+
+    def tables(self, shape: tuple[int, ...], dtype: str, number: int) -> tuple[Array, ...]:
+        return torch.empty((number, *shape), dtype=getattr(torch, dtype)).unbind()
+
+    def buffer(self, array: Array | None) -> Any:
+        return array
+
+    def contiguous(self, array: Array) -> Array:
+        return array.detach().contiguous()
+
+    def threads(self) -> int:
+        return torch.get_num_threads()
+
+
+class Differentiable(PyTorch):
+    """The same, with a result that autograd and forward mode differentiate."""
+
+    def normalize(
+        self, operands: Operands, measured: Measured, rule: Rule, *, is_given: bool, out: Array | None
+    ) -> Array:
+        call = Call(operands, measured, rule, is_given)
+        y = Normalization.apply(operands.x, operands.gamma, operands.beta, operands.residual, call)
+        return agnostic.deliver(y, out)
+
+
+PLAIN, DIFFERENTIABLE = PyTorch(), Differentiable()
+
+
+# ---- the interface of a kernel -----------------------------------------------------------------------------------
+
+
+def refusal(
+    large: tuple[Array | None, ...], small: tuple[Array | None, ...], axes: Axes, activation: ActivationLike
+) -> str | None:
+    """Why the kernels do not serve these tensors; None if they do."""
+    if is_traced():
+        return "the tensors are being traced or transformed"
+    for tensor in (*large, *small):
+        if tensor is None:
+            continue
+        if type(tensor) is not torch.Tensor and type(tensor) is not torch.nn.Parameter:
+            return f"a {type(tensor).__name__} is not a plain tensor"
+        if not tensor.is_cpu or tensor.layout is not torch.strided or tensor.is_neg():
+            return f"a tensor is not plain CPU memory (device {tensor.device}, layout {tensor.layout})"
+    return native.refusal_of_call(large, axes, activation)
+
+
+def batch_norm(
+    x: Array,
+    gamma: Array | None,
+    beta: Array | None,
+    running: RunningStatistics,
+    *,
+    training: bool,
+    axes: Axes,
+    convention: Convention,
+    mask: Mask,
+    activation: str | None,
+    residual: Array | None,
+    out: Array | None = None,
+) -> tuple[Array, RunningStatistics]:
+    """`functional.batch_norm`, with everything resolved."""
+    is_differentiated = has_derivatives(x, gamma, beta, residual, running.mean, running.spread)
+    is_array_code = native.leaves_single_elements(x, axes, mask, training, convention)
+    if is_differentiated:
+        # Gradients that the kernels do not have: of running statistics, and of padding that comes out normalised.
+        is_array_code |= has_derivatives(running.mean, running.spread) or convention.normalize_with == "running"
+        is_array_code |= mask is not None and convention.masked_output == "normalized"
+    if is_array_code:
+        return agnostic.batch_norm(
+            x, gamma, beta, running, training=training, axes=axes, convention=convention, mask=mask,
+            activation=activation, residual=residual, out=out,
+        )  # fmt: skip
+    gamma, beta = effective_gamma(xp, gamma, convention), effective_beta(beta, convention)
+    operands = Operands(x, gamma, beta, residual, mask, axes, activation)
+    library = DIFFERENTIABLE if is_differentiated else PLAIN
+    y, updated = native.run_batch_norm(library, operands, running, training, convention, out)
+    return y, agnostic.detached(updated)
+
+
+def forward(
+    x: Array,
+    gamma: Array | None,
+    beta: Array | None,
+    *,
+    axes: Axes,
+    eps: float,
+    mask: Mask,
+    activation: str | None,
+    residual: Array | None,
+    out: Array | None = None,
+) -> tuple[Array, Cache]:
+    """`functional.forward`, with everything resolved."""
+    operands = Operands(x, gamma, beta, residual, mask, axes, activation)
+    library = DIFFERENTIABLE if has_derivatives(x, gamma, beta, residual) else PLAIN
+    y, measured = native.normalize_batch(library, operands, Rule(eps), out)
+    return y, native.cache_of(operands, measured, eps)
+
+
+def backward(dy: Array, cache: Cache) -> Gradients:
+    """`functional.backward`; itself differentiable, as array code, where autograd asks for it."""
+    x, gamma, beta, residual, mask, _, _, plan = cache
+    if not has_derivatives(dy, x, gamma, beta, residual):
+        return native.run_backward(PLAIN, dy, cache)
+    operands = Operands(x, gamma, beta, residual, mask, plan.axes, plan.activation)
+    return Gradients(*gradients_by_array_code(operands, Rule(plan.eps), None, dy))
+
+
+def moments(x: Array, axes: Axes, mask: Mask) -> Moments:
+    """`functional.moments`, with everything resolved."""
+    if has_derivatives(x):
+        return agnostic.moments(x, axes, mask)
+    return native.measure(PLAIN, x, axes, mask)
+
+
+# ---- derivatives -------------------------------------------------------------------------------------------------
+
+
+def is_traced() -> bool:
+    """Whether calls are being recorded or transformed rather than run: torch.func, torch.compile, export, fx."""
+    return (
+        torch._C._are_functorch_transforms_active()
+        or torch._C._len_torch_dispatch_stack() > 0
+        or torch.compiler.is_compiling()
+        or torch.jit.is_tracing()
+    )
+
+
+def is_forward_mode() -> bool:
+    """Whether a level of forward-mode differentiation is open, so that any tensor may carry a tangent."""
+    return forward_ad._current_level >= 0
+
+
+def has_derivatives(*tensors: Array | None) -> bool:
+    """Whether a result computed from these tensors has to be differentiable."""
+    if is_forward_mode():
+        return True
+    return torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in tensors)
+
+
+@dataclass
+class Call:
+    """One normalisation, on its way through autograd."""
+
+    operands: Operands
+    measured: Measured
+    rule: Rule
+    is_given: bool  # normalise by what was measured before, which does not depend on x
+
+    @property
+    def statistics(self) -> Statistics:
+        """What normalises."""
+        return Statistics(self.measured.mean, self.measured.mean_lo, self.measured.rstd)
+
+
+class Normalization(torch.autograd.Function):
+    """y of x, gamma, beta and residual.
+
+    The statistics are not saved by reference in the graph and x is not changed: two forwards may precede a backward.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Array, gamma: Array, beta: Array, residual: Array, call: Call) -> Array:
+        call.operands = call.operands._replace(x=x, gamma=gamma, beta=beta, residual=residual)
+        ctx.call = call
+        ctx.save_for_backward(x, gamma, beta, residual)
+        ctx.save_for_forward(x, gamma, beta, residual)
+        return native.run_forward(PLAIN, call.operands, call.measured, call.rule, is_given=call.is_given)
+
+    @staticmethod
+    def backward(ctx: Any, dy: Array) -> tuple[Array | None, ...]:
+        call = ctx.call
+        operands = with_arrays(call.operands, ctx.saved_tensors)
+        if torch.is_grad_enabled() or is_forward_mode():
+            given = call.statistics if call.is_given else None
+            return (*gradients_by_array_code(operands, call.rule, given, dy), None)
+        cache = native.cache_of(operands, call.measured, call.rule.eps)
+        gradients = native.run_backward(
+            PLAIN, dy, cache, factor=factor_of(call), through_statistics=not call.is_given,
+            has_dx=ctx.needs_input_grad[0],
+        )  # fmt: skip
+        return (*gradients, None)
+
+    @staticmethod
+    def jvp(ctx: Any, tx: Array, tgamma: Array, tbeta: Array, tresidual: Array, _: None) -> Array:
+        return tangent_of_y(ctx.call, with_arrays(ctx.call.operands, ctx.saved_tensors), tx, tgamma, tbeta, tresidual)
+
+
+def with_arrays(operands: Operands, arrays: tuple[Array | None, ...]) -> Operands:
+    """The operands with the arrays that autograd has kept."""
+    x, gamma, beta, residual = arrays
+    return operands._replace(x=x, gamma=gamma, beta=beta, residual=residual)
+
+
+def factor_of(call: Call) -> Array | None:
+    """Of the xhat term of dx: with eps outside the root (std + eps)/std, with another divisor than count its ratio.
+
+    0 where std is 0: xhat is 0 there as well, and 0 is the limit.
+    """
+    rule, measured = call.rule, call.measured
+    if call.is_given or (rule.placement == "inside" and rule.correction == 0):
+        return None
+    count = measured.count.to(measured.m2.dtype)
+    divisor = (count - rule.correction).clamp(min=1)
+    factor = count / divisor
+    if rule.placement == "outside":
+        std = (measured.m2 / divisor).sqrt()
+        factor = torch.where(std > 0, factor * (std + rule.eps) / std, 0.0)
+    return factor
+
+
+def gradients_by_array_code(
+    operands: Operands, rule: Rule, given: Statistics | None, dy: Array
+) -> tuple[Array | None, ...]:
+    """Gradients of x, gamma, beta and residual that can be differentiated again."""
+    leaves = [
+        tensor if tensor is None or tensor.requires_grad else tensor.detach().requires_grad_()
+        for tensor in operands[:4]
+    ]
+    with torch.enable_grad():
+        y = by_array_code(with_arrays(operands, tuple(leaves)), rule, given)
+        wanted = [leaf for leaf in leaves if leaf is not None]
+        gradients = iter(torch.autograd.grad(y, wanted, dy, create_graph=True))
+    return tuple(None if leaf is None else next(gradients) for leaf in leaves)
+
+
+def by_array_code(operands: Operands, rule: Rule, given: Statistics | None) -> Array:
+    """y, by operations that autograd knows."""
+    x, gamma, beta, residual, mask, axes, activation = operands
+    keep = elementwise(xp, mask, x, axes)
+    statistics = given
+    if statistics is None:
+        statistics = statistics_of_batch(xp, measure(xp, x, axes, keep), rule.eps, rule.placement, rule.correction)
+    z = agnostic.normalized(xp, x, axes, statistics, gamma, beta, keep, rule.masked_output)
+    return agnostic.finish(xp, z, x, keep, rule.masked_output, activation, residual)
+
+
+def tangent_of_y(
+    call: Call,
+    operands: Operands,
+    tx: Array | None,
+    tgamma: Array | None,
+    tbeta: Array | None,
+    tresidual: Array | None,
+) -> Array:
+    """The derivative of y along tangents of x, gamma, beta and residual.
+
+        ty = activation'(z) * (J(tx) + xhat * tgamma + tbeta + tresidual)
+
+    J is the backward kernel: the Jacobian with respect to x is symmetric.
+    """
+    x, axes = operands.x, operands.axes
+    plain = operands._replace(residual=None, activation=None)
+    dtype = getattr(torch, native.statistics_name(x))
+    tangent = torch.zeros_like(x, dtype=dtype)
+    if tx is not None:
+        cache = native.cache_of(plain, call.measured, call.rule.eps)
+        tangent += native.run_backward(
+            PLAIN, tx, cache, factor=factor_of(call), through_statistics=not call.is_given
+        ).dx  # fmt: skip
+    if tgamma is not None:
+        xhat = plain._replace(gamma=None, beta=None)
+        tangent += native.normalize_by(PLAIN, xhat, call.statistics, "zero", None) * axes.spread_out(xp, tgamma)
+    if tbeta is not None:
+        tangent += axes.spread_out(xp, tbeta)
+    if tresidual is not None:
+        tangent += tresidual
+    if operands.activation is not None:
+        z = native.normalize_by(PLAIN, operands._replace(activation=None), call.statistics, "zero", None)
+        tangent *= activations.find(operands.activation).derivative(xp, z.to(dtype))
+    keep = elementwise(xp, operands.mask, x, axes)
+    return (tangent if keep is None else torch.where(keep, tangent, 0.0)).to(x.dtype)
