@@ -51,7 +51,7 @@ template <class V> BATCHNORM_INLINE V activation_slope(Activation activation, V 
 }
 
 // Whether fma rounds once.
-#if defined(__AVX2__) || defined(__ARM_NEON)
+#if defined(__AVX2__) || defined(__aarch64__)
 constexpr bool fused = true;
 #else
 constexpr bool fused = false;
@@ -87,23 +87,22 @@ template <class V> BATCHNORM_INLINE V minus_abs(V z) { return (V)((MaskOf<V>)z |
 // ---- exp ------------------------------------------------------------------------------------------------------
 
 // `integers` added to a number rounds it to an integer, which its last bits then hold. log_2_high has so few bits that
-// its product with the exponent of any result is exact without a fused multiply-add. exp is 0 at `lowest` and infinite
-// at `highest`.
+// its product with the exponent of any result is exact without a fused multiply-add. exp is 0 at `lowest`.
 //
 // remainder(r) = (exp(r) - 1 - r) / r^2 for abs(r) <= log(2)/2. Degree 4: an error of 4.2e-9 in units of exp(r),
 // 1.7e-8 of exp(r) - 1. Degree 9: 9e-18 and 2.1e-17.
 template <class V> struct Exponential;
 template <> struct Exponential<Vf> {
-  static constexpr float lowest = -104, highest = 89;
+  static constexpr float lowest = -104;
   static constexpr float log2_e = 0x1.715476p0f, log_2_high = 0x1.62e4p-1f, log_2_low = 0x1.7f7d1cp-20f;
-  static constexpr float integers = 0x1.8p23f, lift = 32, lifting = 0x1p32f;
+  static constexpr float integers = 0x1.8p23f, lift = 32, unlift = 0x1p-32f;
   static constexpr int bias = 127, fraction_bits = 23;
   static constexpr float remainder[] = {0.00138458121f, 0.00836733915f, 0.0416677035f, 0.16666536f, 0.49999997f};
 };
 template <> struct Exponential<Vd> {
-  static constexpr double lowest = -745.2, highest = 710;
+  static constexpr double lowest = -745.2;
   static constexpr double log2_e = 0x1.71547652b82fep0, log_2_high = 0x1.62e42feep-1, log_2_low = 0x1.a39ef35793c76p-33;
-  static constexpr double integers = 0x1.8p52, lift = 128, lifting = 0x1p128;
+  static constexpr double integers = 0x1.8p52, lift = 128, unlift = 0x1p-128;
   static constexpr int bias = 1023, fraction_bits = 52;
   static constexpr double remainder[] = {
       2.5103347544011312e-08, 2.7626846964527015e-07, 2.7557261116092273e-06, 2.4801503249038469e-05,
@@ -135,17 +134,6 @@ template <class V> BATCHNORM_INLINE V exp_reduced(V r) {
   return fma(fma(polynomial(r, Exponential<V>::remainder), r, one), r, one);
 }
 
-// exp(x) for every x. 2^n alone would overflow or be rounded before its product with exp(r) is.
-template <class V> BATCHNORM_INLINE V exp(V x) {
-  using E = Exponential<V>;
-  x = at_least(x, E::lowest);
-  x = x > E::highest ? broadcast<V>(E::highest) : x;
-  const MaskOf<V> large = x > V{};
-  const Reduced<V> reduced = reduce(x, select<V>(large, broadcast<V>(-E::lift), broadcast<V>(E::lift)));
-  const V lowered = exp_reduced(reduced.r) * reduced.power;
-  return lowered * select<V>(large, broadcast<V>(E::lifting), broadcast<V>(1 / E::lifting));
-}
-
 // exp(x - excess) for lowest - 8 <= x <= 0 and a tiny excess. The activations need no other exponential, and without
 // bounds and choices it takes two thirds (AVX-512) to four fifths (AVX2) of the time.
 template <class V> BATCHNORM_INLINE V exp_falling(V x, V excess = V{}) {
@@ -156,7 +144,7 @@ template <class V> BATCHNORM_INLINE V exp_falling(V x, V excess = V{}) {
   if constexpr (sizeof(ScalarOf<V>) == 4) return _mm512_scalef_ps(value, reduced.n);
   else return _mm512_scalef_pd(value, reduced.n);
 #else
-  return value * reduced.power * (1 / E::lifting);
+  return value * reduced.power * E::unlift;
 #endif
 }
 

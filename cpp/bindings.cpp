@@ -75,7 +75,8 @@ void check_overlap(const Array& output, const Array& other, bool may_be_same) {
 }
 
 void check_writable(const Array& output) {
-  for (int i = 0; output && i < output.ndim; ++i)
+  if (!output || output.size() == 0) return;
+  for (int i = 0; i < output.ndim; ++i)
     if (output.shape[i] > 1 && output.strides[i] == 0) refuse(output, "has elements that share memory");
 }
 

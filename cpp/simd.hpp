@@ -13,7 +13,7 @@
 
 #if defined(__AVX512F__) || defined(__AVX2__)
 #include <immintrin.h>
-#elif defined(__ARM_NEON)
+#elif defined(__aarch64__)
 #include <arm_neon.h>
 #endif
 
@@ -63,7 +63,7 @@ BATCHNORM_INLINE Vf fma(Vf a, Vf b, Vf c) {
   return _mm512_fmadd_ps(a, b, c);
 #elif defined(__AVX2__)
   return _mm256_fmadd_ps(a, b, c);
-#elif defined(__ARM_NEON)
+#elif defined(__aarch64__)
   return vfmaq_f32(c, a, b);
 #else
   return a * b + c;
@@ -75,7 +75,7 @@ BATCHNORM_INLINE Vd fma(Vd a, Vd b, Vd c) {
   return _mm512_fmadd_pd(a, b, c);
 #elif defined(__AVX2__)
   return _mm256_fmadd_pd(a, b, c);
-#elif defined(__ARM_NEON)
+#elif defined(__aarch64__)
   return vfmaq_f64(c, a, b);
 #else
   return a * b + c;
@@ -225,11 +225,16 @@ BATCHNORM_INLINE void fence() {
 #endif
 }
 
-// Lanes whose byte is not 0.
-template <class V> BATCHNORM_INLINE MaskOf<V> load_mask(const uint8_t* p, int n = width<V>) {
-  MaskOf<V> mask = {};
-  for (int lane = 0; lane < n; ++lane) mask[lane] = p[lane] ? -1 : 0;
+// Lanes whose byte is not 0, among the first n.
+template <class V> BATCHNORM_INLINE MaskOf<V> load_mask(const uint8_t* p) {
+  MaskOf<V> mask;
+  for (int lane = 0; lane < width<V>; ++lane) mask[lane] = p[lane] ? -1 : 0;
   return mask;
+}
+template <class V> BATCHNORM_INLINE MaskOf<V> load_mask(const uint8_t* p, int n) {
+  uint8_t bytes[width<V>] = {};
+  __builtin_memcpy(bytes, p, n);
+  return load_mask<V>(bytes);
 }
 
 template <class V> BATCHNORM_INLINE MaskOf<V> is_finite(V v) { return (v - v) == V{}; }

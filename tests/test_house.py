@@ -14,7 +14,9 @@ SOURCE = Path(bn.__file__).parent
 FRAMEWORKS = ("torch", "jax", "flax", "optax", "xarray", "sklearn", "scipy", "matplotlib", "typer", "rich", "ml_dtypes")
 
 #: From the bottom up: a module imports from its own rung and the ones before it.
-RUNGS = ("convention", "conventions", "core", "named", "kernels", "arguments", "functional", "", "training", "cli")
+RUNGS = (
+    "_native", "convention", "conventions", "core", "named", "kernels", "arguments", "functional", "", "training", "cli",
+)  # fmt: skip
 
 
 def modules_after(code):

@@ -283,7 +283,8 @@ def run_backward(
     x, gamma, beta, residual, mask, statistics, count, plan = cache
     operands = Operands(x, gamma, beta, residual, mask, plan.axes, plan.activation)  # type: ignore[arg-type]
     buffer, (code, slope) = library.buffer, activation_code(operands.activation)
-    mean, mean_lo, rstd, count = (library.contiguous(array) for array in (*statistics, count))
+    mean, mean_lo, rstd = (library.contiguous(statistic) for statistic in statistics)
+    count = None if count is None else library.contiguous(count)
     dgamma, dbeta = (None if array is None else library.empty_like(array) for array in (gamma, beta))
     for attempt in ("as given", "in the layout of x", "in C order"):
         if attempt == "in the layout of x":
