@@ -8,7 +8,7 @@ INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check --co
 export PIP_ROOT_USER_ACTION := ignore
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint format clean
+.PHONY: help demo test bench lint format clean
 
 help: ## Show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -22,6 +22,9 @@ PYTEST ?= --cov=batchnorm --cov-fail-under=95
 test: $(VENV)/.dev ## Run the tests; PYTEST="-k golden" passes options
 	$(BIN)/python -m pytest $(PYTEST)
 
+bench: $(VENV)/.dev ## Measure the speed against memory and every peer (an hour); BENCH=--quick takes a minute
+	$(BIN)/python -m benchmarks $(BENCH)
+
 lint: $(VENV)/.dev ## Check style (ruff) and types (mypy --strict)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -32,7 +35,7 @@ format: $(VENV)/.dev ## Rewrite the code in the project's style
 	$(BIN)/ruff format .
 
 clean: ## Remove the environment and everything made
-	rm -rf $(VENV) build dist batchnorm-report .coverage .hypothesis .mypy_cache .pytest_cache .ruff_cache
+	rm -rf $(VENV) build dist batchnorm-report bench-report .coverage .hypothesis .mypy_cache .pytest_cache .ruff_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 $(BIN)/python:
@@ -41,12 +44,14 @@ $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)
 
 # The stamps are newer than pyproject.toml once installed, so that a second run starts at once.
-$(VENV)/.train: pyproject.toml constraints.txt | $(BIN)/python
+SOURCES := pyproject.toml constraints.txt CMakeLists.txt $(wildcard cpp/*)
+
+$(VENV)/.train: $(SOURCES) | $(BIN)/python
 	@echo "Installing what the demo needs into $(VENV) (once)"
 	$(INSTALL) '.[train]'
 	@touch $@
 
-$(VENV)/.dev: pyproject.toml constraints.txt | $(BIN)/python
+$(VENV)/.dev: $(SOURCES) | $(BIN)/python
 	@echo "Installing what the tests need into $(VENV) (once)"
 	$(INSTALL) '.[dev]'
 	@touch $@ $(VENV)/.train

@@ -50,7 +50,7 @@ template <class T> struct Row {
 };
 
 // Tables of coefficients, by channel or by column. In the workspace.
-template <class F> struct Tables { F *hi, *scale, *offset, *rstd, *a, *b, *c; };
+template <class F> struct Tables { F *hi, *scale, *offset, *beta, *rstd, *a, *b, *c; };
 
 // What varies between calls but not between elements.
 struct Options {
@@ -106,13 +106,13 @@ template <class T, Form form> struct Forward {
   Tables<ScalarOf<V>> tables;
   Options options;
 
-  BATCHNORM_COEFFICIENTS(hi, scale, offset) {
-    return {fetch(tables.hi, i), fetch(tables.scale, i), fetch(tables.offset, i)};
+  BATCHNORM_COEFFICIENTS(hi, scale, offset, beta) {
+    return {fetch(tables.hi, i), fetch(tables.scale, i), fetch(tables.offset, i), fetch(tables.beta, i)};
   }
 
   template <class L> BATCHNORM_INLINE void apply(const Row<T>& row, int64_t j, const Coefficients& k, L lanes, bool is_streaming)
       const {
-    V d = load(row.x + j, lanes) - k.hi;
+    const V d = load(row.x + j, lanes) - k.hi;
     if constexpr (form != Form::general) {
       const V z = Normalized<T>::z(row, j, d, k.scale, k.offset, form == Form::relu_residual, lanes);
       return put(row.out + j, form == Form::plain ? z : select(z <= V{}, V{}, z), lanes, is_streaming);
@@ -121,8 +121,7 @@ template <class T, Form form> struct Forward {
     if (options.is_padding) keep = ~keep;
     else if (options.has_mask) keep = keep_lanes<V>(row.keep + j, lanes);
     // NaN in padding comes out as xhat = 0, and as 0 in the residual.
-    d = select(keep | is_finite(d), d, V{});
-    V z = fma(k.scale, d, k.offset);
+    V z = select(keep | is_finite(d), fma(k.scale, d, k.offset), k.beta);
     if (row.residual) {
       const V residual = load(row.residual + j, lanes);
       z += select(keep | is_finite(residual), residual, V{});

@@ -68,7 +68,7 @@ template <class T> class Job {
     second = reinterpret_cast<double*>(take(8 * partials));
     const auto take_tables = [&](int64_t length) {
       const auto table = [&] { return reinterpret_cast<F*>(take(sizeof(F) * length)); };
-      return Tables<F>{table(), table(), table(), table(), table(), table(), table()};
+      return Tables<F>{table(), table(), table(), table(), table(), table(), table(), table()};
     };
     const bool is_own = plan.is_columns && plan.width != problem.C;
     column_tables = take_tables(plan.pitch);
@@ -276,6 +276,7 @@ template <class T> class Job {
     tables.hi[c] = static_cast<F>(statistic(problem.mean));
     tables.rstd[c] = static_cast<F>(rstd);
     tables.scale[c] = static_cast<F>(scale);
+    tables.beta[c] = static_cast<F>(read(problem.beta, c, 0));
     tables.offset[c] = static_cast<F>(read(problem.beta, c, 0) - scale * statistic(problem.mean_lo));
   }
 
@@ -283,8 +284,8 @@ template <class T> class Job {
   void spread(const Team& team) const {
     if (tables.hi == column_tables.hi) return;
     const Range mine = team.share(0, plan.width);
-    F* const Tables<F>::*const all[] = {&Tables<F>::hi, &Tables<F>::scale, &Tables<F>::offset, &Tables<F>::rstd,
-                                        &Tables<F>::a, &Tables<F>::b, &Tables<F>::c};
+    F* const Tables<F>::*const all[] = {&Tables<F>::hi, &Tables<F>::scale, &Tables<F>::offset, &Tables<F>::beta,
+                                        &Tables<F>::rstd, &Tables<F>::a, &Tables<F>::b, &Tables<F>::c};
     for (F* const Tables<F>::*table : all)
       for (int64_t j = mine.begin; j < mine.end; ++j)
         (column_tables.*table)[j] = (tables.*table)[plan.channel_of(j, problem.C)];

@@ -88,10 +88,10 @@ bool make_plan(const Problem& p, Plan& plan) {
   all_tensors(p, [&](const Tensor&) { return ++tensors; });
   plan.is_streaming = tensors * p.N * p.C * p.S * size_of(p.dtype) >= streamed_bytes;
   plan.cache_bytes = cache_bytes;
-  const int64_t scalar = p.dtype == Dtype::float64 ? 8 : 4;
-  const int64_t partial = 2 * 8 * plan.chunks * (plan.is_columns ? plan.pitch : p.C);
-  const int64_t tables = 8 * scalar * (plan.pitch + p.C + 2 * widest_vector);
-  plan.workspace = partial + tables + p.C + 64 * 20;
+  // As `Job` lays it out, each table on a cache line of its own.
+  const int64_t scalar = p.dtype == Dtype::float64 ? 8 : 4, line = 64;
+  const int64_t partials = plan.chunks * (plan.is_columns ? plan.pitch : p.C);
+  plan.workspace = 2 * 8 * partials + 8 * scalar * (plan.pitch + p.C) + p.C + 24 * line;
   return true;
 }
 

@@ -85,7 +85,7 @@ BATCH_NORM = {
     "activation type": ({"activation": 3}, TypeError, "activation is 3; it must be a name, a callable"),
     "residual shape": ({"residual": np.ones((4, 3, 1))}, ValueError, "residual has shape (4, 3, 1); it must be that of x"),
     "residual library": ({"residual": torch.ones(4, 3, 5)}, TypeError, "residual is a torch.Tensor, but x is a numpy"),
-    "kernel": ({"kernel": "cuda"}, ValueError, "no kernel is called 'cuda'; known are agnostic"),
+    "kernel": ({"kernel": "cuda"}, ValueError, "no kernel is called 'cuda'; known are native, agnostic"),
     "out shape": ({"out": np.ones((4, 3))}, ValueError, "out is float64 of shape (4, 3); it must be float64 of shape (4, 3, 5)"),
     "out dtype": ({"out": np.ones_like(X, np.float32)}, ValueError, "out is float32 of shape"),
     "single element": (
@@ -138,7 +138,7 @@ def test_out_must_be_writable():
     ({"axis": 7}, ValueError, "axis 7 is out of range"),
     ({"gamma": np.ones(2)}, ValueError, "gamma has shape (2,)"),
     ({"activation": "mish"}, ValueError, "no activation is called 'mish'"),
-    ({"kernel": "native"}, ValueError, "no kernel is called 'native'"),
+    ({"kernel": "fast"}, ValueError, "no kernel is called 'fast'"),
     ({"lengths": [9, 9, 9, 9]}, ValueError, "each must lie in 0 to 5"),
 ])  # fmt: skip
 def test_forward_refuses(arguments, error, message):

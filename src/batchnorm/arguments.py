@@ -138,8 +138,8 @@ def check_residual(residual: Any, x: Array) -> Array | None:
     return residual
 
 
-def check_out(out: Any, x: Array, residual: Array | None, *, is_x_kept: bool = False) -> None:
-    """Raise unless the result can be written into `out`: over x itself at most where x is not needed afterwards."""
+def check_out(out: Any, x: Array, residual: Array | None) -> None:
+    """Raise unless the result can be written into `out`, which may be x or the residual itself."""
     if out is None:
         return
     if not (array_api_compat.is_numpy_array(x) or array_api_compat.is_torch_array(x)):
@@ -152,8 +152,6 @@ def check_out(out: Any, x: Array, residual: Array | None, *, is_x_kept: bool = F
         )
     if array_api_compat.is_numpy_array(out) and not out.flags.writeable:
         raise ValueError("out is read-only; pass a writable array")
-    if is_x_kept and shares_memory(out, x):
-        raise ValueError("out shares memory with x, which backward still needs; pass another array")
     for name, array in (("x", x), ("residual", residual)):
         if array is not None and shares_memory(out, array) and not is_same_view(out, array):
             raise ValueError(f"out overlaps {name} without being the same view of it; pass another array")

@@ -190,7 +190,7 @@ def forward(
     axes = check_axes(given, x, axis)
     operands = check_operands(x, gamma, beta, mask, lengths, residual, axes, given)
     check_activation(activation)
-    check_out(out, x, operands.residual, is_x_kept=True)
+    check_out(out, x, operands.residual)
     compute = select(kernel, (x, operands.residual), (operands.gamma, operands.beta), axes, activation)
     y, cache = compute.forward(
         x,

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 import numpy
 
-from batchnorm import _native
+import batchnorm._native as _native
 from batchnorm.convention import Convention, EpsPlacement, MaskedOutput
 from batchnorm.core import activations
 from batchnorm.core.axes import Axes
@@ -77,7 +77,7 @@ class Library:
 
     def tables(self, shape: tuple[int, ...], dtype: str, number: int) -> tuple[Array, ...]:
         """Uninitialised, contiguous arrays."""
-        return tuple(numpy.empty((number, *shape), dtype))
+        return tuple(numpy.empty(shape, dtype) for _ in range(number))
 
     def buffer(self, array: Array | None) -> Any:
         """The array as the extension reads it."""

@@ -8,7 +8,7 @@ import array_api_compat.torch as xp
 import torch
 from torch.autograd import forward_ad
 
-from batchnorm import _native
+import batchnorm._native as _native
 from batchnorm.convention import Convention
 from batchnorm.core import activations
 from batchnorm.core.axes import Axes
