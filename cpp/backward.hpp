@@ -10,6 +10,7 @@ template <class T> class BackwardJob : public Job<T> {
   using Base = Job<T>;
   using typename Base::F;
   using typename Base::Range;
+  using typename Base::Scope;
   using Base::Base;
   using Base::problem, Base::plan, Base::options, Base::tables;
 
@@ -25,18 +26,15 @@ template <class T> class BackwardJob : public Job<T> {
  private:
   template <Form form> void run() {
     const bool has_map = problem.dx.data || problem.dresidual.data;
-    Base::run(true, [&](Range channels, const Team& team) {
-      const Range mine = team.share(channels.begin, channels.end);
+    Base::run(true, [&](const Scope& scope) {
+      const Range mine = scope.team.share(scope.channels.begin, scope.channels.end);
       for (int64_t c = mine.begin; c < mine.end; ++c) this->fill_tables(c);
-      team.barrier();
-      this->spread(team);
-      this->reduce(BackwardTerms<T, form>{{this->pass_tables(), options}}, channels, team);
-      team.barrier();
+      scope.team.barrier();
+      this->reduce(scope, BackwardTerms<T, form>{{{}, options}});
+      scope.team.barrier();
       for (int64_t c = mine.begin; c < mine.end; ++c) finish(c);
-      team.barrier();
-      if (!has_map) return;
-      this->spread(team);
-      this->map(Gradient<T, form>{{this->pass_tables(), options}}, channels, team);
+      scope.team.barrier();
+      if (has_map) this->map(scope, Gradient<T, form>{{{}, options}});
     });
   }
 

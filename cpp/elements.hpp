@@ -38,18 +38,17 @@ template <class T> struct Row {
   T *out, *dresidual;  // out: y or dx
   const uint8_t* keep;  // of a mask element by element
 
-  BATCHNORM_INLINE Row operator+(int64_t j) const { return advanced({j, j, j, j, j, j}, 1); }
-
-  // Elements from one row to the next, in each array.
+  // Elements from one place to another in each array; 0 in those that are not there, which stay null.
   struct Step { int64_t x, residual, dy, out, dresidual, keep; };
-  BATCHNORM_INLINE Row advanced(const Step& step, int64_t rows) const {
-    return {x + rows * step.x, residual ? residual + rows * step.residual : nullptr, dy ? dy + rows * step.dy : nullptr,
-            out ? out + rows * step.out : nullptr, dresidual ? dresidual + rows * step.dresidual : nullptr,
-            keep ? keep + rows * step.keep : nullptr};
+
+  BATCHNORM_INLINE Row advanced(const Step& step, int64_t times) const {
+    return {x + times * step.x, residual + times * step.residual, dy + times * step.dy,
+            out + times * step.out, dresidual + times * step.dresidual, keep + times * step.keep};
   }
 };
 
-// Tables of coefficients, by channel or by column. In the workspace.
+// Tables of coefficients, by channel or by column. In the workspace. Passes name those that they read by their bits.
+enum : unsigned { HI = 1, SCALE = 2, OFFSET = 4, BETA = 8, RSTD = 16, A = 32, B = 64, C = 128 };
 template <class F> struct Tables { F *hi, *scale, *offset, *beta, *rstd, *a, *b, *c; };
 
 // What varies between calls but not between elements.
@@ -71,8 +70,8 @@ template <class V> BATCHNORM_INLINE V by_channel(const ScalarOf<V>* table, int64
 }
 template <class V> BATCHNORM_INLINE V by_column(const ScalarOf<V>* table, int64_t column) { return load(table + column); }
 
-#define BATCHNORM_COEFFICIENTS(...)                                                                 \
-  struct Coefficients { V __VA_ARGS__; };                                                           \
+#define BATCHNORM_COEFFICIENTS(...)       \
+  struct Coefficients { V __VA_ARGS__; }; \
   template <auto fetch> BATCHNORM_INLINE Coefficients coefficients(int64_t i) const
 
 // p = q = x - hi, with any value near the mean as hi: the sums of p and p * q give the moments.
@@ -81,6 +80,7 @@ template <class T, bool is_masked> struct Deviations {
   Tables<ScalarOf<V>> tables;
   Options options;
 
+  static constexpr unsigned reads = HI;
   BATCHNORM_COEFFICIENTS(hi) { return {fetch(tables.hi, i)}; }
 
   template <class L> BATCHNORM_INLINE void terms(const Row<T>& row, int64_t j, const Coefficients& k, L lanes, V& p, V& q)
@@ -106,6 +106,7 @@ template <class T, Form form> struct Forward {
   Tables<ScalarOf<V>> tables;
   Options options;
 
+  static constexpr unsigned reads = HI | SCALE | OFFSET | (form == Form::general ? BETA : 0);
   BATCHNORM_COEFFICIENTS(hi, scale, offset, beta) {
     return {fetch(tables.hi, i), fetch(tables.scale, i), fetch(tables.offset, i), fetch(tables.beta, i)};
   }
@@ -155,6 +156,7 @@ template <class T, Form form> struct Backward {
 template <class T, Form form> struct BackwardTerms : Backward<T, form> {
   using V = typename Compute<T>::V;
 
+  static constexpr unsigned reads = HI | RSTD | (form == Form::plain ? 0 : SCALE | OFFSET);
   BATCHNORM_COEFFICIENTS(hi, rstd, scale, offset) {
     const auto& t = this->tables;
     return {fetch(t.hi, i), fetch(t.rstd, i), fetch(t.scale, i), fetch(t.offset, i)};
@@ -174,6 +176,7 @@ template <class T, Form form> struct BackwardTerms : Backward<T, form> {
 template <class T, Form form> struct Gradient : Backward<T, form> {
   using V = typename Compute<T>::V;
 
+  static constexpr unsigned reads = BackwardTerms<T, form>::reads | A | B | C;
   BATCHNORM_COEFFICIENTS(hi, rstd, scale, offset, a, b, c) {
     const auto& t = this->tables;
     return {fetch(t.hi, i), fetch(t.rstd, i), fetch(t.scale, i), fetch(t.offset, i), fetch(t.a, i), fetch(t.b, i), fetch(t.c, i)};

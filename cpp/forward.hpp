@@ -10,7 +10,7 @@ template <class T> class ForwardJob : public Job<T> {
   using Base = Job<T>;
   using typename Base::F;
   using typename Base::Range;
-  using typename Base::V;
+  using typename Base::Scope;
   using Base::problem, Base::plan, Base::options, Base::tables;
 
   ForwardJob(const Problem& problem, const Plan& plan, void* workspace) : Base(problem, plan, workspace) {
@@ -30,34 +30,32 @@ template <class T> class ForwardJob : public Job<T> {
 
  private:
   template <Form form> void run() {
-    Base::run(problem.measure, [&](Range channels, const Team& team) {
-      if (problem.measure) measure(channels, team);
+    Base::run(problem.measure, [&](const Scope& scope) {
+      if (problem.measure) measure(scope);
       if (!problem.y.data) return;
-      const Range mine = team.share(channels.begin, channels.end);
+      const Range mine = scope.team.share(scope.channels.begin, scope.channels.end);
       for (int64_t c = mine.begin; c < mine.end; ++c) this->fill_tables(c);
-      team.barrier();
-      this->spread(team);
-      this->map(Forward<T, form>{this->pass_tables(), options}, channels, team);
+      scope.team.barrier();
+      this->map(scope, Forward<T, form>{{}, options});
     });
   }
 
   // The moments of the channels, by sums about a value near the mean. Where that value turns out to lie many
   // deviations away the sums have cancelled, and are taken again about the mean that they gave.
-  void measure(Range channels, const Team& team) {
-    const Range mine = team.share(channels.begin, channels.end);
+  void measure(const Scope& scope) {
+    const Range mine = scope.team.share(scope.channels.begin, scope.channels.end);
     for (int64_t c = mine.begin; c < mine.end; ++c) tables.hi[c] = static_cast<F>(value_near_mean(c));
     for (bool is_repeated = false;; is_repeated = true) {
-      team.barrier();
-      this->spread(team);
-      if (options.has_mask) this->reduce(Deviations<T, true>{this->pass_tables(), options}, channels, team);
-      else this->reduce(Deviations<T, false>{this->pass_tables(), options}, channels, team);
-      team.barrier();
+      scope.team.barrier();
+      if (options.has_mask) this->reduce(scope, Deviations<T, true>{{}, options});
+      else this->reduce(scope, Deviations<T, false>{{}, options});
+      scope.team.barrier();
       for (int64_t c = mine.begin; c < mine.end; ++c)
         if (!is_repeated || this->again[c]) finish_moments(c, is_repeated);
-      team.barrier();
+      scope.team.barrier();
       if (is_repeated) return;
       bool is_any = false;
-      for (int64_t c = channels.begin; c < channels.end; ++c) is_any |= this->again[c];
+      for (int64_t c = scope.channels.begin; c < scope.channels.end; ++c) is_any |= this->again[c];
       if (!is_any) return;
     }
   }

@@ -38,48 +38,174 @@ template <class T> class Job {
  public:
   using V = typename Compute<T>::V;
   using F = typename Compute<T>::Scalar;
+  using Range = Team::Range;
+
+  // Some channels, the team that works on them, and their coefficients by column. Channels last, all of them.
+  struct Scope {
+    Range channels;
+    Team team;
+    Tables<F> columns;
+  };
+
+  Job(const Problem& problem, const Plan& plan, void* workspace) : problem(problem), plan(plan), free_(workspace) {
+    const Tensor& keep = problem.mask.keep;
+    const Tensor& out = problem.y.data ? problem.y : problem.dx;
+    const bool has_mask = keep.data && (plan.family == Family::rows ? keep.s : keep.c) != 0;
+    options = {problem.activation, problem.slope, has_mask, false, problem.normalized_padding,
+               problem.through_statistics};
+    const int64_t there = 1, absent = 0;
+    element_ = {there, problem.residual.data ? there : absent, problem.dy.data ? there : absent,
+                out.data ? there : absent, problem.dresidual.data ? there : absent, has_mask ? there : absent};
+    if (plan.is_flat) step_ = times(element_, plan.width);
+    else if (plan.family == Family::short_rows) step_ = {problem.x.n, problem.residual.n, problem.dy.n, out.n, problem.dresidual.n, 0};
+    else step_ = {problem.x.s, problem.residual.s, problem.dy.s, out.s, problem.dresidual.s, has_mask ? keep.s : 0};
+    const int64_t partials = plan.chunks * (plan.family == Family::columns ? plan.width : problem.C);
+    first_ = take<double>(partials);
+    second_ = take<double>(partials);
+    tables = take_tables(problem.C);
+    again = take<uint8_t>(problem.C);
+  }
 
   const Problem& problem;
   const Plan& plan;
   Options options;
-  Tables<F> tables;         // by channel
-  Tables<F> column_tables;  // by column; the same where a column is a channel
-  typename Row<T>::Step step;  // columns: from a row to the next of the same n
-  double *first, *second;   // the sums of each chunk: rows [C][chunks], columns [chunks][pitch]
-  uint8_t* again;           // channels that have to be measured once more
+  Tables<F> tables;  // by channel
+  uint8_t* again;    // channels that have to be measured once more
 
-  Job(const Problem& problem, const Plan& plan, void* workspace) : problem(problem), plan(plan) {
-    const Tensor& keep = problem.mask.keep;
-    options = {problem.activation, problem.slope, keep.data && (plan.is_columns ? keep.c : keep.s) != 0,
-               false, problem.normalized_padding, problem.through_statistics};
-    const Tensor& out = problem.y.data ? problem.y : problem.dx;
-    step = plan.is_flat ? typename Row<T>::Step{plan.width, plan.width, plan.width, plan.width, plan.width, 0}
-                        : typename Row<T>::Step{problem.x.s, problem.residual.s, problem.dy.s, out.s,
-                                                problem.dresidual.s, keep.s};
-    char* free = static_cast<char*>(workspace);
-    free += -reinterpret_cast<uintptr_t>(free) % 64;
-    const auto take = [&](int64_t bytes) {
-      char* taken = free;
-      free += (bytes + 63) / 64 * 64;
-      return taken;
-    };
-    const int64_t partials = plan.chunks * (plan.is_columns ? plan.pitch : problem.C);
-    first = reinterpret_cast<double*>(take(8 * partials));
-    second = reinterpret_cast<double*>(take(8 * partials));
-    const auto take_tables = [&](int64_t length) {
-      const auto table = [&] { return reinterpret_cast<F*>(take(sizeof(F) * length)); };
-      return Tables<F>{table(), table(), table(), table(), table(), table(), table(), table()};
-    };
-    const bool is_own = plan.is_columns && plan.width != problem.C;
-    column_tables = take_tables(plan.pitch);
-    tables = is_own ? take_tables(problem.C) : column_tables;
-    again = reinterpret_cast<uint8_t*>(take(problem.C));
+  // Calls body(scope) so that all channels are done. A channel's second pass finds it in the core's cache if one thread
+  // does both, so each takes a few channels at a time, unless there are too few of them to go round.
+  template <class Body> void run(bool has_reduction, const Body& body) {
+    const int64_t C = problem.C, apart = plan.channels_apart;
+    if (!apart || (!has_reduction && plan.family == Family::rows)) {
+      const Tables<F> columns = take_tables(plan.table_length);
+      return parallel(problem.threads, [&](const Team& team) { body(Scope{{0, C}, team, columns}); });
+    }
+    int64_t next = 0;
+    Tables<F>* columns = static_cast<Tables<F>*>(__builtin_alloca(problem.threads * sizeof(Tables<F>)));
+    for (int i = 0; i < problem.threads; ++i) columns[i] = take_tables(plan.table_length);
+    parallel(problem.threads, [&](const Team& team) {
+      for (;;) {
+        const int64_t begin = __atomic_fetch_add(&next, apart, __ATOMIC_RELAXED);
+        if (begin >= C) return;
+        body(Scope{{begin, min(C, begin + apart)}, Team{}, columns[team.rank]});
+      }
+    });
+  }
+
+  // The sums of `pass` over each chunk.
+  template <class Pass> void reduce(const Scope& scope, Pass pass) const {
+    spread(scope, Pass::reads);
+    pass.tables = tables_of(scope);
+    for_tiles(plan.chunks, across(scope), plan.block, scope.team, false, [&](int64_t k, Range block) {
+      plan.family == Family::rows ? reduce_rows(pass, k, block) : reduce_columns_of(scope, pass, k, block);
+    });
+  }
+
+  // The results of `pass`, and of `padding` (or zeros) where nothing counts. From the end, whose elements the
+  // reduction has read last.
+  template <class Pass> void map(const Scope& scope, Pass pass) const {
+    spread(scope, Pass::reads | (options.normalized_padding ? BETA | SCALE | OFFSET : 0));
+    pass.tables = tables_of(scope);
+    if (plan.family == Family::rows)
+      for_tiles(problem.N * plan.chunks_per_row, across(scope), plan.block, scope.team, true,
+                [&](int64_t part, Range block) { map_rows(scope, pass, part, block); });
+    else
+      for_tiles(plan.chunks, across(scope), plan.block, scope.team, true,
+                [&](int64_t k, Range block) { map_columns_of(scope, pass, k, block); });
+    if (plan.is_streaming) fence();
+  }
+
+  // ---- channels ----
+
+  // The sums over all chunks (and columns) of channel c, in a fixed order.
+  void total_of(int64_t c, double& a, double& b) const {
+    a = b = 0;
+    if (plan.family != Family::columns) {
+      for (int64_t k = c * plan.chunks; k < (c + 1) * plan.chunks; ++k) a += first_[k], b += second_[k];
+      return;
+    }
+    for (int64_t j = c; j < plan.chunks * plan.width; j += problem.C) a += first_[j], b += second_[j];
+  }
+
+  // The coefficients of z, from statistics and parameters.
+  void fill_tables(int64_t c) const {
+    const auto statistic = [c](const void* table) { return static_cast<double>(static_cast<const F*>(table)[c]); };
+    const double rstd = statistic(problem.rstd), scale = read(problem.gamma, c, 1) * rstd;
+    const double beta = read(problem.beta, c, 0);
+    tables.hi[c] = static_cast<F>(statistic(problem.mean));
+    tables.rstd[c] = static_cast<F>(rstd);
+    tables.scale[c] = static_cast<F>(scale);
+    tables.beta[c] = static_cast<F>(beta);
+    tables.offset[c] = static_cast<F>(beta - scale * statistic(problem.mean_lo));
+  }
+
+  bool counts(int64_t n, int64_t c, int64_t s) const {
+    const Mask& mask = problem.mask;
+    if (mask.lengths) return s < mask.lengths[n];
+    return !mask.keep.data || *at<const uint8_t>(mask.keep, n, c, s);
+  }
+
+  // Elements that count in channel c.
+  int64_t count_of(int64_t c) const {
+    const Problem& p = problem;
+    if (!p.mask.lengths && !p.mask.keep.data) return p.N * p.S;
+    int64_t count = 0;
+    for (int64_t n = 0; n < p.N; ++n) {
+      if (p.mask.lengths) count += p.mask.lengths[n];
+      else for (int64_t s = 0; s < p.S; ++s) count += *at<const uint8_t>(p.mask.keep, n, c, s) != 0;
+    }
+    return count;
+  }
+
+  template <class P> static P* at(const Tensor& t, int64_t n, int64_t c, int64_t s) {
+    return t.data ? static_cast<P*>(t.data) + n * t.n + c * t.c + s * t.s : nullptr;
+  }
+
+ private:
+  using Step = typename Row<T>::Step;
+
+  // ---- workspace ----
+
+  template <class P> P* take(int64_t length) {
+    char* begin = static_cast<char*>(free_);
+    begin += -reinterpret_cast<uintptr_t>(begin) % 64;
+    free_ = begin + length * sizeof(P);
+    return reinterpret_cast<P*>(begin);
+  }
+  Tables<F> take_tables(int64_t length) {
+    const auto table = [&] { return take<F>(length + width<Vf>); };  // whole vectors are read at its end
+    return {table(), table(), table(), table(), table(), table(), table(), table()};
+  }
+
+  const Tables<F>& tables_of(const Scope& scope) const {
+    return plan.family == Family::rows ? tables : scope.columns;
+  }
+
+  // Copies the coefficients of the channels, those that `wanted` names, to their columns.
+  void spread(const Scope& scope, unsigned wanted) const {
+    if (plan.family == Family::rows) return;
+    F* const Tables<F>::*const all[] = {&Tables<F>::hi, &Tables<F>::scale, &Tables<F>::offset, &Tables<F>::beta,
+                                        &Tables<F>::rstd, &Tables<F>::a, &Tables<F>::b, &Tables<F>::c};
+    const Range mine = scope.team.share(scope.channels.begin, scope.channels.end);
+    for (int i = 0; i < 8; ++i) {
+      if (!(wanted >> i & 1)) continue;
+      const F* const from = tables.*all[i];
+      F* const to = scope.columns.*all[i];
+      if (plan.family == Family::short_rows) {
+        for (int64_t c = mine.begin; c < mine.end; ++c)
+          for (int64_t s = 0, j = (c - scope.channels.begin) * problem.S; s < problem.S; ++s, ++j) to[j] = from[c];
+      } else {
+        for (int64_t side = 0; side < plan.width; side += problem.C)
+          for (int64_t c = mine.begin; c < mine.end; ++c) to[side + c] = from[c];
+      }
+    }
+    scope.team.barrier();
   }
 
   // ---- where things are ----
 
-  template <class P> static P* at(const Tensor& t, int64_t n, int64_t c, int64_t s) {
-    return t.data ? static_cast<P*>(t.data) + n * t.n + c * t.c + s * t.s : nullptr;
+  static Step times(const Step& s, int64_t n) {
+    return {s.x * n, s.residual * n, s.dy * n, s.out * n, s.dresidual * n, s.keep * n};
   }
 
   Row<T> row(int64_t n, int64_t c, int64_t s) const {
@@ -89,12 +215,13 @@ template <class T> class Job {
             options.has_mask ? at<const uint8_t>(p.mask.keep, n, c, s) : nullptr};
   }
 
-  // Columns: row r, whatever n and s it is.
-  Row<T> row(int64_t r) const {
-    if (plan.is_flat) return row(0, 0, 0) + r * plan.width;
+  // The part of row r that belongs to a scope, and its length.
+  Row<T> row_of(const Scope& scope, int64_t r) const {
+    if (plan.is_flat) return row(0, 0, 0).advanced(step_, r);
+    if (plan.family == Family::short_rows) return row(r, scope.channels.begin, 0);
     return row(r / problem.S, 0, r % problem.S);
   }
-  int64_t length(int64_t r) const {
+  int64_t length_of(int64_t r) const {
     return plan.is_flat ? min(plan.width, plan.elements - r * plan.width) : plan.width;
   }
 
@@ -110,144 +237,152 @@ template <class T> class Job {
     if (mask.lengths) return r % problem.S < mask.lengths[r / problem.S];
     return !mask.keep.data || options.has_mask || *at<const uint8_t>(mask.keep, r / problem.S, 0, r % problem.S);
   }
-  bool counts(int64_t n, int64_t c, int64_t s) const {
-    const Mask& mask = problem.mask;
-    if (mask.lengths) return s < mask.lengths[n];
-    return !mask.keep.data || *at<const uint8_t>(mask.keep, n, c, s);
-  }
 
   // ---- tiles ----
 
-  // Columns cannot be divided among teams; `channels` is then all of them.
-  using Range = Team::Range;
-
-  static constexpr int64_t channel_block = 32;  // channels of a row tile, whose sums are on the stack
-
-  static int64_t blocks(int64_t length, int64_t block) { return (length + block - 1) / block; }
-  static Range block_of(Range all, int64_t i, int64_t block) {
-    return {all.begin + i * block, min(all.end, all.begin + (i + 1) * block)};
+  // What a scope's tiles are blocks of: its channels, or its columns, counted from its own first.
+  Range across(const Scope& scope) const {
+    if (plan.family == Family::rows) return scope.channels;
+    if (plan.family == Family::columns) return {0, plan.width};
+    return {0, (scope.channels.end - scope.channels.begin) * problem.S};
   }
 
   // body(i, block) for this member's share of [0, count) x the blocks of `across`.
   template <class Body>
   static void for_tiles(int64_t count, Range across, int64_t block, const Team& team, bool is_backwards,
                         const Body& body) {
-    const int64_t width = blocks(across.end - across.begin, block);
-    const Range mine = team.share(0, width * count);
+    const int64_t blocks = (across.end - across.begin + block - 1) / block;
+    const Range mine = team.share(0, blocks * count);
     for (int64_t i = mine.begin; i < mine.end; ++i) {
       const int64_t tile = is_backwards ? mine.end - 1 - (i - mine.begin) : i;
-      body(tile / width, block_of(across, tile % width, block));
+      const int64_t begin = across.begin + tile % blocks * block;
+      body(tile / blocks, Range{begin, min(across.end, begin + block)});
     }
   }
 
-  // The sums of `pass` over each chunk.
-  template <class Pass> void reduce(const Pass& pass, Range channels, const Team& team) const {
-    if (plan.is_columns)
-      for_tiles(plan.chunks, {0, plan.width}, plan.chunk_s, team, false,
-                [&](int64_t k, Range columns) { reduce_column_tile(pass, k, columns); });
-    else
-      for_tiles(plan.chunks, channels, channel_block, team, false,
-                [&](int64_t k, Range block) { reduce_row_tile(pass, k, block); });
-  }
+  // ---- tiles of rows: those next to each other in memory one after the other, the channels of one n first ----
 
-  // Rows next to each other in memory one after the other: the channels of one n, then those of the next.
-  template <class Pass> void reduce_row_tile(const Pass& pass, int64_t k, Range channels) const {
-    Sums<V> sums[channel_block];
+  template <class Pass> void reduce_rows(const Pass& pass, int64_t k, Range channels) const {
+    Sums<V> sums[32];
     const int64_t s = k % plan.chunks_per_row * plan.chunk_s, end = min(problem.S, s + plan.chunk_s);
     const int64_t n = k / plan.chunks_per_row * plan.chunk_n;
     for (int64_t i = n; i < min(problem.N, n + plan.chunk_n); ++i)
       for (int64_t c = channels.begin; c < channels.end; ++c) {
         const int64_t length = min(kept(i, c), end) - s;
         if (length > 0)
-          reduce_row(pass, row(i, c, s), pass.template coefficients<by_channel<V>>(c), length, sums[c - channels.begin]);
+          reduce_row(pass, row(i, c, s), pass.template coefficients<by_channel<V>>(c), length,
+                     sums[c - channels.begin]);
       }
     for (int64_t c = channels.begin; c < channels.end; ++c) {
-      first[c * plan.chunks + k] = sums[c - channels.begin].total_first();
-      second[c * plan.chunks + k] = sums[c - channels.begin].total_second();
+      first_[c * plan.chunks + k] = sums[c - channels.begin].total_first();
+      second_[c * plan.chunks + k] = sums[c - channels.begin].total_second();
     }
   }
 
-  template <class Pass> void reduce_column_tile(const Pass& pass, int64_t k, Range columns) const {
-    constexpr int group = 8;
-    double *a = first + k * plan.pitch, *b = second + k * plan.pitch;
-    for (int64_t j = columns.begin; j < columns.end; ++j) a[j] = b[j] = 0;
-    for_runs({k * plan.chunk_n, min(plan.rows, (k + 1) * plan.chunk_n)}, [&](Range run, int64_t length, bool is_kept) {
-      if (!is_kept) return;
-      const int64_t end = min(columns.end, length);
-      int64_t r = run.begin;
-      for (; r + group <= run.end; r += group)
-        reduce_columns<group>(pass, row(r), step, columns.begin, end, a, b);
-      for (; r < run.end; ++r) reduce_columns<1>(pass, row(r), step, columns.begin, end, a, b);
-    });
-  }
-
-  // body(run, length, is_kept) for runs of rows that are evenly spaced, equally long, and all kept or none.
-  template <class Body> void for_runs(Range rows, const Body& body) const {
-    for (int64_t r = rows.begin; r < rows.end;) {
-      const int64_t whole = length(r);
-      int64_t end = rows.end;
-      if (!plan.is_flat) end = min(end, (r / problem.S + 1) * problem.S);  // the rows of one n
-      else if (end == plan.rows && r < end - 1 && length(end - 1) < plan.width) --end;
-      const bool is_here_kept = is_kept(r);
-      if (problem.mask.lengths) {
-        if (is_here_kept) end = min(end, r / problem.S * problem.S + problem.mask.lengths[r / problem.S]);
-      } else if (problem.mask.keep.data && !options.has_mask) {
-        int64_t next = r + 1;
-        while (next < end && is_kept(next) == is_here_kept) ++next;
-        end = next;
-      }
-      body(Range{r, end}, whole, is_here_kept);
-      r = end;
-    }
-  }
-
-  // The results of `pass`, and of `padding` (or zeros) where nothing counts. From the end, whose elements the
-  // reduction has read last.
-  template <class Pass> void map(const Pass& pass, Range channels, const Team& team) const {
-    if (plan.is_columns)
-      for_tiles(plan.chunks, {0, plan.width}, plan.chunk_s, team, true,
-                [&](int64_t k, Range columns) { map_column_tile(pass, k, columns); });
-    else
-      for_tiles(problem.N * plan.chunks_per_row, channels, channel_block, team, true,
-                [&](int64_t row, Range block) { map_row_tile(pass, row, block); });
-    if (plan.is_streaming) fence();
-  }
-
-  template <class Pass> void map_row_tile(const Pass& pass, int64_t part, Range channels) const {
+  template <class Pass> void map_rows(const Scope& scope, const Pass& pass, int64_t part, Range channels) const {
     const int64_t n = part / plan.chunks_per_row, s = part % plan.chunks_per_row * plan.chunk_s;
     const int64_t end = min(problem.S, s + plan.chunk_s);
     for (int64_t c = channels.begin; c < channels.end; ++c) {
       const int64_t counting = max(0, min(kept(n, c), end) - s), rest = end - s - counting;
-      const Row<T> here = row(n, c, s);
-      if (counting)
-        map_row(pass, here, pass.template coefficients<by_channel<V>>(c), counting, plan.is_streaming);
-      if (rest) pad(here + counting, rest, [&](const auto& padding) {
-        map_row(padding, here + counting, padding.template coefficients<by_channel<V>>(c), rest, false);
+      const Row<T> here = row(n, c, s), beyond = here.advanced(element_, counting);
+      if (counting) map_row(pass, here, pass.template coefficients<by_channel<V>>(c), counting, plan.is_streaming);
+      if (rest) pad(scope, beyond, rest, [&](const auto& padding) {
+        map_row(padding, beyond, padding.template coefficients<by_channel<V>>(c), rest, false);
       });
     }
   }
 
-  template <class Pass> void map_column_tile(const Pass& pass, int64_t k, Range columns) const {
-    constexpr int group = 4;
-    for_runs({k * plan.chunk_n, min(plan.rows, (k + 1) * plan.chunk_n)}, [&](Range run, int64_t length, bool is_kept) {
-      const int64_t begin = columns.begin, end = min(columns.end, length);
-      int64_t r = run.begin;
-      if (is_kept && begin < end) {
-        for (; r + group <= run.end; r += group)
-          map_columns<group>(pass, row(r), step, begin, end, plan.is_streaming);
-        for (; r < run.end; ++r) map_columns<1>(pass, row(r), step, begin, end, plan.is_streaming);
+  // ---- tiles of columns ----
+
+  template <class Pass>
+  void reduce_columns_of(const Scope& scope, const Pass& pass, int64_t k, Range columns) const {
+    constexpr int group = 8, longest_run = 8;  // rows, and groups, that are summed in the element's own precision
+    constexpr int64_t widest = widest_block + 16;
+    const int64_t width = columns.end - columns.begin;
+    alignas(64) F runs[2][widest];
+    alignas(64) double sums[2][widest];
+    for (int i = 0; i < 2; ++i)
+      for (int64_t j = 0; j < width; ++j) runs[i][j] = 0, sums[i][j] = 0;
+    const auto fold = [&] {
+      for (int i = 0; i < 2; ++i)
+        for (int64_t j = 0; j < width; ++j) sums[i][j] += runs[i][j], runs[i][j] = 0;
+    };
+    int groups = 0;
+    for_runs(scope, k, [&](Row<T> row, int64_t rows, int64_t length, bool is_kept) {
+      const int64_t end = min(columns.end, length);
+      if (!is_kept || end <= columns.begin) return;
+      for (; rows; row = row.advanced(step_, rows >= group ? group : 1), rows -= rows >= group ? group : 1) {
+        if (rows >= group) reduce_columns<group>(pass, row, step_, columns.begin, end, runs[0], runs[1]);
+        else reduce_columns<1>(pass, row, step_, columns.begin, end, runs[0], runs[1]);
+        if (++groups % longest_run == 0) fold();
       }
-      for (; r < run.end && begin < end; ++r)
-        pad(row(r) + begin, end - begin, [&](const auto& padding) {
-          map_columns<1>(padding, row(r), step, begin, end, false);
+    });
+    fold();
+    if (plan.family == Family::columns) {
+      for (int64_t j = 0; j < width; ++j) {
+        first_[k * plan.width + columns.begin + j] = sums[0][j];
+        second_[k * plan.width + columns.begin + j] = sums[1][j];
+      }
+      return;
+    }
+    for (int64_t j = 0, c = scope.channels.begin + columns.begin / problem.S; j < width; ++c) {
+      double a = 0, b = 0;
+      for (int64_t s = 0; s < problem.S; ++s, ++j) a += sums[0][j], b += sums[1][j];
+      first_[c * plan.chunks + k] = a;
+      second_[c * plan.chunks + k] = b;
+    }
+  }
+
+  template <class Pass>
+  void map_columns_of(const Scope& scope, const Pass& pass, int64_t k, Range columns) const {
+    constexpr int group = 4;
+    for_runs(scope, k, [&](Row<T> row, int64_t rows, int64_t length, bool is_kept) {
+      const int64_t begin = columns.begin, end = min(columns.end, length);
+      if (end <= begin) return;
+      for (; is_kept && rows >= group; rows -= group, row = row.advanced(step_, group))
+        map_columns<group>(pass, row, step_, begin, end, plan.is_streaming);
+      for (; rows; --rows, row = row.advanced(step_, 1)) {
+        if (is_kept) map_columns<1>(pass, row, step_, begin, end, plan.is_streaming);
+        else pad(scope, row.advanced(element_, begin), end - begin, [&](const auto& padding) {
+          map_columns<1>(padding, row, step_, begin, end, false);
         });
+      }
     });
   }
 
+  // body(row, rows, length, is_kept) for runs of chunk k's rows that are evenly spaced, equally long, and all kept or
+  // none.
+  template <class Body> void for_runs(const Scope& scope, int64_t k, const Body& body) const {
+    const Mask& mask = problem.mask;
+    const int64_t last = min(plan.rows, (k + 1) * plan.chunk_n);
+    for (int64_t r = k * plan.chunk_n; r < last;) {
+      int64_t end = last;
+      bool is_here_kept = true;
+      if (plan.is_flat) {
+        if (r < end - 1 && length_of(end - 1) < plan.width) --end;
+      } else if (plan.family == Family::columns) {
+        end = min(end, (r / problem.S + 1) * problem.S);  // the rows of one n
+        is_here_kept = is_kept(r);
+        if (mask.lengths && is_here_kept) end = min(end, r / problem.S * problem.S + mask.lengths[r / problem.S]);
+        if (mask.keep.data && !options.has_mask) {
+          int64_t next = r + 1;
+          while (next < end && is_kept(next) == is_here_kept) ++next;
+          end = next;
+        }
+      }
+      body(row_of(scope, r), end - r, scope_length(scope, r), is_here_kept);
+      r = end;
+    }
+  }
+  int64_t scope_length(const Scope& scope, int64_t r) const {
+    return plan.family == Family::columns ? length_of(r) : across(scope).end;
+  }
+
   // What comes out where no element of (a part of) a row counts: zeros, or what `normalize(pass)` stores.
-  template <class Normalize> void pad(const Row<T>& row, int64_t length, const Normalize& normalize) const {
+  template <class Normalize>
+  void pad(const Scope& scope, const Row<T>& row, int64_t length, const Normalize& normalize) const {
     if (options.normalized_padding && problem.y.data) {
-      Forward<T, Form::general> padding{plan.is_columns ? column_tables : tables, options};
+      Forward<T, Form::general> padding{tables_of(scope), options};
       padding.options.is_padding = true;
       return normalize(padding);
     }
@@ -255,76 +390,9 @@ template <class T> class Job {
     if (row.dresidual) __builtin_memset(row.dresidual, 0, length * sizeof(T));
   }
 
-  // ---- channels ----
-
-  // The sums over all chunks (and columns) of channel c, in a fixed order.
-  void total_of(int64_t c, double& a, double& b) const {
-    a = b = 0;
-    if (!plan.is_columns) {
-      for (int64_t k = 0; k < plan.chunks; ++k) a += first[c * plan.chunks + k], b += second[c * plan.chunks + k];
-      return;
-    }
-    for (int64_t side = c * plan.inner; side < plan.width; side += problem.C * plan.inner)
-      for (int64_t j = side; j < side + plan.inner; ++j)
-        for (int64_t k = 0; k < plan.chunks; ++k) a += first[k * plan.pitch + j], b += second[k * plan.pitch + j];
-  }
-
-  // The coefficients of z, from statistics and parameters.
-  void fill_tables(int64_t c) const {
-    const auto statistic = [c](const void* table) { return static_cast<double>(static_cast<const F*>(table)[c]); };
-    const double rstd = statistic(problem.rstd), scale = read(problem.gamma, c, 1) * rstd;
-    tables.hi[c] = static_cast<F>(statistic(problem.mean));
-    tables.rstd[c] = static_cast<F>(rstd);
-    tables.scale[c] = static_cast<F>(scale);
-    tables.beta[c] = static_cast<F>(read(problem.beta, c, 0));
-    tables.offset[c] = static_cast<F>(read(problem.beta, c, 0) - scale * statistic(problem.mean_lo));
-  }
-
-  // Copies the channels' coefficients to their columns.
-  void spread(const Team& team) const {
-    if (tables.hi == column_tables.hi) return;
-    const Range mine = team.share(0, plan.width);
-    F* const Tables<F>::*const all[] = {&Tables<F>::hi, &Tables<F>::scale, &Tables<F>::offset, &Tables<F>::beta,
-                                        &Tables<F>::rstd, &Tables<F>::a, &Tables<F>::b, &Tables<F>::c};
-    for (F* const Tables<F>::*table : all)
-      for (int64_t j = mine.begin; j < mine.end; ++j)
-        (column_tables.*table)[j] = (tables.*table)[plan.channel_of(j, problem.C)];
-    team.barrier();
-  }
-
-  const Tables<F>& pass_tables() const { return plan.is_columns ? column_tables : tables; }
-
-  // Elements that count in channel c.
-  int64_t count_of(int64_t c) const {
-    const Problem& p = problem;
-    if (!p.mask.lengths && !p.mask.keep.data) return p.N * p.S;
-    int64_t count = 0;
-    for (int64_t n = 0; n < p.N; ++n) {
-      if (p.mask.lengths) count += p.mask.lengths[n];
-      else for (int64_t s = 0; s < p.S; ++s) count += *at<const uint8_t>(p.mask.keep, n, c, s) != 0;
-    }
-    return count;
-  }
-
-  // Calls run(channels, team) so that all channels are done. A channel's second pass finds it in the core's cache if
-  // one thread does both, so each takes a few channels at a time; all threads share each channel where there are too
-  // few channels to go round.
-  template <class Run> void run(bool has_reduction, const Run& run) const {
-    const int64_t C = problem.C, threads = problem.threads;
-    if (plan.is_columns || !has_reduction || (threads > 1 && C < 8 * threads && C % threads))
-      return parallel(problem.threads, [&](const Team& team) { run(Range{0, C}, team); });
-    const int64_t tensors = 1 + (problem.dy.data != nullptr) + (problem.residual.data != nullptr);
-    const int64_t bytes = max(1, problem.N * problem.S * static_cast<int64_t>(sizeof(T)) * tensors);
-    const int64_t block = max(1, min(min(plan.cache_bytes / bytes, channel_block), C / (4 * threads)));
-    int64_t next = 0;
-    parallel(problem.threads, [&](const Team&) {
-      for (;;) {
-        const int64_t begin = __atomic_fetch_add(&next, block, __ATOMIC_RELAXED);
-        if (begin >= C) return;
-        run(Range{begin, min(C, begin + block)}, Team{});
-      }
-    });
-  }
+  void* free_;
+  Step element_, step_;      // to the next element of a row, and to the next row of a run
+  double *first_, *second_;  // the sums of each chunk: [C][chunks], or, for columns, [chunks][width]
 };
 
 }  // namespace batchnorm::BATCHNORM_ISA

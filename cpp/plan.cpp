@@ -8,7 +8,9 @@ namespace {
 
 constexpr int64_t widest_vector = 16;   // floats; the same for every instruction set, so that the cuts are too
 constexpr int64_t row_chunk = 8192;     // elements of a channel that are summed in one go
-constexpr int64_t column_block = 512;   // columns whose sums stay in the first-level cache
+constexpr int64_t row_block = 32;       // channels of a tile of rows
+constexpr int64_t column_block = 512;   // columns of a tile, whose sums stay in the first-level cache
+constexpr int64_t short_row = 256;      // S below which a row of one channel is too short to be taken by itself
 constexpr int64_t widest_row = 4096;    // columns, of rows put side by side
 
 // What a thread reads between two passes over it. More than fits some second-level caches: with few channels at a time
@@ -19,6 +21,7 @@ constexpr int64_t cache_bytes = 1 << 20;
 constexpr int64_t streamed_bytes = 24 << 20;
 
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+int64_t at_least_1(int64_t a) { return std::max<int64_t>(1, a); }
 
 template <class Predicate> bool all_tensors(const Problem& p, Predicate holds) {
   for (const Tensor* t : {&p.x, &p.residual, &p.dy, &p.y, &p.dx, &p.dresidual})
@@ -27,71 +30,88 @@ template <class Predicate> bool all_tensors(const Problem& p, Predicate holds) {
 }
 
 void plan_rows(const Problem& p, Plan& plan) {
-  plan.is_columns = false;
-  plan.width = plan.pitch = p.C;
-  plan.inner = 1;
-  plan.chunks_per_row = std::max<int64_t>(1, ceil_div(p.S, row_chunk));
-  if (plan.chunks_per_row > 1) {
-    plan.chunk_n = 1;
-    plan.chunk_s = row_chunk;
-    plan.chunks = p.N * plan.chunks_per_row;
-  } else {
-    plan.chunk_n = std::max<int64_t>(1, row_chunk / std::max<int64_t>(1, p.S));
-    plan.chunk_s = std::max<int64_t>(1, p.S);
-    plan.chunks = ceil_div(p.N, plan.chunk_n);
-  }
+  plan.family = Family::rows;
+  plan.block = row_block;
+  plan.chunks_per_row = at_least_1(ceil_div(p.S, row_chunk));
+  const bool is_split = plan.chunks_per_row > 1;
+  plan.chunk_n = is_split ? 1 : at_least_1(row_chunk / at_least_1(p.S));
+  plan.chunk_s = is_split ? row_chunk : at_least_1(p.S);
+  plan.chunks = ceil_div(p.N, plan.chunk_n) * plan.chunks_per_row;
 }
 
-void plan_columns(const Problem& p, Plan& plan, int64_t width, int64_t inner, bool is_flat) {
-  plan.is_columns = true;
-  plan.inner = inner;
-  plan.is_flat = is_flat;
-  plan.elements = p.N * p.C * p.S;
-  const int64_t side_by_side = widest_vector / std::gcd(width, widest_vector);
-  if (is_flat && width * side_by_side <= widest_row) width *= side_by_side;
-  plan.width = width;
-  plan.pitch = ceil_div(width, widest_vector) * widest_vector;
-  plan.rows = ceil_div(plan.elements, width);
-  // Enough rows that adding up the chunks costs little, enough chunks that every thread has some.
-  plan.chunk_n = std::max({int64_t{256}, ceil_div(plan.rows, 256), 16384 / width});
-  plan.chunk_s = column_block;
+// Blocks of whole channels that are also whole vectors.
+void plan_short_rows(const Problem& p, Plan& plan) {
+  plan.family = Family::short_rows;
+  plan.width = p.C * p.S;
+  plan.rows = p.N;
+  const int64_t aligned = widest_vector / std::gcd(p.S, widest_vector) * p.S;
+  plan.block = aligned * at_least_1(widest_block / aligned);
+  if (plan.block > widest_block) plan.block = p.S;
+  plan.chunk_n = std::max<int64_t>(64, row_chunk / p.S);
   plan.chunks = ceil_div(plan.rows, plan.chunk_n);
-  plan.chunks_per_row = ceil_div(width, column_block);
+}
+
+void plan_columns(const Problem& p, Plan& plan, bool is_flat) {
+  plan.family = Family::columns;
+  plan.is_flat = is_flat;
+  plan.width = p.C;
+  const int64_t side_by_side = widest_vector / std::gcd(plan.width, widest_vector);
+  if (is_flat && plan.width * side_by_side <= widest_row) plan.width *= side_by_side;
+  plan.rows = ceil_div(plan.elements, plan.width);
+  // Enough rows that adding up the chunks costs little, enough chunks that every thread has some.
+  plan.chunk_n = std::max({int64_t{256}, ceil_div(plan.rows, 256), 16384 / plan.width});
+  plan.block = column_block;
+  plan.chunks = ceil_div(plan.rows, plan.chunk_n);
+}
+
+// Each channel by itself, if the threads come out even; a few at a time, so that the second pass over them finds what
+// the first has read in the cache.
+int64_t channels_apart(const Problem& p, const Plan& plan, int64_t bytes_of_a_channel) {
+  const int64_t unit = plan.family == Family::short_rows ? plan.block / p.S : 1;
+  const int64_t units = ceil_div(p.C, unit);
+  if (plan.family == Family::columns || (p.threads > 1 && units < 8 * p.threads && units % p.threads)) return 0;
+  return unit * at_least_1(std::min(cache_bytes / at_least_1(bytes_of_a_channel * unit), units / (4 * p.threads)));
 }
 
 }  // namespace
 
 bool make_plan(const Problem& p, Plan& plan) {
   plan = {};
+  plan.chunks_per_row = 1;
+  plan.elements = p.N * p.C * p.S;
   const bool is_masked = p.mask.lengths || p.mask.keep.data;
   const Tensor& keep = p.mask.keep;
   const bool has_rows =
       (p.S == 1 || all_tensors(p, [](const Tensor& t) { return t.s == 1; })) && (!keep.data || keep.s <= 1);
   const bool has_columns =
       (p.C == 1 || all_tensors(p, [](const Tensor& t) { return t.c == 1; })) && (!keep.data || keep.c <= 1);
-  const bool is_packed = all_tensors(p, [&](const Tensor& t) {
-    return (t.c == p.S || p.C == 1) && (p.N == 1 || t.n == p.C * p.S);
-  });
-  if (has_rows && p.S > 1 && p.S < widest_vector && p.C > 1 && is_packed && !is_masked) {
-    plan_columns(p, plan, p.C * p.S, p.S, true);
-  } else if (has_rows && (p.S > 1 || !has_columns || p.C == 1)) {
-    plan_rows(p, plan);
+  if (has_rows && (p.S > 1 || !has_columns || p.C == 1)) {
+    const bool is_packed = all_tensors(p, [&](const Tensor& t) { return t.c == p.S; });
+    if (p.S < short_row && p.C > 1 && is_packed && !is_masked) plan_short_rows(p, plan);
+    else plan_rows(p, plan);
   } else if (has_columns) {
-    const bool is_flat = !is_masked && all_tensors(p, [&](const Tensor& t) {
+    plan_columns(p, plan, !is_masked && all_tensors(p, [&](const Tensor& t) {
       return (p.S == 1 || t.s == p.C) && (p.N == 1 || t.n == p.C * p.S);
-    });
-    plan_columns(p, plan, p.C, 1, is_flat);
+    }));
   } else {
     return false;
   }
-  int64_t tensors = 0;
-  all_tensors(p, [&](const Tensor&) { return ++tensors; });
-  plan.is_streaming = tensors * p.N * p.C * p.S * size_of(p.dtype) >= streamed_bytes;
-  plan.cache_bytes = cache_bytes;
-  // As `Job` lays it out, each table on a cache line of its own.
   const int64_t scalar = p.dtype == Dtype::float64 ? 8 : 4, line = 64;
-  const int64_t partials = plan.chunks * (plan.is_columns ? plan.pitch : p.C);
-  plan.workspace = 2 * 8 * partials + 8 * scalar * (plan.pitch + p.C) + p.C + 24 * line;
+  int64_t written = 0, read = 0;
+  all_tensors(p, [&](const Tensor& t) {
+    return ++(&t == &p.y || &t == &p.dx || &t == &p.dresidual ? written : read);
+  });
+  const int64_t bytes = plan.elements * size_of(p.dtype);
+  plan.is_streaming = (written + read) * bytes >= streamed_bytes;
+  plan.channels_apart = channels_apart(p, plan, read * p.N * p.S * size_of(p.dtype));
+
+  // As `Job` lays it out: partial sums, tables by channel, tables by column for each team.
+  const int64_t partials = plan.chunks * (plan.family == Family::columns ? plan.width : p.C);
+  if (plan.family == Family::columns) plan.table_length = plan.width;
+  if (plan.family == Family::short_rows) plan.table_length = (plan.channels_apart ? plan.channels_apart : p.C) * p.S;
+  const int64_t teams = plan.channels_apart ? p.threads : 1;
+  const auto tables = [&](int64_t length) { return 8 * (scalar * (length + widest_vector) + line); };
+  plan.workspace = 2 * 8 * partials + tables(p.C) + teams * tables(plan.table_length) + p.C + 8 * line;
   return true;
 }
 

@@ -59,30 +59,22 @@ inline void reduce_row(const Pass pass, const Row<T> row, const typename Pass::C
   }
 }
 
-BATCHNORM_INLINE void accumulate(double* sums, Vf v) {
-  const Halves halves = widen(v);
-  store(sums, load(sums) + halves.low);
-  store(sums + width<Vd>, load(sums + width<Vd>) + halves.high);
-}
-BATCHNORM_INLINE void accumulate(double* sums, Vd v) { store(sums, load(sums) + v); }
-
-// Adds the sums of `count` evenly spaced rows to those of each column in [begin, end).
+// Adds the terms of `count` evenly spaced rows to the sums of the columns in [begin, end); sums[0] is that of `begin`.
 template <int count, class Pass, class T>
-inline void reduce_columns(const Pass& pass, const Row<T> row, const typename Row<T>::Step& step, int64_t begin,
-                           int64_t end, double* first, double* second) {
+inline void reduce_columns(const Pass pass, const Row<T> row, const typename Row<T>::Step step, int64_t begin,
+                           int64_t end, ScalarOf<typename Pass::V>* first, ScalarOf<typename Pass::V>* second) {
   using V = typename Pass::V;
   constexpr int W = width<V>;
-  Row<T> rows[count];
-  for (int r = 0; r < count; ++r) rows[r] = row.advanced(step, r);
   const auto block = [&](int64_t j, auto lanes) __attribute__((always_inline)) {
     const auto k = pass.template coefficients<by_column<V>>(j);
     V p, q, sum[2] = {}, product[2] = {};
     for (int r = 0; r < count; ++r) {
-      pass.terms(rows[r], j, k, lanes, p, q);
+      pass.terms(row.advanced(step, r), j, k, lanes, p, q);
       sum[r % 2] += p, product[r % 2] = fma(p, q, product[r % 2]);
     }
-    accumulate(first + j, sum[0] + sum[1]);
-    accumulate(second + j, product[0] + product[1]);
+    const int64_t i = j - begin;
+    store(first + i, load(first + i) + (sum[0] + sum[1]));
+    store(second + i, load(second + i) + (product[0] + product[1]));
   };
   int64_t j = begin;
   for (; j + W <= end; j += W) block(j, All{});
@@ -116,18 +108,14 @@ inline void map_row(const Pass pass, const Row<T> row, const typename Pass::Coef
 
 // Stores the results of `count` evenly spaced rows for the columns in [begin, end).
 template <int count, class Pass, class T>
-inline void map_columns(const Pass& pass, const Row<T> row, const typename Row<T>::Step& step, int64_t begin,
+inline void map_columns(const Pass pass, const Row<T> row, const typename Row<T>::Step step, int64_t begin,
                         int64_t end, bool is_streaming) {
   using V = typename Pass::V;
   constexpr int W = width<V>;
-  Row<T> rows[count];
-  for (int r = 0; r < count; ++r) {
-    rows[r] = row.advanced(step, r);
-    is_streaming = is_streaming && is_aligned(rows[r], begin);
-  }
+  for (int r = 0; r < count; ++r) is_streaming = is_streaming && is_aligned(row.advanced(step, r), begin);
   const auto block = [&](int64_t j, auto lanes, bool streams) __attribute__((always_inline)) {
     const auto k = pass.template coefficients<by_column<V>>(j);
-    for (int r = 0; r < count; ++r) pass.apply(rows[r], j, k, lanes, streams);
+    for (int r = 0; r < count; ++r) pass.apply(row.advanced(step, r), j, k, lanes, streams);
   };
   int64_t j = begin;
   if (is_streaming) for (; j + W <= end; j += W) block(j, All{}, true);
