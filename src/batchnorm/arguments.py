@@ -8,10 +8,20 @@ import numpy
 from batchnorm.convention import Convention
 from batchnorm.core import activations
 from batchnorm.core.axes import Axes, split
-from batchnorm.core.dtypes import FLOATS, Array, Namespace, cast, dtype_name, full, statistics_dtype
+from batchnorm.core.dtypes import (
+    FLOATS,
+    Array,
+    Namespace,
+    cast,
+    dtype_name,
+    full,
+    is_floating,
+    namespace,
+    statistics_dtype,
+)
 from batchnorm.core.masks import Lengths, Mask, counts
 from batchnorm.core.running import RunningStatistics
-from batchnorm.named import Axis, numbered_axis, unnamed, unnamed_like
+from batchnorm.named import Axis, may_be_named, numbered_axis, unnamed, unnamed_like
 
 
 def known(condition: Any) -> bool | None:
@@ -27,7 +37,7 @@ def known(condition: Any) -> bool | None:
 def check_array(name: str, value: Any) -> Namespace:
     """The namespace of a floating array; anything else is a TypeError."""
     try:
-        xp = array_api_compat.array_namespace(value)
+        xp = namespace(value)
     except TypeError:
         raise TypeError(
             f"{name} is a {type(value).__name__}; it must be an array (NumPy, PyTorch, JAX, or one with an array-API "
@@ -35,7 +45,7 @@ def check_array(name: str, value: Any) -> Namespace:
         ) from None
     if isinstance(value, numpy.ma.MaskedArray):
         raise TypeError(f"{name} is a masked array; pass {name}.data, and mask=~{name}.mask for x")
-    if dtype_name(value.dtype) not in FLOATS:
+    if not is_floating(value.dtype):
         raise TypeError(f"{name} has dtype {value.dtype}; it must be one of {', '.join(FLOATS)}: convert it first")
     return xp
 
@@ -44,12 +54,12 @@ def check_axes(given: Any, x: Array, axis: Axis) -> Axes:
     """The split of the axes of x, whose rank must be at least 1."""
     if x.ndim == 0:
         raise ValueError("x is a scalar; batch normalization needs at least one dimension")
-    return split(numbered_axis(given, axis), x.ndim)
+    return split(axis if type(axis) is int else numbered_axis(given, axis), x.ndim)
 
 
 def check_same_library(name: str, value: Array, x: Array) -> None:
     """Raise unless both arrays belong to one library."""
-    if array_api_compat.array_namespace(value) is not array_api_compat.array_namespace(x):
+    if type(value) is not type(x) and namespace(value) is not namespace(x):
         raise TypeError(
             f"{name} is a {type(value).__module__}.{type(value).__name__}, but x is a "
             f"{type(x).__module__}.{type(x).__name__}; convert {name} to the library of x"
@@ -69,7 +79,7 @@ def check_parameter(name: str, value: Any, x: Array, axes: Axes) -> Array | None
 def check_statistics_shape(name: str, value: Array, x: Array, axes: Axes) -> None:
     """Raise unless `value` has one element for each channel of x."""
     expected = axes.statistics_shape(x.shape)
-    if tuple(value.shape) != expected:
+    if value.shape != expected:
         kept = axes.kept[0] if len(axes.kept) == 1 else axes.kept
         raise ValueError(
             f"{name} has shape {tuple(value.shape)}, but x with shape {tuple(x.shape)} has channels {expected} along "
@@ -89,7 +99,7 @@ def check_running(running: Any, x: Array, axes: Axes) -> RunningStatistics:
         check_array(f"running.{name}", value)
         check_same_library(f"running.{name}", value, x)
         check_statistics_shape(f"running.{name}", value, x, axes)
-    xp = array_api_compat.array_namespace(x)
+    xp = namespace(x)
     dtype = statistics_dtype(xp, running.mean, running.spread)
 
     def scalar(name: str) -> Array:
@@ -186,7 +196,7 @@ def check_mask(mask: Any, lengths: Any, x: Array, axes: Axes) -> Mask:
         return check_lengths(lengths, x, axes)
     if mask is None:
         return None
-    xp = array_api_compat.array_namespace(x)
+    xp = namespace(x)
     mask = as_array_like(x, mask)
     if dtype_name(mask.dtype) != "bool":
         raise TypeError(f"mask has dtype {mask.dtype}; it must be boolean, True where x counts: pass mask != 0")
@@ -208,7 +218,7 @@ def check_lengths(lengths: Any, x: Array, axes: Axes) -> Lengths:
             f"{axes.kept}: pass mask= instead"
         )
     batch, time = axes.reduced[:2]
-    xp = array_api_compat.array_namespace(x)
+    xp = namespace(x)
     lengths = as_array_like(x, lengths)
     if not dtype_name(lengths.dtype).startswith(("int", "uint")):
         raise TypeError(f"lengths has dtype {lengths.dtype}; it must hold integers")
@@ -223,7 +233,7 @@ def check_lengths(lengths: Any, x: Array, axes: Axes) -> Lengths:
 
 def as_array_like(x: Array, values: Any) -> Array:
     """`values` (nested lists, a NumPy array or one of the library of x) as an array beside x."""
-    xp = array_api_compat.array_namespace(x)
+    xp = namespace(x)
     if not array_api_compat.is_array_api_obj(values):
         values = numpy.asarray(values)
     if array_api_compat.is_torch_array(x):
@@ -243,7 +253,7 @@ def check_trainable(x: Array, axes: Axes, mask: Mask, convention: Convention) ->
     if mask is None:
         is_single: bool | None = axes.elements(x.shape) == 1
     else:
-        xp = array_api_compat.array_namespace(x)
+        xp = namespace(x)
         is_single = known(xp.any(counts(xp, x, axes, mask) == 1))
     if is_single:
         raise ValueError(
@@ -266,9 +276,10 @@ def check_operands(
     x: Any, gamma: Any, beta: Any, mask: Any, lengths: Any, residual: Any, axes: Axes, named: Any
 ) -> Operands:
     """All of them; `named` is x as it was given, by whose dimension names named arguments are aligned."""
-    gamma, beta = unnamed("gamma", gamma, named), unnamed("beta", beta, named)
-    mask, lengths = unnamed_like("mask", mask, named), unnamed("lengths", lengths, named)
-    residual = unnamed("residual", residual, named)
+    if may_be_named():
+        gamma, beta = unnamed("gamma", gamma, named), unnamed("beta", beta, named)
+        mask, lengths = unnamed_like("mask", mask, named), unnamed("lengths", lengths, named)
+        residual = unnamed("residual", residual, named)
     return Operands(
         check_parameter("gamma", gamma, x, axes),
         check_parameter("beta", beta, x, axes),

@@ -241,7 +241,7 @@ def backward(dy: Array, cache: Cache) -> Gradients:
         dy = given.data
     check_array("dy", dy)
     check_same_library("dy", dy, cache.x)
-    if tuple(dy.shape) != tuple(cache.x.shape):
+    if dy.shape != cache.x.shape:
         raise ValueError(f"dy has shape {tuple(dy.shape)}; it must be that of x, {tuple(cache.x.shape)}")
     large, small = (dy, cache.x, cache.residual), (cache.gamma, cache.beta)
     compute = select(None, large, small, cache.plan.axes, cache.plan.activation)

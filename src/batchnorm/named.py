@@ -8,6 +8,11 @@ from batchnorm.core.dtypes import Array
 Axis = int | str | tuple[int | str, ...]
 
 
+def may_be_named() -> bool:
+    """Whether there can be a DataArray at all: whether somebody has imported xarray."""
+    return "xarray" in sys.modules
+
+
 def is_named(value: Any) -> bool:
     """Whether `value` is a DataArray. xarray is consulted only where somebody has imported it."""
     xarray = sys.modules.get("xarray")

@@ -31,6 +31,8 @@ class Axes:
 
     def statistics_shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
         """Shape of the statistics of an x of this shape: the sizes of the kept axes."""
+        if len(self.kept) == 1:
+            return (shape[self.kept[0]],)
         return tuple(shape[axis] for axis in self.kept)
 
     def elements(self, shape: tuple[int, ...]) -> int:
@@ -47,6 +49,7 @@ class Axes:
         return xp.reshape(statistic, tuple(statistic.shape[axis] for axis in self.kept))
 
 
+@lru_cache(typed=True)
 def split(axis: int | tuple[int, ...], ndim: int) -> Axes:
     """The axes of an x of rank `ndim` that keeps statistics along `axis`.
 

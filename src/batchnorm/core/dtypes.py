@@ -16,6 +16,34 @@ def dtype_name(dtype: DType) -> str:
     return str(getattr(dtype, "name", dtype)).rpartition(".")[2]
 
 
+#: Of the types of arrays met so far: finding it out anew takes longer than normalising a small array.
+NAMESPACES: dict[type, Namespace] = {}
+FLOATING: set[tuple[type, DType]] = set()  # by type: dtypes of different libraries may not be comparable
+
+
+def namespace(array: Array) -> Namespace:
+    """The array-API namespace of an array.
+
+    Raises:
+        TypeError: Not an array.
+    """
+    found = NAMESPACES.get(type(array))
+    if found is None:
+        found = array_api_compat.array_namespace(array)
+        NAMESPACES[type(array)] = found
+    return found
+
+
+def is_floating(dtype: DType) -> bool:
+    """Whether the dtype is one of `FLOATS`, of any library."""
+    if (type(dtype), dtype) in FLOATING:
+        return True
+    if dtype_name(dtype) not in FLOATS:
+        return False
+    FLOATING.add((type(dtype), dtype))
+    return True
+
+
 def statistics_dtype(xp: Namespace, *arrays: Array) -> DType:
     """float64 if any of the arrays is float64, else float32: half precision cannot hold a variance.
 

@@ -32,7 +32,7 @@ from batchnorm.core.running import RunningStatistics, advance, statistics_of_sta
 ActivationLike = str | Callable[[Array], Array] | None
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Plan:
     """What a forward pass leaves to its backward pass that is not an array; hashable."""
 

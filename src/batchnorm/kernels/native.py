@@ -16,7 +16,7 @@ import batchnorm._native as _native
 from batchnorm.convention import Convention, EpsPlacement, MaskedOutput
 from batchnorm.core import activations
 from batchnorm.core.axes import Axes
-from batchnorm.core.dtypes import Array, dtype_name
+from batchnorm.core.dtypes import Array, DType, dtype_name
 from batchnorm.core.masks import Lengths, Mask, elementwise
 from batchnorm.core.moments import Moments
 from batchnorm.core.normalize import Statistics, effective_beta, effective_gamma
@@ -202,7 +202,7 @@ def run_batch_norm(
     xp, is_masked, updated = library.xp, operands.mask is not None, running
     if training and convention.normalize_with == "batch":
         rule = Rule(convention.eps, convention.eps_train, convention.normalize_correction, convention.masked_output)
-        y, measured = normalize_batch(library, operands, rule, out)
+        y, measured = normalize_batch(library, operands, rule, out, has_m2=True)
         return y, advance(xp, running, measured.moments(), convention, masked=is_masked)
     if training or convention.update == "always":
         batch = measure(library, operands.x, operands.axes, operands.mask)
@@ -212,12 +212,14 @@ def run_batch_norm(
     return normalize_by(library, operands, statistics, convention.masked_output, out), updated
 
 
-def normalize_batch(library: Library, operands: Operands, rule: Rule, out: Array | None) -> tuple[Array, Measured]:
+def normalize_batch(
+    library: Library, operands: Operands, rule: Rule, out: Array | None, *, has_m2: bool = False
+) -> tuple[Array, Measured]:
     """The batch normalised by its own statistics, and these."""
-    shape = operands.axes.statistics_shape(operands.x.shape)
-    measured = Measured(
-        *library.tables(shape, statistics_name(operands.x), 4), count=library.tables(shape, "int64", 1)[0]
-    )
+    shape, dtype = operands.axes.statistics_shape(operands.x.shape), statistics_name(operands.x)
+    mean, mean_lo, rstd = library.tables(shape, dtype, 3)
+    m2 = library.tables(shape, dtype, 1)[0] if has_m2 else None
+    measured = Measured(mean, mean_lo, m2, rstd, library.tables(shape, "int64", 1)[0])
     return library.normalize(operands, measured, rule, is_given=False, out=out), measured
 
 
@@ -331,12 +333,21 @@ def cache_of(operands: Operands, measured: Measured, eps: float) -> Cache:
     """What `backward` needs of a forward pass."""
     x, gamma, beta, residual, mask, axes, activation = operands
     statistics = Statistics(measured.mean, measured.mean_lo, measured.rstd)
-    return Cache(x, gamma, beta, residual, mask, statistics, measured.count, Plan(axes, activation, eps))
+    return Cache(x, gamma, beta, residual, mask, statistics, measured.count, plan_of(axes, activation, eps))
+
+
+plan_of = lru_cache(Plan)
 
 
 def statistics_name(x: Array) -> str:
     """The dtype of the statistics of x."""
-    return "float64" if dtype_name(x.dtype) == "float64" else "float32"
+    return statistics_name_of(x.dtype)
+
+
+@lru_cache
+def statistics_name_of(dtype: DType) -> str:
+    """The same by the dtype of x."""
+    return "float64" if dtype_name(dtype) == "float64" else "float32"
 
 
 def split_mask(library: Library, mask: Mask) -> tuple[Array | None, Array | None]:

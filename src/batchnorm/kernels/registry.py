@@ -14,6 +14,9 @@ from batchnorm.kernels import agnostic
 #: with the signatures of `agnostic`.
 KERNELS = ("native", "agnostic")
 
+#: The module with the C++ kernels for each type of arrays met so far.
+MODULES: dict[type, ModuleType] = {}
+
 
 def select(
     name: str | None,
@@ -34,12 +37,17 @@ def select(
     Raises:
         ValueError: No kernel has that name, or the one that has it does not serve these arrays.
     """
-    if name is not None and name not in KERNELS:
+    if name is None:
+        module = MODULES.get(type(large[0]))
+        if module is not None and module.refusal(large, small, axes, activation) is None:
+            return module
+    elif name not in KERNELS:
         raise ValueError(f"no kernel is called {name!r}; known are {', '.join(KERNELS)}, or None for the best one")
     if name == "agnostic":
         return agnostic
     module, reason = native_module(large[0])
     if module is not None:
+        MODULES[type(large[0])] = module
         reason = module.refusal(large, small, axes, activation)
         if reason is None:
             return module

@@ -22,9 +22,19 @@ from batchnorm.kernels import agnostic, native
 from batchnorm.kernels.agnostic import ActivationLike, Cache, Gradients
 from batchnorm.kernels.native import Library, Measured, Operands, Rule
 
+from torch import Tensor, strided
+from torch._C import _are_functorch_transforms_active as are_transforms_active
+from torch._C import _is_tracing as is_tracing
+from torch._C import _len_torch_dispatch_stack as dispatch_modes
+from torch.autograd import forward_ad
+from torch.compiler import is_compiling
+from torch.nn import Parameter
+
+DTYPES = {"float32": torch.float32, "float64": torch.float64, "int64": torch.int64}
+
 #: From this size on a result is asked to lie in huge pages: the C library takes such blocks fresh from the system, and
 #: a fault for every 4 KiB costs more than the normalisation.
-HUGE_BYTES = 32 << 20
+HUGE_BYTES = 4 << 20
 
 
 class PyTorch(Library):
@@ -33,19 +43,19 @@ class PyTorch(Library):
     xp: ModuleType = xp
 
     def empty_like(self, array: Array) -> Array:
-        empty = torch.empty_like(array, requires_grad=False)
+        empty = torch.empty_like(array)
         if empty.nbytes >= HUGE_BYTES:
             _native.advise_huge_pages(empty)
         return empty
 
     def tables(self, shape: tuple[int, ...], dtype: str, number: int) -> tuple[Array, ...]:
-        return torch.empty((number, *shape), dtype=getattr(torch, dtype)).unbind()
+        return tuple(torch.empty(shape, dtype=DTYPES[dtype]) for _ in range(number))
 
     def buffer(self, array: Array | None) -> Any:
         return array
 
     def contiguous(self, array: Array) -> Array:
-        return array.detach().contiguous()
+        return array if array.is_contiguous() else array.detach().contiguous()
 
     def threads(self) -> int:
         return torch.get_num_threads()
@@ -74,12 +84,12 @@ def refusal(
     """Why the kernels do not serve these tensors; None if they do."""
     if is_traced():
         return "the tensors are being traced or transformed"
-    for tensor in (*large, *small):
+    for tensor in large + small:
         if tensor is None:
             continue
-        if type(tensor) is not torch.Tensor and type(tensor) is not torch.nn.Parameter:
+        if type(tensor) is not Tensor and type(tensor) is not Parameter:
             return f"a {type(tensor).__name__} is not a plain tensor"
-        if not tensor.is_cpu or tensor.layout is not torch.strided or tensor.is_neg():
+        if not tensor.is_cpu or tensor.layout is not strided or tensor.is_neg():
             return f"a tensor is not plain CPU memory (device {tensor.device}, layout {tensor.layout})"
     return native.refusal_of_call(large, axes, activation)
 
@@ -157,12 +167,7 @@ def moments(x: Array, axes: Axes, mask: Mask) -> Moments:
 
 def is_traced() -> bool:
     """Whether calls are being recorded or transformed rather than run: torch.func, torch.compile, export, fx."""
-    return (
-        torch._C._are_functorch_transforms_active()
-        or torch._C._len_torch_dispatch_stack() > 0
-        or torch.compiler.is_compiling()
-        or torch.jit.is_tracing()
-    )
+    return are_transforms_active() or dispatch_modes() > 0 or is_compiling() or is_tracing()
 
 
 def is_forward_mode() -> bool:
