@@ -59,9 +59,8 @@ template <class T> class Job {
     if (plan.is_flat) step_ = times(element_, plan.width);
     else if (plan.family == Family::short_rows) step_ = {problem.x.n, problem.residual.n, problem.dy.n, out.n, problem.dresidual.n, 0};
     else step_ = {problem.x.s, problem.residual.s, problem.dy.s, out.s, problem.dresidual.s, has_mask ? keep.s : 0};
-    const int64_t partials = plan.chunks * (plan.family == Family::columns ? plan.width : problem.C);
-    first_ = take<double>(partials);
-    second_ = take<double>(partials);
+    first_ = take<double>(plan.chunks * problem.C);
+    second_ = take<double>(plan.chunks * problem.C);
     tables = take_tables(problem.C);
     again = take<uint8_t>(problem.C);
   }
@@ -124,7 +123,7 @@ template <class T> class Job {
       for (int64_t k = c * plan.chunks; k < (c + 1) * plan.chunks; ++k) a += first_[k], b += second_[k];
       return;
     }
-    for (int64_t j = c; j < plan.chunks * plan.width; j += problem.C) a += first_[j], b += second_[j];
+    for (int64_t k = c; k < plan.chunks * problem.C; k += problem.C) a += first_[k], b += second_[k];
   }
 
   // The coefficients of z, from statistics and parameters.
@@ -263,7 +262,7 @@ template <class T> class Job {
   // ---- tiles of rows: those next to each other in memory one after the other, the channels of one n first ----
 
   template <class Pass> void reduce_rows(const Pass& pass, int64_t k, Range channels) const {
-    Sums<V> sums[32];
+    Sums<V> sums[row_block];
     const int64_t s = k % plan.chunks_per_row * plan.chunk_s, end = min(problem.S, s + plan.chunk_s);
     const int64_t n = k / plan.chunks_per_row * plan.chunk_n;
     for (int64_t i = n; i < min(problem.N, n + plan.chunk_n); ++i)
@@ -294,11 +293,17 @@ template <class T> class Job {
 
   // ---- tiles of columns ----
 
+  // Rows that are walked side by side. The processor recognises as many streams where each goes on for a page; shorter
+  // rows are read faster one after the other, as they lie (twice as fast from memory at 256 columns).
+  static constexpr int reduce_group = 8, map_group = 4;
+  int group_of(Range columns, int group) const { return columns.end - columns.begin >= 768 ? group : 1; }
+
   template <class Pass>
   void reduce_columns_of(const Scope& scope, const Pass& pass, int64_t k, Range columns) const {
-    constexpr int group = 8, longest_run = 8;  // rows, and groups, that are summed in the element's own precision
     constexpr int64_t widest = widest_block + 16;
+    constexpr int longest_run = 64;  // rows that are summed in the element's own precision
     const int64_t width = columns.end - columns.begin;
+    const int group = group_of(columns, reduce_group);
     alignas(64) F runs[2][widest];
     alignas(64) double sums[2][widest];
     for (int i = 0; i < 2; ++i)
@@ -307,40 +312,48 @@ template <class T> class Job {
       for (int i = 0; i < 2; ++i)
         for (int64_t j = 0; j < width; ++j) sums[i][j] += runs[i][j], runs[i][j] = 0;
     };
-    int groups = 0;
+    int run = 0;
     for_runs(scope, k, [&](Row<T> row, int64_t rows, int64_t length, bool is_kept) {
       const int64_t end = min(columns.end, length);
       if (!is_kept || end <= columns.begin) return;
-      for (; rows; row = row.advanced(step_, rows >= group ? group : 1), rows -= rows >= group ? group : 1) {
-        if (rows >= group) reduce_columns<group>(pass, row, step_, columns.begin, end, runs[0], runs[1]);
+      while (rows) {
+        const int taken = rows >= group ? group : 1;
+        if (taken == reduce_group) reduce_columns<reduce_group>(pass, row, step_, columns.begin, end, runs[0], runs[1]);
         else reduce_columns<1>(pass, row, step_, columns.begin, end, runs[0], runs[1]);
-        if (++groups % longest_run == 0) fold();
+        row = row.advanced(step_, taken);
+        rows -= taken;
+        if ((run += taken) >= longest_run) fold(), run = 0;
       }
     });
     fold();
-    if (plan.family == Family::columns) {
-      for (int64_t j = 0; j < width; ++j) {
-        first_[k * plan.width + columns.begin + j] = sums[0][j];
-        second_[k * plan.width + columns.begin + j] = sums[1][j];
+    if (plan.family == Family::short_rows) {
+      for (int64_t j = 0, c = scope.channels.begin + columns.begin / problem.S; j < width; ++c) {
+        double a = 0, b = 0;
+        for (int64_t s = 0; s < problem.S; ++s, ++j) a += sums[0][j], b += sums[1][j];
+        first_[c * plan.chunks + k] = a;
+        second_[c * plan.chunks + k] = b;
       }
       return;
     }
-    for (int64_t j = 0, c = scope.channels.begin + columns.begin / problem.S; j < width; ++c) {
-      double a = 0, b = 0;
-      for (int64_t s = 0; s < problem.S; ++s, ++j) a += sums[0][j], b += sums[1][j];
-      first_[c * plan.chunks + k] = a;
-      second_[c * plan.chunks + k] = b;
+    // Rows side by side: the columns of a channel, and their block is the only one.
+    const int64_t own = min(width, problem.C);
+    for (int i = 0; i < 2; ++i)
+      for (int64_t side = own; side < width; side += own)
+        for (int64_t j = 0; j < own; ++j) sums[i][j] += sums[i][side + j];
+    for (int64_t j = 0; j < own; ++j) {
+      first_[k * problem.C + columns.begin + j] = sums[0][j];
+      second_[k * problem.C + columns.begin + j] = sums[1][j];
     }
   }
 
   template <class Pass>
   void map_columns_of(const Scope& scope, const Pass& pass, int64_t k, Range columns) const {
-    constexpr int group = 4;
+    const int group = group_of(columns, map_group);
     for_runs(scope, k, [&](Row<T> row, int64_t rows, int64_t length, bool is_kept) {
       const int64_t begin = columns.begin, end = min(columns.end, length);
       if (end <= begin) return;
-      for (; is_kept && rows >= group; rows -= group, row = row.advanced(step_, group))
-        map_columns<group>(pass, row, step_, begin, end, plan.is_streaming);
+      for (; is_kept && rows >= group && group > 1; rows -= group, row = row.advanced(step_, group))
+        map_columns<map_group>(pass, row, step_, begin, end, plan.is_streaming);
       for (; rows; --rows, row = row.advanced(step_, 1)) {
         if (is_kept) map_columns<1>(pass, row, step_, begin, end, plan.is_streaming);
         else pad(scope, row.advanced(element_, begin), end - begin, [&](const auto& padding) {
@@ -392,7 +405,7 @@ template <class T> class Job {
 
   void* free_;
   Step element_, step_;      // to the next element of a row, and to the next row of a run
-  double *first_, *second_;  // the sums of each chunk: [C][chunks], or, for columns, [chunks][width]
+  double *first_, *second_;  // the sums of each chunk: [C][chunks], or, for columns, [chunks][C]
 };
 
 }  // namespace batchnorm::BATCHNORM_ISA

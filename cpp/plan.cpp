@@ -8,10 +8,8 @@ namespace {
 
 constexpr int64_t widest_vector = 16;   // floats; the same for every instruction set, so that the cuts are too
 constexpr int64_t row_chunk = 8192;     // elements of a channel that are summed in one go
-constexpr int64_t row_block = 32;       // channels of a tile of rows
-constexpr int64_t column_block = 512;   // columns of a tile, whose sums stay in the first-level cache
 constexpr int64_t short_row = 256;      // S below which a row of one channel is too short to be taken by itself
-constexpr int64_t widest_row = 4096;    // columns, of rows put side by side
+constexpr int64_t wide_row = 1024;      // columns that rows put side by side should have: see group_of in job.hpp
 
 // What a thread reads between two passes over it. More than fits some second-level caches: with few channels at a time
 // the stretches of contiguous memory are short, and starting on one costs more than a read from the third level.
@@ -45,7 +43,7 @@ void plan_short_rows(const Problem& p, Plan& plan) {
   plan.width = p.C * p.S;
   plan.rows = p.N;
   const int64_t aligned = widest_vector / std::gcd(p.S, widest_vector) * p.S;
-  plan.block = aligned * at_least_1(widest_block / aligned);
+  plan.block = aligned * at_least_1(wide_row / aligned);
   if (plan.block > widest_block) plan.block = p.S;
   plan.chunk_n = std::max<int64_t>(64, row_chunk / p.S);
   plan.chunks = ceil_div(plan.rows, plan.chunk_n);
@@ -55,12 +53,13 @@ void plan_columns(const Problem& p, Plan& plan, bool is_flat) {
   plan.family = Family::columns;
   plan.is_flat = is_flat;
   plan.width = p.C;
-  const int64_t side_by_side = widest_vector / std::gcd(plan.width, widest_vector);
-  if (is_flat && plan.width * side_by_side <= widest_row) plan.width *= side_by_side;
+  const int64_t aligned = widest_vector / std::gcd(p.C, widest_vector) * p.C;
+  if (is_flat && aligned <= widest_block) plan.width = aligned * at_least_1(wide_row / aligned);
   plan.rows = ceil_div(plan.elements, plan.width);
-  // Enough rows that adding up the chunks costs little, enough chunks that every thread has some.
-  plan.chunk_n = std::max({int64_t{256}, ceil_div(plan.rows, 256), 16384 / plan.width});
-  plan.block = column_block;
+  plan.block = widest_block;
+  // Enough chunks that every thread has some, few enough that adding them up costs little.
+  plan.chunks = std::clamp<int64_t>(plan.elements >> 18, 16, 256) / 8 * 8;
+  plan.chunk_n = std::max<int64_t>(8, ceil_div(plan.rows, plan.chunks));
   plan.chunks = ceil_div(plan.rows, plan.chunk_n);
 }
 
@@ -106,7 +105,7 @@ bool make_plan(const Problem& p, Plan& plan) {
   plan.channels_apart = channels_apart(p, plan, read * p.N * p.S * size_of(p.dtype));
 
   // As `Job` lays it out: partial sums, tables by channel, tables by column for each team.
-  const int64_t partials = plan.chunks * (plan.family == Family::columns ? plan.width : p.C);
+  const int64_t partials = plan.chunks * p.C;
   if (plan.family == Family::columns) plan.table_length = plan.width;
   if (plan.family == Family::short_rows) plan.table_length = (plan.channels_apart ? plan.channels_apart : p.C) * p.S;
   const int64_t teams = plan.channels_apart ? p.threads : 1;

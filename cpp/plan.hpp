@@ -36,7 +36,8 @@ struct Plan {
   int64_t workspace;     // bytes that the kernels need besides their arguments
 };
 
-constexpr int64_t widest_block = 1024;  // columns or, of rows, channels: what a tile keeps sums of on the stack
+constexpr int64_t row_block = 32;       // channels of a tile of rows, and
+constexpr int64_t widest_block = 2048;  // columns of one of columns: their sums are on the stack
 
 // False where the tensors' strides fit no family.
 bool make_plan(const Problem& problem, Plan& plan);
