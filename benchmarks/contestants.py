@@ -32,7 +32,7 @@ Results = dict[str, NDArray[np.float64]]
 
 
 def nothing() -> None:
-    """For a library without threads of its own there is nothing to wake."""
+    """What a contestant of a test may leave out."""
 
 
 @dataclass(frozen=True)
@@ -44,13 +44,13 @@ class Contestant:
         run: Does the work and returns all of its results, so that none of them is freed inside the timed call.
         unpack: The results of `run` by name (`y`, `dx`, `dgamma`, `dbeta`, `dresidual`) with the axes of
             `Case.shape`; what they are compared by.
-        wake: A little work on the same threads: they fall asleep after some milliseconds without any.
+        settle: Brings the inputs into the cache, and wakes the threads; not timed.
     """
 
     name: str
     run: Callable[[], Any]
     unpack: Callable[[Any], Results] | None = None
-    wake: Callable[[], object] = nothing
+    settle: Callable[[], object] = nothing
 
 
 def entered(case: Case, *, compiles: bool = True) -> tuple[str, ...]:

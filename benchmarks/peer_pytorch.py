@@ -1,6 +1,7 @@
 """PyTorch's own batch norm: eager, compiled, and oneDNN's primitive behind it."""
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -10,7 +11,7 @@ from torch.nn import functional
 from benchmarks.arrays import EPS, Arrays
 from benchmarks.cases import Case
 from benchmarks.contestants import COMPILED, EAGER, IN_PLACE, ONEDNN, Contestant, Results
-from benchmarks.passes import wake
+from benchmarks.passes import settle
 
 Function = Callable[..., Tensor]
 
@@ -18,14 +19,14 @@ Function = Callable[..., Tensor]
 def contestant(peer: str, case: Case, arrays: Arrays) -> Contestant:
     """One of PyTorch's ways to do a case."""
     if peer == ONEDNN:
-        return Contestant(ONEDNN, _onednn(case, arrays), _dense, wake=wake)
+        return Contestant(ONEDNN, _onednn(case, arrays), _dense, settle=partial(settle, arrays))
     if case.operation == "forward-out":
-        return Contestant(EAGER, _into(arrays), _unpack, wake=wake)
+        return Contestant(EAGER, _into(arrays), _unpack, settle=partial(settle, arrays))
     function = function_of(case, arrays, peer)
     if peer == COMPILED:
         torch.compiler.reset()  # of earlier cases: it would give up after eight shapes of one function
         function = torch.compile(function, dynamic=False)
-    return Contestant(peer, _with_autograd(function, arrays), _unpack, wake=wake)
+    return Contestant(peer, _with_autograd(function, arrays), _unpack, settle=partial(settle, arrays))
 
 
 def function_of(case: Case, arrays: Arrays, peer: str) -> Function:

@@ -55,8 +55,8 @@ def race(
 ) -> dict[str, Timing]:
     """Time every contestant of a case; `estimates` are the seconds of a call, from `warm_up`.
 
-    The order of a round is drawn anew (and the same in every run), so that each contestant meets the caches as every
-    other one leaves them. A result is freed after the clock has stopped and before it starts again; the garbage
+    The order of a round is drawn anew (and the same in every run), and each contestant
+    first reads its inputs, untimed, so that all of them meet the same caches. A result is freed after the clock has stopped and before it starts again; the garbage
     collector is off.
     """
     calls = effort.calls if case.bytes <= SMALL else 1
@@ -72,7 +72,7 @@ def race(
             shuffle(order)
             for contestant in order:
                 if takes_part(number, rounds[contestant.name], total):
-                    contestant.wake()
+                    contestant.settle()
                     _turn(contestant, calls, samples[contestant.name], clock)
     finally:
         gc.enable()

@@ -134,14 +134,14 @@ class TestRace:
         def contestant(name):
             from benchmarks.contestants import Contestant
 
-            return Contestant(name, run=lambda: log.append(name), wake=lambda: log.append(f"wake {name}"))
+            return Contestant(name, run=lambda: log.append(name), settle=lambda: log.append(f"settle {name}"))
 
         effort = Effort(seconds=1, fewest=2, most=4)
         large = case(shape=(32, 64, 112, 112))
         timings = race([contestant("a"), contestant("b")], large, effort, {"a": 0.0, "b": 1.0}, lambda: next(now))
-        runs = [name for name in log if not name.startswith("wake")]
+        runs = [name for name in log if not name.startswith("settle")]
         assert (runs.count("a"), runs.count("b")) == (4, 2)
-        assert all(log[i - 1] == f"wake {name}" for i, name in enumerate(log) if not name.startswith("wake"))
+        assert all(log[i - 1] == f"settle {name}" for i, name in enumerate(log) if not name.startswith("settle"))
         assert "b" in "".join(runs)[:-2], "b's rounds are spread over the race"
         assert {name: (t.p50, t.rounds) for name, t in timings.items()} == {"a": (0.001, 4), "b": (0.001, 2)}
 

@@ -34,7 +34,7 @@ DTYPES = {"float32": torch.float32, "float64": torch.float64, "int64": torch.int
 
 #: From this size on a result is asked to lie in huge pages: the C library takes such blocks fresh from the system, and
 #: a fault for every 4 KiB costs more than the normalisation.
-HUGE_BYTES = 4 << 20
+HUGE_BYTES = 16 << 20
 
 
 class PyTorch(Library):
