@@ -55,9 +55,9 @@ def race(
 ) -> dict[str, Timing]:
     """Time every contestant of a case; `estimates` are the seconds of a call, from `warm_up`.
 
-    The order of a round is drawn anew (and the same in every run), and each contestant
-    first reads its inputs, untimed, so that all of them meet the same caches. A result is freed after the clock has stopped and before it starts again; the garbage
-    collector is off.
+    The order of a round is drawn anew (and the same in every run), and each contestant first reads its inputs, untimed,
+    so that all of them meet the same caches. A result is freed after the clock has stopped and before it starts again;
+    the garbage collector is off.
     """
     calls = effort.calls if case.bytes <= SMALL else 1
     rounds = {c.name: rounds_for(estimates[c.name] * calls, effort, len(contestants)) for c in contestants}

@@ -2,6 +2,7 @@
 
 import ast
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -9,13 +10,15 @@ from pathlib import Path
 import pytest
 
 import batchnorm as bn
+from batchnorm import _native
 
 SOURCE = Path(bn.__file__).parent
 FRAMEWORKS = ("torch", "jax", "flax", "optax", "xarray", "sklearn", "scipy", "matplotlib", "typer", "rich", "ml_dtypes")
 
 #: From the bottom up: a module imports from its own rung and the ones before it.
 RUNGS = (
-    "_native", "convention", "conventions", "core", "named", "kernels", "arguments", "functional", "", "training", "cli",
+    "_native", "convention", "conventions", "core", "named", "kernels", "arguments", "functional", "",
+    "training", "cli",
 )  # fmt: skip
 
 
@@ -70,3 +73,13 @@ def test_the_arrows_can_fail():
 def test_version_is_that_of_the_project():
     pyproject = SOURCE.parent.parent / "pyproject.toml"
     assert f'version = "{bn.__version__}"' in pyproject.read_text()
+
+
+def test_stub_of_the_extension():
+    """`_native.pyi` has the functions of the extension, with their parameters in order."""
+    stub = ast.parse((SOURCE / "_native.pyi").read_text())
+    declared = {node.name: [a.arg for a in node.args.args] for node in stub.body if isinstance(node, ast.FunctionDef)}
+    assert declared.keys() == {name for name in vars(_native) if not name.startswith("__")}
+    for name in ("forward", "backward"):
+        signature = getattr(_native, name).__doc__.splitlines()[0]
+        assert re.findall(r"(\w+):", signature) == declared[name]

@@ -184,8 +184,8 @@ def shares_memory(a: Array, b: Array) -> bool:
 def is_same_view(a: Array, b: Array) -> bool:
     """Whether two arrays of one shape and dtype are the same elements at the same places."""
     if array_api_compat.is_torch_array(a):
-        return a.data_ptr() == b.data_ptr() and a.stride() == b.stride()
-    return a.__array_interface__["data"][0] == b.__array_interface__["data"][0] and a.strides == b.strides
+        return bool(a.data_ptr() == b.data_ptr() and a.stride() == b.stride())
+    return bool(a.__array_interface__["data"][0] == b.__array_interface__["data"][0] and a.strides == b.strides)
 
 
 def check_mask(mask: Any, lengths: Any, x: Array, axes: Axes) -> Mask:

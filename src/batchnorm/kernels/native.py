@@ -53,17 +53,17 @@ class Rule(NamedTuple):
 
 
 class Measured(NamedTuple):
-    """What the forward kernel writes or reads, one of each for a channel."""
+    """What the forward kernel writes or reads, one of each for a channel; None for what is not wanted."""
 
     mean: Array
     mean_lo: Array
-    m2: Array | None
-    rstd: Array | None
-    count: Array | None
+    m2: Array
+    rstd: Array
+    number: Array  # of elements
 
     def moments(self) -> Moments:
         """The moments of the batch."""
-        return Moments(self.count, self.mean, self.m2, self.mean_lo)
+        return Moments(self.number, self.mean, self.m2, self.mean_lo)
 
 
 class Library:
@@ -116,7 +116,9 @@ def refusal(
 
 def refusal_of_call(large: tuple[Array | None, ...], axes: Axes, activation: ActivationLike) -> str | None:
     """Why the kernels do not serve such a call, whatever the library."""
-    if any(array is not None and array.dtype != large[0].dtype for array in large):
+    x: Array
+    x, *others = large
+    if any(array is not None and array.dtype != x.dtype for array in others):
         return "arrays of the shape of x differ in dtype"
     if callable(activation):
         return "a callable activation is array code"
@@ -333,7 +335,7 @@ def cache_of(operands: Operands, measured: Measured, eps: float) -> Cache:
     """What `backward` needs of a forward pass."""
     x, gamma, beta, residual, mask, axes, activation = operands
     statistics = Statistics(measured.mean, measured.mean_lo, measured.rstd)
-    return Cache(x, gamma, beta, residual, mask, statistics, measured.count, plan_of(axes, activation, eps))
+    return Cache(x, gamma, beta, residual, mask, statistics, measured.number, plan_of(axes, activation, eps))
 
 
 plan_of = lru_cache(Plan)

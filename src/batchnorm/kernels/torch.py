@@ -6,7 +6,13 @@ from typing import Any
 
 import array_api_compat.torch as xp
 import torch
+from torch import Tensor, strided
+from torch._C import _are_functorch_transforms_active as are_transforms_active
+from torch._C import _is_tracing as is_tracing
+from torch._C import _len_torch_dispatch_stack as dispatch_modes
 from torch.autograd import forward_ad
+from torch.compiler import is_compiling
+from torch.nn import Parameter
 
 import batchnorm._native as _native
 from batchnorm.convention import Convention
@@ -21,14 +27,6 @@ from batchnorm.core.running import RunningStatistics
 from batchnorm.kernels import agnostic, native
 from batchnorm.kernels.agnostic import ActivationLike, Cache, Gradients
 from batchnorm.kernels.native import Library, Measured, Operands, Rule
-
-from torch import Tensor, strided
-from torch._C import _are_functorch_transforms_active as are_transforms_active
-from torch._C import _is_tracing as is_tracing
-from torch._C import _len_torch_dispatch_stack as dispatch_modes
-from torch.autograd import forward_ad
-from torch.compiler import is_compiling
-from torch.nn import Parameter
 
 DTYPES = {"float32": torch.float32, "float64": torch.float64, "int64": torch.int64}
 
@@ -68,7 +66,7 @@ class Differentiable(PyTorch):
         self, operands: Operands, measured: Measured, rule: Rule, *, is_given: bool, out: Array | None
     ) -> Array:
         call = Call(operands, measured, rule, is_given)
-        y = Normalization.apply(operands.x, operands.gamma, operands.beta, operands.residual, call)
+        y = Normalization.apply(operands.x, operands.gamma, operands.beta, operands.residual, call)  # type: ignore[no-untyped-call]
         return agnostic.deliver(y, out)
 
 
@@ -151,7 +149,7 @@ def backward(dy: Array, cache: Cache) -> Gradients:
     x, gamma, beta, residual, mask, _, _, plan = cache
     if not has_derivatives(dy, x, gamma, beta, residual):
         return native.run_backward(PLAIN, dy, cache)
-    operands = Operands(x, gamma, beta, residual, mask, plan.axes, plan.activation)
+    operands = Operands(x, gamma, beta, residual, mask, plan.axes, plan.activation)  # type: ignore[arg-type]
     return Gradients(*gradients_by_array_code(operands, Rule(plan.eps), None, dy))
 
 
@@ -244,7 +242,7 @@ def factor_of(call: Call) -> Array | None:
     rule, measured = call.rule, call.measured
     if call.is_given or (rule.placement == "inside" and rule.correction == 0):
         return None
-    count = measured.count.to(measured.m2.dtype)
+    count = measured.number.to(measured.m2.dtype)
     divisor = (count - rule.correction).clamp(min=1)
     factor = count / divisor
     if rule.placement == "outside":

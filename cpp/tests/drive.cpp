@@ -1,0 +1,272 @@
+// Random problems through the kernels of one instruction set, to be run under a sanitizer: every buffer is a block of its
+// own with exactly the bytes that may be touched, filled with NaN where nothing may be read; results are held against
+// naive loops, and those of several threads against one thread's bits.
+//
+//     drive [problems] [first seed]
+//
+// tests/kernels/sanitize.sh compiles and runs it.
+#include <cstdio>
+#include <cstdlib>
+#include <memory>
+
+#include "../plan.hpp"
+#include "naive.hpp"
+
+namespace batchnorm::BATCHNORM_ISA { extern const Kernels kernels; }
+
+namespace batchnorm {
+namespace {
+
+const Kernels& kernels = BATCHNORM_ISA::kernels;
+
+struct Random {
+  uint64_t state;
+  uint64_t next() { return state = state * 6364136223846793005u + 1442695040888963407u, state >> 33; }
+  int64_t below(int64_t n) { return static_cast<int64_t>(next() % static_cast<uint64_t>(n)); }
+  bool one_in(int64_t n) { return below(n) == 0; }
+  template <class T, size_t n> T among(const T (&values)[n]) { return values[below(n)]; }
+  double normal() {
+    double sum = 0;
+    for (int i = 0; i < 12; ++i) sum += static_cast<double>(next() % 65536) / 65536;
+    return sum - 6;
+  }
+};
+
+// A block of exactly so many bytes, every one of them 0xff: NaN in each floating type.
+struct Block {
+  explicit Block(int64_t bytes) : memory(static_cast<char*>(std::malloc(bytes)), std::free), bytes(bytes) { std::memset(memory.get(), 0xff, bytes); }
+  std::unique_ptr<char, void (*)(void*)> memory;
+  int64_t bytes;
+};
+
+struct Memory {
+  std::vector<Block> blocks;
+
+  char* take(int64_t bytes) { return blocks.emplace_back(bytes).memory.get(); }
+
+  // The strides of `t` filled in with room for exactly the elements that they reach; `lead` elements in front.
+  void place(Tensor& t, const Problem& p, int64_t size, int64_t lead) {
+    int64_t low = 0, high = 0;
+    const int64_t sizes[] = {p.N, p.C, p.S}, strides[] = {t.n, t.c, t.s};
+    for (int i = 0; i < 3; ++i) (strides[i] < 0 ? low : high) += (sizes[i] - 1) * strides[i];
+    t.data = take((high - low + 1 + lead) * size) + (lead - low) * size;
+  }
+};
+
+// One problem with all of its memory; built twice from one seed it is the same but for the blocks' addresses.
+struct Trial {
+  Trial(uint64_t seed, int threads) : random{seed * 2654435761u + 1} {
+    for (int i = 0; i < 4; ++i) random.next();
+    choose_sizes();
+    p.threads = threads;
+    is_backward = random.one_in(2);
+    p.activation = static_cast<Activation>(random.below(7));
+    p.slope = p.activation == Activation::leaky_relu ? 0.25 : 0;
+    p.measure = !is_backward && !random.one_in(4);
+    p.eps = random.one_in(4) ? 0.5 : 1e-5;
+    p.eps_placement = static_cast<EpsPlacement>(random.below(4) % 3);
+    p.correction = random.one_in(4);
+    p.through_statistics = !random.one_in(4);
+    choose_mask();
+    p.normalized_padding = !is_backward && random.one_in(3);
+    choose_tensors();
+    choose_channels();
+  }
+
+  Problem p = {};
+  Memory memory;
+  std::vector<Tensor*> written;
+  bool is_backward;
+  Random random;
+  std::vector<int64_t> lengths;
+
+ private:
+  void choose_sizes() {
+    p.dtype = static_cast<Dtype>(random.below(4));
+    const int64_t lengths[] = {1, 2, 3, 4, 5, 7, 8, 9, 15, 16, 17, 19, 31, 33, 35, 67, 255, 256, 257};
+    const int64_t few[] = {1, 1, 2, 3, 5, 33};
+    p.N = random.among(few), p.C = random.among(few), p.S = random.among(few);
+    int64_t* const chosen[] = {&p.N, &p.C, &p.S};
+    *random.among(chosen) = random.among(lengths);
+    if (random.one_in(12)) *random.among(chosen) = 0;
+    if (random.one_in(25)) p = {.dtype = p.dtype, .N = random.below(3) + 1, .C = random.below(2) + 1, .S = 8000 + random.below(9000)};
+    if (random.one_in(25)) p = {.dtype = p.dtype, .N = 3 + random.below(9), .C = 500 + random.below(900), .S = random.below(2) + 1};
+    if (random.one_in(25)) p = {.dtype = p.dtype, .N = 300 + random.below(600), .C = random.below(40) + 1, .S = random.below(3) + 1};
+  }
+
+  void choose_mask() {
+    const int64_t kind = random.below(6);
+    if (kind == 1) {
+      for (int64_t n = 0; n < p.N; ++n) lengths.push_back(random.below(p.S + 1));
+      lengths.shrink_to_fit();
+      p.mask.lengths = lengths.data();
+    }
+    if (kind < 2 || kind > 4 || !(p.N * p.C * p.S)) return;
+    Tensor& keep = p.mask.keep;
+    const bool n = !random.one_in(4), c = kind == 3 || random.one_in(2), s = kind == 4 || random.one_in(2);
+    const int64_t sign = random.one_in(8) ? -1 : 1;
+    if (random.one_in(2)) keep = {nullptr, n * p.C * p.S, c * p.S, s * sign};
+    else keep = {nullptr, n * p.C * p.S, c * sign, s * p.C};
+    memory.place(keep, p, 1, 0);
+    for (int64_t i = 0; i < p.N; ++i)
+      for (int64_t j = 0; j < p.C; ++j)
+        for (int64_t k = 0; k < p.S; ++k) static_cast<uint8_t*>(keep.data)[i * keep.n + j * keep.c + k * keep.s] = random.one_in(3) ? 0 : 1 + random.below(255);
+  }
+
+  void choose_tensors() {
+    const bool is_last = random.one_in(2), is_packed = !random.one_in(3), has_residual = random.one_in(3);
+    const auto tensor = [&](Tensor& t, bool is_input) {
+      const int64_t gap = is_packed ? 0 : random.below(4);
+      if (is_last) t = {nullptr, p.S * (p.C + gap), 1, p.C + gap};
+      else t = {nullptr, p.C * (p.S + gap), p.S + gap, 1};
+      if (!is_packed && random.one_in(4)) is_last ? t = {nullptr, p.C, 1, p.N * p.C} : t = {nullptr, p.S, p.N * p.S, 1};
+      if (!is_packed && random.one_in(4)) t.n = -t.n;
+      if (!is_packed && random.one_in(4)) (is_last ? t.s : t.c) *= -1;
+      if (is_input && random.one_in(12)) t.n = 0;
+      if (is_input && random.one_in(12)) (is_last ? t.s : t.c) = 0;
+      memory.place(t, p, size_of(p.dtype), random.one_in(2) ? 0 : random.below(4));
+      if (!is_input) return written.push_back(&t);
+      for (int64_t n = 0; n < p.N; ++n)
+        for (int64_t c = 0; c < p.C; ++c)
+          for (int64_t s = 0; s < p.S; ++s)
+            naive::put(t.data, p.dtype, n * t.n + c * t.c + s * t.s, random.normal() * (1 + c % 3) + c % 5);
+    };
+    tensor(p.x, true);
+    if (has_residual) tensor(p.residual, true);
+    if (!is_backward) {
+      if (!p.measure || !random.one_in(5)) tensor(p.y, false);
+      return;
+    }
+    tensor(p.dy, true);
+    if (!random.one_in(5)) tensor(p.dx, false);
+    if (has_residual && !random.one_in(5)) tensor(p.dresidual, false);
+  }
+
+  void choose_channels() {
+    const Dtype statistic = p.dtype == Dtype::float64 ? Dtype::float64 : Dtype::float32;
+    const int64_t bytes = p.C * size_of(statistic);
+    void** const tables[] = {&p.mean, &p.mean_lo, &p.rstd};
+    for (void** table : tables) {
+      *table = memory.take(bytes);
+      for (int64_t c = 0; c < p.C && !p.measure; ++c)
+        naive::put(*table, statistic, c, table == &p.mean ? random.normal() : table == &p.rstd ? 0.3 + random.below(4) : 1e-4 * random.normal());
+    }
+    if (p.measure && random.one_in(2)) p.m2 = memory.take(bytes);
+    const auto channels = [&](Channels& a, bool is_input) {
+      a = {nullptr, static_cast<Dtype>(random.below(4)), 1 + random.below(2)};
+      a.data = memory.take(((p.C ? p.C - 1 : 0) * a.stride + 1) * size_of(a.dtype));
+      for (int64_t c = 0; c < p.C && is_input; ++c) naive::put(a.data, a.dtype, c * a.stride, 0.5 + 0.25 * random.below(9));
+    };
+    if (!random.one_in(4)) channels(p.gamma, true);
+    if (!random.one_in(4)) channels(p.beta, true);
+    if (!is_backward) {
+      if (random.one_in(2)) p.count = reinterpret_cast<int64_t*>(memory.take(p.C * 8));
+      return;
+    }
+    if (random.one_in(4)) channels(p.factor, true);
+    if (!random.one_in(4)) channels(p.dgamma, false);
+    if (!random.one_in(4)) channels(p.dbeta, false);
+    p.count = reinterpret_cast<int64_t*>(memory.take(p.C * 8));
+    for (int64_t c = 0; c < p.C; ++c) {
+      p.count[c] = 0;
+      for (int64_t n = 0; n < p.N; ++n)
+        for (int64_t s = 0; s < p.S; ++s) p.count[c] += naive::counts(p, n, c, s);
+    }
+  }
+};
+
+// Elements by which z may be on the wrong side of 0 in the kernel's precision: their gradients are not compared.
+constexpr double kink = 1e-3;
+
+struct Check {
+  uint64_t seed;
+  int failures = 0;
+
+  void near(const char* name, double ours, double exact, double tolerance, int64_t i) {
+    if (std::abs(ours - exact) <= tolerance) return;
+    if (failures++ < 3) std::printf("seed %lu: %s[%ld] is %.9g, not %.9g\n", seed, name, i, ours, exact);
+  }
+};
+
+// One unit in the last place of a number of the type.
+double unit_of(Dtype dtype) {
+  const double units[] = {0x1p-23, 0x1p-52, 0x1p-7, 0x1p-10};
+  return units[static_cast<int>(dtype)];
+}
+
+int compare(const Trial& trial, uint64_t seed) {
+  const Problem& p = trial.p;
+  const Dtype statistic = p.dtype == Dtype::float64 ? Dtype::float64 : Dtype::float32;
+  const naive::Results exact = naive::results(p);
+  Check check{seed};
+  const double fine = p.dtype == Dtype::float64 ? 1e-12 : 2e-5, unit = unit_of(p.dtype);
+  const bool has_kink = p.activation == Activation::relu || p.activation == Activation::leaky_relu;
+  bool is_at_kink = false;
+  for (const double z : exact.z) is_at_kink |= has_kink && std::abs(z) < kink;
+  const auto tensor = [&](const char* name, const Tensor& t, const std::vector<double>& values) {
+    if (!t.data) return;
+    double largest = 1;
+    for (const double value : values) largest = std::max(largest, std::abs(value));
+    for (int64_t n = 0, i = 0; n < p.N; ++n)
+      for (int64_t c = 0; c < p.C; ++c)
+        for (int64_t s = 0; s < p.S; ++s, ++i)
+          check.near(name, naive::get(t.data, p.dtype, n * t.n + c * t.c + s * t.s), values[i], fine * largest + unit * std::abs(values[i]), i);
+  };
+  const auto channels = [&](const char* name, const Channels& a, const std::vector<double>& values, double scale) {
+    for (int64_t c = 0; c < p.C && a.data; ++c)
+      check.near(name, naive::get(a.data, a.dtype, c * a.stride), values[c], fine * scale + unit_of(a.dtype) * std::abs(values[c]), c);
+  };
+  tensor("y", p.y, exact.y);
+  if (p.measure && !trial.is_backward)
+    for (int64_t c = 0; c < p.C; ++c) {
+      const double std = std::sqrt(exact.var[c]);
+      check.near("mean", naive::get(p.mean, statistic, c) + naive::get(p.mean_lo, statistic, c), exact.mean[c], fine * (std + 1e-6), c);
+      if (p.m2) check.near("m2", naive::get(p.m2, statistic, c), exact.var[c] * exact.count[c], fine * exact.var[c] * exact.count[c] + 1e-9, c);
+      if (p.count) check.near("count", p.count[c], exact.count[c], 0, c);
+      if (std > 1e-3) check.near("rstd", naive::get(p.rstd, statistic, c), exact.rstd[c], fine * exact.rstd[c], c);
+    }
+  if (trial.is_backward && !is_at_kink) {
+    tensor("dx", p.dx, exact.dx);
+    tensor("dresidual", p.dresidual, exact.dresidual);
+    const double scale = 10 + 4.0 * p.N * p.S;
+    channels("dgamma", p.dgamma, exact.dgamma, scale);
+    channels("dbeta", p.dbeta, exact.dbeta, scale);
+  }
+  return check.failures;
+}
+
+// Whether the kernels had a plan for the problem.
+bool run(Trial& trial, bool is_streaming) {
+  Plan plan;
+  if (!make_plan(trial.p, plan)) return false;
+  plan.is_streaming |= is_streaming;
+  char* workspace = trial.memory.take(plan.workspace);
+  (trial.is_backward ? kernels.backward : kernels.forward)(trial.p, plan, workspace);
+  return true;
+}
+
+}  // namespace
+}  // namespace batchnorm
+
+int main(int count, char** arguments) {
+  using namespace batchnorm;
+  const uint64_t problems = count > 1 ? std::strtoul(arguments[1], nullptr, 10) : 2000;
+  const uint64_t first = count > 2 ? std::strtoul(arguments[2], nullptr, 10) : 0;
+  uint64_t planned = 0, wrong = 0;
+  for (uint64_t seed = first; seed < first + problems; ++seed) {
+    const int threads = 2 + static_cast<int>(seed % 6);
+    const bool is_streaming = seed % 4 == 3;
+    Trial one(seed, 1), several(seed, threads);
+    if (!run(one, is_streaming)) continue;
+    ++planned;
+    wrong += compare(one, seed) > 0;
+    if (!run(several, is_streaming)) return std::printf("seed %lu: no plan for %d threads\n", seed, threads), 1;
+    for (size_t i = 0; i < std::min(one.memory.blocks.size(), several.memory.blocks.size()) - 1; ++i)
+      if (std::memcmp(one.memory.blocks[i].memory.get(), several.memory.blocks[i].memory.get(), one.memory.blocks[i].bytes)) {
+        std::printf("seed %lu: other bits with %d threads\n", seed, threads), ++wrong;
+        break;
+      }
+  }
+  std::printf("%s: %lu problems, %lu with a plan, %lu wrong\n", kernels.name, problems, planned, wrong);
+  return wrong > 0 || planned * 2 < problems;
+}

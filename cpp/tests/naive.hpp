@@ -1,0 +1,143 @@
+// Batch normalization as the formulas read: double loops over (N, C, S), no vectors, no threads. What the kernels are
+// held against.
+#pragma once
+
+#include <algorithm>
+#include <cmath>
+#include <cstring>
+#include <vector>
+
+#include "../problem.hpp"
+
+namespace batchnorm::naive {
+
+inline double widen_half(uint16_t bits) {
+  const int exponent = bits >> 10 & 31, fraction = bits & 1023;
+  const double magnitude = exponent == 31 ? (fraction ? NAN : INFINITY)
+                           : exponent    ? std::ldexp(1024 + fraction, exponent - 25)
+                                         : std::ldexp(fraction, -24);
+  return bits & 0x8000 ? -magnitude : magnitude;
+}
+
+// The number at element i of an array of any type; read byte by byte, so that no alignment is needed.
+inline double get(const void* data, Dtype dtype, int64_t i) {
+  const char* at = static_cast<const char*>(data) + i * size_of(dtype);
+  double wide;
+  float single;
+  uint16_t half;
+  switch (dtype) {
+    case Dtype::float64: std::memcpy(&wide, at, 8); return wide;
+    case Dtype::float32: std::memcpy(&single, at, 4); return single;
+    case Dtype::float16: std::memcpy(&half, at, 2); return widen_half(half);
+    default: break;
+  }
+  std::memcpy(&half, at, 2);
+  const uint32_t bits = static_cast<uint32_t>(half) << 16;
+  std::memcpy(&single, &bits, 4);
+  return single;
+}
+
+// The nearest number of the type towards zero: good enough for inputs, which `get` then reads back exactly.
+inline void put(void* data, Dtype dtype, int64_t i, double value) {
+  char* at = static_cast<char*>(data) + i * size_of(dtype);
+  const float single = static_cast<float>(value);
+  uint32_t bits;
+  uint16_t half;
+  std::memcpy(&bits, &single, 4);
+  switch (dtype) {
+    case Dtype::float64: std::memcpy(at, &value, 8); return;
+    case Dtype::float32: std::memcpy(at, &single, 4); return;
+    case Dtype::bfloat16: half = static_cast<uint16_t>(bits >> 16); break;
+    default: {  // of normal size; NaN stays NaN
+      const uint32_t magnitude = (bits & 0x7fffffff) >> 13;
+      half = static_cast<uint16_t>((bits >> 16 & 0x8000) | (std::isnan(single) ? 0x7e00 : magnitude < (112 << 10) ? 0 : magnitude - (112 << 10)));
+    }
+  }
+  std::memcpy(at, &half, 2);
+}
+
+inline double value_of(Activation activation, double slope, double z) {
+  switch (activation) {
+    case Activation::relu: return z <= 0 ? 0 : z;
+    case Activation::leaky_relu: return z <= 0 ? slope * z : z;
+    case Activation::silu: return z / (1 + std::exp(-z));
+    case Activation::sigmoid: return 1 / (1 + std::exp(-z));
+    case Activation::tanh: return std::tanh(z);
+    case Activation::gelu: return z * 0.5 * std::erfc(-z / std::sqrt(2.0));
+    default: return z;
+  }
+}
+
+inline double slope_of(Activation activation, double slope, double z) {
+  const double s = 1 / (1 + std::exp(-z)), t = std::tanh(z);
+  switch (activation) {
+    case Activation::relu: return z <= 0 ? 0 : 1;
+    case Activation::leaky_relu: return z <= 0 ? slope : 1;
+    case Activation::silu: return s + z * s * (1 - s);
+    case Activation::sigmoid: return s * (1 - s);
+    case Activation::tanh: return 1 - t * t;
+    case Activation::gelu: return 0.5 * std::erfc(-z / std::sqrt(2.0)) + z * std::exp(-z * z / 2) / std::sqrt(2 * M_PI);
+    default: return 1;
+  }
+}
+
+struct Results {
+  std::vector<double> mean, var, rstd, dgamma, dbeta;  // by channel
+  std::vector<int64_t> count;
+  std::vector<double> y, z, dx, dresidual;  // [n][c][s]
+};
+
+inline bool counts(const Problem& p, int64_t n, int64_t c, int64_t s) {
+  if (p.mask.lengths) return s < p.mask.lengths[n];
+  const Tensor& keep = p.mask.keep;
+  return !keep.data || static_cast<const uint8_t*>(keep.data)[n * keep.n + c * keep.c + s * keep.s];
+}
+
+// Forward and, where there is a dy, backward. With `measure` off mean (and mean_lo) and rstd are read from the problem.
+inline Results results(const Problem& p) {
+  Results r;
+  const auto at = [&](const Tensor& t, int64_t n, int64_t c, int64_t s) { return get(t.data, p.dtype, n * t.n + c * t.c + s * t.s); };
+  const auto parameter = [](const Channels& a, int64_t c, double absent) { return a.data ? get(a.data, a.dtype, c * a.stride) : absent; };
+  const Dtype statistic = p.dtype == Dtype::float64 ? Dtype::float64 : Dtype::float32;
+  r.y.resize(p.N * p.C * p.S), r.z = r.dx = r.dresidual = r.y;
+  for (int64_t c = 0; c < p.C; ++c) {
+    const auto each = [&](const auto& body) {
+      for (int64_t n = 0; n < p.N; ++n)
+        for (int64_t s = 0; s < p.S; ++s) body(n, s, (n * p.C + c) * p.S + s, counts(p, n, c, s));
+    };
+    int64_t count = 0;
+    double sum = 0, m2 = 0;
+    each([&](int64_t n, int64_t s, int64_t, bool is_kept) { if (is_kept) ++count, sum += at(p.x, n, c, s); });
+    const double n_kept = static_cast<double>(std::max<int64_t>(count, 1));
+    double mean = sum / n_kept;
+    each([&](int64_t n, int64_t s, int64_t, bool is_kept) { if (is_kept) m2 += std::pow(at(p.x, n, c, s) - mean, 2); });
+    const double divisor = std::max(n_kept - p.correction, 1.0), var = m2 / divisor;
+    double std = p.eps_placement == EpsPlacement::inside ? std::sqrt(var + p.eps) : std::sqrt(var);
+    if (p.eps_placement == EpsPlacement::outside) std += p.eps;
+    double rstd = std == 0 ? 0 : 1 / std;
+    if (!p.measure) mean = get(p.mean, statistic, c) + get(p.mean_lo, statistic, c), rstd = get(p.rstd, statistic, c);
+    const double gamma = parameter(p.gamma, c, 1), beta = parameter(p.beta, c, 0);
+    double dgamma = 0, dbeta = 0;
+    each([&](int64_t n, int64_t s, int64_t i, bool is_kept) {
+      const double x = at(p.x, n, c, s), residual = p.residual.data ? at(p.residual, n, c, s) : 0;
+      const bool is_read = is_kept || p.normalized_padding;
+      const double xhat = is_read && (is_kept || std::isfinite(x)) ? (x - mean) * rstd : 0;
+      r.z[i] = gamma * xhat + beta + (is_kept || std::isfinite(residual) ? residual : 0);
+      r.y[i] = is_read ? value_of(p.activation, p.slope, r.z[i]) : 0;
+      if (!p.dy.data || !is_kept) return;
+      r.dresidual[i] = at(p.dy, n, c, s) * slope_of(p.activation, p.slope, r.z[i]);
+      dbeta += r.dresidual[i], dgamma += r.dresidual[i] * xhat;
+    });
+    const double factor = parameter(p.factor, c, 1);
+    if (p.dy.data) each([&](int64_t n, int64_t s, int64_t i, bool is_kept) {
+      if (!is_kept) return;
+      const double xhat = (at(p.x, n, c, s) - mean) * rstd, dz = r.dresidual[i];
+      r.dx[i] = gamma * rstd * (p.through_statistics ? dz - dbeta / n_kept - factor * xhat * dgamma / n_kept : dz);
+    });
+    r.mean.push_back(mean), r.var.push_back(m2 / n_kept), r.rstd.push_back(rstd), r.count.push_back(count);
+    r.dgamma.push_back(dgamma), r.dbeta.push_back(dbeta);
+  }
+  return r;
+}
+
+}  // namespace batchnorm::naive

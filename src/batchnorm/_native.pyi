@@ -1,0 +1,61 @@
+"""The compiled kernels on CPU arrays: PyTorch tensors, NumPy arrays, or whatever offers DLPack.
+
+Arrays are checked and used in place. uint16 is taken for bfloat16. Statistics are contiguous, float32 or (for float64)
+float64. `kept` has a bit for each axis with statistics of its own; `threads` is 0 for the default of `set_num_threads`.
+`forward` and `backward` return False, having done nothing, where the strides of the arrays fit no kernel.
+"""
+
+from typing import Any
+
+def forward(
+    x: Any,
+    y: Any | None,
+    gamma: Any | None,
+    beta: Any | None,
+    residual: Any | None,
+    mean: Any | None,
+    mean_lo: Any | None,
+    m2: Any | None,
+    rstd: Any | None,
+    count: Any | None,
+    mask: Any | None,
+    lengths: Any | None,
+    kept: int,
+    measure: bool,
+    eps: float,
+    eps_placement: int,
+    correction: int,
+    activation: int,
+    slope: float,
+    normalized_padding: bool,
+    threads: int,
+) -> bool: ...
+def backward(
+    dy: Any,
+    x: Any,
+    dx: Any | None,
+    gamma: Any | None,
+    beta: Any | None,
+    residual: Any | None,
+    dgamma: Any | None,
+    dbeta: Any | None,
+    dresidual: Any | None,
+    mean: Any,
+    mean_lo: Any,
+    rstd: Any,
+    count: Any | None,
+    factor: Any | None,
+    mask: Any | None,
+    lengths: Any | None,
+    kept: int,
+    through_statistics: bool,
+    activation: int,
+    slope: float,
+    threads: int,
+) -> bool: ...
+def advise_huge_pages(array: Any) -> None: ...
+def num_threads() -> int: ...
+def set_num_threads(threads: int) -> None: ...
+def instruction_set() -> str: ...
+def set_instruction_set(name: str) -> None: ...
+def instruction_sets() -> list[str]: ...
