@@ -4,123 +4,17 @@
 #include <nanobind/stl/vector.h>
 #include <sys/mman.h>
 
-#include <algorithm>
 #include <cstdlib>
 #include <memory>
 
-#include "arrays.hpp"
+#include "checks.hpp"
 #include "dispatch.hpp"
-#include "layout.hpp"
 
 namespace nb = nanobind;
 using nb::handle;
 
 namespace batchnorm {
 namespace {
-
-[[noreturn]] void refuse(const Array& array, const char* problem) {
-  throw nb::value_error((std::string(array.name) + " " + problem).c_str());
-}
-
-void check_like(const Array& array, const Array& x) {
-  if (array.element != x.element) throw nb::type_error((std::string(array.name) + " must have the dtype of x").c_str());
-  if (array.ndim != x.ndim || !std::equal(x.shape, x.shape + x.ndim, array.shape))
-    refuse(array, "must have the shape of x");
-}
-
-// One number for each of C channels, in any floating dtype.
-Channels channels(const Array& array, int64_t C) {
-  if (!array) return {};
-  if (array.size() != C) refuse(array, "must have one element for each channel");
-  if (array.ndim != 1 && !array.is_contiguous()) refuse(array, "must be contiguous");
-  return {array.data, array.dtype(), array.ndim == 1 ? array.strides[0] : 1};
-}
-
-// The same in the dtype of the statistics of x, contiguous.
-void* statistic(const Array& array, int64_t C, Dtype dtype) {
-  if (!array) return nullptr;
-  if (array.size() != C || !array.is_contiguous()) refuse(array, "must hold one contiguous element for each channel");
-  const Element expected = dtype == Dtype::float64 ? Element::float64 : Element::float32;
-  if (array.element != expected) throw nb::type_error((std::string(array.name) + " has the wrong dtype").c_str());
-  return array.data;
-}
-
-int64_t* integers(const Array& array, int64_t length) {
-  if (!array) return nullptr;
-  if (array.element != Element::int64 || array.size() != length || !array.is_contiguous())
-    refuse(array, "must be int64, contiguous and of the right length");
-  return static_cast<int64_t*>(array.data);
-}
-
-struct Extent { const char *begin, *end; };
-
-Extent extent(const Array& array) {
-  const int64_t size = size_of(array.dtype());
-  const char *low = static_cast<const char*>(array.data), *high = low + size;
-  for (int i = 0; i < array.ndim; ++i) {
-    if (array.shape[i] == 0) return {low, low};
-    const int64_t reach = (array.shape[i] - 1) * array.strides[i] * size;
-    (reach < 0 ? low : high) += reach;
-  }
-  return {low, high};
-}
-
-// An output may be one of the inputs itself, element for element; any other overlap would be read after it is written.
-void check_overlap(const Array& output, const Array& other, bool may_be_same) {
-  if (!output || !other) return;
-  const Extent a = extent(output), b = extent(other);
-  if (a.begin >= b.end || b.begin >= a.end) return;
-  const bool is_same = output.data == other.data && std::equal(output.strides, output.strides + output.ndim, other.strides);
-  if (!(is_same && may_be_same)) refuse(output, (std::string("overlaps ") + other.name).c_str());
-}
-
-void check_writable(const Array& output) {
-  if (!output || output.size() == 0) return;
-  for (int i = 0; i < output.ndim; ++i)
-    if (output.shape[i] > 1 && output.strides[i] == 0) refuse(output, "has elements that share memory");
-}
-
-struct Call {
-  Problem problem = {};
-  Viewed viewed[8];
-  int count = 0;
-
-  void add(const Array& array, Tensor& tensor) {
-    if (array) viewed[count++] = {&array, &tensor};
-  }
-};
-
-// Fills in the views, the mask (`keep`: bytes that broadcast to x; `lengths`: for each index of the first reduced axis,
-// how many of the second count) the mask and the threads. False if the strides of the arrays fit no kernel.
-bool prepare(Call& call, const Array& x, uint32_t kept, const Array& keep, const Array& lengths,
-             std::unique_ptr<int64_t[]>& prefixes, int threads) {
-  Problem& problem = call.problem;
-  if (x.ndim == 0 || x.ndim > most_dimensions || (x.ndim < 32 && kept >> x.ndim)) refuse(x, "has no such axes");
-  problem.dtype = x.dtype();
-  problem.threads = threads > 0 ? threads : num_threads();
-  if (keep) {
-    if (keep.element != Element::byte || keep.ndim != x.ndim) refuse(keep, "must be boolean, of the rank of x");
-    for (int i = 0; i < x.ndim; ++i)
-      if (keep.shape[i] != x.shape[i] && keep.shape[i] != 1) refuse(keep, "does not broadcast to x");
-  }
-  call.add(keep, problem.mask.keep);
-  if (!view(call.viewed, call.count, kept, static_cast<bool>(lengths), problem)) return false;
-  if (lengths) {
-    int reduced[2], found = 0;
-    for (int axis = 0; axis < x.ndim && found < 2; ++axis)
-      if (!(kept >> axis & 1)) reduced[found++] = axis;
-    if (found < 2) refuse(lengths, "need a batch axis and a time axis");
-    const int64_t* given = integers(lengths, x.shape[reduced[0]]);
-    const int64_t steps = x.shape[reduced[1]];
-    prefixes.reset(new int64_t[problem.N + 1]);
-    for (int64_t n = 0; n < problem.N; ++n) {
-      if (given[n] < 0 || given[n] > steps) refuse(lengths, "must lie between 0 and the size of the time axis");
-      prefixes[n] = steps ? given[n] * (problem.S / steps) : 0;
-    }
-    problem.mask.lengths = prefixes.get();
-  }
-  return true;
-}
 
 bool run(Operation operation, Problem& problem) {
   nb::gil_scoped_release unlocked;
@@ -208,9 +102,22 @@ bool backward(handle dy_, handle x_, handle dx_, handle gamma_, handle beta_, ha
   return run(Operation::backward, problem);
 }
 
-// Asks the system for huge pages behind memory that has not been touched yet.
-void advise_huge_pages(handle array_) {
-  const Array array("array", array_, true);
+// ---- calls without a mask that nothing is unusual about ------------------------------------------------------------
+//
+// A batch norm of a megabyte takes 20 microseconds, in which the interpreter, its memory pushed out of the caches by the
+// arrays, manages a few dozen steps. So here a plain call is checked, its results are allocated and it is computed, in
+// one go. Where anything is out of the ordinary, or wrong, they return None: the long way sees to it and says so.
+
+// How results are allocated: `empty_like(array)`, and what the statistics and counts are to be like.
+struct Allocator {
+  handle empty_like;
+  int64_t huge_bytes;  // from this size on huge pages are asked for; 0: never
+
+  nb::object operator()(handle prototype) const { return empty_like(prototype); }
+  nb::object large(handle prototype, const Array& x) const;
+};
+
+void advise(const Array& array) {
 #ifdef MADV_HUGEPAGE
   constexpr uintptr_t huge = 2 << 20;
   const Extent all = extent(array);
@@ -219,6 +126,103 @@ void advise_huge_pages(handle array_) {
   if (begin < end) madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);
 #endif
 }
+
+nb::object Allocator::large(handle prototype, const Array& x) const {
+  nb::object result = empty_like(prototype);
+  if (huge_bytes && x.size() * size_of(x.dtype()) >= huge_bytes) advise(Array("result", result, true));
+  return result;
+}
+
+// None in place of the error that an unusual argument has caused.
+template <class Compute> nb::object or_none(const Compute& compute) {
+  try {
+    return compute();
+  } catch (const nb::python_error& error) {
+    if (error.matches(PyExc_MemoryError)) throw;
+  } catch (const nb::builtin_exception&) {
+  }
+  return nb::none();
+}
+
+nb::object forward_plain(handle x_, handle gamma_, handle beta_, handle residual_, int axis, double eps,
+                         uint8_t activation, double slope, int threads, handle empty_like, handle statistic_like,
+                         handle count_like, int64_t huge_bytes) {
+  return or_none([&]() -> nb::object {
+    const Array x("x", x_), gamma("gamma", gamma_), beta("beta", beta_), residual("residual", residual_), none("mask", nb::none());
+    if (axis < 0) axis += x.ndim;
+    if (axis < 0 || axis >= x.ndim || x.size() == 0 || !(eps >= 0 && eps <= 1e300)) return nb::none();
+    if (residual) check_like(residual, x);
+    for (const Array* parameter : {&gamma, &beta})
+      if (*parameter && parameter->ndim != 1) return nb::none();
+    const Allocator allocate{empty_like, huge_bytes};
+    nb::object y_ = allocate.large(x_, x), mean_ = allocate(statistic_like), mean_lo_ = allocate(statistic_like);
+    nb::object rstd_ = allocate(statistic_like), count_ = allocate(count_like);
+    const Array y("y", y_, true), mean("mean", mean_, true), mean_lo("mean_lo", mean_lo_, true);
+    const Array rstd("rstd", rstd_, true), count("count", count_, true);
+    Call call;
+    Problem& problem = call.problem;
+    call.add(x, problem.x);
+    call.add(y, problem.y);
+    call.add(residual, problem.residual);
+    std::unique_ptr<int64_t[]> prefixes;
+    if (!prepare(call, x, 1u << axis, none, none, prefixes, threads)) return nb::none();
+    problem.mean = statistic(mean, problem.C, problem.dtype);
+    problem.mean_lo = statistic(mean_lo, problem.C, problem.dtype);
+    problem.rstd = statistic(rstd, problem.C, problem.dtype);
+    problem.count = integers(count, problem.C);
+    problem.gamma = channels(gamma, problem.C);
+    problem.beta = channels(beta, problem.C);
+    problem.eps = eps;
+    problem.activation = static_cast<Activation>(activation);
+    problem.slope = slope;
+    if (!run(Operation::forward, problem)) return nb::none();
+    return nb::make_tuple(y_, mean_, mean_lo_, rstd_, count_);
+  });
+}
+
+nb::object backward_plain(handle dy_, handle x_, handle gamma_, handle beta_, handle residual_, handle mean_,
+                          handle mean_lo_, handle rstd_, handle count_, uint32_t kept, uint8_t activation,
+                          double slope, int threads, handle empty_like, int64_t huge_bytes) {
+  return or_none([&]() -> nb::object {
+    const Array dy("dy", dy_), x("x", x_), gamma("gamma", gamma_), beta("beta", beta_), residual("residual", residual_);
+    const Array mean("mean", mean_), mean_lo("mean_lo", mean_lo_), rstd("rstd", rstd_), count("count", count_);
+    const Array none("mask", nb::none());
+    if (x.size() == 0) return nb::none();
+    check_like(dy, x);
+    if (residual) check_like(residual, x);
+    const Allocator allocate{empty_like, huge_bytes};
+    nb::object dx_ = allocate.large(x_, x);
+    nb::object dgamma_ = gamma ? allocate(gamma_) : nb::none(), dbeta_ = beta ? allocate(beta_) : nb::none();
+    nb::object dresidual_ = residual ? allocate.large(residual_, x) : nb::none();
+    const Array dx("dx", dx_, true), dgamma("dgamma", dgamma_, true), dbeta("dbeta", dbeta_, true);
+    const Array dresidual("dresidual", dresidual_, true);
+    Call call;
+    Problem& problem = call.problem;
+    call.add(x, problem.x);
+    call.add(dy, problem.dy);
+    call.add(residual, problem.residual);
+    call.add(dx, problem.dx);
+    call.add(dresidual, problem.dresidual);
+    std::unique_ptr<int64_t[]> prefixes;
+    if (!prepare(call, x, kept, none, none, prefixes, threads)) return nb::none();
+    problem.mean = statistic(mean, problem.C, problem.dtype);
+    problem.mean_lo = statistic(mean_lo, problem.C, problem.dtype);
+    problem.rstd = statistic(rstd, problem.C, problem.dtype);
+    problem.count = integers(count, problem.C);
+    problem.gamma = channels(gamma, problem.C);
+    problem.beta = channels(beta, problem.C);
+    problem.dgamma = channels(dgamma, problem.C);
+    problem.dbeta = channels(dbeta, problem.C);
+    problem.measure = false;
+    problem.activation = static_cast<Activation>(activation);
+    problem.slope = slope;
+    if (!run(Operation::backward, problem)) return nb::none();
+    return nb::make_tuple(dx_, dgamma_, dbeta_, dresidual_);
+  });
+}
+
+// Asks the system for huge pages behind memory that has not been touched yet.
+void advise_huge_pages(handle array) { advise(Array("array", array, true)); }
 
 }  // namespace
 }  // namespace batchnorm
@@ -238,6 +242,12 @@ NB_MODULE(_native, m) {
         nb::arg("mean_lo"), nb::arg("rstd"), optional("count"), optional("factor"), optional("mask"),
         optional("lengths"), nb::arg("kept"), nb::arg("through_statistics"), nb::arg("activation"), nb::arg("slope"),
         nb::arg("threads"));
+  m.def("forward_plain", &forward_plain, nb::arg("x"), optional("gamma"), optional("beta"), optional("residual"),
+        nb::arg("axis"), nb::arg("eps"), nb::arg("activation"), nb::arg("slope"), nb::arg("threads"),
+        nb::arg("empty_like"), nb::arg("statistic_like"), nb::arg("count_like"), nb::arg("huge_bytes"));
+  m.def("backward_plain", &backward_plain, nb::arg("dy"), nb::arg("x"), optional("gamma"), optional("beta"),
+        optional("residual"), nb::arg("mean"), nb::arg("mean_lo"), nb::arg("rstd"), nb::arg("count"), nb::arg("kept"),
+        nb::arg("activation"), nb::arg("slope"), nb::arg("threads"), nb::arg("empty_like"), nb::arg("huge_bytes"));
   m.def("advise_huge_pages", &advise_huge_pages);
   m.def("num_threads", &num_threads);
   m.def("set_num_threads", &set_num_threads);

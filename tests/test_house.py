@@ -80,6 +80,6 @@ def test_stub_of_the_extension():
     stub = ast.parse((SOURCE / "_native.pyi").read_text())
     declared = {node.name: [a.arg for a in node.args.args] for node in stub.body if isinstance(node, ast.FunctionDef)}
     assert declared.keys() == {name for name in vars(_native) if not name.startswith("__")}
-    for name in ("forward", "backward"):
+    for name in ("forward", "backward", "forward_plain", "backward_plain"):
         signature = getattr(_native, name).__doc__.splitlines()[0]
         assert re.findall(r"(\w+):", signature) == declared[name]

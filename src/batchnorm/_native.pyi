@@ -5,6 +5,7 @@ float64. `kept` has a bit for each axis with statistics of its own; `threads` is
 `forward` and `backward` return False, having done nothing, where the strides of the arrays fit no kernel.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 def forward(
@@ -53,6 +54,42 @@ def backward(
     slope: float,
     threads: int,
 ) -> bool: ...
+def forward_plain(
+    x: Any,
+    gamma: Any | None,
+    beta: Any | None,
+    residual: Any | None,
+    axis: int,
+    eps: float,
+    activation: int,
+    slope: float,
+    threads: int,
+    empty_like: Callable[[Any], Any],
+    statistic_like: Any,
+    count_like: Any,
+    huge_bytes: int,
+) -> tuple[Any, Any, Any, Any, Any] | None:
+    """y, mean, mean_lo, rstd and count, newly allocated; None for a call that has anything out of the ordinary."""
+
+def backward_plain(
+    dy: Any,
+    x: Any,
+    gamma: Any | None,
+    beta: Any | None,
+    residual: Any | None,
+    mean: Any,
+    mean_lo: Any,
+    rstd: Any,
+    count: Any,
+    kept: int,
+    activation: int,
+    slope: float,
+    threads: int,
+    empty_like: Callable[[Any], Any],
+    huge_bytes: int,
+) -> tuple[Any, Any | None, Any | None, Any | None] | None:
+    """dx, dgamma, dbeta and dresidual, likewise."""
+
 def advise_huge_pages(array: Any) -> None: ...
 def num_threads() -> int: ...
 def set_num_threads(threads: int) -> None: ...

@@ -27,7 +27,7 @@ from batchnorm.core.moments import Moments
 from batchnorm.core.normalize import effective_beta, effective_gamma
 from batchnorm.core.running import RunningStatistics, statistics_of_state
 from batchnorm.kernels.agnostic import Cache, Gradients
-from batchnorm.kernels.registry import select
+from batchnorm.kernels.registry import MODULES, select
 from batchnorm.named import Axis, is_named, renamed, unnamed_like
 
 Activation = str | Callable[[Array], Array]
@@ -184,6 +184,11 @@ def forward(
         >>> bn.backward(dy, cache).dx.ravel().round(4)
         array([ 0.3527, -0.4409,  0.0882])
     """
+    if mask is None and lengths is None and kernel is None and out is None and type(x) in MODULES:
+        done: tuple[Array, Cache] | None
+        done = MODULES[type(x)].forward_plain(x, gamma, beta, axis, eps, activation, residual)
+        if done is not None:
+            return done
     check_eps(eps)
     given, x = x, x.data if is_named(x) else x
     check_array("x", x)
@@ -228,6 +233,10 @@ def backward(dy: Array, cache: Cache) -> Gradients:
 
     Source: Ioffe & Szegedy 2015, section 3; derived in `batchnorm.reference`.
     """
+    if type(dy) in MODULES:
+        done: Gradients | None = MODULES[type(dy)].backward_plain(dy, cache)
+        if done is not None:
+            return done
     if callable(cache.plan.activation):
         raise ValueError(
             f"the derivative of {cache.plan.activation!r} is not known; use a named activation, or differentiate "
@@ -245,11 +254,11 @@ def backward(dy: Array, cache: Cache) -> Gradients:
         raise ValueError(f"dy has shape {tuple(dy.shape)}; it must be that of x, {tuple(cache.x.shape)}")
     large, small = (dy, cache.x, cache.residual), (cache.gamma, cache.beta)
     compute = select(None, large, small, cache.plan.axes, cache.plan.activation)
-    gradients: Gradients = compute.backward(dy, cache)
+    computed: Gradients = compute.backward(dy, cache)
     if is_named(given):
-        dresidual = None if gradients.dresidual is None else renamed(gradients.dresidual, given)
-        return gradients._replace(dx=renamed(gradients.dx, given), dresidual=dresidual)
-    return gradients
+        dresidual = None if computed.dresidual is None else renamed(computed.dresidual, given)
+        return computed._replace(dx=renamed(computed.dx, given), dresidual=dresidual)
+    return computed
 
 
 def moments(x: Array, axis: Axis = 1, mask: Array | None = None) -> Moments:

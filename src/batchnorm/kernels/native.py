@@ -6,6 +6,7 @@ along the batch or the channels. Arrays with other strides, or with strides that
 one view fits them all, are copied once.
 """
 
+from collections.abc import Callable
 from functools import lru_cache
 from types import ModuleType
 from typing import Any, NamedTuple
@@ -15,7 +16,7 @@ import numpy
 import batchnorm._native as _native
 from batchnorm.convention import Convention, EpsPlacement, MaskedOutput
 from batchnorm.core import activations
-from batchnorm.core.axes import Axes
+from batchnorm.core.axes import Axes, split
 from batchnorm.core.dtypes import Array, DType, dtype_name
 from batchnorm.core.masks import Lengths, Mask, elementwise
 from batchnorm.core.moments import Moments
@@ -181,6 +182,84 @@ def backward(dy: Array, cache: Cache) -> Gradients:
 def moments(x: Array, axes: Axes, mask: Mask) -> Moments:
     """`functional.moments`, with everything resolved."""
     return measure(NUMPY, x, axes, mask)
+
+
+# ---- plain calls: see bindings.cpp -------------------------------------------------------------------------------
+
+
+def forward_plain(
+    x: Array,
+    gamma: Array | None,
+    beta: Array | None,
+    axis: int,
+    eps: float,
+    activation: str | None,
+    residual: Array | None,
+) -> tuple[Array, Cache] | None:
+    """`functional.forward` before any of its checks; None for a call that has anything out of the ordinary."""
+    if x.dtype.kind != "f" or not {type(gamma), type(beta), type(residual)} <= PLAIN_TYPES:
+        return None
+    return run_forward_plain(x, gamma, beta, axis, eps, activation, residual, 0, numpy.empty_like, prototypes, 0)
+
+
+def backward_plain(dy: Array, cache: Cache) -> Gradients | None:
+    """`functional.backward` before any of its checks; None for a call that has anything out of the ordinary."""
+    return run_backward_plain(dy, cache, 0, numpy.empty_like, 0)
+
+
+PLAIN_TYPES = {numpy.ndarray, type(None)}
+
+
+@lru_cache
+def prototypes(channels: int, dtype: DType) -> tuple[Array, Array]:
+    """What the statistics and the counts of such an x are like."""
+    return numpy.empty(channels, statistics_name_of(dtype)), numpy.empty(channels, numpy.int64)
+
+
+def run_forward_plain(
+    x: Array,
+    gamma: Array | None,
+    beta: Array | None,
+    axis: int,
+    eps: float,
+    activation: str | None,
+    residual: Array | None,
+    threads: int,
+    empty_like: Callable[[Array], Array],
+    prototypes: Callable[[int, DType], tuple[Array, Array]],
+    huge_bytes: int,
+) -> tuple[Array, Cache] | None:
+    """The forward kernel on arrays of any library."""
+    shape = x.shape
+    if type(axis) is not int or type(eps) is not float or not -len(shape) <= axis < len(shape):
+        return None
+    if activation is not None and type(activation) is not str:
+        return None
+    code, slope = activation_code(activation)
+    done = _native.forward_plain(
+        x, gamma, beta, residual, axis, eps, code, slope, threads, empty_like, *prototypes(shape[axis], x.dtype),
+        huge_bytes,
+    )  # fmt: skip
+    if done is None:
+        return None
+    y, mean, mean_lo, rstd, count = done
+    plan = plan_of(split(axis, len(shape)), activation, eps)
+    return y, Cache(x, gamma, beta, residual, None, Statistics(mean, mean_lo, rstd), count, plan)
+
+
+def run_backward_plain(
+    dy: Array, cache: Cache, threads: int, empty_like: Callable[[Array], Array], huge_bytes: int
+) -> Gradients | None:
+    """The backward kernel on arrays of any library."""
+    x, gamma, beta, residual, mask, (mean, mean_lo, rstd), count, plan = cache
+    if mask is not None or type(x) is not type(dy) or callable(plan.activation):
+        return None
+    code, slope = activation_code(plan.activation)
+    done = _native.backward_plain(
+        dy, x, gamma, beta, residual, mean, mean_lo, rstd, count, plan.axes.kept_bits, code, slope, threads,
+        empty_like, huge_bytes,
+    )  # fmt: skip
+    return None if done is None else Gradients(*done)
 
 
 # ---- the kernels, on arrays of any library -----------------------------------------------------------------------

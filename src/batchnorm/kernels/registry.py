@@ -14,7 +14,8 @@ from batchnorm.kernels import agnostic
 #: with the signatures of `agnostic`.
 KERNELS = ("native", "agnostic")
 
-#: The module with the C++ kernels for each type of arrays met so far.
+#: The module with the C++ kernels for each type of arrays met so far. Besides what every kernel offers these have
+#: `forward_plain` and `backward_plain`, which take a call before it is checked, or decline it.
 MODULES: dict[type, ModuleType] = {}
 
 

@@ -1,12 +1,13 @@
 """The C++ kernels on PyTorch's CPU tensors, with autograd."""
 
 from dataclasses import dataclass
+from functools import lru_cache
 from types import ModuleType
 from typing import Any
 
 import array_api_compat.torch as xp
 import torch
-from torch import Tensor, strided
+from torch import Tensor, empty_like, get_num_threads, is_grad_enabled, strided
 from torch._C import _are_functorch_transforms_active as are_transforms_active
 from torch._C import _is_tracing as is_tracing
 from torch._C import _len_torch_dispatch_stack as dispatch_modes
@@ -41,7 +42,7 @@ class PyTorch(Library):
     xp: ModuleType = xp
 
     def empty_like(self, array: Array) -> Array:
-        empty = torch.empty_like(array)
+        empty = empty_like(array)
         if empty.nbytes >= HUGE_BYTES:
             _native.advise_huge_pages(empty)
         return empty
@@ -56,7 +57,7 @@ class PyTorch(Library):
         return array if array.is_contiguous() else array.detach().contiguous()
 
     def threads(self) -> int:
-        return torch.get_num_threads()
+        return get_num_threads()
 
 
 class Differentiable(PyTorch):
@@ -158,6 +159,55 @@ def moments(x: Array, axes: Axes, mask: Mask) -> Moments:
     if has_derivatives(x):
         return agnostic.moments(x, axes, mask)
     return native.measure(PLAIN, x, axes, mask)
+
+
+# ---- plain calls: see bindings.cpp -------------------------------------------------------------------------------
+
+
+def forward_plain(
+    x: Array,
+    gamma: Array | None,
+    beta: Array | None,
+    axis: int,
+    eps: float,
+    activation: str | None,
+    residual: Array | None,
+) -> tuple[Array, Cache] | None:
+    """`functional.forward` before any of its checks; None for a call that has anything out of the ordinary."""
+    if not are_plain(x, gamma, beta, residual):
+        return None
+    return native.run_forward_plain(
+        x, gamma, beta, axis, eps, activation, residual, get_num_threads(), empty_like, prototypes, HUGE_BYTES
+    )
+
+
+def backward_plain(dy: Array, cache: Cache) -> Gradients | None:
+    """`functional.backward` before any of its checks; None for a call that has anything out of the ordinary."""
+    if not are_plain(dy, cache.x, cache.gamma, cache.beta, cache.residual):
+        return None
+    return native.run_backward_plain(dy, cache, get_num_threads(), empty_like, HUGE_BYTES)
+
+
+def are_plain(*tensors: Array | None) -> bool:
+    """Whether these are tensors in plain memory that nobody differentiates or traces."""
+    if is_traced() or is_forward_mode():
+        return False
+    is_recorded = is_grad_enabled()
+    for tensor in tensors:
+        if tensor is None:
+            continue
+        if type(tensor) is not Tensor and type(tensor) is not Parameter:
+            return False
+        if (is_recorded and tensor.requires_grad) or tensor.is_neg():
+            return False
+    return True
+
+
+@lru_cache
+def prototypes(channels: int, dtype: torch.dtype) -> tuple[Array, Array]:
+    """What the statistics and the counts of such an x are like."""
+    statistics = torch.empty(channels, dtype=DTYPES[native.statistics_name_of(dtype)])
+    return statistics, torch.empty(channels, dtype=torch.int64)
 
 
 # ---- derivatives -------------------------------------------------------------------------------------------------
