@@ -32,6 +32,7 @@ template <class T> class BackwardJob : public Job<T> {
       scope.team.barrier();
       this->reduce(scope, BackwardTerms<T, form>{{{}, options}});
       scope.team.barrier();
+      this->combine(mine);
       for (int64_t c = mine.begin; c < mine.end; ++c) finish(c);
       scope.team.barrier();
       if (has_map) this->map(scope, Gradient<T, form>{{{}, options}});

@@ -58,15 +58,16 @@ void choose_kernels(const char* name) {
     chosen = supported.front();
     return;
   }
-  std::string names;
+  std::string message = "the instruction set ";
+  message.append(name).append(" is not one of those that are compiled in and that this machine has:");
   for (const Kernels* kernels : supported) {
     if (std::string(kernels->name) == name) {
       chosen = kernels;
       return;
     }
-    names += (names.empty() ? "" : ", ") + std::string(kernels->name);
+    message.append(" ").append(kernels->name);
   }
-  throw std::invalid_argument("the instruction set " + std::string(name) + " is not one of those that are compiled in and that this machine has: " + names);
+  throw std::invalid_argument(message);
 }
 
 int num_threads() {

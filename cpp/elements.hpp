@@ -48,7 +48,7 @@ template <class T> struct Row {
 };
 
 // Tables of coefficients, by channel or by column. In the workspace. Passes name those that they read by their bits.
-enum : unsigned { HI = 1, SCALE = 2, OFFSET = 4, BETA = 8, RSTD = 16, A = 32, B = 64, C = 128 };
+constexpr unsigned HI = 1, SCALE = 2, OFFSET = 4, BETA = 8, RSTD = 16, A = 32, B = 64, C = 128;
 template <class F> struct Tables { F *hi, *scale, *offset, *beta, *rstd, *a, *b, *c; };
 
 // What varies between calls but not between elements.
@@ -106,7 +106,7 @@ template <class T, Form form> struct Forward {
   Tables<ScalarOf<V>> tables;
   Options options;
 
-  static constexpr unsigned reads = HI | SCALE | OFFSET | (form == Form::general ? BETA : 0);
+  static constexpr unsigned reads = HI | SCALE | OFFSET | (form == Form::general ? BETA : 0u);
   BATCHNORM_COEFFICIENTS(hi, scale, offset, beta) {
     return {fetch(tables.hi, i), fetch(tables.scale, i), fetch(tables.offset, i), fetch(tables.beta, i)};
   }
@@ -156,7 +156,7 @@ template <class T, Form form> struct Backward {
 template <class T, Form form> struct BackwardTerms : Backward<T, form> {
   using V = typename Compute<T>::V;
 
-  static constexpr unsigned reads = HI | RSTD | (form == Form::plain ? 0 : SCALE | OFFSET);
+  static constexpr unsigned reads = HI | RSTD | (form == Form::plain ? 0u : SCALE | OFFSET);
   BATCHNORM_COEFFICIENTS(hi, rstd, scale, offset) {
     const auto& t = this->tables;
     return {fetch(t.hi, i), fetch(t.rstd, i), fetch(t.scale, i), fetch(t.offset, i)};

@@ -50,6 +50,7 @@ template <class T> class ForwardJob : public Job<T> {
       if (options.has_mask) this->reduce(scope, Deviations<T, true>{{}, options});
       else this->reduce(scope, Deviations<T, false>{{}, options});
       scope.team.barrier();
+      this->combine(mine);
       for (int64_t c = mine.begin; c < mine.end; ++c)
         if (!is_repeated || this->again[c]) finish_moments(c, is_repeated);
       scope.team.barrier();

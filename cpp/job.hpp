@@ -1,14 +1,9 @@
-// A problem laid out as rows and tiles, with its workspace: what forward and backward have in common.
+// A problem cut into tiles, with its workspace: what forward and backward have in common.
 #pragma once
 
-#include "parallel.hpp"
-#include "plan.hpp"
-#include "traverse.hpp"
+#include "geometry.hpp"
 
 namespace batchnorm::BATCHNORM_ISA {
-
-BATCHNORM_INLINE int64_t min(int64_t a, int64_t b) { return a < b ? a : b; }
-BATCHNORM_INLINE int64_t max(int64_t a, int64_t b) { return a > b ? a : b; }
 
 // One channel's number from an array of any element type, and into it.
 inline double read(const Channels& channels, int64_t c, double absent) {
@@ -34,40 +29,22 @@ inline void write(const Channels& channels, int64_t c, double value) {
   }
 }
 
-template <class T> class Job {
+template <class T> class Job : public Geometry<T> {
  public:
-  using V = typename Compute<T>::V;
-  using F = typename Compute<T>::Scalar;
-  using Range = Team::Range;
+  using Base = Geometry<T>;
+  using typename Base::F;
+  using typename Base::Range;
+  using typename Base::Scope;
+  using typename Base::V;
+  using Base::problem, Base::plan, Base::options;
 
-  // Some channels, the team that works on them, and their coefficients by column. Channels last, all of them.
-  struct Scope {
-    Range channels;
-    Team team;
-    Tables<F> columns;
-  };
-
-  Job(const Problem& problem, const Plan& plan, void* workspace) : problem(problem), plan(plan), free_(workspace) {
-    const Tensor& keep = problem.mask.keep;
-    const Tensor& out = problem.y.data ? problem.y : problem.dx;
-    const bool has_mask = keep.data && (plan.family == Family::rows ? keep.s : keep.c) != 0;
-    options = {problem.activation, problem.slope, has_mask, false, problem.normalized_padding,
-               problem.through_statistics};
-    const int64_t there = 1, absent = 0;
-    element_ = {there, problem.residual.data ? there : absent, problem.dy.data ? there : absent,
-                out.data ? there : absent, problem.dresidual.data ? there : absent, has_mask ? there : absent};
-    if (plan.is_flat) step_ = times(element_, plan.width);
-    else if (plan.family == Family::short_rows) step_ = {problem.x.n, problem.residual.n, problem.dy.n, out.n, problem.dresidual.n, 0};
-    else step_ = {problem.x.s, problem.residual.s, problem.dy.s, out.s, problem.dresidual.s, has_mask ? keep.s : 0};
+  Job(const Problem& problem, const Plan& plan, void* workspace) : Geometry<T>(problem, plan), free_(workspace) {
     first_ = take<double>(plan.chunks * problem.C);
     second_ = take<double>(plan.chunks * problem.C);
     tables = take_tables(problem.C);
     again = take<uint8_t>(problem.C);
   }
 
-  const Problem& problem;
-  const Plan& plan;
-  Options options;
   Tables<F> tables;  // by channel
   uint8_t* again;    // channels that have to be measured once more
 
@@ -116,14 +93,23 @@ template <class T> class Job {
 
   // ---- channels ----
 
-  // The sums over all chunks (and columns) of channel c, in a fixed order.
-  void total_of(int64_t c, double& a, double& b) const {
-    a = b = 0;
-    if (plan.family != Family::columns) {
-      for (int64_t k = c * plan.chunks; k < (c + 1) * plan.chunks; ++k) a += first_[k], b += second_[k];
+  // Adds up the chunks of these channels, in a fixed order; their first ones then hold the total. Once after `reduce`.
+  void combine(Range channels) const {
+    if (plan.family == Family::columns) {
+      for (int64_t k = 1; k < plan.chunks; ++k)
+        for (int64_t c = channels.begin, i = k * problem.C + c; c < channels.end; ++c, ++i)
+          first_[c] += first_[i], second_[c] += second_[i];
       return;
     }
-    for (int64_t k = c; k < plan.chunks * problem.C; k += problem.C) a += first_[k], b += second_[k];
+    for (int64_t c = channels.begin; c < channels.end; ++c)
+      for (int64_t i = c * plan.chunks, k = i + 1; k < i + plan.chunks; ++k)
+        first_[i] += first_[k], second_[i] += second_[k];
+  }
+
+  void total_of(int64_t c, double& first, double& second) const {
+    const int64_t i = plan.family == Family::columns || plan.chunks == 0 ? c : c * plan.chunks;
+    first = plan.chunks ? first_[i] : 0;
+    second = plan.chunks ? second_[i] : 0;
   }
 
   // The coefficients of z, from statistics and parameters.
@@ -138,30 +124,8 @@ template <class T> class Job {
     tables.offset[c] = static_cast<F>(beta - scale * statistic(problem.mean_lo));
   }
 
-  bool counts(int64_t n, int64_t c, int64_t s) const {
-    const Mask& mask = problem.mask;
-    if (mask.lengths) return s < mask.lengths[n];
-    return !mask.keep.data || *at<const uint8_t>(mask.keep, n, c, s);
-  }
-
-  // Elements that count in channel c.
-  int64_t count_of(int64_t c) const {
-    const Problem& p = problem;
-    if (!p.mask.lengths && !p.mask.keep.data) return p.N * p.S;
-    int64_t count = 0;
-    for (int64_t n = 0; n < p.N; ++n) {
-      if (p.mask.lengths) count += p.mask.lengths[n];
-      else for (int64_t s = 0; s < p.S; ++s) count += *at<const uint8_t>(p.mask.keep, n, c, s) != 0;
-    }
-    return count;
-  }
-
-  template <class P> static P* at(const Tensor& t, int64_t n, int64_t c, int64_t s) {
-    return t.data ? static_cast<P*>(t.data) + n * t.n + c * t.c + s * t.s : nullptr;
-  }
-
  private:
-  using Step = typename Row<T>::Step;
+  using Base::element_, Base::step_, Base::kept, Base::row;
 
   // ---- workspace ----
 
@@ -191,50 +155,22 @@ template <class T> class Job {
       const F* const from = tables.*all[i];
       F* const to = scope.columns.*all[i];
       if (plan.family == Family::short_rows) {
-        for (int64_t c = mine.begin; c < mine.end; ++c)
-          for (int64_t s = 0, j = (c - scope.channels.begin) * problem.S; s < problem.S; ++s, ++j) to[j] = from[c];
+        // Whole vectors, whose excess the next channel overwrites, but for the last ones of this member.
+        const int64_t own_end = (mine.end - scope.channels.begin) * problem.S;
+        for (int64_t c = mine.begin; c < mine.end; ++c) {
+          const int64_t begin = (c - scope.channels.begin) * problem.S;
+          for (int64_t j = begin; j < begin + problem.S; j += width<V>) {
+            const V value = broadcast<V>(from[c]);
+            if (j + width<V> <= own_end) store(to + j, value);
+            else store(to + j, value, static_cast<int>(own_end - j));
+          }
+        }
       } else {
         for (int64_t side = 0; side < plan.width; side += problem.C)
           for (int64_t c = mine.begin; c < mine.end; ++c) to[side + c] = from[c];
       }
     }
     scope.team.barrier();
-  }
-
-  // ---- where things are ----
-
-  static Step times(const Step& s, int64_t n) {
-    return {s.x * n, s.residual * n, s.dy * n, s.out * n, s.dresidual * n, s.keep * n};
-  }
-
-  Row<T> row(int64_t n, int64_t c, int64_t s) const {
-    const Problem& p = problem;
-    return {at<const T>(p.x, n, c, s), at<const T>(p.residual, n, c, s), at<const T>(p.dy, n, c, s),
-            at<T>(p.y.data ? p.y : p.dx, n, c, s), at<T>(p.dresidual, n, c, s),
-            options.has_mask ? at<const uint8_t>(p.mask.keep, n, c, s) : nullptr};
-  }
-
-  // The part of row r that belongs to a scope, and its length.
-  Row<T> row_of(const Scope& scope, int64_t r) const {
-    if (plan.is_flat) return row(0, 0, 0).advanced(step_, r);
-    if (plan.family == Family::short_rows) return row(r, scope.channels.begin, 0);
-    return row(r / problem.S, 0, r % problem.S);
-  }
-  int64_t length_of(int64_t r) const {
-    return plan.is_flat ? min(plan.width, plan.elements - r * plan.width) : plan.width;
-  }
-
-  // How many leading elements of row (n, c) may count; a mask element by element is seen to by the pass.
-  int64_t kept(int64_t n, int64_t c) const {
-    const Mask& mask = problem.mask;
-    if (mask.lengths) return mask.lengths[n];
-    if (!mask.keep.data || options.has_mask) return problem.S;
-    return *at<const uint8_t>(mask.keep, n, c, 0) ? problem.S : 0;
-  }
-  bool is_kept(int64_t r) const {
-    const Mask& mask = problem.mask;
-    if (mask.lengths) return r % problem.S < mask.lengths[r / problem.S];
-    return !mask.keep.data || options.has_mask || *at<const uint8_t>(mask.keep, r / problem.S, 0, r % problem.S);
   }
 
   // ---- tiles ----
@@ -295,7 +231,7 @@ template <class T> class Job {
 
   // Rows that are walked side by side. The processor recognises as many streams where each goes on for a page; shorter
   // rows are read faster one after the other, as they lie (twice as fast from memory at 256 columns).
-  static constexpr int reduce_group = 8, map_group = 4;
+  static constexpr int reduce_group = 8, map_group = 8;
   int group_of(Range columns, int group) const { return columns.end - columns.begin >= 768 ? group : 1; }
 
   template <class Pass>
@@ -313,7 +249,7 @@ template <class T> class Job {
         for (int64_t j = 0; j < width; ++j) sums[i][j] += runs[i][j], runs[i][j] = 0;
     };
     int run = 0;
-    for_runs(scope, k, [&](Row<T> row, int64_t rows, int64_t length, bool is_kept) {
+    this->for_runs(scope, k, [&](Row<T> row, int64_t rows, int64_t length, bool is_kept) {
       const int64_t end = min(columns.end, length);
       if (!is_kept || end <= columns.begin) return;
       while (rows) {
@@ -328,10 +264,9 @@ template <class T> class Job {
     fold();
     if (plan.family == Family::short_rows) {
       for (int64_t j = 0, c = scope.channels.begin + columns.begin / problem.S; j < width; ++c) {
-        double a = 0, b = 0;
-        for (int64_t s = 0; s < problem.S; ++s, ++j) a += sums[0][j], b += sums[1][j];
-        first_[c * plan.chunks + k] = a;
-        second_[c * plan.chunks + k] = b;
+        first_[c * plan.chunks + k] = total(sums[0] + j, problem.S);
+        second_[c * plan.chunks + k] = total(sums[1] + j, problem.S);
+        j += problem.S;
       }
       return;
     }
@@ -349,7 +284,7 @@ template <class T> class Job {
   template <class Pass>
   void map_columns_of(const Scope& scope, const Pass& pass, int64_t k, Range columns) const {
     const int group = group_of(columns, map_group);
-    for_runs(scope, k, [&](Row<T> row, int64_t rows, int64_t length, bool is_kept) {
+    this->for_runs(scope, k, [&](Row<T> row, int64_t rows, int64_t length, bool is_kept) {
       const int64_t begin = columns.begin, end = min(columns.end, length);
       if (end <= begin) return;
       for (; is_kept && rows >= group && group > 1; rows -= group, row = row.advanced(step_, group))
@@ -361,34 +296,6 @@ template <class T> class Job {
         });
       }
     });
-  }
-
-  // body(row, rows, length, is_kept) for runs of chunk k's rows that are evenly spaced, equally long, and all kept or
-  // none.
-  template <class Body> void for_runs(const Scope& scope, int64_t k, const Body& body) const {
-    const Mask& mask = problem.mask;
-    const int64_t last = min(plan.rows, (k + 1) * plan.chunk_n);
-    for (int64_t r = k * plan.chunk_n; r < last;) {
-      int64_t end = last;
-      bool is_here_kept = true;
-      if (plan.is_flat) {
-        if (r < end - 1 && length_of(end - 1) < plan.width) --end;
-      } else if (plan.family == Family::columns) {
-        end = min(end, (r / problem.S + 1) * problem.S);  // the rows of one n
-        is_here_kept = is_kept(r);
-        if (mask.lengths && is_here_kept) end = min(end, r / problem.S * problem.S + mask.lengths[r / problem.S]);
-        if (mask.keep.data && !options.has_mask) {
-          int64_t next = r + 1;
-          while (next < end && is_kept(next) == is_here_kept) ++next;
-          end = next;
-        }
-      }
-      body(row_of(scope, r), end - r, scope_length(scope, r), is_here_kept);
-      r = end;
-    }
-  }
-  int64_t scope_length(const Scope& scope, int64_t r) const {
-    return plan.family == Family::columns ? length_of(r) : across(scope).end;
   }
 
   // What comes out where no element of (a part of) a row counts: zeros, or what `normalize(pass)` stores.
@@ -404,7 +311,6 @@ template <class T> class Job {
   }
 
   void* free_;
-  Step element_, step_;      // to the next element of a row, and to the next row of a run
   double *first_, *second_;  // the sums of each chunk: [C][chunks], or, for columns, [chunks][C]
 };
 

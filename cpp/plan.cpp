@@ -58,7 +58,7 @@ void plan_columns(const Problem& p, Plan& plan, bool is_flat) {
   plan.rows = ceil_div(plan.elements, plan.width);
   plan.block = widest_block;
   // Enough chunks that every thread has some, few enough that adding them up costs little.
-  plan.chunks = std::clamp<int64_t>(plan.elements >> 18, 16, 256) / 8 * 8;
+  plan.chunks = std::clamp<int64_t>(plan.elements >> 18, 8, 256) / 8 * 8;
   plan.chunk_n = std::max<int64_t>(8, ceil_div(plan.rows, plan.chunks));
   plan.chunks = ceil_div(plan.rows, plan.chunk_n);
 }

@@ -5,6 +5,16 @@
 
 namespace batchnorm::BATCHNORM_ISA {
 
+// The sum of `length` doubles, in a fixed order.
+inline double total(const double* p, int64_t length) {
+  Vd sums[2] = {};
+  int64_t j = 0;
+  for (; j + 2 * width<Vd> <= length; j += 2 * width<Vd>) sums[0] += load(p + j), sums[1] += load(p + j + width<Vd>);
+  for (; j + width<Vd> <= length; j += width<Vd>) sums[0] += load(p + j);
+  if (j < length) sums[1] += load(p + j, static_cast<int>(length - j));
+  return total(sums[0] + sums[1]);
+}
+
 // Sums of p and of p * q in double lanes. Short runs are summed in the element's own precision and folded in here.
 template <class V> struct Sums;
 
