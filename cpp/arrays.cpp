@@ -42,10 +42,6 @@ Array::Array(const char* name, nb::handle object, bool is_written) : name(name) 
   if (!read_dlpack_table(object) && !read_buffer(object, is_written)) read_dlpack(object);
 }
 
-Array::~Array() {
-  if (has_buffer_) PyBuffer_Release(&buffer_);
-}
-
 bool Array::read_dlpack_table(nb::handle object) {
   ExchangeTable* table = exchange_table(Py_TYPE(object.ptr()));
   if (!table) return false;
@@ -58,10 +54,11 @@ bool Array::read_dlpack_table(nb::handle object) {
 bool Array::read_buffer(nb::handle object, bool is_written) {
   if (!PyObject_CheckBuffer(object.ptr())) return false;
   const int flags = PyBUF_STRIDES | PyBUF_FORMAT | (is_written ? PyBUF_WRITABLE : 0);
-  if (PyObject_GetBuffer(object.ptr(), &buffer_, flags) != 0) throw nb::python_error();
-  has_buffer_ = true;
-  if (buffer_.ndim > most_dimensions) throw nb::value_error("more than 32 dimensions");
-  const char* format = buffer_.format ? buffer_.format : "B";
+  Py_buffer& view = buffer_.view;
+  if (PyObject_GetBuffer(object.ptr(), &view, flags) != 0) throw nb::python_error();
+  buffer_.is_held = true;
+  if (view.ndim > most_dimensions) throw nb::value_error("more than 32 dimensions");
+  const char* format = view.format ? view.format : "B";
   if (*format == '@' || *format == '=') ++format;
   switch (format[1] ? 0 : *format) {
     case 'f': element = Element::float32; break;
@@ -72,13 +69,12 @@ bool Array::read_buffer(nb::handle object, bool is_written) {
     case 'l': case 'q': element = Element::int64; break;
     default: throw nb::type_error((std::string(name) + " has an unknown format " + format).c_str());
   }
-  data = buffer_.buf;
-  ndim = buffer_.ndim;
+  data = view.buf;
+  ndim = view.ndim;
   for (int i = 0; i < ndim; ++i) {
-    shape[i] = buffer_.shape[i];
-    strides[i] = buffer_.strides[i] / buffer_.itemsize;
-    if (strides[i] * buffer_.itemsize != buffer_.strides[i] && shape[i] > 1)
-      throw nb::value_error((std::string(name) + " has strides that are not multiples of its elements' size").c_str());
+    shape[i] = view.shape[i];
+    strides[i] = view.strides[i] / view.itemsize;
+    has_whole_strides &= shape[i] <= 1 || strides[i] * view.itemsize == view.strides[i];
   }
   return true;
 }
@@ -128,6 +124,7 @@ int64_t Array::size() const {
 }
 
 bool Array::is_contiguous() const {
+  if (!has_whole_strides) return false;
   int64_t packed = 1;
   for (int i = ndim - 1; i >= 0; --i) {
     if (shape[i] > 1 && strides[i] != packed) return false;

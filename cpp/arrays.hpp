@@ -20,7 +20,6 @@ class Array {
  public:
   // Raises TypeError or ValueError, with `name` in the message; nothing is there for None.
   Array(const char* name, nanobind::handle object, bool is_written = false);
-  ~Array();
   Array(const Array&) = delete;
   Array& operator=(const Array&) = delete;
 
@@ -35,7 +34,8 @@ class Array {
   Element element = Element::float32;
   int ndim = 0;
   int64_t shape[most_dimensions];
-  int64_t strides[most_dimensions];  // in elements
+  int64_t strides[most_dimensions];  // in elements,
+  bool has_whole_strides = true;     // which the strides may be no multiples of (fields of a packed record)
 
  private:
   bool read_dlpack_table(nanobind::handle object);
@@ -44,8 +44,13 @@ class Array {
   void read_tensor(const nanobind::dlpack::dltensor& tensor);
   void read_element(uint8_t code, uint8_t bits);
 
-  bool has_buffer_ = false;
-  Py_buffer buffer_;
+  struct Buffer {
+    Py_buffer view;
+    bool is_held = false;
+    ~Buffer() {
+      if (is_held) PyBuffer_Release(&view);
+    }
+  } buffer_;
   nanobind::ndarray<nanobind::ro> holder_;
 };
 

@@ -4,7 +4,6 @@
 #include <nanobind/stl/vector.h>
 #include <sys/mman.h>
 
-#include <cstdlib>
 #include <memory>
 
 #include "checks.hpp"
@@ -230,7 +229,7 @@ void advise_huge_pages(handle array) { advise(Array("array", array, true)); }
 NB_MODULE(_native, m) {
   using namespace batchnorm;
   m.doc() = "Batch normalization kernels on CPU arrays. Private: `batchnorm.kernels.native` is its only caller.";
-  choose_kernels(std::getenv("BATCHNORM_INSTRUCTION_SET"));
+  choose_kernels(nullptr);
   const auto optional = [](const char* name) { return nb::arg(name).none(); };
   m.def("forward", &forward, nb::arg("x"), optional("y"), optional("gamma"), optional("beta"), optional("residual"),
         optional("mean"), optional("mean_lo"), optional("m2"), optional("rstd"), optional("count"), optional("mask"),

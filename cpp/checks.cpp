@@ -22,7 +22,7 @@ void check_like(const Array& array, const Array& x) {
 Channels channels(const Array& array, int64_t C) {
   if (!array) return {};
   if (array.size() != C) refuse(array, "must have one element for each channel");
-  if (array.ndim != 1 && !array.is_contiguous()) refuse(array, "must be contiguous");
+  if (!array.has_whole_strides || (array.ndim != 1 && !array.is_contiguous())) refuse(array, "must be contiguous");
   return {array.data, array.dtype(), array.ndim == 1 ? array.strides[0] : 1};
 }
 
@@ -87,7 +87,7 @@ bool prepare(Call& call, const Array& x, uint32_t kept, const Array& keep, const
     const int64_t* given = integers(lengths, x.shape[reduced[0]]);
     const int64_t steps = x.shape[reduced[1]];
     prefixes.reset(new int64_t[problem.N + 1]);
-    for (int64_t n = 0; n < problem.N; ++n) {
+    for (int64_t n = 0; x.size() && n < problem.N; ++n) {
       if (given[n] < 0 || given[n] > steps) refuse(lengths, "must lie between 0 and the size of the time axis");
       prefixes[n] = steps ? given[n] * (problem.S / steps) : 0;
     }

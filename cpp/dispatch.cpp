@@ -79,6 +79,7 @@ void set_num_threads(int threads) { default_threads = threads; }
 
 bool compute(Operation operation, Problem& problem) {
   if (is_forked_child || omp_in_parallel()) problem.threads = 1;
+  if (problem.C == 0) return true;
   const int64_t elements = problem.N * problem.C * problem.S;
   problem.threads = static_cast<int>(std::clamp<int64_t>(elements / elements_for_a_thread, 1, problem.threads));
   Plan plan;

@@ -11,9 +11,10 @@ namespace batchnorm {
 // The instruction sets that are compiled in and that this machine has, the best first.
 std::vector<const Kernels*> supported_kernels();
 
-// Those in use: the best, unless the environment variable BATCHNORM_INSTRUCTION_SET names another when the library
-// is loaded. Throws std::invalid_argument if that one is not supported.
+// Those in use.
 const Kernels& chosen_kernels();
+
+// By name; the best for null or nothing. Throws std::invalid_argument if there are none of that name.
 void choose_kernels(const char* name);
 
 // The number of threads for calls that do not say; at first OpenMP's own (OMP_NUM_THREADS, or the cores).

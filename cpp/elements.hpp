@@ -166,7 +166,7 @@ template <class T, Form form> struct BackwardTerms : Backward<T, form> {
       const {
     const V d = load(row.x + j, lanes) - k.hi;
     p = only(this->dz(row, j, d, k, lanes), lanes);
-    q = d * k.rstd;
+    q = only(d * k.rstd, lanes);
     if constexpr (form == Form::general)
       if (this->options.has_mask) q = select(keep_lanes<V>(row.keep + j, lanes), q, V{});
   }

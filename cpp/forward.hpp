@@ -103,7 +103,7 @@ template <class T> class ForwardJob : public Job<T> {
     const double n = static_cast<double>(max(count, 1)), shift = count ? tables.hi[c] : 0, delta = sum / n;
     double mean = shift + delta, m2 = square - sum * delta;
     double rest = (shift - (mean - (mean - shift))) + (delta - (mean - shift));  // what rounding took (two_sum)
-    const bool has_cancelled = sum * delta > 16 * m2 && sum - sum == 0;
+    const bool has_cancelled = sum * delta > 4 * m2 && sum - sum == 0;
     this->again[c] = has_cancelled && !is_repeated;
     // Squares of floats beyond 1e19 overflow, and those below 1e-18 lose digits, though the variance is a float.
     const bool is_out_of_range = sizeof(F) == 4 && (!(square - square == 0) || (square > 0 && square < n * 1e-34));

@@ -34,10 +34,22 @@ struct Group {
   }
 };
 
+// An array without elements, whose strides mean nothing.
+bool view_nothing(const Viewed* arrays, int count, uint32_t kept, Problem& problem) {
+  const Array& x = *arrays[0].array;
+  problem.N = problem.C = problem.S = 1;
+  for (int axis = 0; axis < x.ndim; ++axis) (kept >> axis & 1 ? problem.C : problem.N) *= x.shape[axis];
+  for (int i = 0; i < count; ++i) *arrays[i].tensor = {arrays[i].array->data, problem.C, 1, 1};
+  return true;
+}
+
 }  // namespace
 
 bool view(const Viewed* arrays, int count, uint32_t kept, bool is_ordered, Problem& problem) {
   const Array& x = *arrays[0].array;
+  for (int i = 0; i < count; ++i)
+    if (!arrays[i].array->has_whole_strides) return false;
+  if (x.size() == 0) return view_nothing(arrays, count, kept, problem);
   Group channels, reduced;
   int first_alone = -1;
   for (int axis = 0; axis < x.ndim; ++axis) {

@@ -81,12 +81,12 @@ bool make_plan(const Problem& p, Plan& plan) {
   const bool is_masked = p.mask.lengths || p.mask.keep.data;
   const Tensor& keep = p.mask.keep;
   const bool has_rows =
-      (p.S == 1 || all_tensors(p, [](const Tensor& t) { return t.s == 1; })) && (!keep.data || keep.s <= 1);
+      (p.S == 1 || all_tensors(p, [](const Tensor& t) { return t.s == 1; })) && (!keep.data || keep.s == 0 || keep.s == 1);
   const bool has_columns =
-      (p.C == 1 || all_tensors(p, [](const Tensor& t) { return t.c == 1; })) && (!keep.data || keep.c <= 1);
+      (p.C == 1 || all_tensors(p, [](const Tensor& t) { return t.c == 1; })) && (!keep.data || keep.c == 0 || keep.c == 1);
   if (has_rows && (p.S > 1 || !has_columns || p.C == 1)) {
     const bool is_packed = all_tensors(p, [&](const Tensor& t) { return t.c == p.S; });
-    if (p.S < short_row && p.C > 1 && is_packed && !is_masked) plan_short_rows(p, plan);
+    if (p.S > 1 && p.S < short_row && p.C > 1 && is_packed && !is_masked) plan_short_rows(p, plan);
     else plan_rows(p, plan);
   } else if (has_columns) {
     plan_columns(p, plan, !is_masked && all_tensors(p, [&](const Tensor& t) {

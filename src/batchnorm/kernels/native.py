@@ -6,6 +6,7 @@ along the batch or the channels. Arrays with other strides, or with strides that
 one view fits them all, are copied once.
 """
 
+import os
 from collections.abc import Callable
 from functools import lru_cache
 from types import ModuleType
@@ -30,6 +31,7 @@ MOST_DIMENSIONS = 32
 
 
 set_num_threads = _native.set_num_threads
+_native.set_instruction_set(os.environ.get("BATCHNORM_INSTRUCTION_SET", ""))
 
 
 class Operands(NamedTuple):
@@ -334,6 +336,7 @@ def run_forward(
 ) -> Array | None:
     """The forward kernel. It fills `measured` and normalises by it, or, with `is_given`, only the latter."""
     buffer, (code, slope) = library.buffer, activation_code(operands.activation)
+    operands = with_contiguous_parameters(library, operands)
     y = out if out is not None or not has_output else library.empty_like(operands.x)
     for attempt in ("as given", "in C order"):
         if attempt == "in C order":
@@ -347,6 +350,8 @@ def run_forward(
             code, slope, rule.masked_output == "normalized", library.threads(),
         ):  # fmt: skip
             break
+    else:
+        raise AssertionError("a kernel refused arrays in C order")
     if out is None or y is out:
         return y
     out[...] = y
@@ -366,9 +371,10 @@ def run_backward(
     x, gamma, beta, residual, mask, statistics, count, plan = cache
     operands = Operands(x, gamma, beta, residual, mask, plan.axes, plan.activation)  # type: ignore[arg-type]
     buffer, (code, slope) = library.buffer, activation_code(operands.activation)
+    operands = with_contiguous_parameters(library, operands)
     mean, mean_lo, rstd = (library.contiguous(statistic) for statistic in statistics)
     count = None if count is None else library.contiguous(count)
-    dgamma, dbeta = (None if array is None else library.empty_like(array) for array in (gamma, beta))
+    dgamma, dbeta = (None if array is None else library.empty_like(array) for array in operands[1:3])
     for attempt in ("as given", "in the layout of x", "in C order"):
         if attempt == "in the layout of x":
             dy, operands = in_layout_of_x(library, dy, operands)
@@ -384,7 +390,15 @@ def run_backward(
             axes.kept_bits, through_statistics, code, slope, library.threads(),
         ):  # fmt: skip
             break
+    else:
+        raise AssertionError("a kernel refused arrays in C order")
     return Gradients(dx, dgamma, dbeta, dresidual)
+
+
+def with_contiguous_parameters(library: Library, operands: Operands) -> Operands:
+    """The operands with gamma and beta in C order."""
+    gamma, beta = (None if array is None else library.contiguous(array) for array in operands[1:3])
+    return operands._replace(gamma=gamma, beta=beta)
 
 
 def in_layout_of_x(library: Library, dy: Array, operands: Operands) -> tuple[Array, Operands]:
@@ -404,7 +418,9 @@ def in_c_order(library: Library, operands: Operands) -> Operands:
     x, residual, mask, axes = operands.x, operands.residual, operands.mask, operands.axes
     mask = elementwise(library.xp, mask, x, axes)
     if mask is not None:
-        sizes = tuple(x.shape[axis] if axis in axes.reduced else mask.shape[axis] for axis in range(x.ndim))
+        # As large as x, but for the channels where it is the same for all of them.
+        expanded = axes.reduced if all(mask.shape[axis] == 1 for axis in axes.kept) else range(x.ndim)
+        sizes = tuple(x.shape[axis] if axis in expanded else 1 for axis in range(x.ndim))
         mask = library.contiguous(library.xp.broadcast_to(mask, sizes))
     residual = None if residual is None else library.contiguous(residual)
     return operands._replace(x=library.contiguous(x), residual=residual, mask=mask)

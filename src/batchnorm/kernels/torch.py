@@ -11,6 +11,8 @@ from torch import Tensor, empty_like, get_num_threads, is_grad_enabled, strided
 from torch._C import _are_functorch_transforms_active as are_transforms_active
 from torch._C import _is_tracing as is_tracing
 from torch._C import _len_torch_dispatch_stack as dispatch_modes
+from torch._C._functorch import is_batchedtensor as is_batched
+from torch._C._functorch import is_legacy_batchedtensor as is_legacy_batched
 from torch.autograd import forward_ad
 from torch.compiler import is_compiling
 from torch.nn import Parameter
@@ -263,7 +265,7 @@ class Normalization(torch.autograd.Function):
     def backward(ctx: Any, dy: Array) -> tuple[Array | None, ...]:
         call = ctx.call
         operands = with_arrays(call.operands, ctx.saved_tensors)
-        if torch.is_grad_enabled() or is_forward_mode():
+        if torch.is_grad_enabled() or is_forward_mode() or is_traced() or is_batched(dy) or is_legacy_batched(dy):
             given = call.statistics if call.is_given else None
             return (*gradients_by_array_code(operands, call.rule, given, dy), None)
         cache = native.cache_of(operands, call.measured, call.rule.eps)
