@@ -38,16 +38,14 @@ template <> struct Sums<Vd> {
   double total_second() const { return total(second); }
 };
 
-// Elements summed before they are folded: 16 of each lane at the widest, which costs float32 less than half a unit
-// in the last place of the sum on random data.
-constexpr int64_t run_length = 1024;
-
 // The sums over `length` elements of a row of one channel.
 template <class Pass, class T>
 inline void reduce_row(const Pass pass, const Row<T> row, const typename Pass::Coefficients k, int64_t length,
                        Sums<typename Pass::V>& sums) {
   using V = typename Pass::V;
   constexpr int W = width<V>, unroll = 4;
+  // 16 additions to each lane before it is folded: less than a unit in the last place of the sum.
+  constexpr int64_t run_length = 16 * unroll * W;
   for (int64_t begin = 0; begin < length; begin += run_length) {
     const int64_t end = length - begin < run_length ? length : begin + run_length;
     V first[unroll] = {}, second[unroll] = {}, p, q;
