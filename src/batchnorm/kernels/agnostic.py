@@ -246,5 +246,6 @@ def finish(
     """activation(z + residual) in the dtype of x, with masked positions as asked."""
     if residual is not None:
         z = z + cast(xp, read(xp, residual, mask, masked_output), z.dtype)
-    y = cast(xp, activations.apply(xp, z, activation), x.dtype)
-    return xp.where(mask, y, 0.0) if mask is not None and masked_output == "zero" else y
+    y = activations.apply(xp, z, activation)
+    # Before the cast: where(mask, bfloat16, 0.0) is float64 in NumPy, to which that type is foreign.
+    return cast(xp, xp.where(mask, y, 0.0) if mask is not None and masked_output == "zero" else y, x.dtype)
