@@ -8,10 +8,10 @@ INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check --co
 export PIP_ROOT_USER_ACTION := ignore
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test bench lint format clean
+.PHONY: help demo test bench sanitize lint format clean
 
 help: ## Show this list
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-9s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 demo: $(VENV)/.train ## Train LeNet with and without batch norm on real digits (half a minute); DEMO="--epochs 5" passes options
 	$(BIN)/batchnorm train $(DEMO)
@@ -24,6 +24,9 @@ test: $(VENV)/.dev ## Run the tests; PYTEST="-k golden" passes options
 
 bench: $(VENV)/.dev ## Measure the speed against memory and every peer (an hour); BENCH=--quick takes a minute
 	$(BIN)/python -m benchmarks $(BENCH)
+
+sanitize: ## Run the kernels under AddressSanitizer, UndefinedBehaviorSanitizer and ThreadSanitizer (two minutes)
+	tests/kernels/sanitize.sh
 
 lint: $(VENV)/.dev ## Check style (ruff) and types (mypy --strict)
 	$(BIN)/ruff check .

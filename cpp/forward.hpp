@@ -31,10 +31,10 @@ template <class T> class ForwardJob : public Job<T> {
  private:
   template <Form form> void run() {
     Base::run(problem.measure, [&](const Scope& scope) {
-      if (problem.measure) measure(scope);
-      if (!problem.y.data) return;
       const Range mine = scope.team.share(scope.channels.begin, scope.channels.end);
-      for (int64_t c = mine.begin; c < mine.end; ++c) this->fill_tables(c);
+      if (problem.measure) measure(scope);
+      else for (int64_t c = mine.begin; c < mine.end; ++c) this->fill_tables(c);
+      if (!problem.y.data) return;
       scope.team.barrier();
       this->map(scope, Forward<T, form>{{}, options});
     });
@@ -112,14 +112,14 @@ template <class T> class ForwardJob : public Job<T> {
       rest = 0;
     }
     if (m2 < 0) m2 = 0;
-    const F hi = static_cast<F>(mean);
-    set(problem.mean, c, hi);
-    set(problem.mean_lo, c, sizeof(F) == 8 ? rest : mean - hi + rest);
+    const double divisor = n - problem.correction, rstd = rstd_of(m2 / (divisor < 1 ? 1 : divisor));
+    const double lo = sizeof(F) == 8 ? rest : mean - static_cast<F>(mean) + rest;
+    set(problem.mean, c, mean);
+    set(problem.mean_lo, c, lo);
     set(problem.m2, c, m2);
+    set(problem.rstd, c, rstd);
     if (problem.count) problem.count[c] = count;
-    tables.hi[c] = hi;
-    const double divisor = n - problem.correction;
-    set(problem.rstd, c, rstd_of(m2 / (divisor < 1 ? 1 : divisor)));
+    this->fill_tables(c, mean, lo, rstd);  // by rstd before it is rounded
   }
 
   static void set(void* table, int64_t c, double value) {

@@ -115,13 +115,15 @@ template <class T> class Job : public Geometry<T> {
   // The coefficients of z, from statistics and parameters.
   void fill_tables(int64_t c) const {
     const auto statistic = [c](const void* table) { return static_cast<double>(static_cast<const F*>(table)[c]); };
-    const double rstd = statistic(problem.rstd), scale = read(problem.gamma, c, 1) * rstd;
-    const double beta = read(problem.beta, c, 0);
-    tables.hi[c] = static_cast<F>(statistic(problem.mean));
+    fill_tables(c, statistic(problem.mean), statistic(problem.mean_lo), statistic(problem.rstd));
+  }
+  void fill_tables(int64_t c, double mean, double mean_lo, double rstd) const {
+    const double scale = read(problem.gamma, c, 1) * rstd, beta = read(problem.beta, c, 0);
+    tables.hi[c] = static_cast<F>(mean);
     tables.rstd[c] = static_cast<F>(rstd);
     tables.scale[c] = static_cast<F>(scale);
     tables.beta[c] = static_cast<F>(beta);
-    tables.offset[c] = static_cast<F>(beta - scale * statistic(problem.mean_lo));
+    tables.offset[c] = static_cast<F>(beta - scale * mean_lo);
   }
 
  private:

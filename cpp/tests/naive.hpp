@@ -48,9 +48,9 @@ inline void put(void* data, Dtype dtype, int64_t i, double value) {
     case Dtype::float64: std::memcpy(at, &value, 8); return;
     case Dtype::float32: std::memcpy(at, &single, 4); return;
     case Dtype::bfloat16: half = static_cast<uint16_t>(bits >> 16); break;
-    default: {  // of normal size; NaN stays NaN
-      const uint32_t magnitude = (bits & 0x7fffffff) >> 13;
-      half = static_cast<uint16_t>((bits >> 16 & 0x8000) | (std::isnan(single) ? 0x7e00 : magnitude < (112 << 10) ? 0 : magnitude - (112 << 10)));
+    default: {  // only of normal size
+      const uint32_t magnitude = (bits & 0x7fffffff) >> 13, smallest = 112 << 10;
+      half = static_cast<uint16_t>((bits >> 16 & 0x8000) | (magnitude < smallest ? 0 : magnitude - smallest));
     }
   }
   std::memcpy(at, &half, 2);
@@ -96,8 +96,12 @@ inline bool counts(const Problem& p, int64_t n, int64_t c, int64_t s) {
 // Forward and, where there is a dy, backward. With `measure` off mean (and mean_lo) and rstd are read from the problem.
 inline Results results(const Problem& p) {
   Results r;
-  const auto at = [&](const Tensor& t, int64_t n, int64_t c, int64_t s) { return get(t.data, p.dtype, n * t.n + c * t.c + s * t.s); };
-  const auto parameter = [](const Channels& a, int64_t c, double absent) { return a.data ? get(a.data, a.dtype, c * a.stride) : absent; };
+  const auto at = [&](const Tensor& t, int64_t n, int64_t c, int64_t s) {
+    return get(t.data, p.dtype, n * t.n + c * t.c + s * t.s);
+  };
+  const auto parameter = [](const Channels& a, int64_t c, double absent) {
+    return a.data ? get(a.data, a.dtype, c * a.stride) : absent;
+  };
   const Dtype statistic = p.dtype == Dtype::float64 ? Dtype::float64 : Dtype::float32;
   r.y.resize(p.N * p.C * p.S), r.z = r.dx = r.dresidual = r.y;
   for (int64_t c = 0; c < p.C; ++c) {

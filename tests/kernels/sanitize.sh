@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# The kernels under AddressSanitizer with UndefinedBehaviorSanitizer, for each instruction set that this machine has, and
-# under ThreadSanitizer, with threads instead of OpenMP, whose synchronisation it does not see.
+# The kernels under AddressSanitizer with UndefinedBehaviorSanitizer, for each instruction set that this machine has,
+# and under ThreadSanitizer, with threads in place of OpenMP, whose synchronisation it does not see. Two minutes.
 #
 #     sanitize.sh [folder for the programs] [problems]
 set -euo pipefail
@@ -9,36 +9,48 @@ folder=${1:-build/sanitize}
 problems=${2:-4000}
 mkdir -p "$folder"
 
-flags=(-std=c++20 -O1 -g -ffp-contract=off -Wall -Wextra -Wno-psabi)
+flags=(-std=c++20 -O1 -g1 -ffp-contract=off -Wall -Wextra -Wno-psabi -Wno-uninitialized -Wno-maybe-uninitialized)
 memory=(-fopenmp -fsanitize=address,undefined -fno-sanitize-recover=all)
 threads=(-pthread -DBATCHNORM_PTHREADS -fsanitize=thread)
+avx2=(-mavx2 -mfma -mf16c)
+avx512=("${avx2[@]}" -mavx512f -mavx512bw -mavx512dq -mavx512vl)
+double=-DBATCHNORM_TEST_DOUBLE
+bfloat16=-DBATCHNORM_TEST_BFLOAT16
 
 # build NAME ISA OPTIONS...: the program `NAME`.
 build() {
   local name=$1 isa=$2
   shift 2
-  "${CXX:-c++}" "${flags[@]}" -DBATCHNORM_ISA="$isa" "$@" \
-    cpp/tests/drive.cpp cpp/kernels.cpp cpp/plan.cpp -o "$folder/$name"
+  "${CXX:-c++}" "${flags[@]}" -DBATCHNORM_ISA="$isa" "$@" cpp/tests/drive.cpp cpp/plan.cpp -o "$folder/$name"
 }
 
-builds=(baseline)
-build baseline baseline "${memory[@]}" & jobs=($!)
-if grep -qw f16c /proc/cpuinfo && grep -qw fma /proc/cpuinfo && grep -qw avx2 /proc/cpuinfo; then
-  builds+=(avx2)
-  build avx2 avx2 -mavx2 -mfma -mf16c "${memory[@]}" & jobs+=($!)
-fi
-wait "${jobs[@]}"
-if grep -qw avx512dq /proc/cpuinfo && grep -qw avx512bw /proc/cpuinfo && grep -qw avx512vl /proc/cpuinfo; then
-  builds+=(avx512)
-  build avx512 avx512 -mavx512f -mavx512bw -mavx512dq -mavx512vl -mfma -mf16c \
-    -Wno-uninitialized -Wno-maybe-uninitialized "${memory[@]}" & jobs=($!)
-fi
-build threads baseline "${threads[@]}" & jobs+=($!)
-wait "${jobs[@]}"
+# has NAMES...: whether the processor has all of these.
+has() {
+  for name; do grep -qw "$name" /proc/cpuinfo || return 1; done
+}
 
-export UBSAN_OPTIONS=print_stacktrace=1 ASAN_OPTIONS=detect_leaks=0 OMP_WAIT_POLICY=passive
-for name in "${builds[@]}"; do
+# Two at a time: one takes a minute and a gigabyte. One that does not compile is missed below.
+programs=(baseline)
+rm -f "$folder"/{baseline,avx2,avx512,threads}
+build baseline baseline "$double" "${memory[@]}" &
+build threads baseline "${threads[@]}" &
+wait
+if has avx2 fma f16c; then
+  programs+=(avx2)
+  build avx2 avx2 "${avx2[@]}" "$bfloat16" "${memory[@]}" &
+fi
+if has avx512f avx512bw avx512dq avx512vl fma f16c; then
+  programs+=(avx512)
+  build avx512 avx512 "${avx512[@]}" "$double" "$bfloat16" "${memory[@]}" &
+fi
+wait
+
+export UBSAN_OPTIONS=print_stacktrace=1 OMP_WAIT_POLICY=passive
+export ASAN_OPTIONS=detect_leaks=0 # OpenMP keeps its threads' memory
+for name in "${programs[@]}"; do
+  echo -n "$name, memory: "
   "$folder/$name" "$problems"
 done
-# Addresses are not randomised: older versions of ThreadSanitizer do not start where they are by more than 28 bits.
+# Addresses are not randomised: ThreadSanitizer before GCC 14 does not start where they are by more than 28 bits.
+echo -n "baseline, threads: "
 setarch -R "$folder/threads" "$((problems / 4))"

@@ -18,7 +18,7 @@ import batchnorm._native as _native
 from batchnorm.convention import Convention, EpsPlacement, MaskedOutput
 from batchnorm.core import activations
 from batchnorm.core.axes import Axes, split
-from batchnorm.core.dtypes import Array, DType, dtype_name
+from batchnorm.core.dtypes import Array, DType, cast, dtype_name
 from batchnorm.core.masks import Lengths, Mask, elementwise
 from batchnorm.core.moments import Moments
 from batchnorm.core.normalize import Statistics, effective_beta, effective_gamma
@@ -290,8 +290,11 @@ def run_batch_norm(
     if training or convention.update == "always":
         batch = measure(library, operands.x, operands.axes, operands.mask)
         updated = advance(xp, running, batch, convention, masked=is_masked)
+    # In float64, and rounded once: three roundings of rstd would be half of what y may be off.
+    mean, _, rstd = statistics_of_state(xp, updated, convention, xp.float64)
     dtype = getattr(xp, statistics_name(operands.x))
-    statistics = statistics_of_state(xp, updated, convention, dtype)
+    hi = cast(xp, mean, dtype)
+    statistics = Statistics(hi, cast(xp, mean - hi, dtype), cast(xp, rstd, dtype))
     return normalize_by(library, operands, statistics, convention.masked_output, out), updated
 
 

@@ -48,7 +48,8 @@ def select(
         return agnostic
     module, reason = native_module(large[0])
     if module is not None:
-        MODULES[type(large[0])] = module
+        if type(large[0]) in module.PLAIN_TYPES:
+            MODULES[type(large[0])] = module
         reason = module.refusal(large, small, axes, activation)
         if reason is None:
             return module

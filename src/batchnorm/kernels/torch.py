@@ -31,6 +31,7 @@ from batchnorm.kernels import agnostic, native
 from batchnorm.kernels.agnostic import ActivationLike, Cache, Gradients
 from batchnorm.kernels.native import Library, Measured, Operands, Rule
 
+PLAIN_TYPES = {Tensor, Parameter}
 DTYPES = {"float32": torch.float32, "float64": torch.float64, "int64": torch.int64}
 
 #: From this size on a result is asked to lie in huge pages: the C library takes such blocks fresh from the system, and
@@ -88,7 +89,7 @@ def refusal(
     for tensor in large + small:
         if tensor is None:
             continue
-        if type(tensor) is not Tensor and type(tensor) is not Parameter:
+        if type(tensor) not in PLAIN_TYPES:
             return f"a {type(tensor).__name__} is not a plain tensor"
         if not tensor.is_cpu or tensor.layout is not strided or tensor.is_neg():
             return f"a tensor is not plain CPU memory (device {tensor.device}, layout {tensor.layout})"
@@ -198,7 +199,7 @@ def are_plain(*tensors: Array | None) -> bool:
     for tensor in tensors:
         if tensor is None:
             continue
-        if type(tensor) is not Tensor and type(tensor) is not Parameter:
+        if type(tensor) not in PLAIN_TYPES:
             return False
         if (is_recorded and tensor.requires_grad) or tensor.is_neg():
             return False

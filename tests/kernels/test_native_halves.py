@@ -1,0 +1,92 @@
+"""All 65,536 numbers of float16 and of bfloat16 through the elementwise part, bit by bit."""
+
+import numpy as np
+import pytest
+from layouts import DTYPES, placed
+
+import batchnorm as bn
+
+halves = pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+
+#: Ways through the kernels: rows, short rows, columns, and each with a rest that fills no vector.
+SHAPES = {
+    "rows": ((1, 1, 65536), 1, "c"),
+    "rows and a rest": ((2, 1, 32768), 1, "part2"),
+    "short rows": ((256, 2, 128), 1, "c"),
+    "columns": ((256, 256), 1, "c"),
+    "columns and a rest": ((8, 8192), 1, "offset3"),
+}
+
+
+def every_number(dtype, shape, axis, layout):
+    bits = np.arange(65536, dtype=np.uint16)
+    return placed(bits.view(DTYPES[dtype]).reshape(shape), layout, axis)
+
+
+def by_statistics(x, axis, gamma, **options):
+    """y at inference for mean 0 and var + eps = 1, which leaves y = activation(gamma * x)."""
+    channels = x.shape[axis]
+    running = bn.RunningStatistics(np.zeros(channels, np.float32), np.full(channels, 0.5, np.float32))
+    gamma = None if gamma is None else np.full(channels, gamma, np.float32)
+    y, _ = bn.batch_norm(x, gamma, None, running, training=False, axis=axis, eps=0.5, kernel="native", **options)
+    return y
+
+
+def bits(array):
+    return np.ascontiguousarray(array).view(np.uint16)
+
+
+def assert_same_bits(ours, theirs, dtype):
+    """Bit by bit, but for which NaN it is."""
+    infinity = {"float16": 0x7C00, "bfloat16": 0x7F80}[dtype]
+    ours, theirs = (np.where(bits(a) & 0x7FFF > infinity, 0xFFFF, bits(a)) for a in (ours, theirs))
+    np.testing.assert_array_equal(ours, theirs)
+
+
+def zero_where(condition, x, y):
+    """y, and 0 where the condition holds for x."""
+    with np.errstate(invalid="ignore"):
+        return np.where(condition(x.astype(np.float32)), x.dtype.type(0), y)
+
+
+@halves
+@pytest.mark.parametrize("shape", SHAPES)
+def test_unchanged(instruction_set, dtype, shape):
+    """But for -0, which is 0: beta, or the 0 in its place, is always added."""
+    x = every_number(dtype, *SHAPES[shape])
+    assert_same_bits(by_statistics(x, 1, None), zero_where(lambda x: x == 0, x, x), dtype)
+
+
+@halves
+@pytest.mark.parametrize("shape", SHAPES)
+def test_relu(instruction_set, dtype, shape):
+    x = every_number(dtype, *SHAPES[shape])
+    assert_same_bits(by_statistics(x, 1, None, activation="relu"), zero_where(lambda x: x <= 0, x, x), dtype)
+
+
+@halves
+@pytest.mark.parametrize("gamma", [2.0, -1.5, 2.0**-3, 2.0**-12, 1e-3, 3e4])
+def test_scaled_and_rounded_once(instruction_set, dtype, gamma):
+    """Results that overflow and results that become subnormal included."""
+    x = every_number(dtype, *SHAPES["columns and a rest"])
+    with np.errstate(over="ignore", invalid="ignore"):
+        expected = (x.astype(np.float32) * np.float32(gamma)).astype(x.dtype)
+    assert_same_bits(by_statistics(x, 1, gamma), zero_where(lambda x: x == 0, x, expected), dtype)
+
+
+@halves
+def test_added_to_a_residual(instruction_set, dtype):
+    x = every_number(dtype, *SHAPES["short rows"])
+    residual = np.ascontiguousarray(x[::-1, ::-1, ::-1])
+    with np.errstate(over="ignore", invalid="ignore"):
+        expected = (x.astype(np.float32) + residual.astype(np.float32)).astype(x.dtype)
+    assert_same_bits(by_statistics(x, 1, None, residual=residual), expected, dtype)
+
+
+@halves
+def test_the_comparison_can_fail(dtype):
+    x = every_number(dtype, *SHAPES["columns"])
+    wrong = x.copy()
+    wrong.view(np.uint16)[3, 7] ^= 1
+    with pytest.raises(AssertionError):
+        assert_same_bits(wrong, x, dtype)

@@ -1,0 +1,143 @@
+"""Inputs that break sums of squares: outliers, constants, the ends of float32's range, infinities and NaN."""
+
+import numpy as np
+import pytest
+from layouts import placed
+from oracle import check_gradients, check_within, check_y, expected, wide
+
+import batchnorm as bn
+
+#: Shape, axis, layout: one of each family of loops.
+PLACES = {
+    "rows": ((3, 2, 300), 1, "c"),
+    "long rows": ((1, 2, 8200), 1, "c"),
+    "short rows": ((20, 5, 21), 1, "c"),
+    "columns": ((130, 7), 1, "part1"),
+    "columns side by side": ((130, 7), 1, "c"),
+    "one channel": ((331,), (), "c"),
+}
+#: Where sums are taken about an outlier, or beside its square: relative error of the variance, and ulps of y.
+BESIDE_OUTLIERS = (2.5e-6, 12)
+everywhere = pytest.mark.parametrize("place", PLACES)
+
+
+def sample(place, seed=0):
+    shape, axis, layout = PLACES[place]
+    rng = np.random.default_rng(seed)
+    return (
+        placed(rng.normal(size=shape).astype(np.float32), layout, axis),
+        rng.normal(size=shape).astype(np.float32),
+        axis,
+    )
+
+
+def of_channel(array, axis, channel=0):
+    """A view of one channel, its elements in order."""
+    return array if axis == () else np.moveaxis(array, axis, 0)[channel]
+
+
+@everywhere
+@pytest.mark.parametrize("distance", [3, 4.5, 1e3, 1e6])
+@pytest.mark.parametrize("masked", [False, True])
+def test_the_first_look_at_a_channel_is_misleading(instruction_set, place, distance, masked):
+    """The shift of the sums is a mean of some elements; all of those are outliers here."""
+    x, dy, axis = sample(place)
+    channel = of_channel(x, axis)
+    for start in range(4):
+        at = start * channel.size // 4 + np.arange(2)
+        for sampled in (at, at + x.shape[-1] // 2):
+            channel[np.unravel_index(sampled % channel.size, channel.shape)] = distance
+    mask = np.random.default_rng(2).random(x.shape) < 0.8 if masked else None
+    exact = expected(x, dy, axis=axis, mask=mask)
+    y, cache = bn.forward(x, axis=axis, mask=mask)
+    check_y(y, exact, "float32", ulps=BESIDE_OUTLIERS[1])
+    check_within("var", bn.moments(x, axis=axis, mask=mask).var(), exact.var, BESIDE_OUTLIERS[0] * exact.var)
+    check_gradients(bn.backward(dy, cache), exact, "float32")
+
+
+@everywhere
+@pytest.mark.parametrize("size", [1e6, -3e12])
+def test_one_outlier(instruction_set, place, size):
+    x, dy, axis = sample(place)
+    of_channel(x, axis)[-1] = size
+    exact = expected(x, dy, axis=axis)
+    y, cache = bn.forward(x, axis=axis)
+    check_y(y, exact, "float32")
+    check_within("var", bn.moments(x, axis=axis).var(), exact.var, 1e-6 * exact.var)
+    check_gradients(bn.backward(dy, cache), exact, "float32")
+
+
+@everywhere
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+@pytest.mark.parametrize("value", [0.1, -7.3, 1e30, 1e-30, 3e38, -1e37, 1e-42])
+def test_constant_channel(instruction_set, place, value, dtype):
+    x, dy, axis = sample(place)
+    x, value = x.astype(dtype), np.dtype(dtype).type(value)
+    of_channel(x, axis)[...] = value
+    moments = bn.moments(x, axis=axis)
+    beta = np.full(moments.mean.shape, 0.7, dtype)
+    y, cache = bn.forward(x, beta * 3, beta, axis=axis)
+    assert (moments.mean.flat[0], moments.mean_lo.flat[0], moments.m2.flat[0]) == (value, 0, 0)
+    np.testing.assert_array_equal(of_channel(y, axis), beta.flat[0])
+    exact = expected(x, dy.astype(dtype), beta * 3, beta, axis=axis)
+    check_gradients(bn.backward(dy.astype(dtype), cache), exact, dtype)
+
+
+@pytest.mark.parametrize("count", [1, 2, 3, 5, 6, 7, 9, 31])
+def test_few_equal_elements(instruction_set, count):
+    for value in np.random.default_rng(count).normal(size=20) * 1e3:
+        for dtype in (np.float32, np.float64):
+            moments = bn.moments(np.full((count, 3), value, dtype))
+            np.testing.assert_array_equal([moments.mean - dtype(value), moments.mean_lo, moments.m2], 0)
+
+
+@everywhere
+@pytest.mark.parametrize("scale", [1e30, 1e19, 1e15, 1e-10, 1e-15, 1e-19, 1e-21])
+def test_squares_leave_the_range_of_float32(instruction_set, place, scale):
+    x, dy, axis = sample(place)
+    of_channel(x, axis)[...] *= np.float32(scale)
+    exact = expected(x, dy, axis=axis, eps=1e-300)
+    y, cache = bn.forward(x, axis=axis, eps=0.0)
+    check_y(y, exact, "float32")
+    check_within("mean", wide(cache.statistics.mean), exact.mean, 1e-6 * np.sqrt(exact.var) + 1e-44)
+    check_within("rstd", wide(cache.statistics.rstd), exact.rstd, 1e-6 * exact.rstd)
+    if exact.var.flat[0] > 1e-36 and (exact.var * exact.count).max() < 3e38:  # as long as float32 holds var and m2
+        check_within("var", bn.moments(x, axis=axis).var(), exact.var, 1e-6 * exact.var)
+
+
+@everywhere
+def test_subnormals(instruction_set, place):
+    x, dy, axis = sample(place)
+    of_channel(x, axis)[...] *= np.float32(1e-40)
+    y, cache = bn.forward(x, axis=axis)
+    exact = expected(x, dy, axis=axis)
+    # Of such a mean nothing is left below its last place, 1.4e-45.
+    of_subnormals = 4e-7 * np.abs(exact.y) + 1.4e-45 * exact.rstd.max()
+    check_within("y", of_channel(y, axis), of_channel(exact.y, axis), of_channel(of_subnormals, axis))
+    check_y(y, exact, "float32")
+    check_gradients(bn.backward(dy, cache), exact, "float32")
+    assert (np.abs(of_channel(y, axis)) > 0).mean() > 0.99  # x * 316 is no longer subnormal: it must not be lost
+
+
+@everywhere
+@pytest.mark.parametrize("value", [np.inf, -np.inf, np.nan])
+@pytest.mark.parametrize("activation", [None, "relu", "silu"])
+def test_a_poisoned_channel_poisons_no_other(instruction_set, place, value, activation):
+    x, dy, axis = sample(place)
+    if axis == ():
+        x = x[:, None].repeat(3, axis=1)
+        dy, axis = x[::-1].copy(), 1
+    gamma = np.linspace(1, 2, x.shape[axis], dtype=np.float32)
+    results = []
+    for poison in (x.dtype.type(3), value):
+        of_channel(x, axis)[-1] = poison
+        y, cache = bn.forward(x, gamma, gamma, axis=axis, activation=activation, residual=dy)
+        results.append((y, *bn.backward(dy, cache), *bn.moments(x, axis=axis)[1:]))
+    for clean, poisoned in zip(*results, strict=True):
+        at = axis if clean.ndim > 1 else 0
+        np.testing.assert_array_equal(np.delete(poisoned, 0, at), np.delete(clean, 0, at))
+    y, dx, _, _, _, mean, m2, _ = results[1]
+    assert np.isnan(of_channel(y, axis)[-1]).all() or activation == "relu"
+    assert np.isnan(of_channel(dx, axis)).any() or activation == "relu"
+    assert not np.isfinite(mean[0])
+    assert np.isnan(m2[0])

@@ -1,0 +1,88 @@
+"""What masked elements come out as, and what they leave untouched, in every instruction set."""
+
+import numpy as np
+import pytest
+from layouts import DTYPES, placed, tensor
+from oracle import activated, check_gradients, check_within, check_y, expected, wide
+
+import batchnorm as bn
+
+RNG = np.random.default_rng(15)
+
+#: Shape, axis, layout and the axes along which the mask varies; `lengths` for leading elements.
+CASES = {
+    "rows, by batch": ((5, 3, 37), 1, "c", (0,)),
+    "rows, by step": ((5, 3, 37), 1, "part2", (0, 2)),
+    "rows, by element": ((5, 3, 37), 1, "offset1", (0, 1, 2)),
+    "rows, lengths": ((5, 3, 37), 1, "c", "lengths"),
+    "columns, by step": ((5, 19, 33), -1, "c", (0, 1)),
+    "columns, by channel": ((5, 19, 33), -1, "part2", (2,)),
+    "columns, by element": ((5, 19, 33), -1, "c", (0, 1, 2)),
+    "columns, lengths": ((5, 19, 33), -1, "c", "lengths"),
+    "one channel": ((5, 1, 40), 1, "c", (0, 2)),
+    "images, lengths along their height": ((4, 3, 6, 5), 1, "c", "lengths"),
+    "images in the memory of channels last": ((4, 3, 6, 5), 1, "last", (0, 2, 3)),
+}
+
+
+def sample(case, dtype):
+    shape, axis, layout, along = CASES[case]
+    lengths = None
+    if along == "lengths":
+        batch, time = [a for a in range(len(shape)) if a != axis % len(shape)][:2]
+        lengths = np.arange(shape[batch]) * shape[time] // (shape[batch] - 1)
+        steps = np.expand_dims(np.arange(shape[time]), [a for a in range(len(shape)) if a != time])
+        mask = steps < np.expand_dims(lengths, [a for a in range(len(shape)) if a != batch])
+    else:
+        mask = RNG.random([n if a in along else 1 for a, n in enumerate(shape)]) < 0.6
+    x, residual = (RNG.normal(size=shape) * 2 + 1 for _ in range(2))
+    garbage = RNG.choice([np.nan, np.inf, -np.inf, 0.5], size=shape)  # what padding may hold
+    x, residual = (placed(np.where(mask, a, garbage).astype(DTYPES[dtype]), layout, axis) for a in (x, residual))
+    channels = [RNG.normal(size=shape[axis]).astype(np.float32) for _ in range(2)]
+    return x, residual, *channels, mask, {"lengths": lengths} if lengths is not None else {"mask": mask}, axis
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("case", CASES)
+def test_normalized_padding(instruction_set, case, dtype):
+    """Normalised by the statistics of what counts; NaN and Inf come out as the mean does."""
+    x, residual, gamma, beta, mask, counting, axis = sample(case, dtype)
+    options = {"axis": axis, "activation": "silu", "residual": residual, "single": "clamp", **counting}
+    y, _ = bn.batch_norm(x, gamma, beta, masked_output="normalized", kernel="native", **options)
+    exact = expected(x, None, gamma, beta, residual, axis=axis, mask=mask, activation="silu")
+    check_y(np.where(mask, y, np.zeros((), y.dtype)), exact, dtype, "silu")
+    sizes = [-1 if a == axis % x.ndim else 1 for a in range(x.ndim)]
+    mean, rstd, gamma, beta = (a.reshape(sizes) for a in (exact.mean + exact.mean_lo, exact.rstd, gamma, beta))
+    padding, added = (np.where(np.isfinite(wide(a)), wide(a), fill) for a, fill in ((x, mean), (residual, 0)))
+    z = gamma * (padding - mean) * rstd + beta + added
+    unit = np.maximum(1, np.abs(z) + np.abs(beta)) * {"float16": 2e-3, "bfloat16": 1.6e-2, "float32": 2e-6}.get(
+        dtype, 1e-13
+    )
+    check_within("padding", np.where(mask, 0, wide(y)), np.where(mask, 0, activated("silu", z)[0]), unit)
+
+
+@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("activation", [None, "relu", "gelu"])
+def test_gradients_at_inference(instruction_set, case, activation):
+    """Of statistics that do not depend on x, by autograd."""
+    x, residual, gamma, beta, mask, counting, axis = sample(case, "float64")
+    dy, (mean, var) = RNG.normal(size=x.shape), RNG.random((2, x.shape[axis])) + 0.5
+    leaves = [tensor(a).requires_grad_() for a in (x, gamma, beta, residual)]
+    running = bn.RunningStatistics(tensor(mean), tensor(var))
+    counting = {name: tensor(value) for name, value in counting.items()}
+    options = {"training": False, "axis": axis, "activation": activation, "kernel": "native", **counting}
+    y, _ = bn.batch_norm(*leaves[:3], running, residual=leaves[3], **options)
+    y.backward(tensor(dy))
+    given = {"axis": axis, "mask": mask, "activation": activation, "given": (mean, var)}
+    exact = expected(x, dy, gamma, beta, residual, **given)
+    check_y(y, exact, "float64", activation)
+    check_gradients([leaf.grad for leaf in leaves], exact, "float64")
+
+
+def test_nothing_counts(instruction_set):
+    for shape, axis in (((4, 3, 20), 1), ((4, 20, 3), -1)):
+        x = np.full(shape, np.nan, np.float32)
+        y, cache = bn.forward(x, np.ones(3, np.float32), axis=axis, mask=np.zeros((4, 1, 1), bool))
+        moments = bn.moments(x, axis=axis, mask=np.zeros((4, 1, 1), bool))
+        for values in (y, *bn.backward(x, cache)[:2], *moments):
+            np.testing.assert_array_equal(values, 0)
