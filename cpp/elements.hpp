@@ -133,7 +133,8 @@ template <class T, Form form> struct Forward {
   }
 };
 
-// dz = dy * activation'(z), from x alone: z is computed again as forward did.
+// dz = dy * activation'(z), from x alone: z is computed again, though by the rounded rstd, where forward has the one
+// before it was rounded.
 template <class T, Form form> struct Backward {
   using V = typename Compute<T>::V;
   Tables<ScalarOf<V>> tables;

@@ -87,11 +87,11 @@ template <class T> class ForwardJob : public Job<T> {
     double sum = 0;
     for (int i = 0; i < sample_count_; ++i) sum += load(x + samples_[i], 1)[0];
     if (sample_count_) return sum / sample_count_;
-    if (has_mask_by_channel())
-      for (int64_t n = 0; n < problem.N; ++n)
-        for (int64_t s = 0; s < problem.S; ++s)
-          if (this->counts(n, c, s)) return load(x + n * problem.x.n + s * problem.x.s, 1)[0];
-    return 0;
+    int found = 0;
+    for (int64_t n = 0; has_mask_by_channel() && n < problem.N && found < most_samples; ++n)
+      for (int64_t s = 0; s < problem.S && found < most_samples; ++s)
+        if (this->counts(n, c, s)) sum += load(x + n * problem.x.n + s * problem.x.s, 1)[0], ++found;
+    return found ? sum / found : 0;
   }
 
   // ---- moments from sums ----

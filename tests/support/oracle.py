@@ -10,7 +10,7 @@ FRACTION_BITS = {"float16": 10, "bfloat16": 7, "float32": 23, "float64": 52}
 
 #: Units in the last place of max(|gamma * xhat|, |beta|, |residual|, 1) that y may be off: of the linear activations,
 #: and of those with an exponential, which add up to 6 of their own. Sums of float64 have no wider type to be taken in.
-ULPS = {"float16": (1, 1), "bfloat16": (1, 1), "float32": (6, 10), "float64": (16, 20)}
+ULPS = {"float16": (1, 1), "bfloat16": (1, 1), "float32": (4, 10), "float64": (16, 20)}
 
 #: Largest error of a gradient, before it is rounded to its dtype, over the largest entry, or over the terms where
 #: little is left of them: what sum(y) leaves of dgamma, or dx of a few elements.
