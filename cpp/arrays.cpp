@@ -1,17 +1,33 @@
 #include "arrays.hpp"
 
+#include <algorithm>
+#include <memory>
 #include <string>
+
+#include "memory.hpp"
 
 namespace nb = nanobind;
 
 namespace batchnorm {
 namespace {
 
+struct Version { uint32_t major, minor; };
+
+// Of dlpack.h, DLManagedTensorVersioned.
+struct ManagedTensor {
+  Version version;
+  void* context;
+  void (*deleter)(ManagedTensor*);
+  uint64_t flags;
+  nb::dlpack::dltensor tensor;
+};
+
 // The part of DLPack 1.2's table of C functions that is used here (dlpack.h, DLPackExchangeAPI).
 struct ExchangeTable {
-  struct { uint32_t major, minor; } version;
+  Version version;
   ExchangeTable* previous;
-  void *allocate, *to_managed, *from_managed;
+  void *allocate, *to_managed;
+  int (*from_managed)(ManagedTensor* tensor, void** object);
   int (*view)(void* object, nb::dlpack::dltensor* out);  // borrows; null where it is not offered
 };
 
@@ -33,6 +49,41 @@ ExchangeTable* exchange_table(PyTypeObject* type) {
 }
 
 constexpr uint8_t dlpack_int = 0, dlpack_uint = 1, dlpack_float = 2, dlpack_bfloat = 4, dlpack_bool = 6;
+
+// A result in a block of memory.hpp, which comes back when its library lets go of it.
+struct Result : ManagedTensor {
+  int64_t bytes;
+  int64_t sizes[2 * most_dimensions];  // shape, strides
+
+  explicit Result(const Array& array, int64_t bytes) : ManagedTensor{}, bytes(bytes) {
+    version = {1, 2};
+    deleter = [](ManagedTensor* self) { delete static_cast<Result*>(self); };
+    std::copy_n(array.shape, array.ndim, sizes);
+    std::copy_n(array.strides, array.ndim, sizes + array.ndim);
+    tensor.device = {nb::device::cpu::value, 0};
+    tensor.ndim = array.ndim;
+    const uint8_t code = array.element == Element::bfloat16 ? dlpack_bfloat : dlpack_float;
+    tensor.dtype = {code, static_cast<uint8_t>(8 * size_of(array.dtype())), 1};
+    tensor.shape = sizes;
+    tensor.strides = sizes + array.ndim;
+    tensor.data = take_block(bytes);
+  }
+  ~Result() { give_back_block(tensor.data, bytes); }
+};
+
+// Whether the elements fill a stretch of memory, in whatever order of the axes.
+bool is_dense(const Array& array) {
+  int order[most_dimensions], length = 0;
+  for (int i = 0; i < array.ndim; ++i)
+    if (array.shape[i] != 1) order[length++] = i;
+  std::sort(order, order + length, [&](int a, int b) { return array.strides[a] < array.strides[b]; });
+  int64_t packed = 1;
+  for (int i = 0; i < length; ++i) {
+    if (array.strides[order[i]] != packed) return false;
+    packed *= array.shape[order[i]];
+  }
+  return true;
+}
 
 }  // namespace
 
@@ -137,6 +188,17 @@ Dtype Array::dtype() const {
   if (element > Element::float16)
     throw nb::type_error((std::string(name) + " must be float16, bfloat16, float32 or float64").c_str());
   return static_cast<Dtype>(element);
+}
+
+nb::object large_like(nb::handle object, const Array& array) {
+  const int64_t bytes = array.size() * size_of(array.dtype());
+  const ExchangeTable* table = exchange_table(Py_TYPE(object.ptr()));
+  if (bytes < smallest_block || !table || !table->from_managed || !is_dense(array)) return {};
+  auto result = std::make_unique<Result>(array, bytes);
+  void* made = nullptr;
+  if (table->from_managed(result.get(), &made) != 0) throw nb::python_error();
+  result.release();
+  return nb::steal(static_cast<PyObject*>(made));
 }
 
 }  // namespace batchnorm

@@ -54,4 +54,8 @@ class Array {
   nanobind::ndarray<nanobind::ro> holder_;
 };
 
+// An uninitialised array of the type, shape and strides of a dense and large one, in memory of our own (memory.hpp);
+// null where its library cannot be handed one, or there is nothing to gain.
+nanobind::object large_like(nanobind::handle object, const Array& array);
+
 }  // namespace batchnorm

@@ -2,12 +2,12 @@
 #include <nanobind/nanobind.h>
 #include <nanobind/stl/string.h>
 #include <nanobind/stl/vector.h>
-#include <sys/mman.h>
 
 #include <memory>
 
 #include "checks.hpp"
 #include "dispatch.hpp"
+#include "memory.hpp"
 
 namespace nb = nanobind;
 using nb::handle;
@@ -107,30 +107,16 @@ bool backward(handle dy_, handle x_, handle dx_, handle gamma_, handle beta_, ha
 // arrays, manages a few dozen steps. So here a plain call is checked, its results are allocated and it is computed, in
 // one go. Where anything is out of the ordinary, or wrong, they return None: the long way sees to it and says so.
 
-// How results are allocated: `empty_like(array)`, and what the statistics and counts are to be like.
+// How results are allocated: `empty_like(array)`, unless in memory of our own.
 struct Allocator {
   handle empty_like;
-  int64_t huge_bytes;  // from this size on huge pages are asked for; 0: never
 
   nb::object operator()(handle prototype) const { return empty_like(prototype); }
-  nb::object large(handle prototype, const Array& x) const;
+  nb::object operator()(handle prototype, const Array& array) const {
+    nb::object result = large_like(prototype, array);
+    return result ? result : empty_like(prototype);
+  }
 };
-
-void advise(const Array& array) {
-#ifdef MADV_HUGEPAGE
-  constexpr uintptr_t huge = 2 << 20;
-  const Extent all = extent(array);
-  const uintptr_t begin = (reinterpret_cast<uintptr_t>(all.begin) + huge - 1) / huge * huge;
-  const uintptr_t end = reinterpret_cast<uintptr_t>(all.end) / huge * huge;
-  if (begin < end) madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);
-#endif
-}
-
-nb::object Allocator::large(handle prototype, const Array& x) const {
-  nb::object result = empty_like(prototype);
-  if (huge_bytes && x.size() * size_of(x.dtype()) >= huge_bytes) advise(Array("result", result, true));
-  return result;
-}
 
 // None in place of the error that an unusual argument has caused.
 template <class Compute> nb::object or_none(const Compute& compute) {
@@ -145,7 +131,7 @@ template <class Compute> nb::object or_none(const Compute& compute) {
 
 nb::object forward_plain(handle x_, handle gamma_, handle beta_, handle residual_, int axis, double eps,
                          uint8_t activation, double slope, int threads, handle empty_like, handle statistic_like,
-                         handle count_like, int64_t huge_bytes) {
+                         handle count_like) {
   return or_none([&]() -> nb::object {
     const Array x("x", x_), gamma("gamma", gamma_), beta("beta", beta_), residual("residual", residual_), none("mask", nb::none());
     if (axis < 0) axis += x.ndim;
@@ -153,8 +139,8 @@ nb::object forward_plain(handle x_, handle gamma_, handle beta_, handle residual
     if (residual) check_like(residual, x);
     for (const Array* parameter : {&gamma, &beta})
       if (*parameter && parameter->ndim != 1) return nb::none();
-    const Allocator allocate{empty_like, huge_bytes};
-    nb::object y_ = allocate.large(x_, x), mean_ = allocate(statistic_like), mean_lo_ = allocate(statistic_like);
+    const Allocator allocate{empty_like};
+    nb::object y_ = allocate(x_, x), mean_ = allocate(statistic_like), mean_lo_ = allocate(statistic_like);
     nb::object rstd_ = allocate(statistic_like), count_ = allocate(count_like);
     const Array y("y", y_, true), mean("mean", mean_, true), mean_lo("mean_lo", mean_lo_, true);
     const Array rstd("rstd", rstd_, true), count("count", count_, true);
@@ -181,7 +167,7 @@ nb::object forward_plain(handle x_, handle gamma_, handle beta_, handle residual
 
 nb::object backward_plain(handle dy_, handle x_, handle gamma_, handle beta_, handle residual_, handle mean_,
                           handle mean_lo_, handle rstd_, handle count_, uint32_t kept, uint8_t activation,
-                          double slope, int threads, handle empty_like, int64_t huge_bytes) {
+                          double slope, int threads, handle empty_like) {
   return or_none([&]() -> nb::object {
     const Array dy("dy", dy_), x("x", x_), gamma("gamma", gamma_), beta("beta", beta_), residual("residual", residual_);
     const Array mean("mean", mean_), mean_lo("mean_lo", mean_lo_), rstd("rstd", rstd_), count("count", count_);
@@ -189,10 +175,10 @@ nb::object backward_plain(handle dy_, handle x_, handle gamma_, handle beta_, ha
     if (x.size() == 0) return nb::none();
     check_like(dy, x);
     if (residual) check_like(residual, x);
-    const Allocator allocate{empty_like, huge_bytes};
-    nb::object dx_ = allocate.large(x_, x);
+    const Allocator allocate{empty_like};
+    nb::object dx_ = allocate(x_, x);
     nb::object dgamma_ = gamma ? allocate(gamma_) : nb::none(), dbeta_ = beta ? allocate(beta_) : nb::none();
-    nb::object dresidual_ = residual ? allocate.large(residual_, x) : nb::none();
+    nb::object dresidual_ = residual ? allocate(residual_, residual) : nb::none();
     const Array dx("dx", dx_, true), dgamma("dgamma", dgamma_, true), dbeta("dbeta", dbeta_, true);
     const Array dresidual("dresidual", dresidual_, true);
     Call call;
@@ -220,8 +206,11 @@ nb::object backward_plain(handle dy_, handle x_, handle gamma_, handle beta_, ha
   });
 }
 
-// Asks the system for huge pages behind memory that has not been touched yet.
-void advise_huge_pages(handle array) { advise(Array("array", array, true)); }
+// The like of an array in memory of our own; None where its library has to allocate it.
+nb::object result_like(handle array) {
+  const nb::object result = large_like(array, Array("array", array));
+  return result ? result : nb::none();
+}
 
 }  // namespace
 }  // namespace batchnorm
@@ -243,11 +232,13 @@ NB_MODULE(_native, m) {
         nb::arg("threads"));
   m.def("forward_plain", &forward_plain, nb::arg("x"), optional("gamma"), optional("beta"), optional("residual"),
         nb::arg("axis"), nb::arg("eps"), nb::arg("activation"), nb::arg("slope"), nb::arg("threads"),
-        nb::arg("empty_like"), nb::arg("statistic_like"), nb::arg("count_like"), nb::arg("huge_bytes"));
+        nb::arg("empty_like"), nb::arg("statistic_like"), nb::arg("count_like"));
   m.def("backward_plain", &backward_plain, nb::arg("dy"), nb::arg("x"), optional("gamma"), optional("beta"),
         optional("residual"), nb::arg("mean"), nb::arg("mean_lo"), nb::arg("rstd"), nb::arg("count"), nb::arg("kept"),
-        nb::arg("activation"), nb::arg("slope"), nb::arg("threads"), nb::arg("empty_like"), nb::arg("huge_bytes"));
-  m.def("advise_huge_pages", &advise_huge_pages);
+        nb::arg("activation"), nb::arg("slope"), nb::arg("threads"), nb::arg("empty_like"));
+  m.def("result_like", &result_like);
+  m.def("waiting_bytes", &waiting_bytes);
+  m.def("release_blocks", &release_blocks);
   m.def("num_threads", &num_threads);
   m.def("set_num_threads", &set_num_threads);
   m.def("instruction_set", [] { return chosen_kernels().name; });

@@ -67,7 +67,6 @@ def forward_plain(
     empty_like: Callable[[Any], Any],
     statistic_like: Any,
     count_like: Any,
-    huge_bytes: int,
 ) -> tuple[Any, Any, Any, Any, Any] | None:
     """y, mean, mean_lo, rstd and count, newly allocated; None for a call that has anything out of the ordinary."""
 
@@ -86,11 +85,14 @@ def backward_plain(
     slope: float,
     threads: int,
     empty_like: Callable[[Any], Any],
-    huge_bytes: int,
 ) -> tuple[Any, Any | None, Any | None, Any | None] | None:
     """dx, dgamma, dbeta and dresidual, likewise."""
 
-def advise_huge_pages(array: Any) -> None: ...
+def result_like(array: Any) -> Any | None:
+    """The like of a large array in memory that is kept for reuse; None where its library has to allocate it."""
+
+def waiting_bytes() -> int: ...
+def release_blocks() -> None: ...
 def num_threads() -> int: ...
 def set_num_threads(threads: int) -> None: ...
 def instruction_set() -> str: ...

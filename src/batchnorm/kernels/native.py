@@ -201,12 +201,12 @@ def forward_plain(
     """`functional.forward` before any of its checks; None for a call that has anything out of the ordinary."""
     if x.dtype.kind != "f" or not {type(gamma), type(beta), type(residual)} <= PLAIN_TYPES:
         return None
-    return run_forward_plain(x, gamma, beta, axis, eps, activation, residual, 0, numpy.empty_like, prototypes, 0)
+    return run_forward_plain(x, gamma, beta, axis, eps, activation, residual, 0, numpy.empty_like, prototypes)
 
 
 def backward_plain(dy: Array, cache: Cache) -> Gradients | None:
     """`functional.backward` before any of its checks; None for a call that has anything out of the ordinary."""
-    return run_backward_plain(dy, cache, 0, numpy.empty_like, 0)
+    return run_backward_plain(dy, cache, 0, numpy.empty_like)
 
 
 PLAIN_TYPES = {numpy.ndarray, type(None)}
@@ -229,7 +229,6 @@ def run_forward_plain(
     threads: int,
     empty_like: Callable[[Array], Array],
     prototypes: Callable[[int, DType], tuple[Array, Array]],
-    huge_bytes: int,
 ) -> tuple[Array, Cache] | None:
     """The forward kernel on arrays of any library."""
     shape = x.shape
@@ -239,8 +238,7 @@ def run_forward_plain(
         return None
     code, slope = activation_code(activation)
     done = _native.forward_plain(
-        x, gamma, beta, residual, axis, eps, code, slope, threads, empty_like, *prototypes(shape[axis], x.dtype),
-        huge_bytes,
+        x, gamma, beta, residual, axis, eps, code, slope, threads, empty_like, *prototypes(shape[axis], x.dtype)
     )  # fmt: skip
     if done is None:
         return None
@@ -250,7 +248,7 @@ def run_forward_plain(
 
 
 def run_backward_plain(
-    dy: Array, cache: Cache, threads: int, empty_like: Callable[[Array], Array], huge_bytes: int
+    dy: Array, cache: Cache, threads: int, empty_like: Callable[[Array], Array]
 ) -> Gradients | None:
     """The backward kernel on arrays of any library."""
     x, gamma, beta, residual, mask, (mean, mean_lo, rstd), count, plan = cache
@@ -259,7 +257,7 @@ def run_backward_plain(
     code, slope = activation_code(plan.activation)
     done = _native.backward_plain(
         dy, x, gamma, beta, residual, mean, mean_lo, rstd, count, plan.axes.kept_bits, code, slope, threads,
-        empty_like, huge_bytes,
+        empty_like,
     )  # fmt: skip
     return None if done is None else Gradients(*done)
 

@@ -34,10 +34,6 @@ from batchnorm.kernels.native import Library, Measured, Operands, Rule
 PLAIN_TYPES = {Tensor, Parameter}
 DTYPES = {"float32": torch.float32, "float64": torch.float64, "int64": torch.int64}
 
-#: From this size on a result is asked to lie in huge pages: the C library takes such blocks fresh from the system, and
-#: a fault for every 4 KiB costs more than the normalisation.
-HUGE_BYTES = 16 << 20
-
 
 class PyTorch(Library):
     """PyTorch's CPU tensors."""
@@ -45,10 +41,8 @@ class PyTorch(Library):
     xp: ModuleType = xp
 
     def empty_like(self, array: Array) -> Array:
-        empty = empty_like(array)
-        if empty.nbytes >= HUGE_BYTES:
-            _native.advise_huge_pages(empty)
-        return empty
+        result = _native.result_like(array)
+        return empty_like(array) if result is None else result
 
     def tables(self, shape: tuple[int, ...], dtype: str, number: int) -> tuple[Array, ...]:
         return tuple(torch.empty(shape, dtype=DTYPES[dtype]) for _ in range(number))
@@ -180,7 +174,7 @@ def forward_plain(
     if not are_plain(x, gamma, beta, residual):
         return None
     return native.run_forward_plain(
-        x, gamma, beta, axis, eps, activation, residual, get_num_threads(), empty_like, prototypes, HUGE_BYTES
+        x, gamma, beta, axis, eps, activation, residual, get_num_threads(), empty_like, prototypes
     )
 
 
@@ -188,7 +182,7 @@ def backward_plain(dy: Array, cache: Cache) -> Gradients | None:
     """`functional.backward` before any of its checks; None for a call that has anything out of the ordinary."""
     if not are_plain(dy, cache.x, cache.gamma, cache.beta, cache.residual):
         return None
-    return native.run_backward_plain(dy, cache, get_num_threads(), empty_like, HUGE_BYTES)
+    return native.run_backward_plain(dy, cache, get_num_threads(), empty_like)
 
 
 def are_plain(*tensors: Array | None) -> bool:

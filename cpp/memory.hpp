@@ -1,0 +1,28 @@
+// Memory for large results, kept when it is given back.
+//
+// A large block from the C library is fresh from the system more often than not, which provides it page by page as it is
+// written: that takes longer than a batch norm does. So blocks that come back wait for the next result of about their
+// size, the one that came back last (and may still be in the cache) going first.
+#pragma once
+
+#include <cstdint>
+
+namespace batchnorm {
+
+constexpr int64_t smallest_block = 1 << 20;        // bytes; below, the C library does well
+constexpr int64_t most_waiting = int64_t{512} << 20;  // bytes that wait in all; beyond, the system gets the oldest back
+constexpr int64_t longest_wait = 10;               // seconds, after which it gets them back too, at the next occasion
+
+// At least so many bytes, aligned to 64, with undefined contents. Throws std::bad_alloc.
+void* take_block(int64_t bytes);
+
+// Any thread may give back what any other has taken.
+void give_back_block(void* block, int64_t bytes);
+
+// Bytes that wait now.
+int64_t waiting_bytes();
+
+// The system gets all of them back.
+void release_blocks();
+
+}  // namespace batchnorm
