@@ -16,7 +16,7 @@
 #pragma once
 
 #include "problem.hpp"
-#include "simd.hpp"
+#include "pairs.hpp"
 
 #if !defined(__AVX2__) && defined(__SSE2__)
 #include <emmintrin.h>
@@ -48,6 +48,13 @@ template <class V> BATCHNORM_INLINE V activation_slope(Activation activation, V 
     case Activation::leaky_relu: return z <= V{} ? slope : broadcast<V>(1);
     default: return smooth_derivative(activation, z);
   }
+}
+
+BATCHNORM_INLINE Pair activate(Activation activation, Pair z, Pair slope) {
+  return {activate(activation, z.low, slope.low), activate(activation, z.high, slope.high)};
+}
+BATCHNORM_INLINE Pair activation_slope(Activation activation, Pair z, Pair slope) {
+  return {activation_slope(activation, z.low, slope.low), activation_slope(activation, z.high, slope.high)};
 }
 
 // Whether fma rounds once.

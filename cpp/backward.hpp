@@ -30,29 +30,46 @@ template <class T> class BackwardJob : public Job<T> {
       const Range mine = scope.team.share(scope.channels.begin, scope.channels.end);
       for (int64_t c = mine.begin; c < mine.end; ++c) this->fill_tables(c);
       scope.team.barrier();
-      this->reduce(scope, BackwardTerms<T, form>{{{}, options}});
+      const BackwardTerms<T, form> terms{{{}, options}};
+      this->reduce(scope, terms);
       scope.team.barrier();
       this->combine(mine);
-      for (int64_t c = mine.begin; c < mine.end; ++c) finish(c);
+      for (int64_t c = mine.begin; c < mine.end; ++c) finish(c, terms);
       scope.team.barrier();
       if (has_map) this->map(scope, Gradient<T, form>{{{}, options}});
     });
   }
 
-  // dx = gamma * rstd * (dz - E[dz] - xhat * E[dz * xhat]) = a * (dz - c + b * q), with q = (x - hi) * rstd and
-  // xhat = q - rstd * lo.
-  void finish(int64_t c) {
-    double dbeta, dgamma;
-    this->total_of(c, dbeta, dgamma);
-    const double rstd = tables.rstd[c], shift = rstd * static_cast<const F*>(problem.mean_lo)[c];
-    dgamma -= shift * dbeta;
+  // dx = gamma * rstd * (dz - E[dz] - xhat * E[dz * xhat]) = a * (dz - c + b * d), with d = x - hi and
+  // xhat = rstd * (d - lo).
+  template <class Terms> void finish(int64_t c, const Terms& terms) {
+    const double rstd = static_cast<const F*>(problem.rstd)[c], lo = static_cast<const F*>(problem.mean_lo)[c];
+    const double n = static_cast<double>(max(problem.count ? problem.count[c] : problem.N * problem.S, 1));
+    double dbeta, product;
+    this->total_of(c, dbeta, product);
+    // Products of floats can leave their range though the gradient does not.
+    const bool is_out_of_range = !(product - product == 0) || (product != 0 && __builtin_fabs(product) < n * 1e-32);
+    if (sizeof(F) == 4 && is_out_of_range) product = product_in_double(c, terms);
+    const double dgamma = rstd * (product - lo * dbeta), b = -dgamma / n * rstd * read(problem.factor, c, 1);
     write(problem.dgamma, c, dgamma);
     write(problem.dbeta, c, dbeta);
-    const double n = static_cast<double>(max(problem.count ? problem.count[c] : problem.N * problem.S, 1));
-    const double b = -dgamma / n * read(problem.factor, c, 1);
     tables.a[c] = static_cast<F>(read(problem.gamma, c, 1) * rstd);
     tables.b[c] = static_cast<F>(b);
-    tables.c[c] = static_cast<F>(dbeta / n + b * shift);
+    tables.c[c] = static_cast<F>(dbeta / n + b * lo);
+  }
+
+  template <class Terms> double product_in_double(int64_t c, Terms terms) const {
+    terms.tables = tables;
+    const auto k = terms.template coefficients<by_channel<typename Base::V>>(c);
+    double sum = 0;
+    for (int64_t n = 0; n < problem.N; ++n)
+      for (int64_t s = 0; s < problem.S; ++s) {
+        if (!this->counts(n, c, s)) continue;
+        typename Base::V p, q;
+        terms.terms(this->row(n, c, s), 0, k, First{1}, p, q);
+        sum += static_cast<double>(first_lane(p)) * static_cast<double>(first_lane(q));
+      }
+    return sum;
   }
 };
 

@@ -4,12 +4,12 @@
 //     d = x - hi                       exact where x lies within a factor of two of hi (Sterbenz)
 //     z = scale * d + offset           scale = gamma * rstd, offset = beta - scale * lo: mean = hi + lo
 //     y = activation(z + residual)
-//     dx = a * (dz - c + b * (d * rstd))      exactly 0 for one element, whose dz is c
+//     dx = a * (dz - c + b * d)        exactly 0 for one element, whose dz is c
 #pragma once
 
 #include "activations.hpp"
+#include "loads.hpp"
 #include "problem.hpp"
-#include "simd.hpp"
 
 namespace batchnorm::BATCHNORM_ISA {
 
@@ -48,8 +48,8 @@ template <class T> struct Row {
 };
 
 // Tables of coefficients, by channel or by column. In the workspace. Passes name those that they read by their bits.
-constexpr unsigned HI = 1, SCALE = 2, OFFSET = 4, BETA = 8, RSTD = 16, A = 32, B = 64, C = 128;
-template <class F> struct Tables { F *hi, *scale, *offset, *beta, *rstd, *a, *b, *c; };
+constexpr unsigned HI = 1, SCALE = 2, OFFSET = 4, BETA = 8, A = 16, B = 32, C = 64;
+template <class F> struct Tables { F *hi, *scale, *offset, *beta, *a, *b, *c; };
 
 // What varies between calls but not between elements.
 struct Options {
@@ -68,7 +68,9 @@ enum class Form : uint8_t { plain, relu, relu_residual, general };
 template <class V> BATCHNORM_INLINE V by_channel(const ScalarOf<V>* table, int64_t channel) {
   return broadcast<V>(table[channel]);
 }
-template <class V> BATCHNORM_INLINE V by_column(const ScalarOf<V>* table, int64_t column) { return load(table + column); }
+template <class V> BATCHNORM_INLINE V by_column(const ScalarOf<V>* table, int64_t column) {
+  return load_as<V>(table + column);
+}
 
 #define BATCHNORM_COEFFICIENTS(...)       \
   struct Coefficients { V __VA_ARGS__; }; \
@@ -153,41 +155,41 @@ template <class T, Form form> struct Backward {
   }
 };
 
-// p = dz and q = (x - hi) * rstd: their sums give dbeta and dgamma.
+// p = dz and q = x - hi: the sums of p and p * q give dbeta and dgamma.
 template <class T, Form form> struct BackwardTerms : Backward<T, form> {
   using V = typename Compute<T>::V;
 
-  static constexpr unsigned reads = HI | RSTD | (form == Form::plain ? 0u : SCALE | OFFSET);
-  BATCHNORM_COEFFICIENTS(hi, rstd, scale, offset) {
+  static constexpr unsigned reads = HI | (form == Form::plain ? 0u : SCALE | OFFSET);
+  BATCHNORM_COEFFICIENTS(hi, scale, offset) {
     const auto& t = this->tables;
-    return {fetch(t.hi, i), fetch(t.rstd, i), fetch(t.scale, i), fetch(t.offset, i)};
+    return {fetch(t.hi, i), fetch(t.scale, i), fetch(t.offset, i)};
   }
 
   template <class L> BATCHNORM_INLINE void terms(const Row<T>& row, int64_t j, const Coefficients& k, L lanes, V& p, V& q)
       const {
     const V d = load(row.x + j, lanes) - k.hi;
     p = only(this->dz(row, j, d, k, lanes), lanes);
-    q = only(d * k.rstd, lanes);
+    q = only(d, lanes);
     if constexpr (form == Form::general)
       if (this->options.has_mask) q = select(keep_lanes<V>(row.keep + j, lanes), q, V{});
   }
 };
 
-// dx = a * (dz - c + b * (x - hi) * rstd), and dresidual = dz.
+// dx = a * (dz - c + b * (x - hi)), and dresidual = dz.
 template <class T, Form form> struct Gradient : Backward<T, form> {
   using V = typename Compute<T>::V;
 
   static constexpr unsigned reads = BackwardTerms<T, form>::reads | A | B | C;
-  BATCHNORM_COEFFICIENTS(hi, rstd, scale, offset, a, b, c) {
+  BATCHNORM_COEFFICIENTS(hi, scale, offset, a, b, c) {
     const auto& t = this->tables;
-    return {fetch(t.hi, i), fetch(t.rstd, i), fetch(t.scale, i), fetch(t.offset, i), fetch(t.a, i), fetch(t.b, i), fetch(t.c, i)};
+    return {fetch(t.hi, i), fetch(t.scale, i), fetch(t.offset, i), fetch(t.a, i), fetch(t.b, i), fetch(t.c, i)};
   }
 
   template <class L> BATCHNORM_INLINE void apply(const Row<T>& row, int64_t j, const Coefficients& k, L lanes, bool is_streaming)
       const {
     const V d = load(row.x + j, lanes) - k.hi;
     const V dz = this->dz(row, j, d, k, lanes);
-    V dx = k.a * fma(k.b, d * k.rstd, dz - k.c);
+    V dx = k.a * fma(k.b, d, dz - k.c);
     if constexpr (form == Form::general) {
       if (!this->options.through_statistics) dx = k.a * dz;
       if (this->options.has_mask) dx = select(keep_lanes<V>(row.keep + j, lanes), dx, V{});

@@ -85,12 +85,12 @@ template <class T> class ForwardJob : public Job<T> {
   double value_near_mean(int64_t c) const {
     const T* x = Base::template at<const T>(problem.x, 0, c, 0);
     double sum = 0;
-    for (int i = 0; i < sample_count_; ++i) sum += load(x + samples_[i], 1)[0];
+    for (int i = 0; i < sample_count_; ++i) sum += scalar(x + samples_[i]);
     if (sample_count_) return sum / sample_count_;
     int found = 0;
     for (int64_t n = 0; has_mask_by_channel() && n < problem.N && found < most_samples; ++n)
       for (int64_t s = 0; s < problem.S && found < most_samples; ++s)
-        if (this->counts(n, c, s)) sum += load(x + n * problem.x.n + s * problem.x.s, 1)[0], ++found;
+        if (this->counts(n, c, s)) sum += scalar(x + n * problem.x.n + s * problem.x.s), ++found;
     return found ? sum / found : 0;
   }
 
@@ -140,7 +140,7 @@ template <class T> class ForwardJob : public Job<T> {
       double sum = 0;
       for (int64_t n = 0; n < problem.N; ++n)
         for (int64_t s = 0; s < problem.S; ++s)
-          if (this->counts(n, c, s)) sum += term(static_cast<double>(load(x + n * problem.x.n + s * problem.x.s, 1)[0]));
+          if (this->counts(n, c, s)) sum += term(static_cast<double>(scalar(x + n * problem.x.n + s * problem.x.s)));
       return sum;
     };
     mean = sum([](double x) { return x; }) / n;

@@ -10,22 +10,22 @@ inline double read(const Channels& channels, int64_t c, double absent) {
   if (!channels.data) return absent;
   const int64_t i = c * channels.stride;
   switch (channels.dtype) {
-    case Dtype::float64: return load(static_cast<const double*>(channels.data) + i, 1)[0];
-    case Dtype::float32: return load(static_cast<const float*>(channels.data) + i, 1)[0];
-    case Dtype::bfloat16: return load(static_cast<const bfloat16*>(channels.data) + i, 1)[0];
-    default: return load(static_cast<const float16*>(channels.data) + i, 1)[0];
+    case Dtype::float64: return scalar(static_cast<const double*>(channels.data) + i);
+    case Dtype::float32: return scalar(static_cast<const float*>(channels.data) + i);
+    case Dtype::bfloat16: return scalar(static_cast<const bfloat16*>(channels.data) + i);
+    default: return scalar(static_cast<const float16*>(channels.data) + i);
   }
 }
 
 inline void write(const Channels& channels, int64_t c, double value) {
   if (!channels.data) return;
   const int64_t i = c * channels.stride;
-  const Vf narrow = broadcast<Vf>(static_cast<float>(value));
+  const float narrow = static_cast<float>(value);
   switch (channels.dtype) {
     case Dtype::float64: return store(static_cast<double*>(channels.data) + i, broadcast<Vd>(value), 1);
-    case Dtype::float32: return store(static_cast<float*>(channels.data) + i, narrow, 1);
-    case Dtype::bfloat16: return store(static_cast<bfloat16*>(channels.data) + i, narrow, 1);
-    default: return store(static_cast<float16*>(channels.data) + i, narrow, 1);
+    case Dtype::float32: return store(static_cast<float*>(channels.data) + i, broadcast<Vf>(narrow), 1);
+    case Dtype::bfloat16: return store(static_cast<bfloat16*>(channels.data) + i, broadcast<Pair>(narrow), 1);
+    default: return store(static_cast<float16*>(channels.data) + i, broadcast<Pair>(narrow), 1);
   }
 }
 
@@ -52,6 +52,7 @@ template <class T> class Job : public Geometry<T> {
   // does both, so each takes a few channels at a time, unless there are too few of them to go round.
   template <class Body> void run(bool has_reduction, const Body& body) {
     const int64_t C = problem.C, apart = plan.channels_apart;
+    const int64_t unit = plan.family == Family::short_rows ? plan.block / problem.S : 1;
     if (!apart || (!has_reduction && plan.family == Family::rows)) {
       const Tables<F> columns = take_tables(plan.table_length);
       return parallel(problem.threads, [&](const Team& team) { body(Scope{{0, C}, team, columns}); });
@@ -60,10 +61,14 @@ template <class T> class Job : public Geometry<T> {
     Tables<F>* columns = static_cast<Tables<F>*>(__builtin_alloca(problem.threads * sizeof(Tables<F>)));
     for (int i = 0; i < problem.threads; ++i) columns[i] = take_tables(plan.table_length);
     parallel(problem.threads, [&](const Team& team) {
-      for (;;) {
-        const int64_t begin = __atomic_fetch_add(&next, apart, __ATOMIC_RELAXED);
-        if (begin >= C) return;
-        body(Scope{{begin, min(C, begin + apart)}, Team{}, columns[team.rank]});
+      int64_t most = unit * max(1, apart / unit * (team.rank + 1) / team.size);
+      for (;; most = apart) {
+        int64_t begin = __atomic_load_n(&next, __ATOMIC_RELAXED), taken;
+        do {
+          if (begin >= C) return;
+          taken = min(most, unit * max(1, (C - begin) / unit / (2 * team.size)));
+        } while (!__atomic_compare_exchange_n(&next, &begin, begin + taken, false, __ATOMIC_RELAXED, __ATOMIC_RELAXED));
+        body(Scope{{begin, min(C, begin + taken)}, Team{}, columns[team.rank]});
       }
     });
   }
@@ -120,14 +125,16 @@ template <class T> class Job : public Geometry<T> {
   void fill_tables(int64_t c, double mean, double mean_lo, double rstd) const {
     const double scale = read(problem.gamma, c, 1) * rstd, beta = read(problem.beta, c, 0);
     tables.hi[c] = static_cast<F>(mean);
-    tables.rstd[c] = static_cast<F>(rstd);
     tables.scale[c] = static_cast<F>(scale);
     tables.beta[c] = static_cast<F>(beta);
     tables.offset[c] = static_cast<F>(beta - scale * mean_lo);
   }
 
+ protected:
+  using Base::row;
+
  private:
-  using Base::element_, Base::step_, Base::kept, Base::row;
+  using Base::element_, Base::step_, Base::kept;
 
   // ---- workspace ----
 
@@ -138,8 +145,8 @@ template <class T> class Job : public Geometry<T> {
     return reinterpret_cast<P*>(begin);
   }
   Tables<F> take_tables(int64_t length) {
-    const auto table = [&] { return take<F>(length + width<Vf>); };  // whole vectors are read at its end
-    return {table(), table(), table(), table(), table(), table(), table(), table()};
+    const auto table = [&] { return take<F>(length + width<Pair>); };  // whole vectors are read at its end
+    return {table(), table(), table(), table(), table(), table(), table()};
   }
 
   const Tables<F>& tables_of(const Scope& scope) const {
@@ -149,10 +156,11 @@ template <class T> class Job : public Geometry<T> {
   // Copies the coefficients of the channels, those that `wanted` names, to their columns.
   void spread(const Scope& scope, unsigned wanted) const {
     if (plan.family == Family::rows) return;
+    using Vector = typename Compute<F>::V;
     F* const Tables<F>::*const all[] = {&Tables<F>::hi, &Tables<F>::scale, &Tables<F>::offset, &Tables<F>::beta,
-                                        &Tables<F>::rstd, &Tables<F>::a, &Tables<F>::b, &Tables<F>::c};
+                                        &Tables<F>::a, &Tables<F>::b, &Tables<F>::c};
     const Range mine = scope.team.share(scope.channels.begin, scope.channels.end);
-    for (int i = 0; i < 8; ++i) {
+    for (int i = 0; i < 7; ++i) {
       if (!(wanted >> i & 1)) continue;
       const F* const from = tables.*all[i];
       F* const to = scope.columns.*all[i];
@@ -161,8 +169,8 @@ template <class T> class Job : public Geometry<T> {
         const int64_t own_end = (mine.end - scope.channels.begin) * problem.S;
         for (int64_t c = mine.begin; c < mine.end; ++c) {
           const int64_t begin = (c - scope.channels.begin) * problem.S;
-          for (int64_t j = begin; j < begin + problem.S; j += width<V>) {
-            const V value = broadcast<V>(from[c]);
+          for (int64_t j = begin; j < begin + problem.S; j += width<Vector>) {
+            const auto value = broadcast<Vector>(from[c]);
             if (j + width<V> <= own_end) store(to + j, value);
             else store(to + j, value, static_cast<int>(own_end - j));
           }
@@ -238,7 +246,7 @@ template <class T> class Job : public Geometry<T> {
 
   template <class Pass>
   void reduce_columns_of(const Scope& scope, const Pass& pass, int64_t k, Range columns) const {
-    constexpr int64_t widest = widest_block + 16;
+    constexpr int64_t widest = widest_block + width<Pair>;
     constexpr int longest_run = 64;  // rows that are summed in the element's own precision
     const int64_t width = columns.end - columns.begin;
     const int group = group_of(columns, reduce_group);

@@ -6,7 +6,6 @@
 namespace batchnorm {
 namespace {
 
-constexpr int64_t widest_vector = 16;   // floats; the same for every instruction set, so that the cuts are too
 constexpr int64_t row_chunk = 8192;     // elements of a channel that are summed in one go
 constexpr int64_t short_row = 256;      // S below which a row of one channel is too short to be taken by itself
 constexpr int64_t wide_row = 1024;      // columns that rows put side by side should have: see group_of in job.hpp
@@ -20,6 +19,9 @@ constexpr int64_t streamed_bytes = 24 << 20;
 
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 int64_t at_least_1(int64_t a) { return std::max<int64_t>(1, a); }
+
+// Elements of the widest vector, whatever the instruction set: the cuts are the same for all.
+int64_t vector_width(const Problem& p) { return size_of(p.dtype) == 2 ? 32 : 16; }
 
 template <class Predicate> bool all_tensors(const Problem& p, Predicate holds) {
   for (const Tensor* t : {&p.x, &p.residual, &p.dy, &p.y, &p.dx, &p.dresidual})
@@ -42,7 +44,7 @@ void plan_short_rows(const Problem& p, Plan& plan) {
   plan.family = Family::short_rows;
   plan.width = p.C * p.S;
   plan.rows = p.N;
-  const int64_t aligned = widest_vector / std::gcd(p.S, widest_vector) * p.S;
+  const int64_t aligned = vector_width(p) / std::gcd(p.S, vector_width(p)) * p.S;
   plan.block = aligned * at_least_1(wide_row / aligned);
   if (plan.block > widest_block) plan.block = p.S;
   plan.chunk_n = std::max<int64_t>(64, row_chunk / p.S);
@@ -53,7 +55,7 @@ void plan_columns(const Problem& p, Plan& plan, bool is_flat) {
   plan.family = Family::columns;
   plan.is_flat = is_flat;
   plan.width = p.C;
-  const int64_t aligned = widest_vector / std::gcd(p.C, widest_vector) * p.C;
+  const int64_t aligned = vector_width(p) / std::gcd(p.C, vector_width(p)) * p.C;
   if (is_flat && aligned <= widest_block) plan.width = aligned * at_least_1(wide_row / aligned);
   plan.rows = ceil_div(plan.elements, plan.width);
   plan.block = widest_block;
@@ -109,7 +111,7 @@ bool make_plan(const Problem& p, Plan& plan) {
   if (plan.family == Family::columns) plan.table_length = plan.width;
   if (plan.family == Family::short_rows) plan.table_length = (plan.channels_apart ? plan.channels_apart : p.C) * p.S;
   const int64_t teams = plan.channels_apart ? p.threads : 1;
-  const auto tables = [&](int64_t length) { return 8 * (scalar * (length + widest_vector) + line); };
+  const auto tables = [&](int64_t length) { return 7 * (scalar * (length + 32) + line); };
   plan.workspace = 2 * 8 * partials + tables(p.C) + teams * tables(plan.table_length) + p.C + 8 * line;
   return true;
 }

@@ -38,12 +38,16 @@ template <> struct Sums<Vd> {
   double total_second() const { return total(second); }
 };
 
+template <> struct Sums<Pair> : Sums<Vf> {
+  BATCHNORM_INLINE void fold(Pair p, Pair pq) { Sums<Vf>::fold(p.low + p.high, pq.low + pq.high); }
+};
+
 // The sums over `length` elements of a row of one channel.
 template <class Pass, class T>
 inline void reduce_row(const Pass pass, const Row<T> row, const typename Pass::Coefficients k, int64_t length,
                        Sums<typename Pass::V>& sums) {
   using V = typename Pass::V;
-  constexpr int W = width<V>, unroll = 4;
+  constexpr int W = width<V>, unroll = 4 * vector_bytes / sizeof(V);
   // 16 additions to each lane before it is folded: less than a unit in the last place of the sum.
   constexpr int64_t run_length = 16 * unroll * W;
   for (int64_t begin = 0; begin < length; begin += run_length) {
@@ -63,7 +67,8 @@ inline void reduce_row(const Pass pass, const Row<T> row, const typename Pass::C
       pass.terms(row, j, k, First{static_cast<int>(end - j)}, p, q);
       first[1] += p, second[1] = fma(p, q, second[1]);
     }
-    sums.fold((first[0] + first[1]) + (first[2] + first[3]), (second[0] + second[1]) + (second[2] + second[3]));
+    if constexpr (unroll == 4) first[0] += first[2], first[1] += first[3], second[0] += second[2], second[1] += second[3];
+    sums.fold(first[0] + first[1], second[0] + second[1]);
   }
 }
 
@@ -81,8 +86,8 @@ inline void reduce_columns(const Pass pass, const Row<T> row, const typename Row
       sum[r % 2] += p, product[r % 2] = fma(p, q, product[r % 2]);
     }
     const int64_t i = j - begin;
-    store(first + i, load(first + i) + (sum[0] + sum[1]));
-    store(second + i, load(second + i) + (product[0] + product[1]));
+    store(first + i, load_as<V>(first + i) + (sum[0] + sum[1]));
+    store(second + i, load_as<V>(second + i) + (product[0] + product[1]));
   };
   int64_t j = begin;
   for (; j + W <= end; j += W) block(j, All{});

@@ -1,0 +1,189 @@
+// How elements of the four types get into vectors and out of them. No pointer needs any alignment.
+#pragma once
+
+#include "pairs.hpp"
+
+namespace batchnorm::BATCHNORM_ISA {
+
+// ---- two bytes to four ---------------------------------------------------------------------------------------------
+
+BATCHNORM_INLINE Vu zero_extend(Vh bits) {
+#if defined(__AVX512F__)
+  return (Vu)_mm512_cvtepu16_epi32((__m256i)bits);
+#elif defined(__AVX2__)
+  return (Vu)_mm256_cvtepu16_epi32((__m128i)bits);
+#else
+  return __builtin_convertvector(bits, Vu);
+#endif
+}
+
+BATCHNORM_INLINE Vf widen(Vh bits, bfloat16) { return (Vf)(zero_extend(bits) << 16); }
+
+BATCHNORM_INLINE Vf widen(Vh bits, float16) {
+#if defined(__AVX512F__)
+  return _mm512_cvtph_ps((__m256i)bits);
+#elif defined(__AVX2__)
+  return _mm256_cvtph_ps((__m128i)bits);
+#else
+  // The exponent and fraction moved to a float's place are 2^112 too small, subnormal numbers included; Inf and NaN
+  // have an exponent of their own.
+  const Vu h = zero_extend(bits);
+  const Vu magnitude = (h & 0x7fff) << 13, sign = (h & 0x8000) << 16;
+  const Vf scaled = (Vf)magnitude * 0x1p112f;
+  const Vu special = magnitude | 0x7f800000;
+  return (Vf)(((h & 0x7c00) == 0x7c00 ? special : (Vu)scaled) | sign);
+#endif
+}
+
+// ---- four bytes to two: to nearest, ties to even -------------------------------------------------------------------
+
+// The upper and the lower two bytes of each lane.
+BATCHNORM_INLINE Vs upper_halves(Vu low, Vu high) {
+#if defined(__AVX512F__)
+  Vs odd;
+  for (int i = 0; i < 32; ++i) odd[i] = static_cast<uint16_t>(2 * i + 1);
+  return (Vs)_mm512_permutex2var_epi16((__m512i)low, (__m512i)odd, (__m512i)high);
+#elif defined(__AVX2__)
+  const __m256i packed = _mm256_packus_epi32((__m256i)(low >> 16), (__m256i)(high >> 16));
+  return (Vs)_mm256_permute4x64_epi64(packed, 0xd8);
+#elif defined(__aarch64__)
+  return vuzp2q_u16((uint16x8_t)low, (uint16x8_t)high);
+#else
+  return __builtin_shuffle((Vs)low, (Vs)high, Vs{1, 3, 5, 7, 9, 11, 13, 15});
+#endif
+}
+[[maybe_unused]] BATCHNORM_INLINE Vs lower_halves(Vu low, Vu high) { return upper_halves(low << 16, high << 16); }
+
+BATCHNORM_INLINE bool has_nan(Pair v) {
+#if defined(__AVX512F__)
+  return _mm512_cmp_ps_mask(v.low, v.high, _CMP_UNORD_Q);
+#elif defined(__AVX2__)
+  return _mm256_movemask_ps(_mm256_cmp_ps(v.low, v.high, _CMP_UNORD_Q));
+#else
+  const Vl any = (Vl)((v.low != v.low) | (v.high != v.high));
+  return any[0] | any[1];
+#endif
+}
+
+// A NaN keeps its upper bits and is made quiet: rounding would carry it to infinity or zero. (The vcvtneps2bf16
+// instruction is not used: it flushes subnormal numbers to zero.)
+BATCHNORM_INLINE Vs narrow(Pair v, bfloat16) {
+  const auto rounded = [](Vf v) __attribute__((always_inline)) {
+    const Vu bits = (Vu)v;
+    return bits + 0x7fff + (bits >> 16 & 1);
+  };
+  Vu low = rounded(v.low), high = rounded(v.high);
+  if (__builtin_expect(has_nan(v), false)) {
+    low = v.low == v.low ? low : (Vu)v.low | 0x400000;
+    high = v.high == v.high ? high : (Vu)v.high | 0x400000;
+  }
+  return upper_halves(low, high);
+}
+
+BATCHNORM_INLINE Vs narrow(Pair v, float16) {
+#if defined(__AVX512F__)
+  constexpr int nearest = _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC;
+  const __m512i low = _mm512_castsi256_si512(_mm512_cvtps_ph(v.low, nearest));
+  return (Vs)_mm512_inserti64x4(low, _mm512_cvtps_ph(v.high, nearest), 1);
+#elif defined(__AVX2__)
+  constexpr int nearest = _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC;
+  return (Vs)_mm256_set_m128i(_mm256_cvtps_ph(v.high, nearest), _mm256_cvtps_ph(v.low, nearest));
+#else
+  const auto narrowed = [](Vf v) {
+    const Vu bits = (Vu)v, sign = bits & 0x80000000, magnitude = bits ^ sign;
+    // Subnormal results: adding 0.5 leaves the rounded number in the low bits of the sum, in units of 2^-24.
+    const Vu subnormal = (Vu)((Vf)magnitude + 0.5f) - 0x3f000000;
+    const Vu normal = (magnitude - 0x38000000 + 0xfff + ((magnitude >> 13) & 1)) >> 13;
+    Vu half = magnitude < 0x38800000 ? subnormal : normal;  // below 2^-14
+    half = magnitude >= 0x477ff000 ? Vu{} + 0x7c00 : half;  // 65520 and above round to Inf
+    half = magnitude > 0x7f800000 ? ((magnitude >> 13) & 0x3ff) | 0x7e00 : half;  // NaN
+    return half | (sign >> 16);
+  };
+  return lower_halves(narrowed(v.low), narrowed(v.high));
+#endif
+}
+
+// ---- loads and stores ----------------------------------------------------------------------------------------------
+
+template <class T> BATCHNORM_INLINE Pair load_pair(const T* p) {
+  Vh low, high;
+  __builtin_memcpy(&low, p, sizeof low);
+  __builtin_memcpy(&high, p + width<Vf>, sizeof high);
+  return {widen(low, T{}), widen(high, T{})};
+}
+BATCHNORM_INLINE Pair load(const bfloat16* p) { return load_pair(p); }
+BATCHNORM_INLINE Pair load(const float16* p) { return load_pair(p); }
+
+template <class T> BATCHNORM_INLINE void store_pair(T* p, Pair v) {
+  const Vs bits = narrow(v, T{});
+  __builtin_memcpy(p, &bits, sizeof bits);
+}
+BATCHNORM_INLINE void store(bfloat16* p, Pair v) { store_pair(p, v); }
+BATCHNORM_INLINE void store(float16* p, Pair v) { store_pair(p, v); }
+
+// Floats or doubles, as the vector that elements of some type are computed in.
+template <class V> BATCHNORM_INLINE V load_as(const ScalarOf<V>* p) {
+  if constexpr (sizeof(V) > vector_bytes) return {load(p), load(p + width<Vf>)};
+  else return load(p);
+}
+BATCHNORM_INLINE void store(float* p, Pair v) { store(p, v.low), store(p + width<Vf>, v.high); }
+
+// The first n elements, the other lanes 0; nothing beyond them is touched.
+template <class T> BATCHNORM_INLINE typename Compute<T>::V load(const T* p, int n) {
+#if defined(__AVX512F__)
+  if constexpr (sizeof(T) == 4) return (Vf)_mm512_maskz_loadu_ps((__mmask16)((1u << n) - 1), p);
+  else if constexpr (sizeof(T) == 8) return (Vd)_mm512_maskz_loadu_pd((__mmask8)((1u << n) - 1), p);
+#endif
+  alignas(64) T lanes[width<typename Compute<T>::V>] = {};
+  __builtin_memcpy(lanes, p, n * sizeof(T));
+  return load(lanes);
+}
+
+template <class T> BATCHNORM_INLINE void store(T* p, typename Compute<T>::V v, int n) {
+#if defined(__AVX512F__)
+  if constexpr (sizeof(T) == 4) return _mm512_mask_storeu_ps(p, (__mmask16)((1u << n) - 1), (__m512)v);
+  else if constexpr (sizeof(T) == 8) return _mm512_mask_storeu_pd(p, (__mmask8)((1u << n) - 1), (__m512d)v);
+  else return _mm512_mask_storeu_epi16(p, (__mmask32)((1ull << n) - 1), (__m512i)narrow(v, T{}));
+#endif
+  alignas(64) T lanes[width<typename Compute<T>::V>];
+  store(lanes, v);
+  __builtin_memcpy(p, lanes, n * sizeof(T));
+}
+
+template <class V> BATCHNORM_INLINE ScalarOf<V> first_lane(V v) {
+  if constexpr (sizeof(V) > vector_bytes) return v.low[0];
+  else return v[0];
+}
+
+// One element.
+template <class T> BATCHNORM_INLINE auto scalar(const T* p) { return first_lane(load(p, 1)); }
+
+// A store past the cache; p must be aligned to what it writes. A plain store where the machine has none.
+template <class T> BATCHNORM_INLINE void stream(T* p, typename Compute<T>::V v) {
+  constexpr int bytes = width<typename Compute<T>::V> * sizeof(T);
+#if defined(__AVX2__)
+  alignas(64) T lanes[width<typename Compute<T>::V>];
+  store(lanes, v);
+  if constexpr (bytes == 64) {
+#if defined(__AVX512F__)
+    _mm512_stream_si512((__m512i*)p, *(const __m512i*)lanes);
+#endif
+  } else if constexpr (bytes == 32) {
+    _mm256_stream_si256((__m256i*)p, *(const __m256i*)lanes);
+  } else {
+    _mm_stream_si128((__m128i*)p, *(const __m128i*)lanes);
+  }
+#else
+  static_assert(bytes > 0);
+  store(p, v);
+#endif
+}
+
+// What follows a sequence of `stream`: other threads see it before anything that is written later.
+BATCHNORM_INLINE void fence() {
+#if defined(__AVX2__)
+  _mm_sfence();
+#endif
+}
+
+}  // namespace batchnorm::BATCHNORM_ISA

@@ -1,0 +1,33 @@
+// Pairs of vectors, for elements of two bytes: what passes do with a vector of floats they do with two.
+#pragma once
+
+#include "simd.hpp"
+
+namespace batchnorm::BATCHNORM_ISA {
+
+BATCHNORM_INLINE Pair operator+(Pair a, Pair b) { return {a.low + b.low, a.high + b.high}; }
+BATCHNORM_INLINE Pair operator-(Pair a, Pair b) { return {a.low - b.low, a.high - b.high}; }
+BATCHNORM_INLINE Pair operator*(Pair a, Pair b) { return {a.low * b.low, a.high * b.high}; }
+BATCHNORM_INLINE Pair& operator+=(Pair& a, Pair b) { return a = a + b; }
+BATCHNORM_INLINE Pair fma(Pair a, Pair b, Pair c) { return {fma(a.low, b.low, c.low), fma(a.high, b.high, c.high)}; }
+
+BATCHNORM_INLINE PairMask operator<=(Pair a, Pair b) { return {a.low <= b.low, a.high <= b.high}; }
+BATCHNORM_INLINE PairMask operator==(Pair a, Pair b) { return {a.low == b.low, a.high == b.high}; }
+BATCHNORM_INLINE PairMask operator|(PairMask a, PairMask b) { return {a.low | b.low, a.high | b.high}; }
+BATCHNORM_INLINE PairMask operator~(PairMask a) { return {~a.low, ~a.high}; }
+
+BATCHNORM_INLINE Pair select(PairMask mask, Pair yes, Pair no) {
+  return {select(mask.low, yes.low, no.low), select(mask.high, yes.high, no.high)};
+}
+
+template <> BATCHNORM_INLINE Pair broadcast<Pair>(float value) { return {broadcast<Vf>(value), broadcast<Vf>(value)}; }
+
+template <> BATCHNORM_INLINE PairMask first_lanes<Pair>(int n) {
+  return {first_lanes<Vf>(n), first_lanes<Vf>(n - width<Vf>)};
+}
+
+template <> BATCHNORM_INLINE PairMask load_mask<Pair>(const uint8_t* p) {
+  return {load_mask<Vf>(p), load_mask<Vf>(p + width<Vf>)};
+}
+
+}  // namespace batchnorm::BATCHNORM_ISA
