@@ -14,6 +14,7 @@ namespace baseline { extern const Kernels kernels; }
 #ifdef BATCHNORM_HAS_X86
 namespace avx2 { extern const Kernels kernels; }
 namespace avx512 { extern const Kernels kernels; }
+namespace avx512bf16 { extern const Kernels kernels; }
 #endif
 #ifdef BATCHNORM_HAS_NEON
 namespace neon { extern const Kernels kernels; }
@@ -24,9 +25,10 @@ std::vector<const Kernels*> supported_kernels() {
 #ifdef BATCHNORM_HAS_X86
   __builtin_cpu_init();
   const bool has_avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
-  if (has_avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-      __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl"))
-    supported.push_back(&avx512::kernels);
+  const bool has_avx512 = has_avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+                          __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
+  if (has_avx512 && __builtin_cpu_supports("avx512bf16")) supported.push_back(&avx512bf16::kernels);
+  if (has_avx512) supported.push_back(&avx512::kernels);
   if (has_avx2) supported.push_back(&avx2::kernels);
 #endif
 #ifdef BATCHNORM_HAS_NEON

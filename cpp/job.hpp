@@ -252,11 +252,22 @@ template <class T> class Job : public Geometry<T> {
     const int group = group_of(columns, reduce_group);
     alignas(64) F runs[2][widest];
     alignas(64) double sums[2][widest];
-    for (int i = 0; i < 2; ++i)
-      for (int64_t j = 0; j < width; ++j) runs[i][j] = 0, sums[i][j] = 0;
+    // Of short rows the columns of a channel are added up at once, of others those side by side.
+    const bool is_short = plan.family == Family::short_rows;
+    const int64_t own = is_short ? width / problem.S : min(width, problem.C);
+    for (int i = 0; i < 2; ++i) {
+      for (int64_t j = 0; j < width; ++j) runs[i][j] = 0;
+      for (int64_t j = 0; j < own; ++j) sums[i][j] = 0;
+    }
     const auto fold = [&] {
-      for (int i = 0; i < 2; ++i)
-        for (int64_t j = 0; j < width; ++j) sums[i][j] += runs[i][j], runs[i][j] = 0;
+      for (int i = 0; i < 2; ++i) {
+        if (is_short)
+          for (int64_t c = 0; c < own; ++c) sums[i][c] += total(runs[i] + c * problem.S, problem.S);
+        else
+          for (int64_t side = 0; side < width; side += own)
+            for (int64_t j = 0; j < own; ++j) sums[i][j] += runs[i][side + j];
+        for (int64_t j = 0; j < width; ++j) runs[i][j] = 0;
+      }
     };
     int run = 0;
     this->for_runs(scope, k, [&](Row<T> row, int64_t rows, int64_t length, bool is_kept) {
@@ -271,24 +282,11 @@ template <class T> class Job : public Geometry<T> {
         if ((run += taken) >= longest_run) fold(), run = 0;
       }
     });
-    fold();
-    if (plan.family == Family::short_rows) {
-      for (int64_t j = 0, c = scope.channels.begin + columns.begin / problem.S; j < width; ++c) {
-        first_[c * plan.chunks + k] = total(sums[0] + j, problem.S);
-        second_[c * plan.chunks + k] = total(sums[1] + j, problem.S);
-        j += problem.S;
-      }
-      return;
-    }
-    // Rows side by side: the columns of a channel, and their block is the only one.
-    const int64_t own = min(width, problem.C);
-    for (int i = 0; i < 2; ++i)
-      for (int64_t side = own; side < width; side += own)
-        for (int64_t j = 0; j < own; ++j) sums[i][j] += sums[i][side + j];
-    for (int64_t j = 0; j < own; ++j) {
-      first_[k * problem.C + columns.begin + j] = sums[0][j];
-      second_[k * problem.C + columns.begin + j] = sums[1][j];
-    }
+    if (run) fold();
+    const int64_t first_channel = is_short ? scope.channels.begin + columns.begin / problem.S : columns.begin;
+    const int64_t stride = is_short ? plan.chunks : 1;
+    const int64_t begin = is_short ? first_channel * plan.chunks + k : k * problem.C + first_channel;
+    for (int64_t j = 0; j < own; ++j) first_[begin + j * stride] = sums[0][j], second_[begin + j * stride] = sums[1][j];
   }
 
   template <class Pass>

@@ -7,7 +7,8 @@ namespace batchnorm {
 namespace {
 
 constexpr int64_t row_chunk = 8192;     // elements of a channel that are summed in one go
-constexpr int64_t short_row = 256;      // S below which a row of one channel is too short to be taken by itself
+constexpr int64_t short_row = 256;      // S below which a row of one channel is too short to be taken by itself, and
+constexpr int64_t ragged_row = 1024;    // that below which it is if it is no number of whole vectors
 constexpr int64_t wide_row = 1024;      // columns that rows put side by side should have: see group_of in job.hpp
 
 // What a thread reads between two passes over it. More than fits some second-level caches: with few channels at a time
@@ -88,7 +89,8 @@ bool make_plan(const Problem& p, Plan& plan) {
       (p.C == 1 || all_tensors(p, [](const Tensor& t) { return t.c == 1; })) && (!keep.data || keep.c == 0 || keep.c == 1);
   if (has_rows && (p.S > 1 || !has_columns || p.C == 1)) {
     const bool is_packed = all_tensors(p, [&](const Tensor& t) { return t.c == p.S; });
-    if (p.S > 1 && p.S < short_row && p.C > 1 && is_packed && !is_masked) plan_short_rows(p, plan);
+    const bool is_short = p.S > 1 && p.S < (p.S % vector_width(p) ? ragged_row : short_row);
+    if (is_short && p.C > 1 && is_packed && !is_masked) plan_short_rows(p, plan);
     else plan_rows(p, plan);
   } else if (has_columns) {
     plan_columns(p, plan, !is_masked && all_tensors(p, [&](const Tensor& t) {

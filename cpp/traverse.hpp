@@ -15,6 +15,19 @@ inline double total(const double* p, int64_t length) {
   return total(sums[0] + sums[1]);
 }
 
+// The sum of `length` floats, in double and in a fixed order.
+inline double total(const float* p, int64_t length) {
+  Vd low = {}, high = {};
+  const auto add = [&](Vf v) __attribute__((always_inline)) {
+    const Halves halves = widen(v);
+    low += halves.low, high += halves.high;
+  };
+  int64_t j = 0;
+  for (; j + width<Vf> <= length; j += width<Vf>) add(load(p + j));
+  if (j < length) add(load(p + j, static_cast<int>(length - j)));
+  return total(low + high);
+}
+
 // Sums of p and of p * q in double lanes. Short runs are summed in the element's own precision and folded in here.
 template <class V> struct Sums;
 
@@ -80,14 +93,17 @@ inline void reduce_columns(const Pass pass, const Row<T> row, const typename Row
   constexpr int W = width<V>;
   const auto block = [&](int64_t j, auto lanes) __attribute__((always_inline)) {
     const auto k = pass.template coefficients<by_column<V>>(j);
-    V p, q, sum[2] = {}, product[2] = {};
-    for (int r = 0; r < count; ++r) {
-      pass.terms(row.advanced(step, r), j, k, lanes, p, q);
-      sum[r % 2] += p, product[r % 2] = fma(p, q, product[r % 2]);
-    }
     const int64_t i = j - begin;
-    store(first + i, load_as<V>(first + i) + (sum[0] + sum[1]));
-    store(second + i, load_as<V>(second + i) + (product[0] + product[1]));
+    V p, q;
+    pass.terms(row, j, k, lanes, p, q);
+    V sum = p, product = p * q;
+#pragma GCC unroll 8
+    for (int r = 1; r < count; ++r) {
+      pass.terms(row.advanced(step, r), j, k, lanes, p, q);
+      sum += p, product = fma(p, q, product);
+    }
+    store(first + i, load_as<V>(first + i) + sum);
+    store(second + i, load_as<V>(second + i) + product);
   };
   int64_t j = begin;
   for (; j + W <= end; j += W) block(j, All{});
