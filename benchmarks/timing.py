@@ -55,12 +55,13 @@ def race(
 ) -> dict[str, Timing]:
     """Time every contestant of a case; `estimates` are the seconds of a call, from `warm_up`.
 
-    The order of a round is drawn anew (and the same in every run), and each contestant first reads its inputs, untimed,
-    so that all of them meet the same caches. A result is freed after the clock has stopped and before it starts again;
+    The order of a round is drawn anew (and the same in every run). Each contestant first makes a call, untimed, whose
+    results it frees, so that the memory it is going to fill is what its own last call left behind and not some other's;
+    then it reads its inputs, untimed, so that all of them meet the same caches. A result is freed after the clock has stopped and before it starts again;
     the garbage collector is off.
     """
     calls = effort.calls if case.bytes <= SMALL else 1
-    rounds = {c.name: rounds_for(estimates[c.name] * calls, effort, len(contestants)) for c in contestants}
+    rounds = {c.name: rounds_for(estimates[c.name] * (calls + 1), effort, len(contestants)) for c in contestants}
     samples: dict[str, list[int]] = {contestant.name: [] for contestant in contestants}
     total = max(rounds.values())
     order = list(contestants)
@@ -72,6 +73,7 @@ def race(
             shuffle(order)
             for contestant in order:
                 if takes_part(number, rounds[contestant.name], total):
+                    contestant.run()
                     contestant.settle()
                     _turn(contestant, calls, samples[contestant.name], clock)
     finally:
