@@ -1,5 +1,6 @@
 // The formulas: what happens to one vector of elements. Each struct below is one pass over the data; `traverse.hpp`
-// walks it along rows or down columns, where its coefficients are those of one channel or of one column each.
+// walks it along rows or down columns, where its coefficients are those of one channel or of one column each. `arrays`
+// says how many it reads or writes in the common forms, `reads` which coefficients.
 //
 //     d = x - hi                       exact where x lies within a factor of two of hi (Sterbenz)
 //     z = scale * d + offset           scale = gamma * rstd, offset = beta - scale * lo: mean = hi + lo
@@ -82,6 +83,7 @@ template <class T, bool is_masked> struct Deviations {
   Tables<ScalarOf<V>> tables;
   Options options;
 
+  static constexpr int arrays = 1;
   static constexpr unsigned reads = HI;
   BATCHNORM_COEFFICIENTS(hi) { return {fetch(tables.hi, i)}; }
 
@@ -108,6 +110,7 @@ template <class T, Form form> struct Forward {
   Tables<ScalarOf<V>> tables;
   Options options;
 
+  static constexpr int arrays = form == Form::relu_residual ? 3 : 2;
   static constexpr unsigned reads = HI | SCALE | OFFSET | (form == Form::general ? BETA : 0u);
   BATCHNORM_COEFFICIENTS(hi, scale, offset, beta) {
     return {fetch(tables.hi, i), fetch(tables.scale, i), fetch(tables.offset, i), fetch(tables.beta, i)};
@@ -159,6 +162,7 @@ template <class T, Form form> struct Backward {
 template <class T, Form form> struct BackwardTerms : Backward<T, form> {
   using V = typename Compute<T>::V;
 
+  static constexpr int arrays = form == Form::relu_residual ? 3 : 2;
   static constexpr unsigned reads = HI | (form == Form::plain ? 0u : SCALE | OFFSET);
   BATCHNORM_COEFFICIENTS(hi, scale, offset) {
     const auto& t = this->tables;
@@ -179,6 +183,7 @@ template <class T, Form form> struct BackwardTerms : Backward<T, form> {
 template <class T, Form form> struct Gradient : Backward<T, form> {
   using V = typename Compute<T>::V;
 
+  static constexpr int arrays = form == Form::relu_residual ? 5 : 3;
   static constexpr unsigned reads = BackwardTerms<T, form>::reads | A | B | C;
   BATCHNORM_COEFFICIENTS(hi, scale, offset, a, b, c) {
     const auto& t = this->tables;

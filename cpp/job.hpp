@@ -239,17 +239,17 @@ template <class T> class Job : public Geometry<T> {
 
   // ---- tiles of columns ----
 
-  // Rows that are walked side by side. The processor recognises as many streams where each goes on for a page; shorter
-  // rows are read faster one after the other, as they lie (twice as fast from memory at 256 columns).
-  static constexpr int reduce_group = 8, map_group = 8;
-  int group_of(Range columns, int group) const { return columns.end - columns.begin >= 768 ? group : 1; }
+  // Rows that are walked side by side: some 16 streams. The processor recognises as many where each goes on for a page;
+  // shorter rows are read faster one after the other, as they lie (twice as fast from memory at 256 columns).
+  template <class Pass> static constexpr int group = Pass::arrays <= 2 ? 8 : 4;
+  bool is_side_by_side(Range columns) const { return columns.end - columns.begin >= 768; }
 
   template <class Pass>
   void reduce_columns_of(const Scope& scope, const Pass& pass, int64_t k, Range columns) const {
     constexpr int64_t widest = widest_block + width<Pair>;
     constexpr int longest_run = 64;  // rows that are summed in the element's own precision
     const int64_t width = columns.end - columns.begin;
-    const int group = group_of(columns, reduce_group);
+    const bool has_groups = is_side_by_side(columns);
     alignas(64) F runs[2][widest];
     alignas(64) double sums[2][widest];
     // Of short rows the columns of a channel are added up at once, of others those side by side.
@@ -274,8 +274,8 @@ template <class T> class Job : public Geometry<T> {
       const int64_t end = min(columns.end, length);
       if (!is_kept || end <= columns.begin) return;
       while (rows) {
-        const int taken = rows >= group ? group : 1;
-        if (taken == reduce_group) reduce_columns<reduce_group>(pass, row, step_, columns.begin, end, runs[0], runs[1]);
+        const int taken = has_groups && rows >= group<Pass> ? group<Pass> : 1;
+        if (taken > 1) reduce_columns<group<Pass>>(pass, row, step_, columns.begin, end, runs[0], runs[1]);
         else reduce_columns<1>(pass, row, step_, columns.begin, end, runs[0], runs[1]);
         row = row.advanced(step_, taken);
         rows -= taken;
@@ -291,12 +291,12 @@ template <class T> class Job : public Geometry<T> {
 
   template <class Pass>
   void map_columns_of(const Scope& scope, const Pass& pass, int64_t k, Range columns) const {
-    const int group = group_of(columns, map_group);
+    const bool has_groups = is_side_by_side(columns);
     this->for_runs(scope, k, [&](Row<T> row, int64_t rows, int64_t length, bool is_kept) {
       const int64_t begin = columns.begin, end = min(columns.end, length);
       if (end <= begin) return;
-      for (; is_kept && rows >= group && group > 1; rows -= group, row = row.advanced(step_, group))
-        map_columns<map_group>(pass, row, step_, begin, end, plan.is_streaming);
+      for (; is_kept && has_groups && rows >= group<Pass>; rows -= group<Pass>, row = row.advanced(step_, group<Pass>))
+        map_columns<group<Pass>>(pass, row, step_, begin, end, plan.is_streaming);
       for (; rows; --rows, row = row.advanced(step_, 1)) {
         if (is_kept) map_columns<1>(pass, row, step_, begin, end, plan.is_streaming);
         else pad(scope, row.advanced(element_, begin), end - begin, [&](const auto& padding) {

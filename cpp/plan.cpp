@@ -9,7 +9,7 @@ namespace {
 constexpr int64_t row_chunk = 8192;     // elements of a channel that are summed in one go
 constexpr int64_t short_row = 256;      // S below which a row of one channel is too short to be taken by itself, and
 constexpr int64_t ragged_row = 1024;    // that below which it is if it is no number of whole vectors
-constexpr int64_t wide_row = 2048;      // columns that rows put side by side should have: see group_of in job.hpp
+constexpr int64_t wide_row = 2048;      // columns that rows put side by side should have: see is_side_by_side in job.hpp
 
 // What a thread reads between two passes over it. More than fits some second-level caches: with few channels at a time
 // the stretches of contiguous memory are short, and starting on one costs more than a read from the third level.
