@@ -57,8 +57,8 @@ def race(
 
     The order of a round is drawn anew (and the same in every run). Each contestant first makes a call, untimed, whose
     results it frees, so that the memory it is going to fill is what its own last call left behind and not some other's;
-    then it reads its inputs, untimed, so that all of them meet the same caches. A result is freed after the clock has stopped and before it starts again;
-    the garbage collector is off.
+    then it reads its inputs, untimed, so that all of them meet the same caches. A result is freed after the clock has
+    stopped and before it starts again; the garbage collector is off.
     """
     calls = effort.calls if case.bytes <= SMALL else 1
     rounds = {c.name: rounds_for(estimates[c.name] * (calls + 1), effort, len(contestants)) for c in contestants}

@@ -171,7 +171,7 @@ template <class T> class Job : public Geometry<T> {
           const int64_t begin = (c - scope.channels.begin) * problem.S;
           for (int64_t j = begin; j < begin + problem.S; j += width<Vector>) {
             const auto value = broadcast<Vector>(from[c]);
-            if (j + width<V> <= own_end) store(to + j, value);
+            if (j + width<Vector> <= own_end) store(to + j, value);
             else store(to + j, value, static_cast<int>(own_end - j));
           }
         }

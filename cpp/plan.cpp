@@ -15,8 +15,9 @@ constexpr int64_t wide_row = 2048;      // columns that rows put side by side sh
 // the stretches of contiguous memory are short, and starting on one costs more than a read from the third level.
 constexpr int64_t cache_bytes = 1 << 20;
 
-// Bytes of all tensors from which results are streamed: they would push each other out of a third level of 32 MiB.
-constexpr int64_t streamed_bytes = 24 << 20;
+// Bytes of all tensors from which results are streamed: they would push each other out of a third level of 32 MiB. Channel
+// by channel sooner, where results would also push what is read twice out of the second level.
+constexpr int64_t streamed_bytes = 24 << 20, streamed_bytes_of_columns = 28 << 20;
 
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 int64_t at_least_1(int64_t a) { return std::max<int64_t>(1, a); }
@@ -105,7 +106,8 @@ bool make_plan(const Problem& p, Plan& plan) {
     return ++(&t == &p.y || &t == &p.dx || &t == &p.dresidual ? written : read);
   });
   const int64_t bytes = plan.elements * size_of(p.dtype);
-  plan.is_streaming = (written + read) * bytes >= streamed_bytes;
+  const int64_t limit = plan.family == Family::columns ? streamed_bytes_of_columns : streamed_bytes;
+  plan.is_streaming = (written + read) * bytes >= limit;
   plan.channels_apart = channels_apart(p, plan, read * p.N * p.S * size_of(p.dtype));
 
   // As `Job` lays it out: partial sums, tables by channel, tables by column for each team.

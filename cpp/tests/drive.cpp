@@ -1,6 +1,6 @@
 // Random problems through the kernels of one instruction set, to be run under a sanitizer: every buffer is a block of
 // its own with exactly the bytes that may be touched, filled with NaN where nothing may be read; results are held
-// against naive loops, and those of several threads against one thread's bits.
+// against naive loops, and those of several threads against one thread's bits. And the memory of results.
 //
 //     drive [problems] [first seed]
 //
@@ -12,6 +12,7 @@
 
 #include "../backward.hpp"
 #include "../forward.hpp"
+#include "../memory.hpp"
 #include "naive.hpp"
 
 namespace batchnorm {
@@ -283,6 +284,25 @@ bool run(Trial& trial, bool is_streaming) {
   return true;
 }
 
+// Several threads take blocks, write their own number into them and give them back; a block that two of them held at a
+// time would have another's. Returns how many had.
+int64_t exchange_blocks(int threads) {
+  int64_t wrong = 0;
+  BATCHNORM_ISA::parallel(threads, [&](const BATCHNORM_ISA::Team& team) {
+    for (int i = 0; i < 200; ++i) {
+      const int64_t bytes = smallest_block + (i + team.rank) % 3 * 70000;
+      char* const block = static_cast<char*>(take_block(bytes));
+      const char number = static_cast<char>(team.rank + 1);
+      for (int64_t at = 0; at < bytes; at += 4096) block[at] = number;
+      for (int64_t at = 0; at < bytes; at += 4096)
+        if (block[at] != number) __atomic_fetch_add(&wrong, 1, __ATOMIC_RELAXED);
+      give_back_block(block, bytes);
+      if (i % 50 == 0) release_blocks();
+    }
+  });
+  return wrong;
+}
+
 }  // namespace
 }  // namespace batchnorm
 
@@ -290,7 +310,7 @@ int main(int count, char** arguments) {
   using namespace batchnorm;
   const uint64_t problems = count > 1 ? std::strtoul(arguments[1], nullptr, 10) : 2000;
   const uint64_t first = count > 2 ? std::strtoul(arguments[2], nullptr, 10) : 0;
-  uint64_t planned = 0, wrong = 0;
+  uint64_t planned = 0, wrong = exchange_blocks(4) != 0;
   for (uint64_t seed = first; seed < first + problems; ++seed) {
     const int threads = 2 + static_cast<int>(seed % 6);
     const bool is_streaming = seed % 4 == 3;

@@ -14,6 +14,7 @@ memory=(-fopenmp -fsanitize=address,undefined -fno-sanitize-recover=all)
 threads=(-pthread -DBATCHNORM_PTHREADS -fsanitize=thread)
 avx2=(-mavx2 -mfma -mf16c)
 avx512=("${avx2[@]}" -mavx512f -mavx512bw -mavx512dq -mavx512vl)
+avx512bf16=("${avx512[@]}" -mavx512bf16)
 double=-DBATCHNORM_TEST_DOUBLE
 bfloat16=-DBATCHNORM_TEST_BFLOAT16
 
@@ -21,7 +22,7 @@ bfloat16=-DBATCHNORM_TEST_BFLOAT16
 build() {
   local name=$1 isa=$2
   shift 2
-  "${CXX:-c++}" "${flags[@]}" -DBATCHNORM_ISA="$isa" "$@" cpp/tests/drive.cpp cpp/plan.cpp -o "$folder/$name"
+  "${CXX:-c++}" "${flags[@]}" -DBATCHNORM_ISA="$isa" "$@" cpp/tests/drive.cpp cpp/plan.cpp cpp/memory.cpp -o "$folder/$name"
 }
 
 # has NAMES...: whether the processor has all of these.
@@ -31,7 +32,7 @@ has() {
 
 # Two at a time: one takes a minute and a gigabyte. One that does not compile is missed below.
 programs=(baseline)
-rm -f "$folder"/{baseline,avx2,avx512,threads}
+rm -f "$folder"/{baseline,avx2,avx512,avx512bf16,threads}
 build baseline baseline "$double" "${memory[@]}" &
 build threads baseline "${threads[@]}" &
 wait
@@ -44,6 +45,10 @@ if has avx512f avx512bw avx512dq avx512vl fma f16c; then
   build avx512 avx512 "${avx512[@]}" "$double" "$bfloat16" "${memory[@]}" &
 fi
 wait
+if has avx512f avx512bw avx512dq avx512vl avx512_bf16 fma f16c; then
+  programs+=(avx512bf16)
+  build avx512bf16 avx512bf16 "${avx512bf16[@]}" "$bfloat16" "${memory[@]}"
+fi
 
 export UBSAN_OPTIONS=print_stacktrace=1 OMP_WAIT_POLICY=passive
 export ASAN_OPTIONS=detect_leaks=0 # OpenMP keeps its threads' memory

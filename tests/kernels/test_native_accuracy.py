@@ -42,6 +42,22 @@ def test_float32_at_any_mean(instruction_set, family, ratio):
         check_within(name, ours, theirs, GRADIENTS["float32"] * np.abs(theirs).max())
 
 
+@pytest.mark.parametrize(("of_x", "of_dy"), [(1e18, 1e22), (1e-16, 1e-24), (1e18, 1e-30), (1e-16, 1e20)])
+@pytest.mark.parametrize("is_masked", [False, True])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_products_beyond_the_range_of_float32(instruction_set, family, is_masked, of_x, of_dy):
+    """dy * (x - mean) overflows, or loses its digits, where the gradients do not."""
+    x, dy, _, _, axis = sample(family, 1)
+    x, dy = x * np.float32(of_x), dy * np.float32(of_dy)
+    mask = np.random.default_rng(1).random(x.shape) < 0.6 if is_masked else None
+    exact = expected(x, dy, axis=axis, eps=0.0, mask=mask)
+    cache = bn.forward(x, np.ones(x.shape[axis], np.float32), None, axis=axis, eps=0.0, mask=mask, kernel="native")[1]
+    gradients = bn.backward(dy, cache)
+    for name in ("dx", "dgamma"):
+        ours, theirs = getattr(gradients, name), getattr(exact, name)
+        check_within(name, ours, theirs, GRADIENTS["float32"] * np.abs(theirs).max() + 1e-40)
+
+
 @pytest.mark.parametrize("ratio", [0, 1e4, 1e6])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_float32_behind_a_mask(instruction_set, family, ratio):

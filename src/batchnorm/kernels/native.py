@@ -1,111 +1,55 @@
-"""The C++ kernels on NumPy arrays, and on the arrays of any library that says how to allocate them.
-
-Arrays are read and written in place. What a kernel can walk through is a view (N, C, S) in which the channels or the
-elements of a channel are contiguous: C-ordered and Fortran-ordered arrays, channels first or last, slices of them
-along the batch or the channels. Arrays with other strides, or with strides that differ so much from each other that no
-one view fits them all, are copied once.
-"""
+"""The C++ kernels on NumPy arrays."""
 
 import os
-from collections.abc import Callable
-from functools import lru_cache
+from functools import lru_cache, partial
 from types import ModuleType
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy
 
 import batchnorm._native as _native
-from batchnorm.convention import Convention, EpsPlacement, MaskedOutput
-from batchnorm.core import activations
-from batchnorm.core.axes import Axes, split
-from batchnorm.core.dtypes import Array, DType, cast, dtype_name
-from batchnorm.core.masks import Lengths, Mask, elementwise
+from batchnorm.convention import Convention
+from batchnorm.core.axes import Axes
+from batchnorm.core.dtypes import Array, DType
+from batchnorm.core.masks import Mask
 from batchnorm.core.moments import Moments
-from batchnorm.core.normalize import Statistics, effective_beta, effective_gamma
-from batchnorm.core.running import RunningStatistics, advance, statistics_of_state
-from batchnorm.kernels import agnostic
-from batchnorm.kernels.agnostic import ActivationLike, Cache, Gradients, Plan
-
-EPS_PLACEMENTS: dict[EpsPlacement, int] = {"inside": 0, "outside": 1, "absent": 2}
-MOST_DIMENSIONS = 32
-
+from batchnorm.core.normalize import effective_beta, effective_gamma
+from batchnorm.core.running import RunningStatistics
+from batchnorm.kernels import agnostic, launch, plain
+from batchnorm.kernels.agnostic import ActivationLike, Cache, Gradients
+from batchnorm.kernels.launch import Library, Operands, Rule
 
 set_num_threads = _native.set_num_threads
 _native.set_instruction_set(os.environ.get("BATCHNORM_INSTRUCTION_SET", ""))
 
-
-class Operands(NamedTuple):
-    """The arguments of a pass."""
-
-    x: Array
-    gamma: Array | None
-    beta: Array | None
-    residual: Array | None
-    mask: Mask
-    axes: Axes
-    activation: str | None
+PLAIN_TYPES = {numpy.ndarray, type(None)}
 
 
-class Rule(NamedTuple):
-    """How a forward pass normalises."""
-
-    eps: float = 0.0
-    placement: EpsPlacement = "inside"
-    correction: int = 0
-    masked_output: MaskedOutput = "zero"
+@lru_cache
+def prototypes(channels: int, dtype: DType) -> tuple[Array, Array]:
+    """What the statistics and the counts of such an x are like."""
+    return numpy.empty(channels, launch.statistics_name_of(dtype)), numpy.empty(channels, numpy.int64)
 
 
-class Measured(NamedTuple):
-    """What the forward kernel writes or reads, one of each for a channel; None for what is not wanted."""
-
-    mean: Array
-    mean_lo: Array
-    m2: Array
-    rstd: Array
-    number: Array  # of elements
-
-    def moments(self) -> Moments:
-        """The moments of the batch."""
-        return Moments(self.number, self.mean, self.m2, self.mean_lo)
-
-
-class Library:
-    """NumPy, and what the kernels need of any array library: the others override what differs."""
+class NumPy(Library):
+    """NumPy's arrays."""
 
     xp: ModuleType = numpy
-
-    def empty_like(self, array: Array) -> Array:
-        """An uninitialised array of the shape, dtype and layout of another."""
-        return numpy.empty_like(array, subok=False)
+    own_empty_like = staticmethod(partial(numpy.empty_like, subok=False))
+    prototypes = staticmethod(prototypes)
 
     def tables(self, shape: tuple[int, ...], dtype: str, number: int) -> tuple[Array, ...]:
-        """Uninitialised, contiguous arrays."""
         return tuple(numpy.empty(shape, dtype) for _ in range(number))
 
     def buffer(self, array: Array | None) -> Any:
-        """The array as the extension reads it."""
         # bfloat16 is not NumPy's own: it has neither a buffer format nor DLPack, and goes in as uint16.
         return array.view(numpy.uint16) if array is not None and array.dtype.kind == "V" else array
 
     def contiguous(self, array: Array) -> Array:
-        """The array in C order; itself where it is."""
         return array if array.flags.c_contiguous else numpy.ascontiguousarray(array)
 
-    def threads(self) -> int:
-        """How many threads may work; 0 for those of `set_num_threads`."""
-        return 0
 
-    def normalize(
-        self, operands: Operands, measured: Measured, rule: Rule, *, is_given: bool, out: Array | None
-    ) -> Array:
-        """y, by `run_forward` or around it."""
-        return run_forward(self, operands, measured, rule, is_given=is_given, out=out)
-
-
-NUMPY = Library()
-
-
-# ---- the interface of a kernel, for NumPy ------------------------------------------------------------------------
+NUMPY = NumPy()
 
 
 def refusal(
@@ -114,22 +58,7 @@ def refusal(
     """Why the kernels do not serve these NumPy arrays, of the shape of x and of the channels; None if they do."""
     if any(array is not None and not array.dtype.isnative for array in (*large, *small)):
         return "an array has a foreign byte order"
-    return refusal_of_call(large, axes, activation)
-
-
-def refusal_of_call(large: tuple[Array | None, ...], axes: Axes, activation: ActivationLike) -> str | None:
-    """Why the kernels do not serve such a call, whatever the library."""
-    x: Array
-    x, *others = large
-    if any(array is not None and array.dtype != x.dtype for array in others):
-        return "arrays of the shape of x differ in dtype"
-    if callable(activation):
-        return "a callable activation is array code"
-    if axes.ndim > MOST_DIMENSIONS:
-        return f"x has more than {MOST_DIMENSIONS} dimensions"
-    if axes.kept and axes.kept[-1] - axes.kept[0] >= len(axes.kept):
-        return "the axes with statistics of their own are not next to each other"
-    return None
+    return launch.refusal_of_call(large, axes, activation)
 
 
 @agnostic.quietly
@@ -148,14 +77,14 @@ def batch_norm(
     out: Array | None = None,
 ) -> tuple[Array, RunningStatistics]:
     """`functional.batch_norm`, with everything resolved."""
-    if leaves_single_elements(x, axes, mask, training, convention):
+    if launch.leaves_single_elements(x, axes, mask, training, convention):
         return agnostic.batch_norm(
             x, gamma, beta, running, training=training, axes=axes, convention=convention, mask=mask,
             activation=activation, residual=residual, out=out,
         )  # fmt: skip
     gamma, beta = effective_gamma(numpy, gamma, convention), effective_beta(beta, convention)
     operands = Operands(x, gamma, beta, residual, mask, axes, activation)
-    return run_batch_norm(NUMPY, operands, running, training, convention, out)
+    return launch.run_batch_norm(NUMPY, operands, running, training, convention, out)
 
 
 def forward(
@@ -172,18 +101,18 @@ def forward(
 ) -> tuple[Array, Cache]:
     """`functional.forward`, with everything resolved."""
     operands = Operands(x, gamma, beta, residual, mask, axes, activation)
-    y, measured = normalize_batch(NUMPY, operands, Rule(eps), out)
-    return y, cache_of(operands, measured, eps)
+    y, measured = launch.normalize_batch(NUMPY, operands, Rule(eps), out)
+    return y, launch.cache_of(operands, measured, eps)
 
 
 def backward(dy: Array, cache: Cache) -> Gradients:
     """`functional.backward`."""
-    return run_backward(NUMPY, dy, cache)
+    return launch.run_backward(NUMPY, dy, cache)
 
 
 def moments(x: Array, axes: Axes, mask: Mask) -> Moments:
     """`functional.moments`, with everything resolved."""
-    return measure(NUMPY, x, axes, mask)
+    return launch.measure(NUMPY, x, axes, mask)
 
 
 # ---- plain calls: see bindings.cpp -------------------------------------------------------------------------------
@@ -201,262 +130,9 @@ def forward_plain(
     """`functional.forward` before any of its checks; None for a call that has anything out of the ordinary."""
     if x.dtype.kind != "f" or not {type(gamma), type(beta), type(residual)} <= PLAIN_TYPES:
         return None
-    return run_forward_plain(x, gamma, beta, axis, eps, activation, residual, 0, numpy.empty_like, prototypes)
+    return plain.forward(NUMPY, x, gamma, beta, axis, eps, activation, residual)
 
 
 def backward_plain(dy: Array, cache: Cache) -> Gradients | None:
     """`functional.backward` before any of its checks; None for a call that has anything out of the ordinary."""
-    return run_backward_plain(dy, cache, 0, numpy.empty_like)
-
-
-PLAIN_TYPES = {numpy.ndarray, type(None)}
-
-
-@lru_cache
-def prototypes(channels: int, dtype: DType) -> tuple[Array, Array]:
-    """What the statistics and the counts of such an x are like."""
-    return numpy.empty(channels, statistics_name_of(dtype)), numpy.empty(channels, numpy.int64)
-
-
-def run_forward_plain(
-    x: Array,
-    gamma: Array | None,
-    beta: Array | None,
-    axis: int,
-    eps: float,
-    activation: str | None,
-    residual: Array | None,
-    threads: int,
-    empty_like: Callable[[Array], Array],
-    prototypes: Callable[[int, DType], tuple[Array, Array]],
-) -> tuple[Array, Cache] | None:
-    """The forward kernel on arrays of any library."""
-    shape = x.shape
-    if type(axis) is not int or type(eps) is not float or not -len(shape) <= axis < len(shape):
-        return None
-    if activation is not None and type(activation) is not str:
-        return None
-    code, slope = activation_code(activation)
-    done = _native.forward_plain(
-        x, gamma, beta, residual, axis, eps, code, slope, threads, empty_like, *prototypes(shape[axis], x.dtype)
-    )  # fmt: skip
-    if done is None:
-        return None
-    y, mean, mean_lo, rstd, count = done
-    plan = plan_of(split(axis, len(shape)), activation, eps)
-    return y, Cache(x, gamma, beta, residual, None, Statistics(mean, mean_lo, rstd), count, plan)
-
-
-def run_backward_plain(
-    dy: Array, cache: Cache, threads: int, empty_like: Callable[[Array], Array]
-) -> Gradients | None:
-    """The backward kernel on arrays of any library."""
-    x, gamma, beta, residual, mask, (mean, mean_lo, rstd), count, plan = cache
-    if mask is not None or type(x) is not type(dy) or callable(plan.activation):
-        return None
-    code, slope = activation_code(plan.activation)
-    done = _native.backward_plain(
-        dy, x, gamma, beta, residual, mean, mean_lo, rstd, count, plan.axes.kept_bits, code, slope, threads,
-        empty_like,
-    )  # fmt: skip
-    return None if done is None else Gradients(*done)
-
-
-# ---- the kernels, on arrays of any library -----------------------------------------------------------------------
-
-
-def leaves_single_elements(x: Array, axes: Axes, mask: Mask, training: bool, convention: Convention) -> bool:
-    """Whether the convention has a rule of its own for one element per channel: array code, rarely needed."""
-    has_rule = convention.single in ("identity", "running")
-    return training and has_rule and (mask is not None or axes.elements(x.shape) <= 1)
-
-
-def run_batch_norm(
-    library: Library,
-    operands: Operands,
-    running: RunningStatistics,
-    training: bool,
-    convention: Convention,
-    out: Array | None,
-) -> tuple[Array, RunningStatistics]:
-    """y and the state after it, for parameters that are in effect."""
-    xp, is_masked, updated = library.xp, operands.mask is not None, running
-    if training and convention.normalize_with == "batch":
-        rule = Rule(convention.eps, convention.eps_train, convention.normalize_correction, convention.masked_output)
-        y, measured = normalize_batch(library, operands, rule, out, has_m2=True)
-        return y, advance(xp, running, measured.moments(), convention, masked=is_masked)
-    if training or convention.update == "always":
-        batch = measure(library, operands.x, operands.axes, operands.mask)
-        updated = advance(xp, running, batch, convention, masked=is_masked)
-    # In float64, and rounded once: three roundings of rstd would be half of what y may be off.
-    mean, _, rstd = statistics_of_state(xp, updated, convention, xp.float64)
-    dtype = getattr(xp, statistics_name(operands.x))
-    hi = cast(xp, mean, dtype)
-    statistics = Statistics(hi, cast(xp, mean - hi, dtype), cast(xp, rstd, dtype))
-    return normalize_by(library, operands, statistics, convention.masked_output, out), updated
-
-
-def normalize_batch(
-    library: Library, operands: Operands, rule: Rule, out: Array | None, *, has_m2: bool = False
-) -> tuple[Array, Measured]:
-    """The batch normalised by its own statistics, and these."""
-    shape, dtype = operands.axes.statistics_shape(operands.x.shape), statistics_name(operands.x)
-    mean, mean_lo, rstd = library.tables(shape, dtype, 3)
-    m2 = library.tables(shape, dtype, 1)[0] if has_m2 else None
-    measured = Measured(mean, mean_lo, m2, rstd, library.tables(shape, "int64", 1)[0])
-    return library.normalize(operands, measured, rule, is_given=False, out=out), measured
-
-
-def normalize_by(
-    library: Library, operands: Operands, statistics: Statistics, masked_output: MaskedOutput, out: Array | None
-) -> Array:
-    """The batch normalised by given statistics."""
-    mean, mean_lo, rstd = (library.contiguous(statistic) for statistic in statistics)
-    measured = Measured(mean, mean_lo, None, rstd, None)
-    return library.normalize(operands, measured, Rule(masked_output=masked_output), is_given=True, out=out)
-
-
-def measure(library: Library, x: Array, axes: Axes, mask: Mask) -> Moments:
-    """The moments of x."""
-    shape = axes.statistics_shape(x.shape)
-    mean, mean_lo, m2 = library.tables(shape, statistics_name(x), 3)
-    measured = Measured(mean, mean_lo, m2, None, library.tables(shape, "int64", 1)[0])
-    run_forward(library, Operands(x, None, None, None, mask, axes, None), measured, Rule(), has_output=False)
-    return measured.moments()
-
-
-def run_forward(
-    library: Library,
-    operands: Operands,
-    measured: Measured,
-    rule: Rule,
-    *,
-    is_given: bool = False,
-    has_output: bool = True,
-    out: Array | None = None,
-) -> Array | None:
-    """The forward kernel. It fills `measured` and normalises by it, or, with `is_given`, only the latter."""
-    buffer, (code, slope) = library.buffer, activation_code(operands.activation)
-    operands = with_contiguous_parameters(library, operands)
-    y = out if out is not None or not has_output else library.empty_like(operands.x)
-    for attempt in ("as given", "in C order"):
-        if attempt == "in C order":
-            operands = in_c_order(library, operands)
-            y = library.empty_like(operands.x) if has_output else None
-        x, gamma, beta, residual, mask, axes, _ = operands
-        keep, lengths = split_mask(library, mask)
-        if _native.forward(
-            buffer(x), buffer(y), buffer(gamma), buffer(beta), buffer(residual), *measured, buffer(keep),
-            buffer(lengths), axes.kept_bits, not is_given, rule.eps, EPS_PLACEMENTS[rule.placement], rule.correction,
-            code, slope, rule.masked_output == "normalized", library.threads(),
-        ):  # fmt: skip
-            break
-    else:
-        raise AssertionError("a kernel refused arrays in C order")
-    if out is None or y is out:
-        return y
-    out[...] = y
-    return out
-
-
-def run_backward(
-    library: Library,
-    dy: Array,
-    cache: Cache,
-    *,
-    factor: Array | None = None,
-    through_statistics: bool = True,
-    has_dx: bool = True,
-) -> Gradients:
-    """The backward kernel; `factor` multiplies the xhat term of dx, and the statistics may also be constants."""
-    x, gamma, beta, residual, mask, statistics, count, plan = cache
-    operands = Operands(x, gamma, beta, residual, mask, plan.axes, plan.activation)  # type: ignore[arg-type]
-    buffer, (code, slope) = library.buffer, activation_code(operands.activation)
-    operands = with_contiguous_parameters(library, operands)
-    mean, mean_lo, rstd = (library.contiguous(statistic) for statistic in statistics)
-    count = None if count is None else library.contiguous(count)
-    dgamma, dbeta = (None if array is None else library.empty_like(array) for array in operands[1:3])
-    for attempt in ("as given", "in the layout of x", "in C order"):
-        if attempt == "in the layout of x":
-            dy, operands = in_layout_of_x(library, dy, operands)
-        elif attempt == "in C order":
-            dy, operands = library.contiguous(dy), in_c_order(library, operands)
-        x, gamma, beta, residual, mask, axes, _ = operands
-        keep, lengths = split_mask(library, mask)
-        dx = library.empty_like(x) if has_dx else None
-        dresidual = None if residual is None else library.empty_like(residual)
-        if _native.backward(
-            buffer(dy), buffer(x), buffer(dx), buffer(gamma), buffer(beta), buffer(residual), buffer(dgamma),
-            buffer(dbeta), buffer(dresidual), mean, mean_lo, rstd, count, factor, buffer(keep), buffer(lengths),
-            axes.kept_bits, through_statistics, code, slope, library.threads(),
-        ):  # fmt: skip
-            break
-    else:
-        raise AssertionError("a kernel refused arrays in C order")
-    return Gradients(dx, dgamma, dbeta, dresidual)
-
-
-def with_contiguous_parameters(library: Library, operands: Operands) -> Operands:
-    """The operands with gamma and beta in C order."""
-    gamma, beta = (None if array is None else library.contiguous(array) for array in operands[1:3])
-    return operands._replace(gamma=gamma, beta=beta)
-
-
-def in_layout_of_x(library: Library, dy: Array, operands: Operands) -> tuple[Array, Operands]:
-    """dy, and the operands with the residual, copied to the strides of x."""
-
-    def copied(array: Array) -> Array:
-        copy = library.empty_like(operands.x)
-        copy[...] = array
-        return copy
-
-    residual = None if operands.residual is None else copied(operands.residual)
-    return copied(dy), operands._replace(residual=residual)
-
-
-def in_c_order(library: Library, operands: Operands) -> Operands:
-    """The operands with every large array in C order, and a mask that has the sizes of x where it is reduced."""
-    x, residual, mask, axes = operands.x, operands.residual, operands.mask, operands.axes
-    mask = elementwise(library.xp, mask, x, axes)
-    if mask is not None:
-        # As large as x, but for the channels where it is the same for all of them.
-        expanded = axes.reduced if all(mask.shape[axis] == 1 for axis in axes.kept) else range(x.ndim)
-        sizes = tuple(x.shape[axis] if axis in expanded else 1 for axis in range(x.ndim))
-        mask = library.contiguous(library.xp.broadcast_to(mask, sizes))
-    residual = None if residual is None else library.contiguous(residual)
-    return operands._replace(x=library.contiguous(x), residual=residual, mask=mask)
-
-
-def cache_of(operands: Operands, measured: Measured, eps: float) -> Cache:
-    """What `backward` needs of a forward pass."""
-    x, gamma, beta, residual, mask, axes, activation = operands
-    statistics = Statistics(measured.mean, measured.mean_lo, measured.rstd)
-    return Cache(x, gamma, beta, residual, mask, statistics, measured.number, plan_of(axes, activation, eps))
-
-
-plan_of = lru_cache(Plan)
-
-
-def statistics_name(x: Array) -> str:
-    """The dtype of the statistics of x."""
-    return statistics_name_of(x.dtype)
-
-
-@lru_cache
-def statistics_name_of(dtype: DType) -> str:
-    """The same by the dtype of x."""
-    return "float64" if dtype_name(dtype) == "float64" else "float32"
-
-
-def split_mask(library: Library, mask: Mask) -> tuple[Array | None, Array | None]:
-    """The mask as booleans and as lengths in int64, of which at most one is not None."""
-    if not isinstance(mask, Lengths):
-        return mask, None
-    return None, library.contiguous(library.xp.asarray(mask.values, dtype=library.xp.int64))
-
-
-@lru_cache
-def activation_code(name: str | None) -> tuple[int, float]:
-    """The number of an activation in the kernels, and its slope."""
-    base, slope = activations.parse(name or "identity")
-    return tuple(activations.ACTIVATIONS).index(base), slope
+    return plain.backward(NUMPY, dy, cache)

@@ -1,77 +1,29 @@
-"""The C++ kernels on PyTorch's CPU tensors, with autograd."""
-
-from dataclasses import dataclass
-from functools import lru_cache
-from types import ModuleType
-from typing import Any
+"""The interface of the C++ kernels for PyTorch's CPU tensors."""
 
 import array_api_compat.torch as xp
-import torch
-from torch import Tensor, empty_like, get_num_threads, is_grad_enabled, strided
-from torch._C import _are_functorch_transforms_active as are_transforms_active
-from torch._C import _is_tracing as is_tracing
-from torch._C import _len_torch_dispatch_stack as dispatch_modes
-from torch._C._functorch import is_batchedtensor as is_batched
-from torch._C._functorch import is_legacy_batchedtensor as is_legacy_batched
-from torch.autograd import forward_ad
-from torch.compiler import is_compiling
+from torch import Tensor, is_grad_enabled, strided
 from torch.nn import Parameter
 
-import batchnorm._native as _native
 from batchnorm.convention import Convention
-from batchnorm.core import activations
 from batchnorm.core.axes import Axes
 from batchnorm.core.dtypes import Array
-from batchnorm.core.masks import Mask, elementwise
+from batchnorm.core.masks import Mask
 from batchnorm.core.moments import Moments
-from batchnorm.core.moments import moments as measure
-from batchnorm.core.normalize import Statistics, effective_beta, effective_gamma, statistics_of_batch
+from batchnorm.core.normalize import effective_beta, effective_gamma
 from batchnorm.core.running import RunningStatistics
-from batchnorm.kernels import agnostic, native
+from batchnorm.kernels import agnostic, launch, plain
 from batchnorm.kernels.agnostic import ActivationLike, Cache, Gradients
-from batchnorm.kernels.native import Library, Measured, Operands, Rule
+from batchnorm.kernels.launch import Operands, Rule
+from batchnorm.kernels.torch_autograd import (
+    DIFFERENTIABLE,
+    PLAIN,
+    gradients_by_array_code,
+    has_derivatives,
+    is_forward_mode,
+    is_traced,
+)
 
 PLAIN_TYPES = {Tensor, Parameter}
-DTYPES = {"float32": torch.float32, "float64": torch.float64, "int64": torch.int64}
-
-
-class PyTorch(Library):
-    """PyTorch's CPU tensors."""
-
-    xp: ModuleType = xp
-
-    def empty_like(self, array: Array) -> Array:
-        result = _native.result_like(array)
-        return empty_like(array) if result is None else result
-
-    def tables(self, shape: tuple[int, ...], dtype: str, number: int) -> tuple[Array, ...]:
-        return tuple(torch.empty(shape, dtype=DTYPES[dtype]) for _ in range(number))
-
-    def buffer(self, array: Array | None) -> Any:
-        return array
-
-    def contiguous(self, array: Array) -> Array:
-        return array if array.is_contiguous() else array.detach().contiguous()
-
-    def threads(self) -> int:
-        return get_num_threads()
-
-
-class Differentiable(PyTorch):
-    """The same, with a result that autograd and forward mode differentiate."""
-
-    def normalize(
-        self, operands: Operands, measured: Measured, rule: Rule, *, is_given: bool, out: Array | None
-    ) -> Array:
-        call = Call(operands, measured, rule, is_given)
-        y = Normalization.apply(operands.x, operands.gamma, operands.beta, operands.residual, call)  # type: ignore[no-untyped-call]
-        return agnostic.deliver(y, out)
-
-
-PLAIN, DIFFERENTIABLE = PyTorch(), Differentiable()
-
-
-# ---- the interface of a kernel -----------------------------------------------------------------------------------
 
 
 def refusal(
@@ -87,7 +39,7 @@ def refusal(
             return f"a {type(tensor).__name__} is not a plain tensor"
         if not tensor.is_cpu or tensor.layout is not strided or tensor.is_neg():
             return f"a tensor is not plain CPU memory (device {tensor.device}, layout {tensor.layout})"
-    return native.refusal_of_call(large, axes, activation)
+    return launch.refusal_of_call(large, axes, activation)
 
 
 def batch_norm(
@@ -106,7 +58,7 @@ def batch_norm(
 ) -> tuple[Array, RunningStatistics]:
     """`functional.batch_norm`, with everything resolved."""
     is_differentiated = has_derivatives(x, gamma, beta, residual, running.mean, running.spread)
-    is_array_code = native.leaves_single_elements(x, axes, mask, training, convention)
+    is_array_code = launch.leaves_single_elements(x, axes, mask, training, convention)
     if is_differentiated:
         # Gradients that the kernels do not have: of running statistics, and of padding that comes out normalised.
         is_array_code |= has_derivatives(running.mean, running.spread) or convention.normalize_with == "running"
@@ -119,7 +71,7 @@ def batch_norm(
     gamma, beta = effective_gamma(xp, gamma, convention), effective_beta(beta, convention)
     operands = Operands(x, gamma, beta, residual, mask, axes, activation)
     library = DIFFERENTIABLE if is_differentiated else PLAIN
-    y, updated = native.run_batch_norm(library, operands, running, training, convention, out)
+    y, updated = launch.run_batch_norm(library, operands, running, training, convention, out)
     return y, agnostic.detached(updated)
 
 
@@ -138,15 +90,15 @@ def forward(
     """`functional.forward`, with everything resolved."""
     operands = Operands(x, gamma, beta, residual, mask, axes, activation)
     library = DIFFERENTIABLE if has_derivatives(x, gamma, beta, residual) else PLAIN
-    y, measured = native.normalize_batch(library, operands, Rule(eps), out)
-    return y, native.cache_of(operands, measured, eps)
+    y, measured = launch.normalize_batch(library, operands, Rule(eps), out)
+    return y, launch.cache_of(operands, measured, eps)
 
 
 def backward(dy: Array, cache: Cache) -> Gradients:
     """`functional.backward`; itself differentiable, as array code, where autograd asks for it."""
     x, gamma, beta, residual, mask, _, _, plan = cache
     if not has_derivatives(dy, x, gamma, beta, residual):
-        return native.run_backward(PLAIN, dy, cache)
+        return launch.run_backward(PLAIN, dy, cache)
     operands = Operands(x, gamma, beta, residual, mask, plan.axes, plan.activation)  # type: ignore[arg-type]
     return Gradients(*gradients_by_array_code(operands, Rule(plan.eps), None, dy))
 
@@ -155,7 +107,7 @@ def moments(x: Array, axes: Axes, mask: Mask) -> Moments:
     """`functional.moments`, with everything resolved."""
     if has_derivatives(x):
         return agnostic.moments(x, axes, mask)
-    return native.measure(PLAIN, x, axes, mask)
+    return launch.measure(PLAIN, x, axes, mask)
 
 
 # ---- plain calls: see bindings.cpp -------------------------------------------------------------------------------
@@ -173,16 +125,14 @@ def forward_plain(
     """`functional.forward` before any of its checks; None for a call that has anything out of the ordinary."""
     if not are_plain(x, gamma, beta, residual):
         return None
-    return native.run_forward_plain(
-        x, gamma, beta, axis, eps, activation, residual, get_num_threads(), empty_like, prototypes
-    )
+    return plain.forward(PLAIN, x, gamma, beta, axis, eps, activation, residual)
 
 
 def backward_plain(dy: Array, cache: Cache) -> Gradients | None:
     """`functional.backward` before any of its checks; None for a call that has anything out of the ordinary."""
     if not are_plain(dy, cache.x, cache.gamma, cache.beta, cache.residual):
         return None
-    return native.run_backward_plain(dy, cache, get_num_threads(), empty_like)
+    return plain.backward(PLAIN, dy, cache)
 
 
 def are_plain(*tensors: Array | None) -> bool:
@@ -198,164 +148,3 @@ def are_plain(*tensors: Array | None) -> bool:
         if (is_recorded and tensor.requires_grad) or tensor.is_neg():
             return False
     return True
-
-
-@lru_cache
-def prototypes(channels: int, dtype: torch.dtype) -> tuple[Array, Array]:
-    """What the statistics and the counts of such an x are like."""
-    statistics = torch.empty(channels, dtype=DTYPES[native.statistics_name_of(dtype)])
-    return statistics, torch.empty(channels, dtype=torch.int64)
-
-
-# ---- derivatives -------------------------------------------------------------------------------------------------
-
-
-def is_traced() -> bool:
-    """Whether calls are being recorded or transformed rather than run: torch.func, torch.compile, export, fx."""
-    return are_transforms_active() or dispatch_modes() > 0 or is_compiling() or is_tracing()
-
-
-def is_forward_mode() -> bool:
-    """Whether a level of forward-mode differentiation is open, so that any tensor may carry a tangent."""
-    return forward_ad._current_level >= 0
-
-
-def has_derivatives(*tensors: Array | None) -> bool:
-    """Whether a result computed from these tensors has to be differentiable."""
-    if is_forward_mode():
-        return True
-    return torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in tensors)
-
-
-@dataclass
-class Call:
-    """One normalisation, on its way through autograd."""
-
-    operands: Operands
-    measured: Measured
-    rule: Rule
-    is_given: bool  # normalise by what was measured before, which does not depend on x
-
-    @property
-    def statistics(self) -> Statistics:
-        """What normalises."""
-        return Statistics(self.measured.mean, self.measured.mean_lo, self.measured.rstd)
-
-
-class Normalization(torch.autograd.Function):
-    """y of x, gamma, beta and residual.
-
-    The statistics are not saved by reference in the graph and x is not changed: two forwards may precede a backward.
-    """
-
-    @staticmethod
-    def forward(ctx: Any, x: Array, gamma: Array, beta: Array, residual: Array, call: Call) -> Array:
-        call.operands = call.operands._replace(x=x, gamma=gamma, beta=beta, residual=residual)
-        ctx.call = call
-        ctx.save_for_backward(x, gamma, beta, residual)
-        ctx.save_for_forward(x, gamma, beta, residual)
-        return native.run_forward(PLAIN, call.operands, call.measured, call.rule, is_given=call.is_given)
-
-    @staticmethod
-    def backward(ctx: Any, dy: Array) -> tuple[Array | None, ...]:
-        call = ctx.call
-        operands = with_arrays(call.operands, ctx.saved_tensors)
-        if torch.is_grad_enabled() or is_forward_mode() or is_traced() or is_batched(dy) or is_legacy_batched(dy):
-            given = call.statistics if call.is_given else None
-            return (*gradients_by_array_code(operands, call.rule, given, dy), None)
-        cache = native.cache_of(operands, call.measured, call.rule.eps)
-        gradients = native.run_backward(
-            PLAIN, dy, cache, factor=factor_of(call), through_statistics=not call.is_given,
-            has_dx=ctx.needs_input_grad[0],
-        )  # fmt: skip
-        return (*gradients, None)
-
-    @staticmethod
-    def jvp(ctx: Any, tx: Array, tgamma: Array, tbeta: Array, tresidual: Array, _: None) -> Array:
-        return tangent_of_y(ctx.call, with_arrays(ctx.call.operands, ctx.saved_tensors), tx, tgamma, tbeta, tresidual)
-
-
-def with_arrays(operands: Operands, arrays: tuple[Array | None, ...]) -> Operands:
-    """The operands with the arrays that autograd has kept."""
-    x, gamma, beta, residual = arrays
-    return operands._replace(x=x, gamma=gamma, beta=beta, residual=residual)
-
-
-def factor_of(call: Call) -> Array | None:
-    """Of the xhat term of dx: with eps outside the root (std + eps)/std, with another divisor than count its ratio.
-
-    0 where std is 0: xhat is 0 there as well, and 0 is the limit.
-    """
-    rule, measured = call.rule, call.measured
-    if call.is_given or (rule.placement == "inside" and rule.correction == 0):
-        return None
-    count = measured.number.to(measured.m2.dtype)
-    divisor = (count - rule.correction).clamp(min=1)
-    factor = count / divisor
-    if rule.placement == "outside":
-        std = (measured.m2 / divisor).sqrt()
-        factor = torch.where(std > 0, factor * (std + rule.eps) / std, 0.0)
-    return factor
-
-
-def gradients_by_array_code(
-    operands: Operands, rule: Rule, given: Statistics | None, dy: Array
-) -> tuple[Array | None, ...]:
-    """Gradients of x, gamma, beta and residual that can be differentiated again."""
-    leaves = [
-        tensor if tensor is None or tensor.requires_grad else tensor.detach().requires_grad_()
-        for tensor in operands[:4]
-    ]
-    with torch.enable_grad():
-        y = by_array_code(with_arrays(operands, tuple(leaves)), rule, given)
-        wanted = [leaf for leaf in leaves if leaf is not None]
-        gradients = iter(torch.autograd.grad(y, wanted, dy, create_graph=True))
-    return tuple(None if leaf is None else next(gradients) for leaf in leaves)
-
-
-def by_array_code(operands: Operands, rule: Rule, given: Statistics | None) -> Array:
-    """y, by operations that autograd knows."""
-    x, gamma, beta, residual, mask, axes, activation = operands
-    keep = elementwise(xp, mask, x, axes)
-    statistics = given
-    if statistics is None:
-        statistics = statistics_of_batch(xp, measure(xp, x, axes, keep), rule.eps, rule.placement, rule.correction)
-    z = agnostic.normalized(xp, x, axes, statistics, gamma, beta, keep, rule.masked_output)
-    return agnostic.finish(xp, z, x, keep, rule.masked_output, activation, residual)
-
-
-def tangent_of_y(
-    call: Call,
-    operands: Operands,
-    tx: Array | None,
-    tgamma: Array | None,
-    tbeta: Array | None,
-    tresidual: Array | None,
-) -> Array:
-    """The derivative of y along tangents of x, gamma, beta and residual.
-
-        ty = activation'(z) * (J(tx) + xhat * tgamma + tbeta + tresidual)
-
-    J is the backward kernel: the Jacobian with respect to x is symmetric.
-    """
-    x, axes = operands.x, operands.axes
-    plain = operands._replace(residual=None, activation=None)
-    dtype = getattr(torch, native.statistics_name(x))
-    tangent = torch.zeros_like(x, dtype=dtype)
-    if tx is not None:
-        cache = native.cache_of(plain, call.measured, call.rule.eps)
-        tangent += native.run_backward(
-            PLAIN, tx, cache, factor=factor_of(call), through_statistics=not call.is_given
-        ).dx  # fmt: skip
-    if tgamma is not None:
-        xhat = plain._replace(gamma=None, beta=None)
-        tangent += native.normalize_by(PLAIN, xhat, call.statistics, "zero", None) * axes.spread_out(xp, tgamma)
-    if tbeta is not None:
-        tangent += axes.spread_out(xp, tbeta)
-    if tresidual is not None:
-        tangent += tresidual
-    if operands.activation is not None:
-        z = native.normalize_by(PLAIN, operands._replace(activation=None), call.statistics, "zero", None)
-        tangent *= activations.find(operands.activation).derivative(xp, z.to(dtype))
-    keep = elementwise(xp, operands.mask, x, axes)
-    return (tangent if keep is None else torch.where(keep, tangent, 0.0)).to(x.dtype)

@@ -1,0 +1,60 @@
+"""Plain calls of the C++ kernels, before anything is checked: most calls are, and small ones would be over by then.
+
+What is out of the ordinary, or wrong, is declined with None; `functional` then goes step by step and says so. See
+`forward_plain` and `backward_plain` in cpp/bindings.cpp.
+"""
+
+from functools import lru_cache
+
+import batchnorm._native as _native
+from batchnorm.core.axes import split
+from batchnorm.core.dtypes import Array
+from batchnorm.core.normalize import Statistics
+from batchnorm.kernels.agnostic import Cache, Gradients, Plan
+from batchnorm.kernels.launch import Library, activation_code, plan_of
+
+
+def forward(
+    library: Library,
+    x: Array,
+    gamma: Array | None,
+    beta: Array | None,
+    axis: int,
+    eps: float,
+    activation: str | None,
+    residual: Array | None,
+) -> tuple[Array, Cache] | None:
+    """y and the cache; None for a call that has anything out of the ordinary."""
+    shape = x.shape
+    if type(axis) is not int or type(eps) is not float or not -len(shape) <= axis < len(shape):
+        return None
+    if activation is not None and type(activation) is not str:
+        return None
+    code, slope, plan = plain_plan(axis, len(shape), activation, eps)
+    done = _native.forward_plain(
+        x, gamma, beta, residual, axis, eps, code, slope, library.threads(), library.own_empty_like,
+        *library.prototypes(shape[axis], x.dtype),
+    )  # fmt: skip
+    if done is None:
+        return None
+    y, mean, mean_lo, rstd, count = done
+    return y, Cache(x, gamma, beta, residual, None, Statistics(mean, mean_lo, rstd), count, plan)
+
+
+@lru_cache
+def plain_plan(axis: int, ndim: int, activation: str | None, eps: float) -> tuple[int, float, Plan]:
+    """The code and slope of the activation, and what the cache remembers of the call."""
+    return (*activation_code(activation), plan_of(split(axis, ndim), activation, eps))
+
+
+def backward(library: Library, dy: Array, cache: Cache) -> Gradients | None:
+    """The gradients, likewise."""
+    x, gamma, beta, residual, mask, (mean, mean_lo, rstd), count, plan = cache
+    if mask is not None or type(x) is not type(dy) or callable(plan.activation):
+        return None
+    code, slope = activation_code(plan.activation)
+    done = _native.backward_plain(
+        dy, x, gamma, beta, residual, mean, mean_lo, rstd, count, plan.axes.kept_bits, code, slope, library.threads(),
+        library.own_empty_like,
+    )  # fmt: skip
+    return None if done is None else Gradients(*done)

@@ -1,0 +1,219 @@
+"""The C++ kernels on PyTorch's CPU tensors, and in its autograd and forward mode."""
+
+from dataclasses import dataclass
+from functools import lru_cache
+from types import ModuleType
+from typing import Any
+
+import array_api_compat.torch as xp
+import torch
+from torch import get_num_threads
+from torch._C import _are_functorch_transforms_active as are_transforms_active
+from torch._C import _is_tracing as is_tracing
+from torch._C import _len_torch_dispatch_stack as dispatch_modes
+from torch._C._functorch import is_batchedtensor as is_batched
+from torch._C._functorch import is_legacy_batchedtensor as is_legacy_batched
+from torch.autograd import forward_ad
+from torch.compiler import is_compiling
+
+import batchnorm._native as _native
+from batchnorm.core import activations
+from batchnorm.core.dtypes import Array
+from batchnorm.core.masks import elementwise
+from batchnorm.core.moments import moments as measure
+from batchnorm.core.normalize import Statistics, statistics_of_batch
+from batchnorm.kernels import agnostic, launch
+from batchnorm.kernels.launch import Library, Measured, Operands, Rule
+
+DTYPES = {"float32": torch.float32, "float64": torch.float64, "int64": torch.int64}
+
+
+@lru_cache
+def prototypes(channels: int, dtype: torch.dtype) -> tuple[Array, Array]:
+    """What the statistics and the counts of such an x are like."""
+    statistics = torch.empty(channels, dtype=DTYPES[launch.statistics_name_of(dtype)])
+    return statistics, torch.empty(channels, dtype=torch.int64)
+
+
+class PyTorch(Library):
+    """PyTorch's CPU tensors."""
+
+    xp: ModuleType = xp
+    own_empty_like = staticmethod(torch.empty_like)
+    prototypes = staticmethod(prototypes)
+    threads = staticmethod(get_num_threads)
+
+    def empty_like(self, array: Array) -> Array:
+        result = _native.result_like(array)
+        return self.own_empty_like(array) if result is None else result
+
+    def tables(self, shape: tuple[int, ...], dtype: str, number: int) -> tuple[Array, ...]:
+        return tuple(torch.empty(shape, dtype=DTYPES[dtype]) for _ in range(number))
+
+    def contiguous(self, array: Array) -> Array:
+        return array if array.is_contiguous() else array.detach().contiguous()
+
+
+class Differentiable(PyTorch):
+    """The same, with a result that autograd and forward mode differentiate."""
+
+    def normalize(
+        self, operands: Operands, measured: Measured, rule: Rule, *, is_given: bool, out: Array | None
+    ) -> Array:
+        call = Call(operands, measured, rule, is_given)
+        y = Normalization.apply(operands.x, operands.gamma, operands.beta, operands.residual, call)  # type: ignore[no-untyped-call]
+        return agnostic.deliver(y, out)
+
+
+PLAIN, DIFFERENTIABLE = PyTorch(), Differentiable()
+
+
+def is_traced() -> bool:
+    """Whether calls are being recorded or transformed rather than run: torch.func, torch.compile, export, fx."""
+    return are_transforms_active() or dispatch_modes() > 0 or is_compiling() or is_tracing()
+
+
+def is_forward_mode() -> bool:
+    """Whether a level of forward-mode differentiation is open, so that any tensor may carry a tangent."""
+    return forward_ad._current_level >= 0
+
+
+def has_derivatives(*tensors: Array | None) -> bool:
+    """Whether a result computed from these tensors has to be differentiable."""
+    if is_forward_mode():
+        return True
+    return torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in tensors)
+
+
+@dataclass
+class Call:
+    """One normalisation, on its way through autograd."""
+
+    operands: Operands
+    measured: Measured
+    rule: Rule
+    is_given: bool  # normalise by what was measured before, which does not depend on x
+
+    @property
+    def statistics(self) -> Statistics:
+        """What normalises."""
+        return Statistics(self.measured.mean, self.measured.mean_lo, self.measured.rstd)
+
+
+class Normalization(torch.autograd.Function):
+    """y of x, gamma, beta and residual.
+
+    The statistics are not saved by reference in the graph and x is not changed: two forwards may precede a backward.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Array, gamma: Array, beta: Array, residual: Array, call: Call) -> Array:
+        call.operands = call.operands._replace(x=x, gamma=gamma, beta=beta, residual=residual)
+        ctx.call = call
+        ctx.save_for_backward(x, gamma, beta, residual)
+        ctx.save_for_forward(x, gamma, beta, residual)
+        return launch.run_forward(PLAIN, call.operands, call.measured, call.rule, is_given=call.is_given)
+
+    @staticmethod
+    def backward(ctx: Any, dy: Array) -> tuple[Array | None, ...]:
+        call = ctx.call
+        operands = with_arrays(call.operands, ctx.saved_tensors)
+        if torch.is_grad_enabled() or is_forward_mode() or is_traced() or is_batched(dy) or is_legacy_batched(dy):
+            given = call.statistics if call.is_given else None
+            return (*gradients_by_array_code(operands, call.rule, given, dy), None)
+        cache = launch.cache_of(operands, call.measured, call.rule.eps)
+        gradients = launch.run_backward(
+            PLAIN, dy, cache, factor=factor_of(call), through_statistics=not call.is_given,
+            has_dx=ctx.needs_input_grad[0],
+        )  # fmt: skip
+        return (*gradients, None)
+
+    @staticmethod
+    def jvp(ctx: Any, tx: Array, tgamma: Array, tbeta: Array, tresidual: Array, _: None) -> Array:
+        return tangent_of_y(ctx.call, with_arrays(ctx.call.operands, ctx.saved_tensors), tx, tgamma, tbeta, tresidual)
+
+
+def with_arrays(operands: Operands, arrays: tuple[Array | None, ...]) -> Operands:
+    """The operands with the arrays that autograd has kept."""
+    x, gamma, beta, residual = arrays
+    return operands._replace(x=x, gamma=gamma, beta=beta, residual=residual)
+
+
+def factor_of(call: Call) -> Array | None:
+    """Of the xhat term of dx: with eps outside the root (std + eps)/std, with another divisor than count its ratio.
+
+    0 where std is 0: xhat is 0 there as well, and 0 is the limit.
+    """
+    rule, measured = call.rule, call.measured
+    if call.is_given or (rule.placement == "inside" and rule.correction == 0):
+        return None
+    count = measured.number.to(measured.m2.dtype)
+    divisor = (count - rule.correction).clamp(min=1)
+    factor = count / divisor
+    if rule.placement == "outside":
+        std = (measured.m2 / divisor).sqrt()
+        factor = torch.where(std > 0, factor * (std + rule.eps) / std, 0.0)
+    return factor
+
+
+def gradients_by_array_code(
+    operands: Operands, rule: Rule, given: Statistics | None, dy: Array
+) -> tuple[Array | None, ...]:
+    """Gradients of x, gamma, beta and residual that can be differentiated again."""
+    leaves = [
+        tensor if tensor is None or tensor.requires_grad else tensor.detach().requires_grad_()
+        for tensor in operands[:4]
+    ]
+    with torch.enable_grad():
+        y = by_array_code(with_arrays(operands, tuple(leaves)), rule, given)
+        wanted = [leaf for leaf in leaves if leaf is not None]
+        gradients = iter(torch.autograd.grad(y, wanted, dy, create_graph=True))
+    return tuple(None if leaf is None else next(gradients) for leaf in leaves)
+
+
+def by_array_code(operands: Operands, rule: Rule, given: Statistics | None) -> Array:
+    """y, by operations that autograd knows."""
+    x, gamma, beta, residual, mask, axes, activation = operands
+    keep = elementwise(xp, mask, x, axes)
+    statistics = given
+    if statistics is None:
+        statistics = statistics_of_batch(xp, measure(xp, x, axes, keep), rule.eps, rule.placement, rule.correction)
+    z = agnostic.normalized(xp, x, axes, statistics, gamma, beta, keep, rule.masked_output)
+    return agnostic.finish(xp, z, x, keep, rule.masked_output, activation, residual)
+
+
+def tangent_of_y(
+    call: Call,
+    operands: Operands,
+    tx: Array | None,
+    tgamma: Array | None,
+    tbeta: Array | None,
+    tresidual: Array | None,
+) -> Array:
+    """The derivative of y along tangents of x, gamma, beta and residual.
+
+        ty = activation'(z) * (J(tx) + xhat * tgamma + tbeta + tresidual)
+
+    J is the backward kernel: the Jacobian with respect to x is symmetric.
+    """
+    x, axes = operands.x, operands.axes
+    plain = operands._replace(residual=None, activation=None)
+    dtype = getattr(torch, launch.statistics_name(x))
+    tangent = torch.zeros_like(x, dtype=dtype)
+    if tx is not None:
+        cache = launch.cache_of(plain, call.measured, call.rule.eps)
+        tangent += launch.run_backward(
+            PLAIN, tx, cache, factor=factor_of(call), through_statistics=not call.is_given
+        ).dx  # fmt: skip
+    if tgamma is not None:
+        xhat = plain._replace(gamma=None, beta=None)
+        tangent += launch.normalize_by(PLAIN, xhat, call.statistics, "zero", None) * axes.spread_out(xp, tgamma)
+    if tbeta is not None:
+        tangent += axes.spread_out(xp, tbeta)
+    if tresidual is not None:
+        tangent += tresidual
+    if operands.activation is not None:
+        z = launch.normalize_by(PLAIN, operands._replace(activation=None), call.statistics, "zero", None)
+        tangent *= activations.find(operands.activation).derivative(xp, z.to(dtype))
+    keep = elementwise(xp, operands.mask, x, axes)
+    return (tangent if keep is None else torch.where(keep, tangent, 0.0)).to(x.dtype)
