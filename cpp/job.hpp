@@ -176,8 +176,9 @@ template <class T> class Job : public Geometry<T> {
           }
         }
       } else {
-        for (int64_t side = 0; side < plan.width; side += problem.C)
-          for (int64_t c = mine.begin; c < mine.end; ++c) to[side + c] = from[c];
+        const Range sides = scope.team.share(0, plan.width / problem.C);
+        for (int64_t side = sides.begin; side < sides.end; ++side)
+          for (int64_t c = 0; c < problem.C; ++c) to[side * problem.C + c] = from[c];
       }
     }
     scope.team.barrier();
@@ -239,17 +240,15 @@ template <class T> class Job : public Geometry<T> {
 
   // ---- tiles of columns ----
 
-  // Rows that are walked side by side: some 16 streams. The processor recognises as many where each goes on for a page;
+  // Rows that are walked at a time: some 16 streams. The processor recognises as many where each goes on for a page;
   // shorter rows are read faster one after the other, as they lie (twice as fast from memory at 256 columns).
   template <class Pass> static constexpr int group = Pass::arrays <= 2 ? 8 : 4;
-  bool is_side_by_side(Range columns) const { return columns.end - columns.begin >= 768; }
 
   template <class Pass>
   void reduce_columns_of(const Scope& scope, const Pass& pass, int64_t k, Range columns) const {
     constexpr int64_t widest = widest_block + width<Pair>;
     constexpr int longest_run = 64;  // rows that are summed in the element's own precision
     const int64_t width = columns.end - columns.begin;
-    const bool has_groups = is_side_by_side(columns);
     alignas(64) F runs[2][widest];
     alignas(64) double sums[2][widest];
     // Of short rows the columns of a channel are added up at once, of others those side by side.
@@ -274,7 +273,7 @@ template <class T> class Job : public Geometry<T> {
       const int64_t end = min(columns.end, length);
       if (!is_kept || end <= columns.begin) return;
       while (rows) {
-        const int taken = has_groups && rows >= group<Pass> ? group<Pass> : 1;
+        const int taken = plan.has_groups && rows >= group<Pass> ? group<Pass> : 1;
         if (taken > 1) reduce_columns<group<Pass>>(pass, row, step_, columns.begin, end, runs[0], runs[1]);
         else reduce_columns<1>(pass, row, step_, columns.begin, end, runs[0], runs[1]);
         row = row.advanced(step_, taken);
@@ -291,11 +290,10 @@ template <class T> class Job : public Geometry<T> {
 
   template <class Pass>
   void map_columns_of(const Scope& scope, const Pass& pass, int64_t k, Range columns) const {
-    const bool has_groups = is_side_by_side(columns);
     this->for_runs(scope, k, [&](Row<T> row, int64_t rows, int64_t length, bool is_kept) {
       const int64_t begin = columns.begin, end = min(columns.end, length);
       if (end <= begin) return;
-      for (; is_kept && has_groups && rows >= group<Pass>; rows -= group<Pass>, row = row.advanced(step_, group<Pass>))
+      for (; is_kept && plan.has_groups && rows >= group<Pass>; rows -= group<Pass>, row = row.advanced(step_, group<Pass>))
         map_columns<group<Pass>>(pass, row, step_, begin, end, plan.is_streaming);
       for (; rows; --rows, row = row.advanced(step_, 1)) {
         if (is_kept) map_columns<1>(pass, row, step_, begin, end, plan.is_streaming);

@@ -9,11 +9,15 @@ namespace {
 constexpr int64_t row_chunk = 8192;     // elements of a channel that are summed in one go
 constexpr int64_t short_row = 256;      // S below which a row of one channel is too short to be taken by itself, and
 constexpr int64_t ragged_row = 1024;    // that below which it is if it is no number of whole vectors
-constexpr int64_t wide_row = 2048;      // columns that rows put side by side should have: see is_side_by_side in job.hpp
+constexpr int64_t wide_row = 2048;      // columns that rows put side by side should have, where there are enough of them
+constexpr int64_t fewest_rows = 256;    // that they leave
+constexpr int64_t page_row = 768;       // columns from which rows are long enough to be walked several at a time
 
 // What a thread reads between two passes over it. More than fits some second-level caches: with few channels at a time
 // the stretches of contiguous memory are short, and starting on one costs more than a read from the third level.
 constexpr int64_t cache_bytes = 1 << 20;
+
+constexpr int64_t small_bytes = 256 << 10;  // of a tensor that lies in a near cache, whose rows may be as short as they like
 
 // Bytes of all tensors from which results are streamed: they would push each other out of a third level of 32 MiB. Channel
 // by channel sooner, where results would also push what is read twice out of the second level.
@@ -58,12 +62,14 @@ void plan_columns(const Problem& p, Plan& plan, bool is_flat) {
   plan.is_flat = is_flat;
   plan.width = p.C;
   const int64_t aligned = vector_width(p) / std::gcd(p.C, vector_width(p)) * p.C;
-  if (is_flat && aligned <= widest_block) plan.width = aligned * at_least_1(wide_row / aligned);
+  const int64_t wide = std::min(wide_row, plan.elements / fewest_rows);
+  if (is_flat && aligned <= widest_block) plan.width = aligned * at_least_1(wide / aligned);
   plan.rows = ceil_div(plan.elements, plan.width);
-  plan.block = widest_block;
+  const int64_t blocks = at_least_1(ceil_div(plan.width, widest_block));
+  plan.block = ceil_div(at_least_1(ceil_div(plan.width, blocks)), 32) * 32;
   // Enough chunks that every thread has some, few enough that adding them up costs little.
   plan.chunks = std::clamp<int64_t>(plan.elements >> 18, 8, 256) / 8 * 8;
-  plan.chunk_n = std::max<int64_t>(8, ceil_div(plan.rows, plan.chunks));
+  plan.chunk_n = 8 * at_least_1(ceil_div(plan.rows, 8 * plan.chunks));
   plan.chunks = ceil_div(plan.rows, plan.chunk_n);
 }
 
@@ -108,6 +114,7 @@ bool make_plan(const Problem& p, Plan& plan) {
   const int64_t bytes = plan.elements * size_of(p.dtype);
   const int64_t limit = plan.family == Family::columns ? streamed_bytes_of_columns : streamed_bytes;
   plan.is_streaming = (written + read) * bytes >= limit;
+  plan.has_groups = std::min(plan.width, plan.block) >= page_row || bytes <= small_bytes;
   plan.channels_apart = channels_apart(p, plan, read * p.N * p.S * size_of(p.dtype));
 
   // As `Job` lays it out: partial sums, tables by channel, tables by column for each team.

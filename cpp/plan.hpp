@@ -23,6 +23,7 @@ struct Plan {
   int64_t width;     // columns of a row
   int64_t rows;      // of which, in a flat plan, the last may be shorter
   int64_t elements;  // N * C * S
+  bool has_groups;   // several rows are walked at a time
   bool is_flat;      // row r starts at element r * width of every tensor: rows are put side by side
 
   // Chunk k covers n (rows: and s; columns: rows) from k * chunk_n on, in blocks of `block` channels or columns. Where S
