@@ -3,6 +3,9 @@
 #include <nanobind/stl/string.h>
 #include <nanobind/stl/vector.h>
 
+#include <algorithm>
+#include <cmath>
+#include <initializer_list>
 #include <memory>
 
 #include "checks.hpp"
@@ -129,16 +132,19 @@ template <class Compute> nb::object or_none(const Compute& compute) {
   return nb::none();
 }
 
+bool is_plain(const Array& x, int& axis, double eps, std::initializer_list<const Array*> parameters) {
+  if (axis < 0) axis += x.ndim;
+  if (axis < 0 || axis >= x.ndim || x.size() == 0 || !(eps >= 0 && eps <= 1e300)) return false;
+  return std::all_of(parameters.begin(), parameters.end(), [](const Array* p) { return !*p || p->ndim == 1; });
+}
+
 nb::object forward_plain(handle x_, handle gamma_, handle beta_, handle residual_, int axis, double eps,
                          uint8_t activation, double slope, int threads, handle empty_like, handle statistic_like,
                          handle count_like) {
   return or_none([&]() -> nb::object {
     const Array x("x", x_), gamma("gamma", gamma_), beta("beta", beta_), residual("residual", residual_), none("mask", nb::none());
-    if (axis < 0) axis += x.ndim;
-    if (axis < 0 || axis >= x.ndim || x.size() == 0 || !(eps >= 0 && eps <= 1e300)) return nb::none();
+    if (!is_plain(x, axis, eps, {&gamma, &beta})) return nb::none();
     if (residual) check_like(residual, x);
-    for (const Array* parameter : {&gamma, &beta})
-      if (*parameter && parameter->ndim != 1) return nb::none();
     const Allocator allocate{empty_like};
     nb::object y_ = allocate(x_, x), mean_ = allocate(statistic_like), mean_lo_ = allocate(statistic_like);
     nb::object rstd_ = allocate(statistic_like), count_ = allocate(count_like);
@@ -162,6 +168,68 @@ nb::object forward_plain(handle x_, handle gamma_, handle beta_, handle residual
     problem.slope = slope;
     if (!run(Operation::forward, problem)) return nb::none();
     return nb::make_tuple(y_, mean_, mean_lo_, rstd_, count_);
+  });
+}
+
+// mean, what rounding takes of it, and rstd: tables of C each, in double and rounded once. False for values that are no
+// statistics.
+template <class F>
+bool fill_statistics(const Array& mean, const Array& var, double eps, EpsPlacement placement, int64_t C, F* tables) {
+  const auto value = [](const Array& array, int64_t c) {
+    const int64_t i = c * array.strides[0];
+    return array.element == Element::float64 ? static_cast<const double*>(array.data)[i]
+                                             : static_cast<const float*>(array.data)[i];
+  };
+  for (int64_t c = 0; c < C; ++c) {
+    const double m = value(mean, c), v = value(var, c);
+    const double std = placement == EpsPlacement::inside ? std::sqrt(v + eps)
+                                                         : std::sqrt(v) + (placement == EpsPlacement::outside ? eps : 0);
+    if (!(std > 0)) return false;
+    tables[c] = static_cast<F>(m);
+    tables[C + c] = static_cast<F>(m - tables[c]);
+    tables[2 * C + c] = static_cast<F>(1 / std);
+  }
+  return true;
+}
+
+// y by running statistics.
+nb::object inference_plain(handle x_, handle gamma_, handle beta_, handle residual_, handle mean_, handle var_, int axis,
+                           double eps, uint8_t eps_placement, uint8_t activation, double slope, int threads,
+                           handle empty_like) {
+  return or_none([&]() -> nb::object {
+    const Array x("x", x_), gamma("gamma", gamma_), beta("beta", beta_), residual("residual", residual_), none("mask", nb::none());
+    const Array mean("mean", mean_), var("var", var_);
+    if (!is_plain(x, axis, eps, {&gamma, &beta, &mean, &var})) return nb::none();
+    for (const Array* statistic : {&mean, &var}) {
+      const bool is_floating = statistic->element == Element::float32 || statistic->element == Element::float64;
+      if (!*statistic || !is_floating || !statistic->has_whole_strides || statistic->shape[0] != x.shape[axis]) return nb::none();
+    }
+    if (residual) check_like(residual, x);
+    const Allocator allocate{empty_like};
+    nb::object y_ = allocate(x_, x);
+    const Array y("y", y_, true);
+    Call call;
+    Problem& problem = call.problem;
+    call.add(x, problem.x);
+    call.add(y, problem.y);
+    call.add(residual, problem.residual);
+    std::unique_ptr<int64_t[]> prefixes;
+    if (!prepare(call, x, 1u << axis, none, none, prefixes, threads)) return nb::none();
+    const int64_t C = problem.C;
+    const std::unique_ptr<double[]> tables(new double[3 * C]);
+    const auto fill = [&](auto* table) {
+      problem.mean = table, problem.mean_lo = table + C, problem.rstd = table + 2 * C;
+      return fill_statistics(mean, var, eps, static_cast<EpsPlacement>(eps_placement), C, table);
+    };
+    const bool is_double = problem.dtype == Dtype::float64;
+    if (!(is_double ? fill(tables.get()) : fill(reinterpret_cast<float*>(tables.get())))) return nb::none();
+    problem.gamma = channels(gamma, problem.C);
+    problem.beta = channels(beta, problem.C);
+    problem.measure = false;
+    problem.activation = static_cast<Activation>(activation);
+    problem.slope = slope;
+    if (!run(Operation::forward, problem)) return nb::none();
+    return y_;
   });
 }
 
@@ -233,6 +301,9 @@ NB_MODULE(_native, m) {
   m.def("forward_plain", &forward_plain, nb::arg("x"), optional("gamma"), optional("beta"), optional("residual"),
         nb::arg("axis"), nb::arg("eps"), nb::arg("activation"), nb::arg("slope"), nb::arg("threads"),
         nb::arg("empty_like"), nb::arg("statistic_like"), nb::arg("count_like"));
+  m.def("inference_plain", &inference_plain, nb::arg("x"), optional("gamma"), optional("beta"), optional("residual"),
+        nb::arg("mean"), nb::arg("var"), nb::arg("axis"), nb::arg("eps"), nb::arg("eps_placement"),
+        nb::arg("activation"), nb::arg("slope"), nb::arg("threads"), nb::arg("empty_like"));
   m.def("backward_plain", &backward_plain, nb::arg("dy"), nb::arg("x"), optional("gamma"), optional("beta"),
         optional("residual"), nb::arg("mean"), nb::arg("mean_lo"), nb::arg("rstd"), nb::arg("count"), nb::arg("kept"),
         nb::arg("activation"), nb::arg("slope"), nb::arg("threads"), nb::arg("empty_like"));

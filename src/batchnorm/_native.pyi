@@ -70,6 +70,23 @@ def forward_plain(
 ) -> tuple[Any, Any, Any, Any, Any] | None:
     """y, mean, mean_lo, rstd and count, newly allocated; None for a call that has anything out of the ordinary."""
 
+def inference_plain(
+    x: Any,
+    gamma: Any | None,
+    beta: Any | None,
+    residual: Any | None,
+    mean: Any,
+    var: Any,
+    axis: int,
+    eps: float,
+    eps_placement: int,
+    activation: int,
+    slope: float,
+    threads: int,
+    empty_like: Callable[[Any], Any],
+) -> Any | None:
+    """y by running statistics, likewise."""
+
 def backward_plain(
     dy: Any,
     x: Any,

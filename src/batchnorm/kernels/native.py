@@ -136,3 +136,23 @@ def forward_plain(
 def backward_plain(dy: Array, cache: Cache) -> Gradients | None:
     """`functional.backward` before any of its checks; None for a call that has anything out of the ordinary."""
     return plain.backward(NUMPY, dy, cache)
+
+
+def inference_plain(
+    x: Array,
+    gamma: Array | None,
+    beta: Array | None,
+    running: RunningStatistics,
+    axis: Any,
+    convention: Convention,
+    activation: str | None,
+    residual: Array | None,
+) -> Array | None:
+    """y of `functional.batch_norm` at inference, likewise; the state has to be as `functional` returns it."""
+    if x.dtype.kind != "f" or not {type(gamma), type(beta), type(residual)} <= PLAIN_TYPES:
+        return None
+    if type(running) is not RunningStatistics:
+        return None
+    if any(type(value) is not numpy.ndarray or value.dtype != running.mean.dtype for value in running):
+        return None
+    return plain.inference(NUMPY, x, gamma, beta, running, axis, convention, activation, residual)

@@ -1,17 +1,20 @@
 """Plain calls of the C++ kernels, before anything is checked: most calls are, and small ones would be over by then.
 
 What is out of the ordinary, or wrong, is declined with None; `functional` then goes step by step and says so. See
-`forward_plain` and `backward_plain` in cpp/bindings.cpp.
+cpp/bindings.cpp.
 """
 
 from functools import lru_cache
+from typing import Any
 
 import batchnorm._native as _native
+from batchnorm.convention import Convention
 from batchnorm.core.axes import split
 from batchnorm.core.dtypes import Array
 from batchnorm.core.normalize import Statistics
+from batchnorm.core.running import RunningStatistics
 from batchnorm.kernels.agnostic import Cache, Gradients, Plan
-from batchnorm.kernels.launch import Library, activation_code, plan_of
+from batchnorm.kernels.launch import EPS_PLACEMENTS, Library, activation_code, plan_of
 
 
 def forward(
@@ -45,6 +48,31 @@ def forward(
 def plain_plan(axis: int, ndim: int, activation: str | None, eps: float) -> tuple[int, float, Plan]:
     """The code and slope of the activation, and what the cache remembers of the call."""
     return (*activation_code(activation), plan_of(split(axis, ndim), activation, eps))
+
+
+def inference(
+    library: Library,
+    x: Array,
+    gamma: Array | None,
+    beta: Array | None,
+    running: RunningStatistics,
+    axis: Any,
+    convention: Convention,
+    activation: str | None,
+    residual: Array | None,
+) -> Array | None:
+    """y by running variances, likewise."""
+    if type(axis) is not int or (activation is not None and type(activation) is not str):
+        return None
+    if (convention.tracked, convention.affine, convention.update) != ("var", "plain", "training"):
+        return None
+    if convention.debias in ("adam", "weight_sum"):
+        return None
+    code, slope = activation_code(activation)
+    return _native.inference_plain(
+        x, gamma, beta, residual, running.mean, running.spread, axis, convention.eps,
+        EPS_PLACEMENTS[convention.eps_eval], code, slope, library.threads(), library.own_empty_like,
+    )  # fmt: skip
 
 
 def backward(library: Library, dy: Array, cache: Cache) -> Gradients | None:

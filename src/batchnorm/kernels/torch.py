@@ -1,5 +1,7 @@
 """The interface of the C++ kernels for PyTorch's CPU tensors."""
 
+from typing import Any
+
 import array_api_compat.torch as xp
 from torch import Tensor, is_grad_enabled, strided
 from torch.nn import Parameter
@@ -133,6 +135,26 @@ def backward_plain(dy: Array, cache: Cache) -> Gradients | None:
     if not are_plain(dy, cache.x, cache.gamma, cache.beta, cache.residual):
         return None
     return plain.backward(PLAIN, dy, cache)
+
+
+def inference_plain(
+    x: Array,
+    gamma: Array | None,
+    beta: Array | None,
+    running: RunningStatistics,
+    axis: Any,
+    convention: Convention,
+    activation: str | None,
+    residual: Array | None,
+) -> Array | None:
+    """y of `functional.batch_norm` at inference, likewise; the state has to be as `functional` returns it."""
+    if type(running) is not RunningStatistics:
+        return None
+    if any(type(value) not in PLAIN_TYPES or value.dtype is not running.mean.dtype for value in running):
+        return None
+    if not are_plain(x, gamma, beta, residual, running.mean, running.spread):
+        return None
+    return plain.inference(PLAIN, x, gamma, beta, running, axis, convention, activation, residual)
 
 
 def are_plain(*tensors: Array | None) -> bool:
