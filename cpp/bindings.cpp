@@ -280,6 +280,24 @@ nb::object result_like(handle array) {
   return result ? result : nb::none();
 }
 
+// A block of memory.hpp as an object with a buffer, for libraries that make arrays of one.
+struct Block {
+  int64_t bytes;
+  void* data;
+
+  explicit Block(int64_t bytes) : bytes(bytes), data(take_block(bytes)) {}
+  ~Block() { give_back_block(data, bytes); }
+  Block(const Block&) = delete;
+  Block& operator=(const Block&) = delete;
+};
+
+int get_buffer(PyObject* object, Py_buffer* view, int flags) {
+  const Block* block = nb::inst_ptr<Block>(object);
+  return PyBuffer_FillInfo(view, object, block->data, block->bytes, false, flags);
+}
+
+PyType_Slot block_slots[] = {{Py_bf_getbuffer, reinterpret_cast<void*>(get_buffer)}, {0, nullptr}};
+
 }  // namespace
 }  // namespace batchnorm
 
@@ -307,6 +325,8 @@ NB_MODULE(_native, m) {
   m.def("backward_plain", &backward_plain, nb::arg("dy"), nb::arg("x"), optional("gamma"), optional("beta"),
         optional("residual"), nb::arg("mean"), nb::arg("mean_lo"), nb::arg("rstd"), nb::arg("count"), nb::arg("kept"),
         nb::arg("activation"), nb::arg("slope"), nb::arg("threads"), nb::arg("empty_like"));
+  nb::class_<Block>(m, "Block", nb::type_slots(block_slots)).def(nb::init<int64_t>(), nb::arg("bytes"));
+  m.attr("smallest_block") = smallest_block;
   m.def("result_like", &result_like);
   m.def("waiting_bytes", &waiting_bytes);
   m.def("release_blocks", &release_blocks);

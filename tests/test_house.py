@@ -79,7 +79,9 @@ def test_stub_of_the_extension():
     """`_native.pyi` has the functions of the extension, with their parameters in order."""
     stub = ast.parse((SOURCE / "_native.pyi").read_text())
     declared = {node.name: [a.arg for a in node.args.args] for node in stub.body if isinstance(node, ast.FunctionDef)}
-    assert declared.keys() == {name for name in vars(_native) if not name.startswith("__")}
-    for name in ("forward", "backward", "forward_plain", "backward_plain"):
+    others = {node.name for node in stub.body if isinstance(node, ast.ClassDef)}
+    others |= {node.target.id for node in stub.body if isinstance(node, ast.AnnAssign)}
+    assert declared.keys() | others == {name for name in vars(_native) if not name.startswith("__")}
+    for name in ("forward", "backward", "forward_plain", "backward_plain", "inference_plain"):
         signature = getattr(_native, name).__doc__.splitlines()[0]
         assert re.findall(r"(\w+):", signature) == declared[name]

@@ -105,6 +105,14 @@ def backward_plain(
 ) -> tuple[Any, Any | None, Any | None, Any | None] | None:
     """dx, dgamma, dbeta and dresidual, likewise."""
 
+class Block:
+    """So many bytes, or a few more, in memory that is kept for reuse; it has a buffer."""
+
+    def __init__(self, bytes: int) -> None: ...
+    def __buffer__(self, flags: int, /) -> memoryview: ...
+
+smallest_block: int
+
 def result_like(array: Any) -> Any | None:
     """The like of a large array in memory that is kept for reuse; None where its library has to allocate it."""
 

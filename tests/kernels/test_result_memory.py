@@ -1,4 +1,4 @@
-"""Large results for PyTorch lie in blocks that are kept for the next one of their size."""
+"""Large results lie in blocks that are kept for the next one of their size."""
 
 import copy
 import io
@@ -7,6 +7,8 @@ import sys
 import textwrap
 from concurrent.futures import ThreadPoolExecutor
 
+import ml_dtypes
+import numpy as np
 import pytest
 import torch
 
@@ -119,6 +121,28 @@ def test_with_autograd():
     x.grad = None
     _native.result_like(X)
     assert bn.forward(X)[0].data_ptr() in addresses
+
+
+@pytest.mark.parametrize("dtype", ["float16", "float32", "float64", ml_dtypes.bfloat16])
+def test_numpy(dtype):
+    x = X.numpy().astype(dtype)
+    y, cache = bn.forward(x)
+    address = y.ctypes.data
+    assert (y.shape, y.dtype, y.flags.c_contiguous, y.flags.writeable) == (x.shape, x.dtype, True, True)
+    view = y[2:]
+    del y
+    assert _native.waiting_bytes() == 0
+    dx = bn.backward(x, cache).dx
+    assert not np.shares_memory(view, dx)
+    del view
+    assert _native.waiting_bytes() == x.nbytes
+    again = bn.forward(x)[0]
+    assert again.ctypes.data == address
+    np.testing.assert_array_equal(again, np.asarray(bn.forward(x, kernel="native")[0]))
+    small = bn.forward(x[:1])[0]
+    assert small.flags.owndata
+    fortran = bn.forward(np.asfortranarray(x))[0]
+    assert fortran.strides == np.asfortranarray(x).strides
 
 
 def test_only_so_much_waits():

@@ -1,7 +1,7 @@
 """The C++ kernels on NumPy arrays."""
 
 import os
-from functools import lru_cache, partial
+from functools import lru_cache
 from types import ModuleType
 from typing import Any
 
@@ -31,11 +31,18 @@ def prototypes(channels: int, dtype: DType) -> tuple[Array, Array]:
     return numpy.empty(channels, launch.statistics_name_of(dtype)), numpy.empty(channels, numpy.int64)
 
 
+def empty_like(array: Array) -> Array:
+    """An uninitialised array like another; a large one in memory that is kept for the next result."""
+    if array.nbytes < _native.smallest_block or not array.flags.c_contiguous:
+        return numpy.empty_like(array, subok=False)
+    return numpy.ndarray(array.shape, array.dtype, _native.Block(array.nbytes))
+
+
 class NumPy(Library):
     """NumPy's arrays."""
 
     xp: ModuleType = numpy
-    own_empty_like = staticmethod(partial(numpy.empty_like, subok=False))
+    own_empty_like = staticmethod(empty_like)
     prototypes = staticmethod(prototypes)
 
     def tables(self, shape: tuple[int, ...], dtype: str, number: int) -> tuple[Array, ...]:
@@ -154,5 +161,7 @@ def inference_plain(
     if type(running) is not RunningStatistics:
         return None
     if any(type(value) is not numpy.ndarray or value.dtype != running.mean.dtype for value in running):
+        return None
+    if running.steps.ndim or running.weight.ndim or running.skipped.ndim:
         return None
     return plain.inference(NUMPY, x, gamma, beta, running, axis, convention, activation, residual)

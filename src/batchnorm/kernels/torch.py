@@ -152,6 +152,8 @@ def inference_plain(
         return None
     if any(type(value) not in PLAIN_TYPES or value.dtype is not running.mean.dtype for value in running):
         return None
+    if running.steps.ndim or running.weight.ndim or running.skipped.ndim:
+        return None
     if not are_plain(x, gamma, beta, residual, running.mean, running.spread):
         return None
     return plain.inference(PLAIN, x, gamma, beta, running, axis, convention, activation, residual)
