@@ -3,8 +3,6 @@
 #include <algorithm>
 #include <string>
 
-#include "dispatch.hpp"
-
 namespace nb = nanobind;
 
 namespace batchnorm {
@@ -94,6 +92,26 @@ bool prepare(Call& call, const Array& x, uint32_t kept, const Array& keep, const
     problem.mask.lengths = prefixes.get();
   }
   return true;
+}
+
+void set_statistics(Problem& problem, const Array& mean, const Array& mean_lo, const Array& rstd, const Array& count) {
+  problem.mean = statistic(mean, problem.C, problem.dtype);
+  problem.mean_lo = statistic(mean_lo, problem.C, problem.dtype);
+  problem.rstd = statistic(rstd, problem.C, problem.dtype);
+  problem.count = integers(count, problem.C);
+}
+
+void set_parameters(Problem& problem, const Array& gamma, const Array& beta, uint8_t activation, double slope) {
+  if (activation > static_cast<uint8_t>(Activation::gelu)) throw nb::value_error("unknown activation");
+  problem.gamma = channels(gamma, problem.C);
+  problem.beta = channels(beta, problem.C);
+  problem.activation = static_cast<Activation>(activation);
+  problem.slope = slope;
+}
+
+bool compute_unlocked(Operation operation, Problem& problem) {
+  nb::gil_scoped_release unlocked;
+  return compute(operation, problem);
 }
 
 }  // namespace batchnorm

@@ -5,6 +5,7 @@
 #include <memory>
 
 #include "arrays.hpp"
+#include "dispatch.hpp"
 #include "layout.hpp"
 
 namespace batchnorm {
@@ -46,5 +47,12 @@ struct Call {
 // how many of the second count) and the threads. False if the strides of the arrays fit no kernel.
 bool prepare(Call& call, const Array& x, uint32_t kept, const Array& keep, const Array& lengths,
              std::unique_ptr<int64_t[]>& prefixes, int threads);
+
+// What is given for each channel, once `prepare` knows how many there are.
+void set_statistics(Problem& problem, const Array& mean, const Array& mean_lo, const Array& rstd, const Array& count);
+void set_parameters(Problem& problem, const Array& gamma, const Array& beta, uint8_t activation, double slope);
+
+// `compute` while other Python threads run.
+bool compute_unlocked(Operation operation, Problem& problem);
 
 }  // namespace batchnorm

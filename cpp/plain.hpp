@@ -1,0 +1,30 @@
+// Calls without a mask that nothing is unusual about, and whether the arguments are so is found out on the way.
+//
+// A batch norm of a megabyte takes 20 microseconds, in which the interpreter, its memory pushed out of the caches by the
+// arrays, manages a few dozen steps. So here a call is checked, its results are allocated and it is computed, in one go.
+// Where anything is out of the ordinary, or wrong, None comes back: the long way sees to it and says so.
+#pragma once
+
+#include <nanobind/nanobind.h>
+
+namespace batchnorm {
+
+// y, mean, mean_lo, rstd, count. Results come from `empty_like(array)`, large ones from memory.hpp where they can.
+nanobind::object forward_plain(nanobind::handle x, nanobind::handle gamma, nanobind::handle beta,
+                               nanobind::handle residual, int axis, double eps, uint8_t activation, double slope,
+                               int threads, nanobind::handle empty_like, nanobind::handle statistic_like,
+                               nanobind::handle count_like);
+
+// y by running statistics.
+nanobind::object inference_plain(nanobind::handle x, nanobind::handle gamma, nanobind::handle beta,
+                                 nanobind::handle residual, nanobind::handle mean, nanobind::handle var, int axis,
+                                 double eps, uint8_t eps_placement, uint8_t activation, double slope, int threads,
+                                 nanobind::handle empty_like);
+
+// dx, dgamma, dbeta, dresidual; None for those of what was not given.
+nanobind::object backward_plain(nanobind::handle dy, nanobind::handle x, nanobind::handle gamma, nanobind::handle beta,
+                                nanobind::handle residual, nanobind::handle mean, nanobind::handle mean_lo,
+                                nanobind::handle rstd, nanobind::handle count, uint32_t kept, uint8_t activation,
+                                double slope, int threads, nanobind::handle empty_like);
+
+}  // namespace batchnorm
