@@ -1,7 +1,7 @@
 #include "arrays.hpp"
 
 #include <algorithm>
-#include <memory>
+#include <new>
 #include <string>
 
 #include "memory.hpp"
@@ -50,26 +50,52 @@ ExchangeTable* exchange_table(PyTypeObject* type) {
 
 constexpr uint8_t dlpack_int = 0, dlpack_uint = 1, dlpack_float = 2, dlpack_bfloat = 4, dlpack_bool = 6;
 
-// A result in a block of memory.hpp, which comes back when its library lets go of it.
-struct Result : ManagedTensor {
+// An array of our own, for another library to take over. Large ones are in a block of memory.hpp, the others here.
+struct Owned : ManagedTensor {
   int64_t bytes;
   int64_t sizes[2 * most_dimensions];  // shape, strides
 
-  explicit Result(const Array& array, int64_t bytes) : ManagedTensor{}, bytes(bytes) {
-    version = {1, 2};
-    deleter = [](ManagedTensor* self) { delete static_cast<Result*>(self); };
-    std::copy_n(array.shape, array.ndim, sizes);
-    std::copy_n(array.strides, array.ndim, sizes + array.ndim);
-    tensor.device = {nb::device::cpu::value, 0};
-    tensor.ndim = array.ndim;
-    const uint8_t code = array.element == Element::bfloat16 ? dlpack_bfloat : dlpack_float;
-    tensor.dtype = {code, static_cast<uint8_t>(8 * size_of(array.dtype())), 1};
-    tensor.shape = sizes;
-    tensor.strides = sizes + array.ndim;
-    tensor.data = take_block(bytes);
+  static Owned* make(int ndim, const int64_t* shape, const int64_t* strides, nb::dlpack::dtype dtype, int64_t bytes) {
+    const bool is_large = bytes >= smallest_block;
+    constexpr int64_t head = (sizeof(Owned) + 63) / 64 * 64;
+    void* const memory = ::operator new(head + (is_large ? 0 : bytes), std::align_val_t{64});
+    Owned* const made = new (memory) Owned;
+    made->bytes = bytes;
+    made->version = {1, 2};
+    made->context = nullptr;
+    made->deleter = release;
+    made->flags = 0;
+    std::copy_n(shape, ndim, made->sizes);
+    std::copy_n(strides, ndim, made->sizes + ndim);
+    void* data = static_cast<char*>(memory) + head;
+    if (is_large) {
+      try {
+        data = take_block(bytes);
+      } catch (...) {
+        made->bytes = 0;
+        release(made);
+        throw;
+      }
+    }
+    made->tensor = {data, {nb::device::cpu::value, 0}, ndim, dtype, made->sizes, made->sizes + ndim, 0};
+    return made;
   }
-  ~Result() { give_back_block(tensor.data, bytes); }
+
+  static void release(ManagedTensor* self) {
+    const int64_t bytes = static_cast<Owned*>(self)->bytes;
+    if (bytes >= smallest_block) give_back_block(self->tensor.data, bytes);
+    ::operator delete(self, std::align_val_t{64});
+  }
 };
+
+nb::object hand_over(const ExchangeTable* table, Owned* owned) {
+  void* made = nullptr;
+  if (table->from_managed(owned, &made) != 0) {
+    Owned::release(owned);
+    throw nb::python_error();
+  }
+  return nb::steal(static_cast<PyObject*>(made));
+}
 
 // Whether the elements fill a stretch of memory, in whatever order of the axes.
 bool is_dense(const Array& array) {
@@ -194,11 +220,18 @@ nb::object large_like(nb::handle object, const Array& array) {
   const int64_t bytes = array.size() * size_of(array.dtype());
   const ExchangeTable* table = exchange_table(Py_TYPE(object.ptr()));
   if (bytes < smallest_block || !table || !table->from_managed || !is_dense(array)) return {};
-  auto result = std::make_unique<Result>(array, bytes);
-  void* made = nullptr;
-  if (table->from_managed(result.get(), &made) != 0) throw nb::python_error();
-  result.release();
-  return nb::steal(static_cast<PyObject*>(made));
+  const uint8_t code = array.element == Element::bfloat16 ? dlpack_bfloat : dlpack_float;
+  const nb::dlpack::dtype dtype{code, static_cast<uint8_t>(8 * size_of(array.dtype())), 1};
+  return hand_over(table, Owned::make(array.ndim, array.shape, array.strides, dtype, bytes));
+}
+
+nb::object table_for(nb::handle object, Element element, int64_t length) {
+  const ExchangeTable* table = exchange_table(Py_TYPE(object.ptr()));
+  if (!table || !table->from_managed) throw nb::type_error("a library without DLPack's table");
+  const bool is_float = element == Element::float32;
+  const nb::dlpack::dtype dtype{element == Element::int64 ? dlpack_int : dlpack_float, static_cast<uint8_t>(is_float ? 32 : 64), 1};
+  const int64_t stride = 1;
+  return hand_over(table, Owned::make(1, &length, &stride, dtype, length * (is_float ? 4 : 8)));
 }
 
 }  // namespace batchnorm

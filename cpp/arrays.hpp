@@ -58,4 +58,8 @@ class Array {
 // null where its library cannot be handed one, or there is nothing to gain.
 nanobind::object large_like(nanobind::handle object, const Array& array);
 
+// `length` uninitialised numbers (float32, float64, int64) in an array of the library of `object`. Raises TypeError where
+// it cannot be handed one.
+nanobind::object table_for(nanobind::handle object, Element element, int64_t length);
+
 }  // namespace batchnorm

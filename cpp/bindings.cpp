@@ -125,7 +125,7 @@ NB_MODULE(_native, m) {
         nb::arg("threads"));
   m.def("forward_plain", &forward_plain, nb::arg("x"), optional("gamma"), optional("beta"), optional("residual"),
         nb::arg("axis"), nb::arg("eps"), nb::arg("activation"), nb::arg("slope"), nb::arg("threads"),
-        nb::arg("empty_like"), nb::arg("statistic_like"), nb::arg("count_like"));
+        nb::arg("empty_like"), optional("statistic_like"), optional("count_like"));
   m.def("inference_plain", &inference_plain, nb::arg("x"), optional("gamma"), optional("beta"), optional("residual"),
         nb::arg("mean"), nb::arg("var"), nb::arg("axis"), nb::arg("eps"), nb::arg("eps_placement"),
         nb::arg("activation"), nb::arg("slope"), nb::arg("threads"), nb::arg("empty_like"));

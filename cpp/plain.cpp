@@ -19,10 +19,15 @@ namespace {
 struct Allocator {
   handle empty_like;
 
-  nb::object operator()(handle prototype) const { return empty_like(prototype); }
-  nb::object operator()(handle prototype, const Array& array) const {
-    nb::object result = large_like(prototype, array);
-    return result ? result : empty_like(prototype);
+  nb::object like(handle array_, const Array& array) const {
+    nb::object result = large_like(array_, array);
+    return result ? result : empty_like(array_);
+  }
+  nb::object like(handle array_) const { return empty_like(array_); }
+
+  // One number for each channel: like the prototype or, for None, in the library of x.
+  nb::object table(handle prototype, handle x, Element element, int64_t C) const {
+    return prototype.is_none() ? table_for(x, element, C) : empty_like(prototype);
   }
 };
 
@@ -77,8 +82,10 @@ nb::object forward_plain(handle x_, handle gamma_, handle beta_, handle residual
     if (!is_plain(x, axis, eps, {&gamma, &beta})) return nb::none();
     if (residual) check_like(residual, x);
     const Allocator allocate{empty_like};
-    nb::object y_ = allocate(x_, x), mean_ = allocate(statistic_like), mean_lo_ = allocate(statistic_like);
-    nb::object rstd_ = allocate(statistic_like), count_ = allocate(count_like);
+    const Element wide = x.element == Element::float64 ? Element::float64 : Element::float32;
+    const auto statistics = [&] { return allocate.table(statistic_like, x_, wide, x.shape[axis]); };
+    nb::object y_ = allocate.like(x_, x), mean_ = statistics(), mean_lo_ = statistics(), rstd_ = statistics();
+    nb::object count_ = allocate.table(count_like, x_, Element::int64, x.shape[axis]);
     const Array y("y", y_, true), mean("mean", mean_, true), mean_lo("mean_lo", mean_lo_, true);
     const Array rstd("rstd", rstd_, true), count("count", count_, true);
     Call call;
@@ -109,7 +116,7 @@ nb::object inference_plain(handle x_, handle gamma_, handle beta_, handle residu
     }
     if (residual) check_like(residual, x);
     const Allocator allocate{empty_like};
-    nb::object y_ = allocate(x_, x);
+    nb::object y_ = allocate.like(x_, x);
     const Array y("y", y_, true);
     Call call;
     Problem& problem = call.problem;
@@ -144,9 +151,9 @@ nb::object backward_plain(handle dy_, handle x_, handle gamma_, handle beta_, ha
     check_like(dy, x);
     if (residual) check_like(residual, x);
     const Allocator allocate{empty_like};
-    nb::object dx_ = allocate(x_, x);
-    nb::object dgamma_ = gamma ? allocate(gamma_) : nb::none(), dbeta_ = beta ? allocate(beta_) : nb::none();
-    nb::object dresidual_ = residual ? allocate(residual_, residual) : nb::none();
+    nb::object dx_ = allocate.like(x_, x);
+    nb::object dgamma_ = gamma ? allocate.like(gamma_) : nb::none(), dbeta_ = beta ? allocate.like(beta_) : nb::none();
+    nb::object dresidual_ = residual ? allocate.like(residual_, residual) : nb::none();
     const Array dx("dx", dx_, true), dgamma("dgamma", dgamma_, true), dbeta("dbeta", dbeta_, true);
     const Array dresidual("dresidual", dresidual_, true);
     Call call;

@@ -65,8 +65,8 @@ def forward_plain(
     slope: float,
     threads: int,
     empty_like: Callable[[Any], Any],
-    statistic_like: Any,
-    count_like: Any,
+    statistic_like: Any | None,
+    count_like: Any | None,
 ) -> tuple[Any, Any, Any, Any, Any] | None:
     """y, mean, mean_lo, rstd and count, newly allocated; None for a call that has anything out of the ordinary."""
 

@@ -69,8 +69,9 @@ class Library:
     #: The library's own function of that name. `empty_like` may do better.
     own_empty_like: Callable[[Array], Array]
 
-    #: What the statistics and the counts of an x of so many channels and this dtype are like.
-    prototypes: Callable[[int, DType], tuple[Array, Array]]
+    #: What the statistics and the counts of an x of so many channels and this dtype are like; None where the extension
+    #: can make them.
+    prototypes: Callable[[int, DType], tuple[Array, Array]] | None = None
 
     def empty_like(self, array: Array) -> Array:
         """An uninitialised array of the shape, dtype and layout of another."""

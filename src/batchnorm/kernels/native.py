@@ -35,7 +35,7 @@ def empty_like(array: Array) -> Array:
     """An uninitialised array like another; a large one in memory that is kept for the next result."""
     if array.nbytes < _native.smallest_block or not array.flags.c_contiguous:
         return numpy.empty_like(array, subok=False)
-    return numpy.ndarray(array.shape, array.dtype, _native.Block(array.nbytes))
+    return numpy.ndarray(array.shape, array.dtype, _native.Block(array.nbytes))  # type: ignore[arg-type]
 
 
 class NumPy(Library):

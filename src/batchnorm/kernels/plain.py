@@ -16,6 +16,8 @@ from batchnorm.core.running import RunningStatistics
 from batchnorm.kernels.agnostic import Cache, Gradients, Plan
 from batchnorm.kernels.launch import EPS_PLACEMENTS, Library, activation_code, plan_of
 
+new_tuple: Any = tuple.__new__
+
 
 def forward(
     library: Library,
@@ -34,14 +36,16 @@ def forward(
     if activation is not None and type(activation) is not str:
         return None
     code, slope, plan = plain_plan(axis, len(shape), activation, eps)
+    statistic, count = library.prototypes(shape[axis], x.dtype) if library.prototypes else (None, None)
     done = _native.forward_plain(
-        x, gamma, beta, residual, axis, eps, code, slope, library.threads(), library.own_empty_like,
-        *library.prototypes(shape[axis], x.dtype),
-    )  # fmt: skip
+        x, gamma, beta, residual, axis, eps, code, slope, library.threads(), library.own_empty_like, statistic, count
+    )
     if done is None:
         return None
     y, mean, mean_lo, rstd, count = done
-    return y, Cache(x, gamma, beta, residual, None, Statistics(mean, mean_lo, rstd), count, plan)
+    # As the classes do, but for a detour through Python.
+    statistics = new_tuple(Statistics, (mean, mean_lo, rstd))
+    return y, new_tuple(Cache, (x, gamma, beta, residual, None, statistics, count, plan))
 
 
 @lru_cache
@@ -85,4 +89,4 @@ def backward(library: Library, dy: Array, cache: Cache) -> Gradients | None:
         dy, x, gamma, beta, residual, mean, mean_lo, rstd, count, plan.axes.kept_bits, code, slope, library.threads(),
         library.own_empty_like,
     )  # fmt: skip
-    return None if done is None else Gradients(*done)
+    return None if done is None else new_tuple(Gradients, done)

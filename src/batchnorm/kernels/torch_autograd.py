@@ -1,7 +1,6 @@
 """The C++ kernels on PyTorch's CPU tensors, and in its autograd and forward mode."""
 
 from dataclasses import dataclass
-from functools import lru_cache
 from types import ModuleType
 from typing import Any
 
@@ -28,19 +27,11 @@ from batchnorm.kernels.launch import Library, Measured, Operands, Rule
 DTYPES = {"float32": torch.float32, "float64": torch.float64, "int64": torch.int64}
 
 
-@lru_cache
-def prototypes(channels: int, dtype: torch.dtype) -> tuple[Array, Array]:
-    """What the statistics and the counts of such an x are like."""
-    statistics = torch.empty(channels, dtype=DTYPES[launch.statistics_name_of(dtype)])
-    return statistics, torch.empty(channels, dtype=torch.int64)
-
-
 class PyTorch(Library):
     """PyTorch's CPU tensors."""
 
     xp: ModuleType = xp
     own_empty_like = staticmethod(torch.empty_like)
-    prototypes = staticmethod(prototypes)
     threads = staticmethod(get_num_threads)
 
     def empty_like(self, array: Array) -> Array:
