@@ -49,7 +49,8 @@ template <class T> class Job : public Geometry<T> {
   uint8_t* again;    // channels that have to be measured once more
 
   // Calls body(scope) so that all channels are done. A channel's second pass finds it in the core's cache if one thread
-  // does both, so each takes a few channels at a time, unless there are too few of them to go round.
+  // does both, so each takes a few channels at a time, unless there are too few of them to go round. They start out of
+  // step, so that one reads while the other waits for its stores, and take fewer and fewer, so that they end together.
   template <class Body> void run(bool has_reduction, const Body& body) {
     const int64_t C = problem.C, apart = plan.channels_apart;
     const int64_t unit = plan.family == Family::short_rows ? plan.block / problem.S : 1;

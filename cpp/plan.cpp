@@ -17,7 +17,8 @@ constexpr int64_t page_row = 768;       // columns from which rows are long enou
 // the stretches of contiguous memory are short, and starting on one costs more than a read from the third level.
 constexpr int64_t cache_bytes = 1 << 20;
 
-constexpr int64_t small_bytes = 256 << 10;  // of a tensor that lies in a near cache, whose rows may be as short as they like
+// Of a tensor that lies in a near cache: its rows may be of any length.
+constexpr int64_t small_bytes = 256 << 10;
 
 // Bytes of all tensors from which results are streamed: they would push each other out of a third level of 32 MiB. Channel
 // by channel sooner, where results would also push what is read twice out of the second level.
