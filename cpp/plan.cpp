@@ -20,9 +20,9 @@ constexpr int64_t cache_bytes = 1 << 20;
 // Of a tensor that lies in a near cache: its rows may be of any length.
 constexpr int64_t small_bytes = 256 << 10;
 
-// Bytes of all tensors from which results are streamed: they would push each other out of a third level of 32 MiB. Channel
-// by channel sooner, where results would also push what is read twice out of the second level.
-constexpr int64_t streamed_bytes = 24 << 20, streamed_bytes_of_columns = 28 << 20;
+// Bytes of all tensors from which results are streamed: they would push each other out of a third level of 32 MiB. Sooner
+// where a thread goes over the same channels twice: results would push these out of the second level.
+constexpr int64_t streamed_bytes = 28 << 20, streamed_bytes_of_channels = 24 << 20;
 
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 int64_t at_least_1(int64_t a) { return std::max<int64_t>(1, a); }
@@ -113,8 +113,9 @@ bool make_plan(const Problem& p, Plan& plan) {
     return ++(&t == &p.y || &t == &p.dx || &t == &p.dresidual ? written : read);
   });
   const int64_t bytes = plan.elements * size_of(p.dtype);
-  const int64_t limit = plan.family == Family::columns ? streamed_bytes_of_columns : streamed_bytes;
-  plan.is_streaming = (written + read) * bytes >= limit;
+  const bool is_read_once = p.y.data && !p.measure;
+  const bool goes_by_channels = plan.family != Family::columns && !is_read_once;
+  plan.is_streaming = (written + read) * bytes >= (goes_by_channels ? streamed_bytes_of_channels : streamed_bytes);
   plan.has_groups = std::min(plan.width, plan.block) >= page_row || bytes <= small_bytes;
   plan.channels_apart = channels_apart(p, plan, read * p.N * p.S * size_of(p.dtype));
 

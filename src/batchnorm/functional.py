@@ -3,7 +3,6 @@
 import warnings
 from collections.abc import Callable
 from dataclasses import replace
-from typing import Any
 
 from batchnorm.arguments import (
     check_activation,
@@ -20,7 +19,7 @@ from batchnorm.arguments import (
     known,
 )
 from batchnorm.convention import Convention, MaskedOutput, Single, check_eps
-from batchnorm.conventions import find
+from batchnorm.conventions import resolve
 from batchnorm.core.axes import Axes
 from batchnorm.core.dtypes import Array, cast
 from batchnorm.core.moments import Moments
@@ -338,16 +337,3 @@ def affine(
     gamma, beta = effective_gamma(xp, gamma, convention), effective_beta(beta, convention)
     scale = rstd if gamma is None else cast(xp, gamma, rstd.dtype) * rstd
     return scale, -scale * mean if beta is None else cast(xp, beta, rstd.dtype) - scale * mean
-
-
-def resolve(
-    convention: str | Convention,
-    eps: float | None,
-    decay: float | None,
-    single: Single | None,
-    masked_output: MaskedOutput | None,
-) -> Convention:
-    """The convention with the arguments of a call in place of its own values; validated by the record itself."""
-    overrides: dict[str, Any] = {"eps": eps, "decay": decay, "single": single, "masked_output": masked_output}
-    overrides = {name: value for name, value in overrides.items() if value is not None}
-    return replace(find(convention), **overrides) if overrides else find(convention)

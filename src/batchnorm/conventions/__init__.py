@@ -2,12 +2,15 @@
 
 import difflib
 from collections.abc import Mapping
+from dataclasses import replace
+from functools import lru_cache
 from types import MappingProxyType
+from typing import Any
 
-from batchnorm.convention import Convention
+from batchnorm.convention import Convention, MaskedOutput, Single
 from batchnorm.conventions import frameworks, seeds
 
-__all__ = ["CONVENTIONS", "find"]
+__all__ = ["CONVENTIONS", "find", "resolve"]
 
 #: Every convention known by name. Each is proven against arrays computed by the system itself (`tests/golden`).
 CONVENTIONS: Mapping[str, Convention] = MappingProxyType(
@@ -31,3 +34,32 @@ def find(convention: str | Convention) -> Convention:
         hint = f"did you mean {' or '.join(map(repr, nearest))}? " if nearest else ""
         raise ValueError(f"no convention is called {convention!r}; {hint}Known are {', '.join(CONVENTIONS)}")
     return CONVENTIONS[convention]
+
+
+def resolve(
+    convention: str | Convention,
+    eps: float | None,
+    decay: float | None,
+    single: Single | None,
+    masked_output: MaskedOutput | None,
+) -> Convention:
+    """The convention with the arguments of a call in place of its own values; validated by the record itself."""
+    if eps is None and decay is None and single is None and masked_output is None:
+        return find(convention)
+    try:
+        return replaced(convention, eps, decay, single, masked_output)
+    except TypeError:  # of what cannot be hashed, among others
+        return replaced.__wrapped__(convention, eps, decay, single, masked_output)
+
+
+@lru_cache(typed=True)  # True is no eps, though it equals 1.0
+def replaced(
+    convention: str | Convention,
+    eps: float | None,
+    decay: float | None,
+    single: Single | None,
+    masked_output: MaskedOutput | None,
+) -> Convention:
+    """The same, remembered: to make a record and validate it takes longer than a small batch norm."""
+    overrides: dict[str, Any] = {"eps": eps, "decay": decay, "single": single, "masked_output": masked_output}
+    return replace(find(convention), **{name: value for name, value in overrides.items() if value is not None})
