@@ -9,9 +9,9 @@
 
 namespace batchnorm {
 
-constexpr int64_t smallest_block = 1 << 20;        // bytes; below, the C library does well
-constexpr int64_t most_waiting = int64_t{512} << 20;  // bytes that wait in all; beyond, the system gets the oldest back
-constexpr int64_t longest_wait = 10;               // seconds, after which it gets them back too, at the next occasion
+constexpr int64_t smallest_block = 1 << 18;  // bytes; below, the C library does well
+constexpr int64_t most_waiting = 512 << 20;  // bytes that wait in all; beyond, the system gets the oldest back
+constexpr int64_t longest_wait = 10;         // seconds, after which it gets them back too, at the next occasion
 
 // At least so many bytes, aligned to 64, with undefined contents. Throws std::bad_alloc.
 void* take_block(int64_t bytes);
