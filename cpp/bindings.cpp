@@ -123,7 +123,7 @@ NB_MODULE(_native, m) {
         nb::arg("mean_lo"), nb::arg("rstd"), optional("count"), optional("factor"), optional("mask"),
         optional("lengths"), nb::arg("kept"), nb::arg("through_statistics"), nb::arg("activation"), nb::arg("slope"),
         nb::arg("threads"));
-  m.def("forward_plain", &forward_plain, nb::arg("x"), optional("gamma"), optional("beta"), optional("residual"),
+  m.def("forward_plain", &forward_plain, nb::arg("x"), optional("gamma"), optional("beta"), optional("residual"), optional("out"),
         nb::arg("axis"), nb::arg("eps"), nb::arg("activation"), nb::arg("slope"), nb::arg("threads"),
         nb::arg("empty_like"), optional("statistic_like"), optional("count_like"));
   m.def("inference_plain", &inference_plain, nb::arg("x"), optional("gamma"), optional("beta"), optional("residual"),

@@ -74,7 +74,7 @@ bool fill_statistics(const Array& mean, const Array& var, double eps, EpsPlaceme
 
 }  // namespace
 
-nb::object forward_plain(handle x_, handle gamma_, handle beta_, handle residual_, int axis, double eps,
+nb::object forward_plain(handle x_, handle gamma_, handle beta_, handle residual_, handle out_, int axis, double eps,
                          uint8_t activation, double slope, int threads, handle empty_like, handle statistic_like,
                          handle count_like) {
   return or_none([&]() -> nb::object {
@@ -84,10 +84,15 @@ nb::object forward_plain(handle x_, handle gamma_, handle beta_, handle residual
     const Allocator allocate{empty_like};
     const Element wide = x.element == Element::float64 ? Element::float64 : Element::float32;
     const auto statistics = [&] { return allocate.table(statistic_like, x_, wide, x.shape[axis]); };
-    nb::object y_ = allocate.like(x_, x), mean_ = statistics(), mean_lo_ = statistics(), rstd_ = statistics();
+    nb::object y_ = out_.is_none() ? allocate.like(x_, x) : nb::borrow(out_), mean_ = statistics(), mean_lo_ = statistics(), rstd_ = statistics();
     nb::object count_ = allocate.table(count_like, x_, Element::int64, x.shape[axis]);
     const Array y("y", y_, true), mean("mean", mean_, true), mean_lo("mean_lo", mean_lo_, true);
     const Array rstd("rstd", rstd_, true), count("count", count_, true);
+    if (!out_.is_none()) {
+      check_like(y, x);
+      check_writable(y);
+      for (const Array* input : {&x, &residual, &gamma, &beta}) check_overlap(y, *input, input == &x || input == &residual);
+    }
     Call call;
     Problem& problem = call.problem;
     call.add(x, problem.x);

@@ -10,10 +10,10 @@
 namespace batchnorm {
 
 // y, mean, mean_lo, rstd, count. Results come from `empty_like(array)`, large ones from memory.hpp where they can, and
-// statistics are like the prototypes or, for None, tables of our own.
+// statistics are like the prototypes or, for None, tables of our own. y is `out` where that is given.
 nanobind::object forward_plain(nanobind::handle x, nanobind::handle gamma, nanobind::handle beta,
-                               nanobind::handle residual, int axis, double eps, uint8_t activation, double slope,
-                               int threads, nanobind::handle empty_like, nanobind::handle statistic_like,
+                               nanobind::handle residual, nanobind::handle out, int axis, double eps,
+                               uint8_t activation, double slope, int threads, nanobind::handle empty_like, nanobind::handle statistic_like,
                                nanobind::handle count_like);
 
 // y by running statistics.

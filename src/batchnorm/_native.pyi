@@ -59,6 +59,7 @@ def forward_plain(
     gamma: Any | None,
     beta: Any | None,
     residual: Any | None,
+    out: Any | None,
     axis: int,
     eps: float,
     activation: int,

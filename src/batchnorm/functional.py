@@ -188,9 +188,9 @@ def forward(
         >>> bn.backward(dy, cache).dx.ravel().round(4)
         array([ 0.3527, -0.4409,  0.0882])
     """
-    if mask is None and lengths is None and kernel is None and out is None and type(x) in MODULES:
+    if mask is None and lengths is None and kernel is None and type(x) in MODULES:
         done: tuple[Array, Cache] | None
-        done = MODULES[type(x)].forward_plain(x, gamma, beta, axis, eps, activation, residual)
+        done = MODULES[type(x)].forward_plain(x, gamma, beta, axis, eps, activation, residual, out)
         if done is not None:
             return done
     check_eps(eps)

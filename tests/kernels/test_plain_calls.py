@@ -38,9 +38,32 @@ def test_the_same_as_step_by_step(library, dtype, layout):
     check_gradients(bn.backward(*in_order), exact, dtype)
 
 
+@everywhere
+@pytest.mark.parametrize("dtype", ["float16", "float32", "float64"])
+@pytest.mark.parametrize("layout", ["c", "last", "step2"])
+def test_into_an_array(library, dtype, layout):
+    x, out, residual = (library(placed(RNG.normal(size=(4, 3, 17)).astype(dtype), layout)) for _ in range(3))
+    expected, _ = bn.forward(x, residual=residual, kernel="native")
+    y, cache = bn.forward(x, residual=residual, out=out)
+    assert y is out
+    assert cache.x is x
+    np.testing.assert_array_equal(wide(y), wide(expected))
+    assert bn.forward(x, residual=residual, out=residual)[0] is residual
+    np.testing.assert_array_equal(wide(residual), wide(expected))
+    plain_y, _ = bn.forward(x, kernel="native")
+    assert bn.forward(x, out=x)[0] is x
+    np.testing.assert_array_equal(wide(x), wide(plain_y))
+
+
 def bad_calls():
     x, gamma = np.ones((4, 3), np.float32), np.ones(3, np.float32)
+    base = np.ones((5, 3), np.float32)
     return {
+        "out of another shape": ((x,), {"out": base}),
+        "out of another dtype": ((x,), {"out": np.ones((4, 3))}),
+        "out of another library": ((x,), {"out": torch.ones(4, 3)}),
+        "out that overlaps x": ((base[1:],), {"out": base[:-1]}),
+        "out as a list": ((x,), {"out": [1.0]}),
         "gamma of another size": ((x, np.ones(4, np.float32)), {}),
         "gamma of size 1": ((x, np.ones(1, np.float32)), {}),
         "gamma of integers": ((x, np.ones(3, int)), {}),

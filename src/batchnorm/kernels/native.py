@@ -133,11 +133,12 @@ def forward_plain(
     eps: float,
     activation: str | None,
     residual: Array | None,
+    out: Array | None,
 ) -> tuple[Array, Cache] | None:
     """`functional.forward` before any of its checks; None for a call that has anything out of the ordinary."""
-    if x.dtype.kind != "f" or not {type(gamma), type(beta), type(residual)} <= PLAIN_TYPES:
+    if x.dtype.kind != "f" or not {type(gamma), type(beta), type(residual), type(out)} <= PLAIN_TYPES:
         return None
-    return plain.forward(NUMPY, x, gamma, beta, axis, eps, activation, residual)
+    return plain.forward(NUMPY, x, gamma, beta, axis, eps, activation, residual, out)
 
 
 def backward_plain(dy: Array, cache: Cache) -> Gradients | None:

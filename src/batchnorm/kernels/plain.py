@@ -28,6 +28,7 @@ def forward(
     eps: float,
     activation: str | None,
     residual: Array | None,
+    out: Array | None,
 ) -> tuple[Array, Cache] | None:
     """y and the cache; None for a call that has anything out of the ordinary."""
     shape = x.shape
@@ -38,8 +39,9 @@ def forward(
     code, slope, plan = plain_plan(axis, len(shape), activation, eps)
     statistic, count = library.prototypes(shape[axis], x.dtype) if library.prototypes else (None, None)
     done = _native.forward_plain(
-        x, gamma, beta, residual, axis, eps, code, slope, library.threads(), library.own_empty_like, statistic, count
-    )
+        x, gamma, beta, residual, out, axis, eps, code, slope, library.threads(), library.own_empty_like, statistic,
+        count,
+    )  # fmt: skip
     if done is None:
         return None
     y, mean, mean_lo, rstd, count = done

@@ -123,11 +123,12 @@ def forward_plain(
     eps: float,
     activation: str | None,
     residual: Array | None,
+    out: Array | None,
 ) -> tuple[Array, Cache] | None:
     """`functional.forward` before any of its checks; None for a call that has anything out of the ordinary."""
-    if not are_plain(x, gamma, beta, residual):
+    if not are_plain(x, gamma, beta, residual, out):
         return None
-    return plain.forward(PLAIN, x, gamma, beta, axis, eps, activation, residual)
+    return plain.forward(PLAIN, x, gamma, beta, axis, eps, activation, residual, out)
 
 
 def backward_plain(dy: Array, cache: Cache) -> Gradients | None:
