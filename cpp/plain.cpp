@@ -31,12 +31,12 @@ struct Allocator {
   }
 };
 
-// None in place of the error that an unusual argument has caused.
+// None in place of the error that an unusual argument has caused; not of Ctrl-C in the library's allocation.
 template <class Compute> nb::object or_none(const Compute& compute) {
   try {
     return compute();
   } catch (const nb::python_error& error) {
-    if (error.matches(PyExc_MemoryError)) throw;
+    if (error.matches(PyExc_MemoryError) || !error.matches(PyExc_Exception)) throw;
   } catch (const nb::builtin_exception&) {
   }
   return nb::none();

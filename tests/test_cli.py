@@ -189,7 +189,11 @@ class TestInterrupt:
         else:
             time.sleep(0.6)
         process.send_signal(signal.SIGINT)
-        stdout, stderr = process.communicate(timeout=60)
+        try:
+            stdout, stderr = process.communicate(timeout=4)
+        except subprocess.TimeoutExpired:  # once in a hundred runs an import of someone else's has swallowed it
+            process.send_signal(signal.SIGINT)
+            stdout, stderr = process.communicate(timeout=60)
         # A shell shows 130 for both: CPython ends itself by the signal where the interrupt struck inside an exec().
         assert process.returncode in {130, -signal.SIGINT}, stderr
         assert stdout == ""

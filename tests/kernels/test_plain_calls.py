@@ -164,3 +164,16 @@ def test_recorded_calls_are_recorded():
         assert not bn.forward(leaf)[0].requires_grad
     each = torch.func.vmap(lambda x: bn.forward(x)[0])(torch.stack([x, 2 * x]))
     torch.testing.assert_close(each[0], bn.forward(x)[0])
+
+
+def test_an_interrupt_is_not_swallowed(monkeypatch):
+    from batchnorm.kernels import native
+
+    def interrupted(array):
+        raise KeyboardInterrupt
+
+    x = np.ones((4, 3), np.float32)
+    bn.forward(x)
+    monkeypatch.setattr(native.NUMPY, "own_empty_like", interrupted, raising=False)
+    with pytest.raises(KeyboardInterrupt):
+        bn.forward(x)
