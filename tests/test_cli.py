@@ -191,7 +191,7 @@ class TestInterrupt:
         process.send_signal(signal.SIGINT)
         try:
             stdout, stderr = process.communicate(timeout=4)
-        except subprocess.TimeoutExpired:  # once in a hundred runs an import of someone else's has swallowed it
+        except subprocess.TimeoutExpired:  # it may strike in an import that swallows everything
             process.send_signal(signal.SIGINT)
             stdout, stderr = process.communicate(timeout=60)
         # A shell shows 130 for both: CPython ends itself by the signal where the interrupt struck inside an exec().
