@@ -84,14 +84,16 @@ nb::object forward_plain(handle x_, handle gamma_, handle beta_, handle residual
     const Allocator allocate{empty_like};
     const Element wide = x.element == Element::float64 ? Element::float64 : Element::float32;
     const auto statistics = [&] { return allocate.table(statistic_like, x_, wide, x.shape[axis]); };
-    nb::object y_ = out_.is_none() ? allocate.like(x_, x) : nb::borrow(out_), mean_ = statistics(), mean_lo_ = statistics(), rstd_ = statistics();
+    nb::object y_ = out_.is_none() ? allocate.like(x_, x) : nb::borrow(out_);
+    nb::object mean_ = statistics(), mean_lo_ = statistics(), rstd_ = statistics();
     nb::object count_ = allocate.table(count_like, x_, Element::int64, x.shape[axis]);
     const Array y("y", y_, true), mean("mean", mean_, true), mean_lo("mean_lo", mean_lo_, true);
     const Array rstd("rstd", rstd_, true), count("count", count_, true);
     if (!out_.is_none()) {
       check_like(y, x);
       check_writable(y);
-      for (const Array* input : {&x, &residual, &gamma, &beta}) check_overlap(y, *input, input == &x || input == &residual);
+      for (const Array* input : {&x, &residual}) check_overlap(y, *input, true);
+      for (const Array* parameter : {&gamma, &beta}) check_overlap(y, *parameter, false);
     }
     Call call;
     Problem& problem = call.problem;

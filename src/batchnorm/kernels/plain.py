@@ -1,7 +1,7 @@
 """Plain calls of the C++ kernels, before anything is checked: most calls are, and small ones would be over by then.
 
 What is out of the ordinary, or wrong, is declined with None; `functional` then goes step by step and says so. See
-cpp/bindings.cpp.
+cpp/plain.hpp.
 """
 
 from functools import lru_cache

@@ -112,7 +112,7 @@ def moments(x: Array, axes: Axes, mask: Mask) -> Moments:
     return launch.measure(PLAIN, x, axes, mask)
 
 
-# ---- plain calls: see bindings.cpp -------------------------------------------------------------------------------
+# ---- plain calls: see plain.py -----------------------------------------------------------------------------------
 
 
 def forward_plain(
