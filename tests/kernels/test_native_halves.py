@@ -90,3 +90,12 @@ def test_the_comparison_can_fail(dtype):
     wrong.view(np.uint16)[3, 7] ^= 1
     with pytest.raises(AssertionError):
         assert_same_bits(wrong, x, dtype)
+
+
+@halves
+@pytest.mark.parametrize("shape", [(3, 2, 300), (3, 2, 21), (700, 2)])
+def test_a_nan_with_every_bit_set_stays_one(instruction_set, dtype, shape):
+    """Rounding it to two bytes would carry it to zero. The elements' own NaN have no bits that are rounded away."""
+    beta = np.array([0x7FFFFFFF, 0xFFFFFFFF], np.uint32).view(np.float32)
+    x = np.random.default_rng(3).normal(size=shape).astype(DTYPES[dtype])
+    assert np.isnan(bn.forward(x, None, beta, kernel="native")[0].astype(np.float32)).all()
