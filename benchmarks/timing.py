@@ -12,6 +12,7 @@ from benchmarks.cases import Case
 from benchmarks.contestants import Contestant
 
 SMALL = 2**20  # bytes of x; a call this short is timed several times in a turn
+WARM_CALLS = 3  # before a turn; after one, part of the memory that it filled may still be out of the cache
 
 
 @dataclass(frozen=True)
@@ -55,13 +56,15 @@ def race(
 ) -> dict[str, Timing]:
     """Time every contestant of a case; `estimates` are the seconds of a call, from `warm_up`.
 
-    The order of a round is drawn anew (and the same in every run). Each contestant first makes a call, untimed, whose
-    results it frees, so that the memory it is going to fill is what its own last call left behind and not some other's;
-    then it reads its inputs, untimed, so that all of them meet the same caches. A result is freed after the clock has
-    stopped and before it starts again; the garbage collector is off.
+    The order of a round is drawn anew (and the same in every run). Each contestant first makes a few calls, untimed,
+    whose results it frees, so that the memory it is going to fill is what its own calls left behind and not some
+    other's (most of them share one allocator, and with it the cache); then it reads its inputs, untimed, so that all of
+    them meet the same caches. A result is freed after the clock has stopped and before it starts again; the garbage
+    collector is off.
     """
     calls = effort.calls if case.bytes <= SMALL else 1
-    rounds = {c.name: rounds_for(estimates[c.name] * (calls + 1), effort, len(contestants)) for c in contestants}
+    turns = {c.name: estimates[c.name] * (calls + WARM_CALLS) for c in contestants}
+    rounds = {name: rounds_for(seconds, effort, len(contestants)) for name, seconds in turns.items()}
     samples: dict[str, list[int]] = {contestant.name: [] for contestant in contestants}
     total = max(rounds.values())
     order = list(contestants)
@@ -73,7 +76,8 @@ def race(
             shuffle(order)
             for contestant in order:
                 if takes_part(number, rounds[contestant.name], total):
-                    contestant.run()
+                    for _ in range(WARM_CALLS):
+                        contestant.run()
                     contestant.settle()
                     _turn(contestant, calls, samples[contestant.name], clock)
     finally:

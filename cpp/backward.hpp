@@ -26,29 +26,46 @@ template <class T> class BackwardJob : public Job<T> {
  private:
   template <Form form> void run() {
     const bool has_map = problem.dx.data || problem.dresidual.data;
+    const bool are_dots = form == Form::plain && this->can_dot() && is_near_zero();
     Base::run(true, [&](const Scope& scope) {
       const Range mine = scope.team.share(scope.channels.begin, scope.channels.end);
       for (int64_t c = mine.begin; c < mine.end; ++c) this->fill_tables(c);
       scope.team.barrier();
       const BackwardTerms<T, form> terms{{{}, options}};
-      this->reduce(scope, terms);
+      if (are_dots) take_dots(scope);
+      else this->reduce(scope, terms);
       scope.team.barrier();
       this->combine(mine);
-      for (int64_t c = mine.begin; c < mine.end; ++c) finish(c, terms);
+      for (int64_t c = mine.begin; c < mine.end; ++c) finish(c, terms, are_dots);
       scope.team.barrier();
       if (has_map) this->map(scope, Gradient<T, form>{{{}, options}});
     });
   }
 
+  void take_dots(const Scope& scope) const {
+    if constexpr (has_dots<T>) this->reduce(scope, Dots<T, true>{});
+  }
+
+  // Whether no mean lies so far from zero that sums of dy * x would cancel. Of all channels: which of them a thread takes
+  // together must not decide.
+  bool is_near_zero() const {
+    const F *mean = static_cast<const F*>(problem.mean), *rstd = static_cast<const F*>(problem.rstd);
+    for (int64_t c = 0; c < problem.C; ++c)
+      if (!(__builtin_fabs(mean[c] * rstd[c]) < 4)) return false;
+    return true;
+  }
+
   // dx = gamma * rstd * (dz - E[dz] - xhat * E[dz * xhat]) = a * (dz - c + b * d), with d = x - hi and
   // xhat = rstd * (d - lo).
-  template <class Terms> void finish(int64_t c, const Terms& terms) {
+  template <class Terms> void finish(int64_t c, const Terms& terms, bool is_about_zero) {
     const double rstd = static_cast<const F*>(problem.rstd)[c], lo = static_cast<const F*>(problem.mean_lo)[c];
     const double n = static_cast<double>(max(problem.count ? problem.count[c] : problem.N * problem.S, 1));
     double dbeta, product;
     this->total_of(c, dbeta, product);
+    if (is_about_zero) product -= tables.hi[c] * dbeta;
     // Products of floats can leave their range though the gradient does not.
-    const bool is_out_of_range = !(product - product == 0) || (product != 0 && __builtin_fabs(product) < n * 1e-32);
+    const bool is_tiny = product != 0 || (dbeta != 0 && __builtin_fabs(dbeta) < n * 1e-16);
+    const bool is_out_of_range = !(product - product == 0) || (is_tiny && __builtin_fabs(product) < n * 1e-32);
     if (sizeof(F) == 4 && is_out_of_range) product = product_in_double(c, terms);
     const double dgamma = rstd * (product - lo * dbeta), b = -dgamma / n * rstd * read(problem.factor, c, 1);
     write(problem.dgamma, c, dgamma);

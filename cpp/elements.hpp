@@ -80,9 +80,11 @@ template <class V> BATCHNORM_INLINE V by_column(const ScalarOf<V>* table, int64_
 // p = q = x - hi, with any value near the mean as hi: the sums of p and p * q give the moments.
 template <class T, bool is_masked> struct Deviations {
   using V = typename Compute<T>::V;
+  using Sum = V;
   Tables<ScalarOf<V>> tables;
   Options options;
 
+  static constexpr bool is_dots = false;
   static constexpr int arrays = 1;
   static constexpr unsigned reads = HI;
   BATCHNORM_COEFFICIENTS(hi) { return {fetch(tables.hi, i)}; }
@@ -94,6 +96,47 @@ template <class T, bool is_masked> struct Deviations {
     p = q = d;
   }
 };
+
+// The sums of p = dy, or p = x, and of p * x, of elements that are not converted for it (see `dot`). About zero instead of
+// the mean, they cancel where the mean lies many deviations away.
+template <class T, bool has_dy> struct Dots;
+#if defined(__AVX512BF16__)
+template <bool has_dy> struct Dots<bfloat16, has_dy> {
+  using T = bfloat16;
+  using V = Pair;
+  using Sum = Vf;
+  Tables<float> tables;
+
+  static constexpr bool is_dots = true;
+  static constexpr int arrays = has_dy ? 2 : 1;
+  static constexpr unsigned reads = 0;
+  struct Coefficients {};
+  template <auto fetch> BATCHNORM_INLINE Coefficients coefficients(int64_t) const { return {}; }
+
+  // Of a row: adjacent elements go to one sum.
+  template <class L> static BATCHNORM_INLINE void add(const Row<T>& row, int64_t j, L lanes, Vf& first, Vf& second) {
+    const Vs x = bits(row.x + j, lanes), p = has_dy ? bits(row.dy + j, lanes) : x;
+    first = dot(p, one - Vs{}, first);
+    second = dot(p, x, second);
+  }
+
+  // Of two rows, or one and none: those below each other, in the order of `interleave`.
+  template <class L>
+  static BATCHNORM_INLINE void add(const Row<T>& row, const Row<T>& below, int64_t j, L lanes, Pair& first, Pair& second) {
+    const auto both = [=](const T* p, const T* q) __attribute__((always_inline)) {
+      return interleave(bits(p + j, lanes), q ? bits(q + j, lanes) : Vs{});
+    };
+    const PairBits x = both(row.x, below.x), p = has_dy ? both(row.dy, below.dy) : x;
+    first = {dot(p.low, one - Vs{}, first.low), dot(p.high, one - Vs{}, first.high)};
+    second = {dot(p.low, x.low, second.low), dot(p.high, x.high, second.high)};
+  }
+
+ private:
+  static constexpr uint16_t one = 0x3f80;
+  static BATCHNORM_INLINE Vs bits(const T* p, All) { return load_bits(p); }
+  static BATCHNORM_INLINE Vs bits(const T* p, First lanes) { return load_bits(p, lanes.n); }
+};
+#endif
 
 template <class T> struct Normalized {  // what both directions share
   using V = typename Compute<T>::V;
@@ -161,7 +204,9 @@ template <class T, Form form> struct Backward {
 // p = dz and q = x - hi: the sums of p and p * q give dbeta and dgamma.
 template <class T, Form form> struct BackwardTerms : Backward<T, form> {
   using V = typename Compute<T>::V;
+  using Sum = V;
 
+  static constexpr bool is_dots = false;
   static constexpr int arrays = form == Form::relu_residual ? 3 : 2;
   static constexpr unsigned reads = HI | (form == Form::plain ? 0u : SCALE | OFFSET);
   BATCHNORM_COEFFICIENTS(hi, scale, offset) {

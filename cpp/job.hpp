@@ -97,6 +97,8 @@ template <class T> class Job : public Geometry<T> {
     if (plan.is_streaming) fence();
   }
 
+  bool can_dot() const { return has_dots<T> && !options.has_mask; }  // whether `Dots` can take the sums
+
   // ---- channels ----
 
   // Adds up the chunks of these channels, in a fixed order; their first ones then hold the total. Once after `reduce`.
@@ -210,7 +212,7 @@ template <class T> class Job : public Geometry<T> {
   // ---- tiles of rows: those next to each other in memory one after the other, the channels of one n first ----
 
   template <class Pass> void reduce_rows(const Pass& pass, int64_t k, Range channels) const {
-    Sums<V> sums[row_block];
+    Sums<typename Pass::Sum> sums[row_block];
     const int64_t s = k % plan.chunks_per_row * plan.chunk_s, end = min(problem.S, s + plan.chunk_s);
     const int64_t n = k / plan.chunks_per_row * plan.chunk_n;
     for (int64_t i = n; i < min(problem.N, n + plan.chunk_n); ++i)

@@ -194,6 +194,36 @@ template <class T> BATCHNORM_INLINE void stream(T* p, typename Compute<T>::V v) 
 #endif
 }
 
+// ---- products of bfloat16, added up without being converted, where the machine can ---------------------------------
+
+#if defined(__AVX512BF16__)
+template <class T> constexpr bool has_dots = false;
+template <> constexpr bool has_dots<bfloat16> = true;
+
+// sums[i] + p[2 * i] * q[2 * i] + p[2 * i + 1] * q[2 * i + 1], with zeros for subnormal numbers.
+BATCHNORM_INLINE Vf dot(Vs p, Vs q, Vf sums) { return (Vf)_mm512_dpbf16_ps((__m512)sums, (__m512bh)p, (__m512bh)q); }
+
+BATCHNORM_INLINE Vs load_bits(const bfloat16* p) { Vs v; __builtin_memcpy(&v, p, sizeof v); return v; }
+BATCHNORM_INLINE Vs load_bits(const bfloat16* p, int n) {
+  return (Vs)_mm512_maskz_loadu_epi16((__mmask32)((1ull << n) - 1), p);
+}
+
+// The elements of two vectors next to each other: p[0] q[0] p[1] q[1] ..., four of each in turns to `low` and to `high`.
+struct PairBits { Vs low, high; };
+BATCHNORM_INLINE PairBits interleave(Vs p, Vs q) {
+  return {(Vs)_mm512_unpacklo_epi16((__m512i)p, (__m512i)q), (Vs)_mm512_unpackhi_epi16((__m512i)p, (__m512i)q)};
+}
+
+// Sums of what `interleave` has made, in the order of the elements.
+BATCHNORM_INLINE Pair in_order(Pair v) {
+  const Vi low = {0, 1, 2, 3, 16, 17, 18, 19, 4, 5, 6, 7, 20, 21, 22, 23}, high = low + 8;
+  return {(Vf)_mm512_permutex2var_ps((__m512)v.low, (__m512i)low, (__m512)v.high),
+          (Vf)_mm512_permutex2var_ps((__m512)v.low, (__m512i)high, (__m512)v.high)};
+}
+#else
+template <class T> constexpr bool has_dots = false;
+#endif
+
 // What follows a sequence of `stream`: other threads see it before anything that is written later.
 BATCHNORM_INLINE void fence() {
 #if defined(__AVX2__)

@@ -55,31 +55,52 @@ template <> struct Sums<Pair> : Sums<Vf> {
   BATCHNORM_INLINE void fold(Pair p, Pair pq) { Sums<Vf>::fold(p.low + p.high, pq.low + pq.high); }
 };
 
+// Adds the terms of a vector of elements to the sums of p and of p * q.
+template <class Pass, class T, class L>
+BATCHNORM_INLINE void accumulate(const Pass& pass, const Row<T>& row, int64_t j, const typename Pass::Coefficients& k,
+                                 L lanes, typename Pass::Sum& first, typename Pass::Sum& second) {
+  if constexpr (Pass::is_dots) {
+    pass.add(row, j, lanes, first, second);
+  } else {
+    typename Pass::V p, q;
+    pass.terms(row, j, k, lanes, p, q);
+    first += p, second = fma(p, q, second);
+  }
+}
+
+// The same of `count` evenly spaced rows, column by column.
+template <int count, class Pass, class T, class L>
+BATCHNORM_INLINE void accumulate_rows(const Pass& pass, const Row<T>& row, const typename Row<T>::Step& step, int64_t j,
+                                      const typename Pass::Coefficients& k, L lanes, typename Pass::V& first,
+                                      typename Pass::V& second) {
+  if constexpr (Pass::is_dots) {
+    if constexpr (count == 1) pass.add(row, {}, j, lanes, first, second);
+#pragma GCC unroll 8
+    for (int r = 0; r + 1 < count; r += 2)
+      pass.add(row.advanced(step, r), row.advanced(step, r + 1), j, lanes, first, second);
+    first = in_order(first), second = in_order(second);
+  } else {
+#pragma GCC unroll 8
+    for (int r = 0; r < count; ++r) accumulate(pass, row.advanced(step, r), j, k, lanes, first, second);
+  }
+}
+
 // The sums over `length` elements of a row of one channel.
 template <class Pass, class T>
 inline void reduce_row(const Pass pass, const Row<T> row, const typename Pass::Coefficients k, int64_t length,
-                       Sums<typename Pass::V>& sums) {
-  using V = typename Pass::V;
-  constexpr int W = width<V>, unroll = 4 * vector_bytes / sizeof(V);
+                       Sums<typename Pass::Sum>& sums) {
+  using V = typename Pass::Sum;
+  constexpr int W = width<typename Pass::V>, unroll = 4 * vector_bytes / sizeof(V);
   // 16 additions to each lane before it is folded: less than a unit in the last place of the sum.
   constexpr int64_t run_length = 16 * unroll * W;
   for (int64_t begin = 0; begin < length; begin += run_length) {
     const int64_t end = length - begin < run_length ? length : begin + run_length;
-    V first[unroll] = {}, second[unroll] = {}, p, q;
+    V first[unroll] = {}, second[unroll] = {};
     int64_t j = begin;
     for (; j + unroll * W <= end; j += unroll * W)
-      for (int u = 0; u < unroll; ++u) {
-        pass.terms(row, j + u * W, k, All{}, p, q);
-        first[u] += p, second[u] = fma(p, q, second[u]);
-      }
-    for (; j + W <= end; j += W) {
-      pass.terms(row, j, k, All{}, p, q);
-      first[0] += p, second[0] = fma(p, q, second[0]);
-    }
-    if (j < end) {
-      pass.terms(row, j, k, First{static_cast<int>(end - j)}, p, q);
-      first[1] += p, second[1] = fma(p, q, second[1]);
-    }
+      for (int u = 0; u < unroll; ++u) accumulate(pass, row, j + u * W, k, All{}, first[u], second[u]);
+    for (; j + W <= end; j += W) accumulate(pass, row, j, k, All{}, first[0], second[0]);
+    if (j < end) accumulate(pass, row, j, k, First{static_cast<int>(end - j)}, first[1], second[1]);
     if constexpr (unroll == 4) first[0] += first[2], first[1] += first[3], second[0] += second[2], second[1] += second[3];
     sums.fold(first[0] + first[1], second[0] + second[1]);
   }
@@ -94,14 +115,8 @@ inline void reduce_columns(const Pass pass, const Row<T> row, const typename Row
   const auto block = [&](int64_t j, auto lanes) __attribute__((always_inline)) {
     const auto k = pass.template coefficients<by_column<V>>(j);
     const int64_t i = j - begin;
-    V p, q;
-    pass.terms(row, j, k, lanes, p, q);
-    V sum = p, product = p * q;
-#pragma GCC unroll 8
-    for (int r = 1; r < count; ++r) {
-      pass.terms(row.advanced(step, r), j, k, lanes, p, q);
-      sum += p, product = fma(p, q, product);
-    }
+    V sum = {}, product = {};
+    accumulate_rows<count>(pass, row, step, j, k, lanes, sum, product);
     store(first + i, load_as<V>(first + i) + sum);
     store(second + i, load_as<V>(second + i) + product);
   };

@@ -20,7 +20,7 @@ from benchmarks.contestants import (
     entered,
     missing,
 )
-from benchmarks.timing import Effort, race, rounds_for, takes_part
+from benchmarks.timing import WARM_CALLS, Effort, race, rounds_for, takes_part
 from benchmarks.worker import compiled_cases, is_disturbed
 
 
@@ -36,8 +36,10 @@ class TestRace:
         effort = Effort(seconds=1, fewest=2, most=4)
         large = case(shape=(32, 64, 112, 112))
         timings = race([contestant("a"), contestant("b")], large, effort, {"a": 0.0, "b": 1.0}, lambda: next(now))
-        turns = [log[i : i + 3] for i in range(0, len(log), 3)]
-        assert all(turn == [turn[0], f"settle {turn[0]}", turn[0]] for turn in turns), "a call untimed, then one timed"
+        length = WARM_CALLS + 2
+        turns = [log[i : i + length] for i in range(0, len(log), length)]
+        untimed_then_timed = [[name] * WARM_CALLS + [f"settle {name}", name] for name, *_ in turns]
+        assert turns == untimed_then_timed
         order = "".join(turn[0] for turn in turns)
         assert (order.count("a"), order.count("b")) == (4, 2)
         assert "b" in order[:-2], "b's rounds are spread over the race"
