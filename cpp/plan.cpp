@@ -7,7 +7,7 @@ namespace batchnorm {
 namespace {
 
 constexpr int64_t row_chunk = 8192;     // elements of a channel that are summed in one go
-constexpr int64_t short_row = 256;      // S below which a row of one channel is too short to be taken by itself, and
+constexpr int64_t short_row = 128;      // S below which a row of one channel is too short to be taken by itself, and
 constexpr int64_t ragged_row = 1024;    // that below which it is if it is no number of whole vectors
 constexpr int64_t wide_row = 2048;      // columns that rows put side by side should have, where there are enough of them
 constexpr int64_t fewest_rows = 256;    // that they leave
@@ -46,14 +46,20 @@ void plan_rows(const Problem& p, Plan& plan) {
   plan.chunks = ceil_div(p.N, plan.chunk_n) * plan.chunks_per_row;
 }
 
-// Blocks of whole channels that are also whole vectors.
+// Columns of the fewest whole channels that are also whole vectors.
+int64_t aligned_columns(const Problem& p) { return vector_width(p) / std::gcd(p.S, vector_width(p)) * p.S; }
+
+// Whether several channels are better taken together: short ones whose vectors come out even soon enough.
+bool has_short_rows(const Problem& p) {
+  const int64_t shortest = p.S % vector_width(p) ? ragged_row : short_row;
+  return p.C > 1 && p.S > 1 && p.S < shortest && aligned_columns(p) <= widest_block;
+}
+
 void plan_short_rows(const Problem& p, Plan& plan) {
   plan.family = Family::short_rows;
   plan.width = p.C * p.S;
   plan.rows = p.N;
-  const int64_t aligned = vector_width(p) / std::gcd(p.S, vector_width(p)) * p.S;
-  plan.block = aligned * at_least_1(wide_row / aligned);
-  if (plan.block > widest_block) plan.block = p.S;
+  plan.block = aligned_columns(p) * at_least_1(wide_row / aligned_columns(p));
   plan.chunk_n = std::max<int64_t>(64, row_chunk / p.S);
   plan.chunks = ceil_div(plan.rows, plan.chunk_n);
 }
@@ -97,8 +103,7 @@ bool make_plan(const Problem& p, Plan& plan) {
       (p.C == 1 || all_tensors(p, [](const Tensor& t) { return t.c == 1; })) && (!keep.data || keep.c == 0 || keep.c == 1);
   if (has_rows && (p.S > 1 || !has_columns || p.C == 1)) {
     const bool is_packed = all_tensors(p, [&](const Tensor& t) { return t.c == p.S; });
-    const bool is_short = p.S > 1 && p.S < (p.S % vector_width(p) ? ragged_row : short_row);
-    if (is_short && p.C > 1 && is_packed && !is_masked) plan_short_rows(p, plan);
+    if (has_short_rows(p) && is_packed && !is_masked) plan_short_rows(p, plan);
     else plan_rows(p, plan);
   } else if (has_columns) {
     plan_columns(p, plan, !is_masked && all_tensors(p, [&](const Tensor& t) {
