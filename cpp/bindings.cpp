@@ -125,13 +125,14 @@ NB_MODULE(_native, m) {
         nb::arg("threads"));
   m.def("forward_plain", &forward_plain, nb::arg("x"), optional("gamma"), optional("beta"), optional("residual"), optional("out"),
         nb::arg("axis"), nb::arg("eps"), nb::arg("activation"), nb::arg("slope"), nb::arg("threads"),
-        nb::arg("empty_like"), optional("statistic_like"), optional("count_like"));
+        nb::arg("empty_like"), optional("statistic_like"), optional("count_like"), optional("running_mean"),
+        optional("running_var"), optional("steps"), nb::arg("momentum"), nb::arg("correction"));
   m.def("inference_plain", &inference_plain, nb::arg("x"), optional("gamma"), optional("beta"), optional("residual"),
         nb::arg("mean"), nb::arg("var"), nb::arg("axis"), nb::arg("eps"), nb::arg("eps_placement"),
         nb::arg("activation"), nb::arg("slope"), nb::arg("threads"), nb::arg("empty_like"));
   m.def("backward_plain", &backward_plain, nb::arg("dy"), nb::arg("x"), optional("gamma"), optional("beta"),
         optional("residual"), nb::arg("mean"), nb::arg("mean_lo"), nb::arg("rstd"), nb::arg("count"), nb::arg("kept"),
-        nb::arg("activation"), nb::arg("slope"), nb::arg("threads"), nb::arg("empty_like"));
+        nb::arg("activation"), nb::arg("slope"), nb::arg("threads"), nb::arg("empty_like"), nb::arg("has_dx"));
   nb::class_<Block>(m, "Block", nb::type_slots(block_slots)).def(nb::init<int64_t>(), nb::arg("bytes"));
   m.attr("smallest_block") = smallest_block;
   m.def("result_like", &result_like);

@@ -15,6 +15,13 @@ using nb::handle;
 namespace batchnorm {
 namespace {
 
+// Running statistics that a forward pass advances in place.
+struct Running {
+  Array mean, var, steps;
+  double momentum;
+  int correction;
+};
+
 // How results are allocated: `empty_like(array)`, unless in memory of our own.
 struct Allocator {
   handle empty_like;
@@ -48,20 +55,53 @@ bool is_plain(const Array& x, int& axis, double eps, std::initializer_list<const
   return std::all_of(parameters.begin(), parameters.end(), [](const Array* p) { return !*p || p->ndim == 1; });
 }
 
+// An array with one number for each channel, in float32 or float64.
+bool is_state(const Array& array, int64_t C) {
+  const bool is_wide = array.element == Element::float32 || array.element == Element::float64;
+  return array && is_wide && array.has_whole_strides && array.ndim == 1 && array.shape[0] == C;
+}
+
+double value_at(const Array& array, int64_t c) {
+  const int64_t i = c * array.strides[0];
+  return array.element == Element::float64 ? static_cast<const double*>(array.data)[i]
+                                           : static_cast<const float*>(array.data)[i];
+}
+
+void set_value(const Array& array, int64_t c, double value) {
+  const int64_t i = c * array.strides[0];
+  if (array.element == Element::float64) static_cast<double*>(array.data)[i] = value;
+  else static_cast<float*>(array.data)[i] = static_cast<float>(value);
+}
+
+bool is_finite(const Array& array, double value) {
+  return array.element == Element::float64 ? std::isfinite(value) : std::isfinite(static_cast<float>(value));
+}
+
+// running <- running + momentum * (batch - running), and one more step, unless a number of the batch is not finite: then
+// nothing changes. A negative momentum is that of the cumulative average.
+bool advance(const Running& running, const Array& mean, const Array& mean_lo, const double* var, int64_t C) {
+  for (int64_t c = 0; c < C; ++c)
+    if (!is_finite(running.mean, value_at(mean, c)) || !is_finite(running.var, var[c])) return false;
+  int64_t* steps = static_cast<int64_t*>(running.steps.data);
+  const double momentum = running.momentum < 0 ? 1.0 / static_cast<double>(*steps + 1) : running.momentum;
+  const auto move = [&](const Array& array, int64_t c, double batch) {
+    const double old = value_at(array, c);
+    set_value(array, c, old + momentum * (batch - old));
+  };
+  for (int64_t c = 0; c < C; ++c) {
+    move(running.mean, c, value_at(mean, c) + value_at(mean_lo, c));
+    move(running.var, c, var[c]);
+  }
+  if (steps) ++*steps;
+  return true;
+}
+
 // mean, what rounding takes of it, and rstd: tables of C each, in double and rounded once. False for values that are no
 // statistics.
 template <class F>
 bool fill_statistics(const Array& mean, const Array& var, double eps, EpsPlacement placement, int64_t C, F* tables) {
-  const auto value = [](const Array& array, int64_t c) {
-    const auto at = [&](auto number) {
-      const int64_t offset = c * array.strides[0] * static_cast<int64_t>(sizeof number);
-      std::memcpy(&number, static_cast<const char*>(array.data) + offset, sizeof number);
-      return static_cast<double>(number);
-    };
-    return array.element == Element::float64 ? at(double{}) : at(float{});
-  };
   for (int64_t c = 0; c < C; ++c) {
-    const double m = value(mean, c), v = value(var, c);
+    const double m = value_at(mean, c), v = value_at(var, c);
     const double std = placement == EpsPlacement::inside ? std::sqrt(v + eps)
                                                          : std::sqrt(v) + (placement == EpsPlacement::outside ? eps : 0);
     if (!(std > 0)) return false;
@@ -76,17 +116,25 @@ bool fill_statistics(const Array& mean, const Array& var, double eps, EpsPlaceme
 
 nb::object forward_plain(handle x_, handle gamma_, handle beta_, handle residual_, handle out_, int axis, double eps,
                          uint8_t activation, double slope, int threads, handle empty_like, handle statistic_like,
-                         handle count_like) {
+                         handle count_like, handle running_mean_, handle running_var_, handle steps_, double momentum,
+                         int correction) {
   return or_none([&]() -> nb::object {
     const Array x("x", x_), gamma("gamma", gamma_), beta("beta", beta_), residual("residual", residual_), none("mask", nb::none());
     if (!is_plain(x, axis, eps, {&gamma, &beta})) return nb::none();
     if (residual) check_like(residual, x);
+    const Running running{Array("running_mean", running_mean_, true), Array("running_var", running_var_, true),
+                          Array("steps", steps_, true), momentum, correction};
+    const int64_t C = x.shape[axis], n = x.size() / C;
+    if (running.mean) {
+      if (!is_state(running.mean, C) || !is_state(running.var, C) || n <= correction || n <= 1) return nb::none();
+      if (running.steps ? !integers(running.steps, 1) : momentum < 0) return nb::none();
+    }
     const Allocator allocate{empty_like};
     const Element wide = x.element == Element::float64 ? Element::float64 : Element::float32;
-    const auto statistics = [&] { return allocate.table(statistic_like, x_, wide, x.shape[axis]); };
+    const auto statistics = [&] { return allocate.table(statistic_like, x_, wide, C); };
     nb::object y_ = out_.is_none() ? allocate.like(x_, x) : nb::borrow(out_);
     nb::object mean_ = statistics(), mean_lo_ = statistics(), rstd_ = statistics();
-    nb::object count_ = allocate.table(count_like, x_, Element::int64, x.shape[axis]);
+    nb::object count_ = allocate.table(count_like, x_, Element::int64, C);
     const Array y("y", y_, true), mean("mean", mean_, true), mean_lo("mean_lo", mean_lo_, true);
     const Array rstd("rstd", rstd_, true), count("count", count_, true);
     if (!out_.is_none()) {
@@ -105,8 +153,16 @@ nb::object forward_plain(handle x_, handle gamma_, handle beta_, handle residual
     set_statistics(problem, mean, mean_lo, rstd, count);
     set_parameters(problem, gamma, beta, activation, slope);
     problem.eps = eps;
+    const std::unique_ptr<double[]> var(new double[running.mean ? 2 * C : 0]);
+    if (running.mean) problem.m2 = var.get() + C;
     if (!compute_unlocked(Operation::forward, problem)) return nb::none();
-    return nb::make_tuple(y_, mean_, mean_lo_, rstd_, count_);
+    if (!running.mean) return nb::make_tuple(y_, mean_, mean_lo_, rstd_, count_, nb::none());
+    const auto divide = [&](const auto* m2) {
+      for (int64_t c = 0; c < C; ++c) var[c] = static_cast<double>(m2[c]) / static_cast<double>(n - correction);
+    };
+    if (problem.dtype == Dtype::float64) divide(static_cast<const double*>(problem.m2));
+    else divide(static_cast<const float*>(problem.m2));
+    return nb::make_tuple(y_, mean_, mean_lo_, rstd_, count_, advance(running, mean, mean_lo, var.get(), C));
   });
 }
 
@@ -117,10 +173,7 @@ nb::object inference_plain(handle x_, handle gamma_, handle beta_, handle residu
     const Array x("x", x_), gamma("gamma", gamma_), beta("beta", beta_), residual("residual", residual_), none("mask", nb::none());
     const Array mean("mean", mean_), var("var", var_);
     if (!is_plain(x, axis, eps, {&gamma, &beta, &mean, &var})) return nb::none();
-    for (const Array* given : {&mean, &var}) {
-      const bool is_wide = given->element == Element::float32 || given->element == Element::float64;
-      if (!*given || !is_wide || !given->has_whole_strides || given->shape[0] != x.shape[axis]) return nb::none();
-    }
+    if (!is_state(mean, x.shape[axis]) || !is_state(var, x.shape[axis])) return nb::none();
     if (residual) check_like(residual, x);
     const Allocator allocate{empty_like};
     nb::object y_ = allocate.like(x_, x);
@@ -149,7 +202,7 @@ nb::object inference_plain(handle x_, handle gamma_, handle beta_, handle residu
 
 nb::object backward_plain(handle dy_, handle x_, handle gamma_, handle beta_, handle residual_, handle mean_,
                           handle mean_lo_, handle rstd_, handle count_, uint32_t kept, uint8_t activation,
-                          double slope, int threads, handle empty_like) {
+                          double slope, int threads, handle empty_like, bool has_dx) {
   return or_none([&]() -> nb::object {
     const Array dy("dy", dy_), x("x", x_), gamma("gamma", gamma_), beta("beta", beta_), residual("residual", residual_);
     const Array mean("mean", mean_), mean_lo("mean_lo", mean_lo_), rstd("rstd", rstd_), count("count", count_);
@@ -158,7 +211,7 @@ nb::object backward_plain(handle dy_, handle x_, handle gamma_, handle beta_, ha
     check_like(dy, x);
     if (residual) check_like(residual, x);
     const Allocator allocate{empty_like};
-    nb::object dx_ = allocate.like(x_, x);
+    nb::object dx_ = has_dx ? allocate.like(x_, x) : nb::none();
     nb::object dgamma_ = gamma ? allocate.like(gamma_) : nb::none(), dbeta_ = beta ? allocate.like(beta_) : nb::none();
     nb::object dresidual_ = residual ? allocate.like(residual_, residual) : nb::none();
     const Array dx("dx", dx_, true), dgamma("dgamma", dgamma_, true), dbeta("dbeta", dbeta_, true);

@@ -9,12 +9,16 @@
 
 namespace batchnorm {
 
-// y, mean, mean_lo, rstd, count. Results come from `empty_like(array)`, large ones from memory.hpp where they can, and
-// statistics are like the prototypes or, for None, tables of our own. y is `out` where that is given.
+// y, mean, mean_lo, rstd, count, and whether the batch entered the running statistics, where those are given: they are
+// advanced in place, by the momentum (negative: that of the cumulative average), as is `steps`. Results come from
+// `empty_like(array)`, large ones from memory.hpp where they can, and statistics are like the prototypes or, for None,
+// tables of our own. y is `out` where that is given.
 nanobind::object forward_plain(nanobind::handle x, nanobind::handle gamma, nanobind::handle beta,
                                nanobind::handle residual, nanobind::handle out, int axis, double eps,
-                               uint8_t activation, double slope, int threads, nanobind::handle empty_like, nanobind::handle statistic_like,
-                               nanobind::handle count_like);
+                               uint8_t activation, double slope, int threads, nanobind::handle empty_like,
+                               nanobind::handle statistic_like, nanobind::handle count_like,
+                               nanobind::handle running_mean, nanobind::handle running_var, nanobind::handle steps,
+                               double momentum, int correction);
 
 // y by running statistics.
 nanobind::object inference_plain(nanobind::handle x, nanobind::handle gamma, nanobind::handle beta,
@@ -22,10 +26,10 @@ nanobind::object inference_plain(nanobind::handle x, nanobind::handle gamma, nan
                                  double eps, uint8_t eps_placement, uint8_t activation, double slope, int threads,
                                  nanobind::handle empty_like);
 
-// dx, dgamma, dbeta, dresidual; None for those of what was not given.
+// dx, dgamma, dbeta, dresidual; None for those of what was not given, and for dx where it is not wanted.
 nanobind::object backward_plain(nanobind::handle dy, nanobind::handle x, nanobind::handle gamma, nanobind::handle beta,
                                 nanobind::handle residual, nanobind::handle mean, nanobind::handle mean_lo,
                                 nanobind::handle rstd, nanobind::handle count, uint32_t kept, uint8_t activation,
-                                double slope, int threads, nanobind::handle empty_like);
+                                double slope, int threads, nanobind::handle empty_like, bool has_dx);
 
 }  // namespace batchnorm

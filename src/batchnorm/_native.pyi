@@ -68,8 +68,16 @@ def forward_plain(
     empty_like: Callable[[Any], Any],
     statistic_like: Any | None,
     count_like: Any | None,
-) -> tuple[Any, Any, Any, Any, Any] | None:
-    """y, mean, mean_lo, rstd and count, newly allocated; None for a call that has anything out of the ordinary."""
+    running_mean: Any | None,
+    running_var: Any | None,
+    steps: Any | None,
+    momentum: float,
+    correction: int,
+) -> tuple[Any, Any, Any, Any, Any, bool | None] | None:
+    """y, mean, mean_lo, rstd and count, newly allocated, and whether the batch entered the running statistics.
+
+    None for a call that has anything out of the ordinary.
+    """
 
 def inference_plain(
     x: Any,
@@ -103,7 +111,8 @@ def backward_plain(
     slope: float,
     threads: int,
     empty_like: Callable[[Any], Any],
-) -> tuple[Any, Any | None, Any | None, Any | None] | None:
+    has_dx: bool,
+) -> tuple[Any | None, Any | None, Any | None, Any | None] | None:
     """dx, dgamma, dbeta and dresidual, likewise."""
 
 class Block:

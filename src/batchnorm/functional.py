@@ -106,14 +106,22 @@ def batch_norm(
         array([0.2, 2. ])
     """
     convention = resolve(convention, eps, decay, single, masked_output)
-    if training is False and mask is None and lengths is None and kernel is None and out is None and type(x) in MODULES:
-        known_axis = convention.axis if axis is None else axis
+    is_plain_call = mask is None and lengths is None and kernel is None and out is None and type(x) in MODULES
+    known_axis = convention.axis if axis is None else axis
+    if training is False and is_plain_call:
         y = MODULES[type(x)].inference_plain(x, gamma, beta, running, known_axis, convention, activation, residual)
         if y is not None and running is not None:
             return y, running
+    elif training is True and is_plain_call:
+        done = MODULES[type(x)].training_plain(x, gamma, beta, running, known_axis, convention, activation, residual)
+        if done is not None:
+            y, updated, has_entered = done
+            if not has_entered:
+                warn_of_skipped()
+            return y, updated
     given, x = x, x.data if is_named(x) else x
     check_array("x", x)
-    axes = check_axes(given, x, convention.axis if axis is None else axis)
+    axes = check_axes(given, x, known_axis)
     operands = check_operands(x, gamma, beta, mask, lengths, residual, axes, given)
     training = check_training(training)
     check_activation(activation)
@@ -143,13 +151,18 @@ def batch_norm(
         out=out,
     )
     if training is not False and known(updated.skipped > running.skipped):
-        warnings.warn(
-            "the statistics of a batch are not finite (NaN, Inf or overflow in x): it did not enter the running "
-            "statistics and is counted in running.skipped",
-            RuntimeWarning,
-            stacklevel=2,
-        )
+        warn_of_skipped()
     return (renamed(y, given) if is_named(given) else y), updated
+
+
+def warn_of_skipped() -> None:
+    """The warning of `batch_norm`, at its caller."""
+    warnings.warn(
+        "the statistics of a batch are not finite (NaN, Inf or overflow in x): it did not enter the running "
+        "statistics and is counted in running.skipped",
+        RuntimeWarning,
+        stacklevel=3,
+    )
 
 
 def forward(

@@ -138,7 +138,8 @@ def forward_plain(
     """`functional.forward` before any of its checks; None for a call that has anything out of the ordinary."""
     if x.dtype.kind != "f" or not {type(gamma), type(beta), type(residual), type(out)} <= PLAIN_TYPES:
         return None
-    return plain.forward(NUMPY, x, gamma, beta, axis, eps, activation, residual, out)
+    done = plain.forward(NUMPY, x, gamma, beta, axis, eps, activation, residual, out)
+    return None if done is None else done[:2]
 
 
 def backward_plain(dy: Array, cache: Cache) -> Gradients | None:
@@ -159,10 +160,37 @@ def inference_plain(
     """y of `functional.batch_norm` at inference, likewise; the state has to be as `functional` returns it."""
     if x.dtype.kind != "f" or not {type(gamma), type(beta), type(residual)} <= PLAIN_TYPES:
         return None
-    if type(running) is not RunningStatistics:
-        return None
-    if any(type(value) is not numpy.ndarray or value.dtype != running.mean.dtype for value in running):
-        return None
-    if running.steps.ndim or running.weight.ndim or running.skipped.ndim:
+    if not is_plain_state(running):
         return None
     return plain.inference(NUMPY, x, gamma, beta, running, axis, convention, activation, residual)
+
+
+def training_plain(
+    x: Array,
+    gamma: Array | None,
+    beta: Array | None,
+    running: RunningStatistics,
+    axis: Any,
+    convention: Convention,
+    activation: str | None,
+    residual: Array | None,
+) -> tuple[Array, RunningStatistics, bool] | None:
+    """`functional.batch_norm` in training, likewise; and whether the batch has entered the state."""
+    if x.dtype.kind != "f" or not {type(gamma), type(beta), type(residual)} <= PLAIN_TYPES:
+        return None
+    if not is_plain_state(running):
+        return None
+    tracked = plain.tracked_copy(running, convention, numpy.copy)
+    if tracked is None:
+        return None
+    done = plain.forward(NUMPY, x, gamma, beta, axis, convention.eps, activation, residual, None, tracked)
+    return None if done is None else (done[0], *plain.advanced(running, tracked, done[2]))
+
+
+def is_plain_state(running: RunningStatistics) -> bool:
+    """Whether the state is as `functional` returns it."""
+    if type(running) is not RunningStatistics:
+        return False
+    if any(type(value) is not numpy.ndarray or value.dtype != running.mean.dtype for value in running):
+        return False
+    return not (running.steps.ndim or running.weight.ndim or running.skipped.ndim)

@@ -4,8 +4,9 @@ What is out of the ordinary, or wrong, is declined with None; `functional` then 
 cpp/plain.hpp.
 """
 
+from collections.abc import Callable
 from functools import lru_cache
-from typing import Any
+from typing import Any, NamedTuple
 
 import batchnorm._native as _native
 from batchnorm.convention import Convention
@@ -19,6 +20,19 @@ from batchnorm.kernels.launch import EPS_PLACEMENTS, Library, activation_code, p
 new_tuple: Any = tuple.__new__
 
 
+class Tracked(NamedTuple):
+    """Running statistics that a forward pass advances, in place, unless the batch's are not finite."""
+
+    mean: Array | None
+    var: Array | None
+    steps: Array | None  # int64, advanced as well where it is given
+    momentum: float  # weight of the batch; negative: that of the cumulative average
+    correction: int
+
+
+UNTRACKED = Tracked(None, None, None, 0.0, 0)
+
+
 def forward(
     library: Library,
     x: Array,
@@ -29,8 +43,12 @@ def forward(
     activation: str | None,
     residual: Array | None,
     out: Array | None,
-) -> tuple[Array, Cache] | None:
-    """y and the cache; None for a call that has anything out of the ordinary."""
+    tracked: Tracked = UNTRACKED,
+) -> tuple[Array, Cache, bool | None] | None:
+    """y, the cache, and whether the batch entered the running statistics.
+
+    None for a call that has anything out of the ordinary.
+    """
     shape = x.shape
     if type(axis) is not int or type(eps) is not float or not -len(shape) <= axis < len(shape):
         return None
@@ -40,14 +58,14 @@ def forward(
     statistic, count = library.prototypes(shape[axis], x.dtype) if library.prototypes else (None, None)
     done = _native.forward_plain(
         x, gamma, beta, residual, out, axis, eps, code, slope, library.threads(), library.own_empty_like, statistic,
-        count,
+        count, *tracked,
     )  # fmt: skip
     if done is None:
         return None
-    y, mean, mean_lo, rstd, count = done
+    y, mean, mean_lo, rstd, count, is_accepted = done
     # As the classes do, but for a detour through Python.
     statistics = new_tuple(Statistics, (mean, mean_lo, rstd))
-    return y, new_tuple(Cache, (x, gamma, beta, residual, None, statistics, count, plan))
+    return y, new_tuple(Cache, (x, gamma, beta, residual, None, statistics, count, plan)), is_accepted
 
 
 @lru_cache
@@ -81,7 +99,35 @@ def inference(
     )  # fmt: skip
 
 
-def backward(library: Library, dy: Array, cache: Cache) -> Gradients | None:
+def is_simple(convention: Convention) -> bool:
+    """Whether training normalises by the batch and averages variances, and there is no more to the convention."""
+    return (
+        (convention.tracked, convention.affine, convention.update) == ("var", "plain", "training")
+        and (convention.normalize_with, convention.normalize_correction) == ("batch", 0)
+        and (convention.debias, convention.correction_on) == ("none", "variance")
+        and convention.eps_train == convention.eps_eval == "inside"
+        and convention.eps > 0
+    )
+
+
+def tracked_copy(running: RunningStatistics, convention: Convention, copy: Callable[[Array], Array]) -> Tracked | None:
+    """Copies of running variances for a forward pass to advance; None where the convention has more to it."""
+    if not is_simple(convention):
+        return None
+    momentum = 1 / (float(running.steps) + 1) if convention.decay is None else 1 - convention.decay
+    return Tracked(copy(running.mean), copy(running.spread), None, momentum, convention.running_correction)
+
+
+def advanced(
+    running: RunningStatistics, tracked: Tracked, is_accepted: bool | None
+) -> tuple[RunningStatistics, bool]:
+    """The state after the pass, and whether the batch has entered it."""
+    if not is_accepted:
+        return running._replace(skipped=running.skipped + 1), False
+    return running._replace(mean=tracked.mean, spread=tracked.var, steps=running.steps + 1), True
+
+
+def backward(library: Library, dy: Array, cache: Cache, *, has_dx: bool = True) -> Gradients | None:
     """The gradients, likewise."""
     x, gamma, beta, residual, mask, (mean, mean_lo, rstd), count, plan = cache
     if mask is not None or type(x) is not type(dy) or callable(plan.activation):
@@ -89,6 +135,6 @@ def backward(library: Library, dy: Array, cache: Cache) -> Gradients | None:
     code, slope = activation_code(plan.activation)
     done = _native.backward_plain(
         dy, x, gamma, beta, residual, mean, mean_lo, rstd, count, plan.axes.kept_bits, code, slope, library.threads(),
-        library.own_empty_like,
+        library.own_empty_like, has_dx,
     )  # fmt: skip
     return None if done is None else new_tuple(Gradients, done)

@@ -1,12 +1,17 @@
 """The interface of the C++ kernels for PyTorch's CPU tensors."""
 
-from typing import Any
+from dataclasses import replace
+from functools import lru_cache
+from typing import Any, Protocol
 
 import array_api_compat.torch as xp
-from torch import Tensor, is_grad_enabled, strided
+from torch import Tensor, strided
+from torch._C import _increment_version as increment_version
+from torch.compiler import assume_constant_result
 from torch.nn import Parameter
 
-from batchnorm.convention import Convention
+from batchnorm.convention import Convention, Single
+from batchnorm.conventions import find
 from batchnorm.core.axes import Axes
 from batchnorm.core.dtypes import Array
 from batchnorm.core.masks import Mask
@@ -16,9 +21,12 @@ from batchnorm.core.running import RunningStatistics
 from batchnorm.kernels import agnostic, launch, plain
 from batchnorm.kernels.agnostic import ActivationLike, Cache, Gradients
 from batchnorm.kernels.launch import Operands, Rule
+from batchnorm.kernels.plain import Tracked
 from batchnorm.kernels.torch_autograd import (
     DIFFERENTIABLE,
     PLAIN,
+    Normalization,
+    PlainCall,
     gradients_by_array_code,
     has_derivatives,
     is_forward_mode,
@@ -128,7 +136,8 @@ def forward_plain(
     """`functional.forward` before any of its checks; None for a call that has anything out of the ordinary."""
     if not are_plain(x, gamma, beta, residual, out):
         return None
-    return plain.forward(PLAIN, x, gamma, beta, axis, eps, activation, residual, out)
+    done = plain.forward(PLAIN, x, gamma, beta, axis, eps, activation, residual, out)
+    return None if done is None else done[:2]
 
 
 def backward_plain(dy: Array, cache: Cache) -> Gradients | None:
@@ -149,27 +158,129 @@ def inference_plain(
     residual: Array | None,
 ) -> Array | None:
     """y of `functional.batch_norm` at inference, likewise; the state has to be as `functional` returns it."""
-    if type(running) is not RunningStatistics:
-        return None
-    if any(type(value) not in PLAIN_TYPES or value.dtype is not running.mean.dtype for value in running):
-        return None
-    if running.steps.ndim or running.weight.ndim or running.skipped.ndim:
-        return None
-    if not are_plain(x, gamma, beta, residual, running.mean, running.spread):
+    if not is_plain_state(running) or not are_plain(x, gamma, beta, residual, running.mean, running.spread):
         return None
     return plain.inference(PLAIN, x, gamma, beta, running, axis, convention, activation, residual)
 
 
-def are_plain(*tensors: Array | None) -> bool:
-    """Whether these are tensors in plain memory that nobody differentiates or traces."""
-    if is_traced() or is_forward_mode():
+def training_plain(
+    x: Array,
+    gamma: Array | None,
+    beta: Array | None,
+    running: RunningStatistics,
+    axis: Any,
+    convention: Convention,
+    activation: str | None,
+    residual: Array | None,
+) -> tuple[Array, RunningStatistics, bool] | None:
+    """`functional.batch_norm` in training, likewise; and whether the batch has entered the state."""
+    if not is_plain_state(running) or running.mean.requires_grad or running.spread.requires_grad:
+        return None
+    tracked = plain.tracked_copy(running, convention, Tensor.clone)
+    if tracked is None:
+        return None
+    done = normalize_plain(x, gamma, beta, axis, convention.eps, activation, residual, tracked)
+    return None if done is None else (done[0], *plain.advanced(running, tracked, done[1]))
+
+
+class Buffers(Protocol):
+    """The running statistics of a layer: float32 or float64, and int64."""
+
+    mean: Array
+    spread: Array
+    steps: Array | None
+
+
+def layer_plain(
+    x: Array,
+    gamma: Array | None,
+    beta: Array | None,
+    buffers: Buffers | None,
+    axis: int,
+    convention: Convention,
+    activation: str | None,
+    residual: Array | None,
+) -> tuple[Array, bool | None] | None:
+    """A layer in training, its buffers advanced in place if there are any, and whether the batch has entered them."""
+    if not plain.is_simple(convention):
+        return None
+    tracked = plain.UNTRACKED
+    if buffers is not None:
+        momentum = -1.0 if convention.decay is None else 1 - convention.decay
+        tracked = Tracked(buffers.mean, buffers.spread, buffers.steps, momentum, convention.running_correction)
+    return normalize_plain(x, gamma, beta, axis, convention.eps, activation, residual, tracked)
+
+
+def layer_inference_plain(
+    x: Array,
+    gamma: Array | None,
+    beta: Array | None,
+    buffers: Buffers,
+    axis: int,
+    convention: Convention,
+    activation: str | None,
+    residual: Array | None,
+) -> Array | None:
+    """The batch normalised by the running statistics of a layer, not for autograd."""
+    if not are_plain(x, gamma, beta, residual, buffers.mean, buffers.spread):
+        return None
+    return plain.inference(PLAIN, x, gamma, beta, buffers, axis, convention, activation, residual)  # type: ignore[arg-type]
+
+
+def normalize_plain(
+    x: Array,
+    gamma: Array | None,
+    beta: Array | None,
+    axis: Any,
+    eps: float,
+    activation: str | None,
+    residual: Array | None,
+    tracked: Tracked,
+) -> tuple[Array, bool | None] | None:
+    """The batch normalised by its own statistics, for autograd too, and whether it entered the running statistics."""
+    if is_forward_mode() or not are_ordinary(x, gamma, beta, residual, tracked.mean, tracked.var):
+        return None
+    call = PlainCall(axis, eps, activation, tracked)
+    if has_derivatives(x, gamma, beta, residual):
+        y = Normalization.apply(x, gamma, beta, residual, call)  # type: ignore[no-untyped-call]
+    else:
+        y = call.run(x, gamma, beta, residual)
+    if y is None:
+        return None
+    if call.is_accepted:
+        increment_version([tensor for tensor in tracked[:3] if tensor is not None])
+    return y, call.is_accepted
+
+
+def is_plain_state(running: RunningStatistics) -> bool:
+    """Whether the state is as `functional` returns it."""
+    if type(running) is not RunningStatistics:
         return False
-    is_recorded = is_grad_enabled()
-    for tensor in tensors:
-        if tensor is None:
-            continue
-        if type(tensor) not in PLAIN_TYPES:
-            return False
-        if (is_recorded and tensor.requires_grad) or tensor.is_neg():
-            return False
-    return True
+    if any(type(value) not in PLAIN_TYPES or value.dtype is not running.mean.dtype for value in running):
+        return False
+    return not (running.steps.ndim or running.weight.ndim or running.skipped.ndim)
+
+
+def are_plain(*tensors: Array | None) -> bool:
+    """Whether these are ordinary tensors that nobody differentiates."""
+    return are_ordinary(*tensors) and not has_derivatives(*tensors)
+
+
+def are_ordinary(*tensors: Array | None) -> bool:
+    """Whether these are tensors in plain memory, in a call that nobody traces."""
+    if is_traced():
+        return False
+    return all(tensor is None or (type(tensor) in PLAIN_TYPES and not tensor.is_neg()) for tensor in tensors)
+
+
+@assume_constant_result
+def in_words_of_pytorch(momentum: float | None, eps: float = 1e-5, single: Single = "error") -> Convention:
+    """PyTorch's convention with the arguments of one of its layers; momentum None is the cumulative average."""
+    return remembered(momentum, eps, single)
+
+
+@lru_cache(typed=True)
+def remembered(momentum: float | None, eps: float, single: Single) -> Convention:
+    """The same, made once."""
+    decay = None if momentum is None else 1 - momentum
+    return replace(find("pytorch"), eps=eps, decay=decay, single=single)

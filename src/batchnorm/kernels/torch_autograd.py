@@ -21,8 +21,10 @@ from batchnorm.core.dtypes import Array
 from batchnorm.core.masks import elementwise
 from batchnorm.core.moments import moments as measure
 from batchnorm.core.normalize import Statistics, statistics_of_batch
-from batchnorm.kernels import agnostic, launch
+from batchnorm.kernels import agnostic, launch, plain
+from batchnorm.kernels.agnostic import Cache, Gradients
 from batchnorm.kernels.launch import Library, Measured, Operands, Rule
+from batchnorm.kernels.plain import Tracked, new_tuple
 
 DTYPES = {"float32": torch.float32, "float64": torch.float64, "int64": torch.int64}
 
@@ -90,6 +92,67 @@ class Call:
         """What normalises."""
         return Statistics(self.measured.mean, self.measured.mean_lo, self.measured.rstd)
 
+    @property
+    def given(self) -> Statistics | None:
+        """What normalises, if it does not depend on x."""
+        return self.statistics if self.is_given else None
+
+    def with_arrays(self, *arrays: Array | None) -> Operands:
+        """The operands with the arrays that autograd has kept: x, gamma, beta, residual."""
+        x, gamma, beta, residual = arrays
+        return self.operands._replace(x=x, gamma=gamma, beta=beta, residual=residual)
+
+    def run(self, *arrays: Array | None) -> Array:
+        """y."""
+        self.operands = self.with_arrays(*arrays)
+        return launch.run_forward(PLAIN, self.operands, self.measured, self.rule, is_given=self.is_given)
+
+    def gradients(self, dy: Array, arrays: tuple[Array | None, ...], *, has_dx: bool) -> Gradients:
+        """Those of x, gamma, beta and residual."""
+        cache = launch.cache_of(self.with_arrays(*arrays), self.measured, self.rule.eps)
+        return launch.run_backward(
+            PLAIN, dy, cache, factor=factor_of(self), through_statistics=not self.is_given, has_dx=has_dx
+        )  # fmt: skip
+
+
+class PlainCall:
+    """A normalisation by the batch that nothing is unusual about, likewise; see plain.py."""
+
+    __slots__ = ("activation", "axis", "eps", "is_accepted", "rest", "tracked")
+    given = None
+
+    def __init__(self, axis: int, eps: float, activation: str | None, tracked: Tracked) -> None:
+        self.axis, self.eps, self.activation, self.tracked = axis, eps, activation, tracked
+        self.is_accepted: bool | None = None
+        self.rest: Any = None  # of the cache, without what autograd keeps
+
+    @property
+    def rule(self) -> Rule:
+        """How it normalises."""
+        return Rule(self.eps)
+
+    def with_arrays(self, *arrays: Array | None) -> Operands:
+        """The operands of the general form."""
+        _, _, plan = self.rest
+        return Operands(*arrays, None, plan.axes, plan.activation)  # type: ignore[arg-type]
+
+    def run(self, x: Array, gamma: Array | None, beta: Array | None, residual: Array | None) -> Array | None:
+        """y; None where something is out of the ordinary after all."""
+        done = plain.forward(
+            PLAIN, x, gamma, beta, self.axis, self.eps, self.activation, residual, None, self.tracked
+        )  # fmt: skip
+        if done is None:
+            return None
+        y, cache, self.is_accepted = done
+        self.rest = cache[5:]
+        return y
+
+    def gradients(self, dy: Array, arrays: tuple[Array | None, ...], *, has_dx: bool) -> Gradients:
+        """Those of x, gamma, beta and residual."""
+        cache = new_tuple(Cache, (*arrays, None, *self.rest))
+        done = None if dy.is_neg() else plain.backward(PLAIN, dy, cache, has_dx=has_dx)
+        return launch.run_backward(PLAIN, dy, cache, has_dx=has_dx) if done is None else done
+
 
 class Normalization(torch.autograd.Function):
     """y of x, gamma, beta and residual.
@@ -98,36 +161,22 @@ class Normalization(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, x: Array, gamma: Array, beta: Array, residual: Array, call: Call) -> Array:
-        call.operands = call.operands._replace(x=x, gamma=gamma, beta=beta, residual=residual)
+    def forward(ctx: Any, x: Array, gamma: Array, beta: Array, residual: Array, call: Call | PlainCall) -> Array | None:
         ctx.call = call
         ctx.save_for_backward(x, gamma, beta, residual)
         ctx.save_for_forward(x, gamma, beta, residual)
-        return launch.run_forward(PLAIN, call.operands, call.measured, call.rule, is_given=call.is_given)
+        return call.run(x, gamma, beta, residual)
 
     @staticmethod
     def backward(ctx: Any, dy: Array) -> tuple[Array | None, ...]:
-        call = ctx.call
-        operands = with_arrays(call.operands, ctx.saved_tensors)
+        call, arrays = ctx.call, ctx.saved_tensors
         if torch.is_grad_enabled() or is_forward_mode() or is_traced() or is_batched(dy) or is_legacy_batched(dy):
-            given = call.statistics if call.is_given else None
-            return (*gradients_by_array_code(operands, call.rule, given, dy), None)
-        cache = launch.cache_of(operands, call.measured, call.rule.eps)
-        gradients = launch.run_backward(
-            PLAIN, dy, cache, factor=factor_of(call), through_statistics=not call.is_given,
-            has_dx=ctx.needs_input_grad[0],
-        )  # fmt: skip
-        return (*gradients, None)
+            return (*gradients_by_array_code(call.with_arrays(*arrays), call.rule, call.given, dy), None)
+        return (*call.gradients(dy, arrays, has_dx=ctx.needs_input_grad[0]), None)
 
     @staticmethod
     def jvp(ctx: Any, tx: Array, tgamma: Array, tbeta: Array, tresidual: Array, _: None) -> Array:
-        return tangent_of_y(ctx.call, with_arrays(ctx.call.operands, ctx.saved_tensors), tx, tgamma, tbeta, tresidual)
-
-
-def with_arrays(operands: Operands, arrays: tuple[Array | None, ...]) -> Operands:
-    """The operands with the arrays that autograd has kept."""
-    x, gamma, beta, residual = arrays
-    return operands._replace(x=x, gamma=gamma, beta=beta, residual=residual)
+        return tangent_of_y(ctx.call, ctx.call.with_arrays(*ctx.saved_tensors), tx, tgamma, tbeta, tresidual)
 
 
 def factor_of(call: Call) -> Array | None:
@@ -156,7 +205,7 @@ def gradients_by_array_code(
         for tensor in operands[:4]
     ]
     with torch.enable_grad():
-        y = by_array_code(with_arrays(operands, tuple(leaves)), rule, given)
+        y = by_array_code(Operands(*leaves, *operands[4:]), rule, given)
         wanted = [leaf for leaf in leaves if leaf is not None]
         gradients = iter(torch.autograd.grad(y, wanted, dy, create_graph=True))
     return tuple(None if leaf is None else next(gradients) for leaf in leaves)

@@ -1,0 +1,168 @@
+"""The kernels as operators of `torch.library`, for graphs that are compiled: opaque to the compiler, with fake versions.
+
+`batchnorm::forward` and `batchnorm::backward` compute, `batchnorm::advance` changes running statistics in place. In eager
+mode they would cost more than a small batch norm, so nothing but compiled code calls them.
+"""
+
+from dataclasses import replace
+from typing import Any
+
+import array_api_compat.torch as xp
+import torch
+from torch import Tensor
+
+from batchnorm.conventions import find
+from batchnorm.core.axes import split
+from batchnorm.core.moments import Moments
+from batchnorm.core.moments import moments as measure
+from batchnorm.core.normalize import Statistics, statistics_of_batch
+from batchnorm.core.running import RunningStatistics
+from batchnorm.core.running import advance as advanced
+from batchnorm.kernels import agnostic, launch
+from batchnorm.kernels.agnostic import Cache, Plan
+from batchnorm.kernels.launch import Operands, Rule
+from batchnorm.kernels.torch import PLAIN, refusal
+
+Results = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
+
+
+@torch.library.custom_op("batchnorm::forward", mutates_args=())
+def forward(
+    x: Tensor,
+    gamma: Tensor | None,
+    beta: Tensor | None,
+    residual: Tensor | None,
+    mask: Tensor | None,
+    axis: int,
+    eps: float,
+    activation: str | None,
+) -> Results:
+    """y, mean, mean_lo, m2, rstd and count of a batch that is normalised by its own statistics."""
+    axes = split(axis, x.ndim)
+    operands = Operands(x, gamma, beta, residual, mask, axes, activation)
+    if refusal((x, residual), (gamma, beta), axes, activation) is None:
+        y, measured = launch.normalize_batch(PLAIN, operands, Rule(eps), None, has_m2=True)
+        return y, measured.mean, measured.mean_lo, measured.m2, measured.rstd, measured.number
+    batch = measure(xp, x, axes, mask)
+    statistics = statistics_of_batch(xp, batch, eps)
+    z = agnostic.normalized(xp, x, axes, statistics, gamma, beta, mask, "zero")
+    y = agnostic.finish(xp, z, x, mask, "zero", activation, residual)
+    return y, batch.mean, batch.mean_lo, batch.m2, statistics.rstd, batch.count.clone()
+
+
+@forward.register_fake
+def fake_forward(
+    x: Tensor,
+    gamma: Tensor | None,
+    beta: Tensor | None,
+    residual: Tensor | None,
+    mask: Tensor | None,
+    axis: int,
+    eps: float,
+    activation: str | None,
+) -> Results:
+    """Shapes, dtypes and layouts of the results."""
+    dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
+    statistics = [x.new_empty(x.shape[axis], dtype=dtype) for _ in range(4)]
+    return (torch.empty_like(x), *statistics, x.new_empty(x.shape[axis], dtype=torch.int64))
+
+
+@torch.library.custom_op("batchnorm::backward", mutates_args=())
+def backward(
+    dy: Tensor,
+    x: Tensor,
+    gamma: Tensor | None,
+    beta: Tensor | None,
+    residual: Tensor | None,
+    mask: Tensor | None,
+    mean: Tensor,
+    mean_lo: Tensor,
+    rstd: Tensor,
+    count: Tensor,
+    axis: int,
+    eps: float,
+    activation: str | None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of x, gamma, beta and residual; without elements for what was not given."""
+    axes = split(axis, x.ndim)
+    cache = Cache(
+        x, gamma, beta, residual, mask, Statistics(mean, mean_lo, rstd), count, Plan(axes, activation or "identity", eps)
+    )  # fmt: skip
+    is_native = refusal((dy, x, residual), (gamma, beta), axes, activation) is None
+    gradients = launch.run_backward(PLAIN, dy, cache) if is_native else agnostic.backward(dy, cache)
+    return tuple(x.new_empty(0) if gradient is None else gradient for gradient in gradients)  # type: ignore[return-value]
+
+
+@backward.register_fake
+def fake_backward(
+    dy: Tensor,
+    x: Tensor,
+    gamma: Tensor | None,
+    beta: Tensor | None,
+    residual: Tensor | None,
+    mask: Tensor | None,
+    mean: Tensor,
+    mean_lo: Tensor,
+    rstd: Tensor,
+    count: Tensor,
+    axis: int,
+    eps: float,
+    activation: str | None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Shapes, dtypes and layouts of the gradients."""
+    given = (x, gamma, beta, residual)
+    return tuple(x.new_empty(0) if tensor is None else torch.empty_like(tensor) for tensor in given)  # type: ignore[return-value]
+
+
+def keep_for_backward(ctx: Any, inputs: tuple[Any, ...], output: Results) -> None:
+    """What the gradients need: the arguments and the statistics."""
+    *tensors, axis, eps, activation = inputs
+    _, mean, mean_lo, _, rstd, count = output
+    ctx.save_for_backward(*tensors, mean, mean_lo, rstd, count)
+    ctx.plan = axis, eps, activation
+
+
+def differentiate(ctx: Any, dy: Tensor, *_: Tensor | None) -> tuple[Tensor | None, ...]:
+    """The gradients of `forward`; those of its statistics are not asked for."""
+    gradients = backward(dy, *ctx.saved_tensors, *ctx.plan)
+    given = ctx.saved_tensors[:4]
+    return (
+        *(None if tensor is None else gradient for tensor, gradient in zip(given, gradients, strict=True)),
+        *(None,) * 4,
+    )
+
+
+forward.register_autograd(differentiate, setup_context=keep_for_backward)
+
+
+@torch.library.custom_op("batchnorm::advance", mutates_args=("mean", "var", "steps", "skipped"))
+def advance(
+    mean: Tensor,
+    var: Tensor,
+    steps: Tensor | None,
+    skipped: Tensor | None,
+    count: Tensor,
+    batch_mean: Tensor,
+    batch_mean_lo: Tensor,
+    batch_m2: Tensor,
+    decay: float | None,
+    correction: int,
+) -> None:
+    """Let the moments of a batch enter running variances; with decay None by the cumulative average."""
+    dtype = torch.float64 if torch.float64 in (mean.dtype, var.dtype) else torch.float32
+    zero = torch.zeros((), dtype=dtype, device=mean.device)
+    running = RunningStatistics(mean.to(dtype), var.to(dtype), zero if steps is None else steps.to(dtype), zero + 1, zero)
+    convention = replace(find("pytorch"), decay=decay, running_correction=correction)
+    batch = Moments(count, batch_mean, batch_m2, batch_mean_lo)
+    updated = advanced(xp, running, batch, convention, masked=False)
+    mean.copy_(updated.mean)
+    var.copy_(updated.spread)
+    if steps is not None:
+        steps.copy_(updated.steps)
+    if skipped is not None:
+        skipped.add_(updated.skipped.to(skipped.dtype))
+
+
+@advance.register_fake
+def fake_advance(*_: Any) -> None:
+    """Nothing comes out."""

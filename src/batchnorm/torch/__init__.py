@@ -1,0 +1,30 @@
+"""Batch norm for PyTorch: the layers of `torch.nn`, faster on a CPU, and what those cannot do."""
+
+from batchnorm.torch.control import freeze, no_update, unfreeze
+from batchnorm.torch.functional import batch_norm
+from batchnorm.torch.general import BatchNorm
+from batchnorm.torch.layers import (
+    BatchNorm1d,
+    BatchNorm2d,
+    BatchNorm3d,
+    LazyBatchNorm1d,
+    LazyBatchNorm2d,
+    LazyBatchNorm3d,
+)
+from batchnorm.torch.surgery import Report, replace
+
+__all__ = [
+    "BatchNorm",
+    "BatchNorm1d",
+    "BatchNorm2d",
+    "BatchNorm3d",
+    "LazyBatchNorm1d",
+    "LazyBatchNorm2d",
+    "LazyBatchNorm3d",
+    "Report",
+    "batch_norm",
+    "freeze",
+    "no_update",
+    "replace",
+    "unfreeze",
+]

@@ -1,0 +1,92 @@
+"""Which statistics the batch norms of a model use, and whether they change."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from batchnorm.torch.layers import Layer
+
+
+def batch_norms(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """Every batch norm of a model with its name, PyTorch's included."""
+    for name, module in model.named_modules():
+        if isinstance(module, (_BatchNorm, Layer)):
+            yield name or type(module).__name__, module
+
+
+def freeze(model: nn.Module, *, parameters: bool = True) -> list[str]:
+    """Let every batch norm normalise by its running statistics from now on, whatever `model.train()` says.
+
+    Args:
+        model: Any module; changed in place.
+        parameters: Take weight and bias out of training as well (`requires_grad`), until `unfreeze`.
+
+    Returns:
+        The names of the layers.
+
+    Raises:
+        ValueError: A batch norm is not ours, or has no running statistics; nothing has been changed.
+
+    Example:
+        >>> import torch, batchnorm.torch as bnt
+        >>> model = torch.nn.Sequential(torch.nn.Conv2d(3, 8, 3), bnt.BatchNorm2d(8))
+        >>> bnt.freeze(model), model.train()[1].running_mean.abs().sum().item()
+        (['1'], 0.0)
+    """
+    layers = dict(batch_norms(model))
+    for name, layer in layers.items():
+        if not isinstance(layer, Layer):
+            raise ValueError(
+                f"{name} is a {type(layer).__module__}.{type(layer).__name__}, which `model.train()` would thaw; call "
+                "batchnorm.torch.replace(model) first"
+            )
+        if layer.running_mean is None:
+            raise ValueError(f"{name} has no running statistics to normalise by (track_running_stats=False)")
+    for layer in layers.values():
+        if layer.is_frozen:
+            continue
+        layer.is_frozen = True  # type: ignore[assignment]
+        trained = [p for p in layer.parameters(recurse=False) if p.requires_grad] if parameters else []
+        layer.thawed_parameters = [name for name, p in layer.named_parameters(recurse=False) if p.requires_grad and parameters]
+        for parameter in trained:
+            parameter.requires_grad_(False)
+    return list(layers)
+
+
+def unfreeze(model: nn.Module) -> list[str]:
+    """Undo `freeze`; the names of the layers that were frozen."""
+    names = []
+    for name, layer in batch_norms(model):
+        if isinstance(layer, Layer) and layer.is_frozen:
+            layer.is_frozen = False
+            for parameter in layer.thawed_parameters:
+                layer.get_parameter(parameter).requires_grad_(True)
+            names.append(name)
+    return names
+
+
+@contextmanager
+def no_update(model: nn.Module) -> Iterator[None]:
+    """Within it, batch norms in training normalise by the batch and leave their running statistics as they are.
+
+    For a second forward pass on other data: the other view of a contrastive loss, a discriminator's, a loss estimated
+    for a learning-rate search. Works for PyTorch's own layers as well.
+
+    Example:
+        >>> import torch, batchnorm.torch as bnt
+        >>> layer = bnt.BatchNorm1d(2)
+        >>> with bnt.no_update(layer):
+        ...     y = layer(torch.randn(8, 2))
+        >>> layer.num_batches_tracked.item()
+        0
+    """
+    layers = [layer for _, layer in batch_norms(model) if layer.track_running_stats]
+    for layer in layers:
+        layer.track_running_stats = False
+    try:
+        yield
+    finally:
+        for layer in layers:
+            layer.track_running_stats = True

@@ -1,0 +1,335 @@
+"""Batch norm on PyTorch tensors with running statistics that are advanced in place, as PyTorch's layers keep them."""
+
+import warnings
+from typing import NamedTuple
+
+import array_api_compat.torch as xp
+import torch
+from torch import Tensor
+from torch._C import _current_graph_task_id as current_backward
+from torch.overrides import handle_torch_function, has_torch_function
+
+import batchnorm.functional as functional
+from batchnorm.arguments import check_running
+from batchnorm.convention import Convention
+from batchnorm.core import activations
+from batchnorm.core.axes import split
+from batchnorm.core.moments import Moments
+from batchnorm.core.running import RunningStatistics, advance
+from batchnorm.functional import Activation
+from batchnorm.kernels import plain
+from batchnorm.kernels import torch as kernel
+from batchnorm.kernels import torch_operators as operators
+from batchnorm.kernels.torch import in_words_of_pytorch
+from batchnorm.kernels.torch_autograd import are_transforms_active, is_compiling, is_tracing
+from batchnorm.kernels.torch_transforms import track_beneath
+
+
+class State(NamedTuple):
+    """The buffers of a layer, as `RunningStatistics` has them; what is None is not kept."""
+
+    mean: Tensor
+    spread: Tensor
+    steps: Tensor | None = None
+    weight: Tensor | None = None
+    skipped: Tensor | None = None
+
+
+def batch_norm(
+    input: Tensor,  # noqa: A002  (torch's own name of it)
+    running_mean: Tensor | None = None,
+    running_var: Tensor | None = None,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    training: bool = False,
+    momentum: float = 0.1,
+    eps: float = 1e-5,
+    *,
+    mask: Tensor | None = None,
+    lengths: Tensor | None = None,
+    activation: Activation | None = None,
+    residual: Tensor | None = None,
+) -> Tensor:
+    """`torch.nn.functional.batch_norm`, several times faster on a CPU, with a mask, an activation and a residual.
+
+        y = activation(weight * (input - mean) / sqrt(var + eps) + bias + residual)
+        running <- (1 - momentum) * running + momentum * batch      in training, the variance with divisor count - 1
+
+    Args:
+        input: (N, C, ...), of a floating dtype.
+        running_mean: (C,), changed in place in training; a batch whose statistics are not finite leaves it as it is.
+        running_var: Likewise.
+        weight: (C,); None is 1.
+        bias: (C,); None is 0.
+        training: Normalise by the batch rather than by the running statistics.
+        momentum: Weight of the batch in the running statistics.
+        eps: Added to the variance.
+        mask: Booleans that broadcast to input, True where an element counts.
+        lengths: (N,) integers in place of a mask: how many leading elements of each sequence count.
+        activation: A name that `batchnorm.batch_norm` knows, or a callable.
+        residual: Added before the activation; the shape of input.
+
+    Raises:
+        ValueError: One element per channel in training; running statistics missing, or with one of them only; or as
+            `batchnorm.batch_norm`.
+
+    Example:
+        >>> import torch, batchnorm.torch as bnt
+        >>> bnt.batch_norm(torch.tensor([[1.0], [3.0]]), None, None, training=True)
+        tensor([[-1.0000],
+                [ 1.0000]])
+    """
+    tensors = (input, running_mean, running_var, weight, bias, mask, lengths, residual)
+    if has_torch_function(tensors):
+        return handle_torch_function(  # type: ignore[no-any-return]
+            batch_norm, tensors, input, running_mean, running_var, weight, bias, training, momentum, eps, mask=mask,
+            lengths=lengths, activation=activation, residual=residual,
+        )  # fmt: skip
+    if (running_mean is None) != (running_var is None):
+        missing = "running_mean" if running_mean is None else "running_var"
+        raise ValueError(f"{missing} is None while the other running statistic is given; pass both or neither")
+    state = None if running_mean is None or running_var is None else State(running_mean, running_var)
+    if state is None and not training:
+        raise ValueError("Expected running_mean to be defined when training=False; pass both running statistics")
+    return normalize(
+        input, weight, bias, state, in_words_of_pytorch(momentum, eps), training=training, is_tracked=training, mask=mask,
+        lengths=lengths, activation=activation, residual=residual,
+    )  # fmt: skip
+
+
+def normalize(
+    x: Tensor,
+    gamma: Tensor | None,
+    beta: Tensor | None,
+    state: State | None,
+    convention: Convention,
+    *,
+    training: bool,
+    is_tracked: bool,
+    axis: int = 1,
+    mask: Tensor | None = None,
+    lengths: Tensor | None = None,
+    activation: Activation | None = None,
+    residual: Tensor | None = None,
+) -> Tensor:
+    """y of a layer; in training its state takes in the batch if `is_tracked`.
+
+    Not when autograd computes the forward pass again, as checkpointing does: the batch has been taken in.
+    """
+    is_plain = mask is None and lengths is None
+    if training and is_plain and convention.single == "error":
+        check_batch(x, axis)
+    if is_compiling() or is_tracing():
+        return traced(
+            x, gamma, beta, state, convention, training=training, is_tracked=is_tracked, axis=axis, mask=mask,
+            lengths=lengths, activation=activation, residual=residual,
+        )  # fmt: skip
+    kept = state if is_tracked and current_backward() == -1 else None
+    if is_plain and training and not (convention.single == "running" and is_single(x, axis)):
+        done = kernel.layer_plain(x, gamma, beta, kept, axis, convention, activation, residual)
+        if done is not None:
+            y, has_entered = done
+            if has_entered is False:
+                count_skipped(kept)
+            return y
+    elif is_plain and not training and state is not None:
+        y = kernel.layer_inference_plain(x, gamma, beta, state, axis, convention, activation, residual)
+        if y is not None:
+            return y
+    return step_by_step(
+        x, gamma, beta, state, convention, training=training, is_tracked=kept is not None, axis=axis, mask=mask,
+        lengths=lengths, activation=activation, residual=residual,
+    )  # fmt: skip
+
+
+def step_by_step(
+    x: Tensor,
+    gamma: Tensor | None,
+    beta: Tensor | None,
+    state: State | None,
+    convention: Convention,
+    *,
+    training: bool,
+    is_tracked: bool,
+    axis: int,
+    mask: Tensor | None,
+    lengths: Tensor | None,
+    activation: Activation | None,
+    residual: Tensor | None,
+) -> Tensor:
+    """`normalize` by the functions of arrays: for everything out of the ordinary."""
+    running = running_of(state)
+    y, updated = functional.batch_norm(
+        x, gamma, beta, running, training=training, convention=convention, axis=axis, mask=mask, lengths=lengths,
+        activation=activation, residual=residual,
+    )  # fmt: skip
+    if not (training and is_tracked) or state is None:
+        return y  # type: ignore[no-any-return]
+    if are_transforms_active():
+        take_in(x, state, convention, axis=axis, mask=mask if lengths is None else kept_by_lengths(x, lengths, axis))
+    else:
+        store(state, updated)
+    return y  # type: ignore[no-any-return]
+
+
+def track(state: State, batch: Moments, convention: Convention, *, is_masked: bool) -> None:
+    """Let the moments of a batch enter the state."""
+    running = check_running(running_of(state), state.mean, split(0, 1))
+    store(state, advance(xp, running, batch, convention, masked=is_masked))
+
+
+def store(state: State, running: RunningStatistics) -> None:
+    """Put the running statistics into the buffers."""
+    for buffer, value in zip(state, running, strict=True):
+        if buffer is not None:
+            buffer.copy_(value)
+
+
+def traced(
+    x: Tensor,
+    gamma: Tensor | None,
+    beta: Tensor | None,
+    state: State | None,
+    convention: Convention,
+    *,
+    training: bool,
+    is_tracked: bool,
+    axis: int,
+    mask: Tensor | None,
+    lengths: Tensor | None,
+    activation: Activation | None,
+    residual: Tensor | None,
+) -> Tensor:
+    """`normalize` as a graph: operators of ours in training; PyTorch's own at inference, which exporters know."""
+    if not plain.is_simple(convention):
+        raise NotImplementedError(
+            f"the convention {convention.name!r} has no operators for a graph; run the layer without torch.compile"
+        )
+    axis %= x.ndim
+    if lengths is not None:
+        mask = kept_by_lengths(x, lengths, axis)
+    if training and not (convention.single == "running" and is_single(x, axis) and state is not None):
+        name = activation if isinstance(activation, str) else None
+        y, mean, mean_lo, m2, _, count = operators.forward(
+            x, gamma, beta, residual, mask, axis, convention.eps, name
+        )  # fmt: skip
+        if is_tracked and state is not None:
+            # Not as a bound method: Dynamo has none of a constant.
+            correction = Convention.correction(convention, masked=mask is not None)
+            operators.advance(
+                state.mean, state.spread, state.steps, state.skipped, count, mean, mean_lo, m2, convention.decay, correction
+            )  # fmt: skip
+        return y if activation is None or name is not None else activation(y)  # type: ignore[operator]
+    if state is None:
+        raise ValueError("there are no running statistics to normalise by")
+    gamma, beta = (p if p is None or p.dtype == x.dtype else p.to(state.mean.dtype) for p in (gamma, beta))
+    z = torch.nn.functional.batch_norm(
+        x.movedim(axis, 1), state.mean, state.spread, gamma, beta, False, 0.0, convention.eps
+    ).movedim(1, axis)  # fmt: skip
+    y = activations.apply(xp, z if residual is None else z + residual, activation)
+    return y if mask is None else torch.where(mask, y, 0.0)
+
+
+def kept_by_lengths(x: Tensor, lengths: Tensor, axis: int) -> Tensor:
+    """Lengths along the first axis that is neither batch nor channel, as a mask."""
+    time = 1 if axis % x.ndim == 2 else 2
+    positions = torch.arange(x.shape[time], device=x.device)
+    sizes = [1] * x.ndim
+    sizes[0], sizes[time] = x.shape[0], x.shape[time]
+    return (positions < lengths[:, None]).reshape(sizes)
+
+
+def is_single(x: Tensor, axis: int) -> bool:
+    """Whether a channel has one element."""
+    return x.numel() == x.shape[axis]
+
+
+def check_batch(x: Tensor, axis: int) -> None:
+    """Raise where a channel has one element, in the words of PyTorch."""
+    if x.ndim > 1 and is_single(x, axis):
+        raise ValueError(
+            f"Expected more than 1 value per channel when training, got input size {x.size()}: pass a larger batch, "
+            "or let the layer normalise such a batch by its running statistics with single='running'"
+        )
+
+
+def count_skipped(state: State | None) -> None:
+    """Note that a batch did not enter the state, and say so."""
+    if state is not None and state.skipped is not None:
+        state.skipped.add_(1)
+    warnings.warn(
+        "the statistics of a batch are not finite (NaN, Inf or overflow in the input): it did not enter the running "
+        "statistics",
+        RuntimeWarning,
+        stacklevel=4,
+    )
+
+
+def running_of(state: State | None) -> RunningStatistics | None:
+    """The buffers as the state that functions of arrays take."""
+    if state is None:
+        return None
+    mean, spread, steps, weight, skipped = state
+    return RunningStatistics(
+        mean, spread, 0.0 if steps is None else steps, 1.0 if weight is None else weight,
+        0.0 if skipped is None else skipped,
+    )  # fmt: skip
+
+
+def normalize_in_groups(
+    x: Tensor,
+    gamma: Tensor | None,
+    beta: Tensor | None,
+    state: State | None,
+    convention: Convention,
+    *,
+    group_size: int,
+    training: bool,
+    is_tracked: bool,
+    axis: int,
+    mask: Tensor | None,
+    lengths: Tensor | None,
+    activation: Activation | None,
+    residual: Tensor | None,
+) -> Tensor:
+    """`normalize` in training with statistics of their own for groups of examples, which the state takes in as one.
+
+    The last group may be smaller; one that would have a single element per channel goes to the group before.
+    """
+    axis %= x.ndim
+    if axis == 0:
+        raise ValueError("the channels lie along axis 0, where virtual_batch_size groups the examples")
+    if lengths is not None:
+        mask, lengths = kept_by_lengths(x, lengths, axis), None
+    groups = len(x) // group_size
+    if is_single(x[groups * group_size :], axis):
+        groups -= 1
+
+    def group(tensor: Tensor | None, rows: slice, number: int) -> Tensor | None:
+        if tensor is None or tensor.ndim < x.ndim or len(tensor) == 1:
+            return tensor
+        return tensor[rows].unflatten(0, (number, -1))
+
+    outputs = []
+    for rows, number in ((slice(0, groups * group_size), groups), (slice(groups * group_size, None), 1)):
+        part = group(x, rows, number) if number and len(x[rows]) else None
+        if part is not None:
+            parameters = (p if p is None else p.expand(number, -1) for p in (gamma, beta))
+            y, _ = functional.batch_norm(
+                part, *parameters, training=True, convention=convention, axis=(0, axis + 1),
+                mask=group(mask, rows, number), activation=activation, residual=group(residual, rows, number),
+            )  # fmt: skip
+            outputs.append(y.flatten(0, 1))
+    if is_tracked and state is not None and current_backward() == -1:
+        take_in(x, state, convention, axis=axis, mask=mask)
+    return torch.cat(outputs)
+
+
+def take_in(x: Tensor, state: State, convention: Convention, *, axis: int, mask: Tensor | None) -> None:
+    """Let a batch enter the state, from within transformations as well."""
+    batch = functional.moments(x.detach(), axis=axis, mask=mask)
+    is_masked = mask is not None
+    if are_transforms_active():
+        track_beneath(state, batch, lambda buffers, part: track(State(*buffers), part, convention, is_masked=is_masked))
+    else:
+        track(state, batch, convention, is_masked=is_masked)

@@ -1,0 +1,214 @@
+"""A batch norm of our own: any rank and axis, any convention, with what is done to its output included."""
+
+from dataclasses import replace
+from functools import lru_cache
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.compiler import assume_constant_result
+from torch.fx import Proxy
+from torch.nn.modules.lazy import LazyModuleMixin
+from torch.nn.parameter import Parameter, UninitializedBuffer, UninitializedParameter
+
+from batchnorm.convention import Convention, Single
+from batchnorm.conventions import find, resolve
+from batchnorm.functional import Activation
+from batchnorm.torch.functional import State, normalize, normalize_in_groups
+from batchnorm.torch.layers import Layer, count_skipped_batches, recorded
+
+Momentum = float | Literal["convention"] | None
+
+
+class BatchNorm(Layer):
+    """Batch norm of any rank along any axis, with an activation, a residual, and ghost batches.
+
+        y = activation(weight * (x - mean) / sqrt(var + eps) + bias + residual)
+
+    Not a `torch.nn` batch norm: fusing it into a convolution as one of those would drop the activation.
+
+    Args:
+        num_features: Channels; None takes them from the first input.
+        axis: The axis of the channels.
+        eps: Added to the variance; None is the convention's.
+        momentum: Weight of the batch in the running statistics; None is their cumulative average, "convention" what
+            the convention says.
+        affine: Whether there are a weight and a bias.
+        track_running_stats: Whether there are running statistics; without them the batch's own serve in evaluation, too.
+        activation: A name that `batchnorm.batch_norm` knows, or a callable.
+        convention: Whose behaviour: a name in `batchnorm.CONVENTIONS` or a `Convention`.
+        virtual_batch_size: In training, normalise groups of so many examples by their own statistics; the last may be
+            smaller. Running statistics take in the whole batch, and evaluation is as ever.
+        single: What one element per channel does in training; None is the convention's.
+        device: Of parameters and buffers.
+        dtype: Likewise; running statistics are float32 where it is narrower.
+        bias: Whether an affine layer has a bias.
+
+    Raises:
+        ValueError, TypeError: An argument is not one of these.
+
+    Source of ghost batches: Hoffer, Hubara & Soudry 2017.
+
+    Example:
+        >>> import torch, batchnorm.torch as bnt
+        >>> layer = bnt.BatchNorm(axis=-1, activation="relu", convention="keras")
+        >>> layer(torch.tensor([[1.0, 10.0], [3.0, 30.0]])).detach()
+        tensor([[0.0000, 0.0000],
+                [0.9995, 1.0000]])
+        >>> layer
+        BatchNorm(2, axis=-1, activation=relu, convention=keras)
+    """
+
+    def __new__(cls, num_features: int | None = None, *args: Any, **kwargs: Any) -> "BatchNorm":
+        """A layer that becomes a `BatchNorm` with the first input, where the number of features is not given."""
+        return super().__new__(LazyBatchNorm if cls is BatchNorm and num_features is None else cls)
+
+    def __init__(
+        self,
+        num_features: int | None = None,
+        axis: int = 1,
+        eps: float | None = None,
+        momentum: Momentum = "convention",
+        affine: bool = True,
+        track_running_stats: bool = True,
+        *,
+        activation: Activation | None = None,
+        convention: str | Convention = "pytorch",
+        virtual_batch_size: int | None = None,
+        single: Single | None = None,
+        device: Any = None,
+        dtype: torch.dtype | None = None,
+        bias: bool = True,
+    ) -> None:
+        nn.Module.__init__(self)
+        record = in_convention(convention, eps, momentum, single)
+        if num_features is not None and (type(num_features) is not int or num_features < 0):
+            raise ValueError(f"num_features is {num_features!r}; it must be a number of channels, or None")
+        if virtual_batch_size is not None and (type(virtual_batch_size) is not int or virtual_batch_size < 1):
+            raise ValueError(f"virtual_batch_size is {virtual_batch_size!r}; it must be a positive integer, or None")
+        self.num_features, self.axis, self.eps, self.momentum = num_features or 0, axis, record.eps, momentum
+        self.affine, self.track_running_stats = affine, track_running_stats
+        self.activation, self.convention, self.virtual_batch_size = activation, convention, virtual_batch_size
+        self.single = record.single
+        is_lazy, narrow = num_features is None, {"device": device, "dtype": dtype}
+        wide = {"device": device, "dtype": torch.float64 if dtype == torch.float64 else torch.float32}
+        for name in ("weight", "bias"):
+            has_one = affine and (bias or name == "weight")
+            values = UninitializedParameter(**narrow) if is_lazy else torch.empty(self.num_features, **narrow)
+            self.register_parameter(name, Parameter(values) if has_one and not is_lazy else values if has_one else None)
+        for name in ("running_mean", "running_var"):
+            values = UninitializedBuffer(**wide) if is_lazy else torch.empty(self.num_features, **wide)
+            self.register_buffer(name, values if track_running_stats else None)
+        steps = torch.zeros((), dtype=torch.int64, device=device)
+        self.register_buffer("num_batches_tracked", steps if track_running_stats else None)
+        if record.debias in ("adam", "weight_sum") and track_running_stats:
+            self.register_buffer("running_weight", torch.zeros((), **wide))
+        count_skipped_batches(self)
+        if not is_lazy:
+            self.reset_parameters()
+
+    @property
+    def record(self) -> Convention:
+        """The convention with this layer's own eps, momentum and rule for one element."""
+        return in_convention(self.convention, self.eps, self.momentum, self.single)
+
+    def reset_running_stats(self) -> None:
+        """Forget all batches."""
+        if not self.track_running_stats:
+            return
+        record = self.record
+        self.running_mean.fill_(record.initial_mean)
+        self.running_var.fill_(record.initial_spread)
+        for name in ("num_batches_tracked", "running_weight", "skipped"):
+            if (buffer := self._buffers.get(name)) is not None:
+                buffer.zero_()
+
+    def reset_parameters(self) -> None:
+        """Start anew: weight 1, bias 0, no batches."""
+        self.reset_running_stats()
+        for parameter, value in ((self.weight, 1.0), (self.bias, 0.0)):
+            if parameter is not None:
+                nn.init.constant_(parameter, value)
+
+    def forward(  # type: ignore[override]
+        self,
+        input: Tensor,  # noqa: A002  (torch's own name of it)
+        *,
+        mask: Tensor | None = None,
+        lengths: Tensor | None = None,
+        residual: Tensor | None = None,
+    ) -> Tensor:
+        """y; see the class, and `batchnorm.torch.batch_norm` for mask and lengths."""
+        if isinstance(input, Proxy):
+            return recorded(self, input, mask=mask, lengths=lengths, residual=residual)
+        if not -input.ndim <= self.axis < input.ndim or input.shape[self.axis] != self.num_features:
+            raise ValueError(
+                f"the input has shape {tuple(input.shape)}; this layer has {self.num_features} channels along axis "
+                f"{self.axis}: pass such an input, or make the layer with the axis of the channels as axis="
+            )
+        buffers = self._buffers
+        mean, spread = buffers["running_mean"], buffers["running_var"]
+        state = None
+        if mean is not None and spread is not None:
+            state = State(
+                mean, spread, buffers["num_batches_tracked"], buffers.get("running_weight"), buffers["skipped"]
+            )  # fmt: skip
+        training = (self.training and not self.is_frozen) or state is None
+        compute = normalize
+        if training and self.virtual_batch_size is not None and len(input) > self.virtual_batch_size:
+            compute = normalize_in_groups
+        return compute(
+            input, self.weight, self.bias, state, self.record, training=training,
+            is_tracked=training and self.track_running_stats, axis=self.axis, mask=mask, lengths=lengths,
+            activation=self.activation, residual=residual,
+            **({} if compute is normalize else {"group_size": self.virtual_batch_size}),
+        )  # fmt: skip
+
+    def extra_repr(self) -> str:
+        """What differs from the defaults."""
+        shown: dict[str, Any] = {"axis": 1, "activation": None, "convention": "pytorch", "virtual_batch_size": None}
+        shown |= {"momentum": "convention", "affine": True, "track_running_stats": True}
+        own = {name: getattr(self, name) for name, usual in shown.items() if getattr(self, name) != usual}
+        if self.eps != find(self.convention).eps:
+            own["eps"] = self.eps
+        return ", ".join([str(self.num_features), *(f"{name}={value}" for name, value in own.items())])
+
+
+class LazyBatchNorm(LazyModuleMixin, BatchNorm):
+    """A `BatchNorm` that does not know its number of features yet."""
+
+    cls_to_become = BatchNorm
+
+    def reset_parameters(self) -> None:
+        """Start anew, once there is something to start."""
+        if not self.has_uninitialized_params():
+            super().reset_parameters()
+
+    def initialize_parameters(self, input: Tensor, **_: Any) -> None:  # type: ignore[override]  # noqa: A002
+        """Take the number of features from the input."""
+        tensors = [t for t in (self.weight, self.bias, self.running_mean, self.running_var) if t is not None]
+        is_loaded = tensors and not self.has_uninitialized_params()
+        self.num_features = len(tensors[0]) if is_loaded else input.shape[self.axis]
+        if not is_loaded:
+            for tensor in tensors:
+                tensor.materialize((self.num_features,))
+            self.reset_parameters()
+
+
+@assume_constant_result
+def in_convention(
+    convention: str | Convention, eps: float | None, momentum: Momentum, single: Single | None
+) -> Convention:
+    """The convention with what a layer sets itself."""
+    return remembered(convention, eps, momentum, single)
+
+
+@lru_cache(typed=True)
+def remembered(
+    convention: str | Convention, eps: float | None, momentum: Momentum, single: Single | None
+) -> Convention:
+    """The same, made once."""
+    record = resolve(convention, eps, None, single, None)
+    if momentum == "convention":
+        return record
+    return replace(record, decay=None if momentum is None else 1 - momentum)

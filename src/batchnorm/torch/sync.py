@@ -1,0 +1,264 @@
+"""Batch norm over the batches of all processes.
+
+Forward, each process measures its own batch; the counts, means (of two numbers) and sums of squared deviations are
+gathered and merged in the order of the ranks, so that all processes hold the same bits. A sum of means is no merge where
+batches differ in size. Backward, the two sums of the gradient are added up over the processes.
+"""
+
+from dataclasses import dataclass
+from datetime import timedelta
+from functools import reduce
+from typing import Any
+
+import array_api_compat.torch as xp
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+import batchnorm.functional as functional
+from batchnorm.convention import Convention, Single
+from batchnorm.core.axes import Axes, split
+from batchnorm.core.moments import Moments
+from batchnorm.core.moments import moments as measure
+from batchnorm.core.normalize import Statistics, statistics_of_batch
+from batchnorm.kernels import agnostic
+from batchnorm.kernels.torch import in_words_of_pytorch
+from batchnorm.torch.functional import State, current_backward, kept_by_lengths, track
+from batchnorm.torch.layers import Layer, count_skipped_batches
+
+Group = Any  # dist.ProcessGroup, which exists only in builds with torch.distributed
+
+
+class SyncBatchNorm(Layer, _BatchNorm):
+    """`torch.nn.SyncBatchNorm` on any device and backend, gloo on a CPU included.
+
+    In training the batches of all processes are normalised as one. They may differ in size, and be empty; masks may
+    differ. In evaluation, and in a process by itself, it is a batch norm like any other. It is no subclass of
+    `torch.nn.SyncBatchNorm`, which `DistributedDataParallel` refuses on a CPU.
+
+    Args:
+        num_features: C.
+        eps: Added to the variance.
+        momentum: Weight of the batch in the running statistics; None is their cumulative average.
+        affine: Whether there are a weight and a bias.
+        track_running_stats: Whether there are running statistics.
+        process_group: The processes; None is all of them.
+        device: Of parameters and buffers.
+        dtype: Likewise; running statistics are float32 where it is narrower.
+        bias: Whether an affine layer has a bias.
+        single: See `Layer`.
+        timeout: Seconds to wait for the other processes; None leaves it to the process group.
+        name: What errors call the layer; `convert_sync_batchnorm` gives each its name in the model.
+
+    Raises:
+        RuntimeError: In training, a process has not arrived within `timeout`; it has skipped this layer, or failed.
+    """
+
+    def __init__(
+        self,
+        num_features: int,
+        eps: float = 1e-5,
+        momentum: float | None = 0.1,
+        affine: bool = True,
+        track_running_stats: bool = True,
+        process_group: Group = None,
+        device: Any = None,
+        dtype: torch.dtype | None = None,
+        *,
+        bias: bool = True,
+        single: Single = "error",
+        timeout: float | None = None,
+        name: str = "SyncBatchNorm",
+    ) -> None:
+        super().__init__(
+            num_features, eps, momentum, affine, track_running_stats, device, dtype, bias=bias, single=single
+        )  # fmt: skip
+        self.process_group, self.timeout, self.name = process_group, timeout, name
+
+    def _check_input_dim(self, input: Tensor) -> None:  # noqa: A002
+        if input.ndim < 2:
+            raise ValueError(f"expected at least 2D input (got {input.ndim}D input)")
+
+    def forward(self, input: Tensor, *, mask: Tensor | None = None, lengths: Tensor | None = None) -> Tensor:  # noqa: A002
+        """The normalised input; see `batchnorm.torch.batch_norm` for mask and lengths."""
+        is_alone = not dist.is_available() or not dist.is_initialized() or dist.get_world_size(self.process_group) == 1
+        has_state = self.running_mean is not None
+        if is_alone or ((not self.training or self.is_frozen) and has_state):
+            return super().forward(input, mask=mask, lengths=lengths)
+        self._check_input_dim(input)
+        if input.shape[1] != self.num_features:
+            raise ValueError(f"{self.name}: expected {self.num_features} channels, got input size {tuple(input.shape)}")
+        if lengths is not None:
+            mask = kept_by_lengths(input, lengths, 1)
+        convention = in_words_of_pytorch(self.momentum, self.eps, self.single)
+        call = Call(self.name, self.process_group, self.timeout, convention, split(1, input.ndim), mask)
+        y: Tensor = Synchronized.apply(input, self.weight, self.bias, call)  # type: ignore[no-untyped-call]
+        if self.training and self.track_running_stats and has_state and current_backward() == -1:
+            state = State(self.running_mean, self.running_var, self.num_batches_tracked, None, self.skipped)  # type: ignore[arg-type]
+            track(state, call.whole, convention, is_masked=mask is not None)  # type: ignore[arg-type]
+        return y
+
+    @classmethod
+    def convert_sync_batchnorm(
+        cls, module: nn.Module, process_group: Group = None, *, timeout: float | None = None
+    ) -> nn.Module:
+        """Make every batch norm of a model, PyTorch's or ours, a synchronised one, in place; returns the model."""
+        for name, layer in module.named_modules():
+            if type(layer) in CONVERTED or type(layer) in (nn.SyncBatchNorm, cls):
+                layer.__class__ = cls
+                layer.process_group, layer.timeout, layer.name = process_group, timeout, name or cls.__name__  # type: ignore[assignment]
+                if "skipped" not in layer._buffers:
+                    count_skipped_batches(layer)
+                layer._keep_statistics_wide()  # type: ignore[operator]
+        return module
+
+
+CONVERTED = {base for dimensions in "123" for base in (getattr(nn, f"BatchNorm{dimensions}d"),)}
+CONVERTED |= {base for base in Layer.__subclasses__() if issubclass(base, tuple(CONVERTED))}
+
+
+@dataclass
+class Call:
+    """One normalisation over all processes, on its way through autograd."""
+
+    name: str
+    group: Group
+    timeout: float | None
+    convention: Convention
+    axes: Axes
+    mask: Tensor | None
+    whole: Moments | None = None
+    statistics: Statistics | None = None
+
+    def gathered(self, tensor: Tensor) -> Tensor:
+        """The tensors of all processes, in the order of the ranks."""
+        parts = [torch.empty_like(tensor) for _ in range(dist.get_world_size(self.group))]
+        self.wait(dist.all_gather(parts, tensor.contiguous(), self.group, async_op=True))
+        return torch.stack(parts)
+
+    def summed(self, tensor: Tensor) -> Tensor:
+        """The sum of the tensors of all processes."""
+        total = tensor.clone(memory_format=torch.contiguous_format)
+        self.wait(dist.all_reduce(total, group=self.group, async_op=True))
+        return total
+
+    def wait(self, work: Any) -> None:
+        """Wait for a collective, but no longer than the timeout."""
+        try:
+            if self.timeout is None:
+                work.wait()
+            else:
+                work.wait(timedelta(seconds=self.timeout))
+        except RuntimeError as error:
+            limit = "" if self.timeout is None else f" within {self.timeout:g} s"
+            raise RuntimeError(
+                f"{self.name}: the other processes did not arrive{limit}. Every process has to call every synchronised "
+                f"layer in training, with an empty batch if it has none ({error})"
+            ) from error
+
+    def merged(self, gathered: Tensor, counts: Tensor, dtype: torch.dtype) -> Moments:
+        """The moments of the whole batch, from means in two numbers and sums of squares."""
+        parts = [
+            Moments(count, mean.to(dtype), m2.to(dtype), lo.to(dtype))
+            for count, (mean, lo, m2) in zip(counts, gathered, strict=True)
+        ]
+        return reduce(Moments.merge, parts)
+
+
+class Synchronized(torch.autograd.Function):
+    """y of x, gamma and beta, normalised by the statistics of all processes."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, gamma: Tensor | None, beta: Tensor | None, call: Call) -> Tensor:
+        batch = functional.moments(x, axis=1, mask=call.mask)
+        packed = torch.stack([batch.count.to(wide(x)), *(part.to(wide(x)) for part in (batch.mean, batch.mean_lo, batch.m2))])
+        gathered = call.gathered(packed)
+        call.whole = call.merged(gathered[:, 1:], gathered[:, 0].round().to(torch.int64), batch.mean.dtype)
+        if call.convention.single == "error" and bool((call.whole.count == 1).any()):
+            raise ValueError(
+                f"{call.name}: Expected more than 1 value per channel when training, got one in all processes together"
+            )
+        call.statistics = statistics_of_batch(xp, call.whole, call.convention.eps)
+        ctx.call = call
+        ctx.save_for_backward(x, gamma, beta)
+        return normalized(x, gamma, beta, call)
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        call: Call = ctx.call
+        x, gamma, beta = ctx.saved_tensors
+        if torch.is_grad_enabled():
+            return (*differentiable_gradients(x, gamma, beta, dy, call), None)
+        assert call.statistics is not None
+        assert call.whole is not None
+        (mean, mean_lo, rstd), axes = call.statistics, call.axes
+        dz = dy if call.mask is None else torch.where(call.mask, dy, 0.0)
+        deviation = (x.to(mean.dtype) - axes.spread_out(xp, mean)) - axes.spread_out(xp, mean_lo)
+        xhat = deviation * axes.spread_out(xp, rstd)
+        if call.mask is not None:
+            xhat = torch.where(call.mask, xhat, 0.0)
+        dbeta, dgamma = (t.sum(axes.reduced, dtype=wide(x)) for t in (dz, dz * xhat))
+        total = call.summed(torch.stack([dbeta, dgamma]))
+        count = call.whole.count.clamp(min=1)
+        scale = rstd if gamma is None else gamma.to(rstd.dtype) * rstd
+        shift, slope = (axes.spread_out(xp, (t / count).to(mean.dtype)) for t in total)
+        dx = axes.spread_out(xp, scale) * (dz - shift - xhat * slope)
+        if call.mask is not None:
+            dx = torch.where(call.mask, dx, 0.0)
+        own = [None if p is None else t.to(p.dtype) for p, t in ((gamma, dgamma), (beta, dbeta))]
+        return (dx.to(x.dtype), *own, None)
+
+
+def wide(x: Tensor) -> torch.dtype:
+    """What statistics travel and sums are taken in."""
+    return torch.float32 if x.device.type == "mps" else torch.float64
+
+
+def normalized(x: Tensor, gamma: Tensor | None, beta: Tensor | None, call: Call) -> Tensor:
+    """y by the statistics of the call."""
+    z = agnostic.normalized(xp, x, call.axes, call.statistics, gamma, beta, call.mask, "zero")
+    return agnostic.finish(xp, z, x, call.mask, "zero", None, None)  # type: ignore[no-any-return]
+
+
+def differentiable_gradients(
+    x: Tensor, gamma: Tensor | None, beta: Tensor | None, dy: Tensor, call: Call
+) -> tuple[Tensor | None, ...]:
+    """Gradients that can be differentiated again, in every process together."""
+    leaves = [t if t is None or t.requires_grad else t.detach().requires_grad_() for t in (x, gamma, beta)]
+    with torch.enable_grad():
+        batch = measure(xp, leaves[0], call.axes, call.mask)
+        packed = torch.stack([part.to(wide(x)) for part in (batch.mean, batch.mean_lo, batch.m2)])
+        gathered = Gathered.apply(packed, call)  # type: ignore[no-untyped-call]
+        whole = call.merged(gathered, call.gathered(batch.count), batch.mean.dtype)
+        statistics = statistics_of_batch(xp, whole, call.convention.eps)
+        again = Call(call.name, call.group, call.timeout, call.convention, call.axes, call.mask, whole, statistics)
+        y = normalized(*leaves, again)  # type: ignore[arg-type]
+        gradients = iter(torch.autograd.grad(y, [t for t in leaves if t is not None], dy, create_graph=True))
+    return tuple(None if t is None else next(gradients) for t in leaves)
+
+
+class Gathered(torch.autograd.Function):
+    """The tensors of all processes; each receives the sum of the gradients that any of them has for it."""
+
+    @staticmethod
+    def forward(ctx: Any, tensor: Tensor, call: Call) -> Tensor:
+        ctx.call = call
+        return call.gathered(tensor)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+        return Summed.apply(gradient, ctx.call)[dist.get_rank(ctx.call.group)], None  # type: ignore[no-untyped-call]
+
+
+class Summed(torch.autograd.Function):
+    """The sum over all processes, whose gradient is the sum of theirs."""
+
+    @staticmethod
+    def forward(ctx: Any, tensor: Tensor, call: Call) -> Tensor:
+        ctx.call = call
+        return call.summed(tensor)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+        return Summed.apply(gradient, ctx.call), None  # type: ignore[no-untyped-call]

@@ -1,0 +1,106 @@
+"""`BatchNorm`: any rank, axis and convention, with an activation, a residual and groups."""
+
+import pytest
+import torch
+from torch import nn
+
+import batchnorm as bn
+import batchnorm.torch as bnt
+
+
+def test_is_no_batch_norm_of_torch():
+    assert not isinstance(bnt.BatchNorm(3), nn.modules.batchnorm._NormBase)
+
+
+@pytest.mark.parametrize("axis", [-1, 1, 2, -2])
+def test_any_axis(axis):
+    x = torch.randn(2, 3, 4, 5)
+    channels = x.shape[axis]
+    ours, native = bnt.BatchNorm(channels, axis=axis), nn.BatchNorm2d(channels)
+    torch.testing.assert_close(ours(x), native(x.movedim(axis, 1)).movedim(1, axis))
+    torch.testing.assert_close(ours.running_var, native.running_var)
+
+
+def test_takes_its_features_from_the_first_input():
+    layer = nn.Sequential(bnt.BatchNorm(axis=-1, activation="relu"))
+    state = {name: torch.full((5,), 2.0) for name in ("0.weight", "0.bias", "0.running_mean", "0.running_var")}
+    loaded = nn.Sequential(bnt.BatchNorm(axis=-1))
+    loaded.load_state_dict(state | {"0.num_batches_tracked": torch.tensor(3)})
+    layer(torch.randn(4, 5))
+    assert type(layer[0]) is bnt.BatchNorm
+    assert layer[0].num_features == 5
+    assert (layer[0].running_var != 1).all()
+    assert loaded(torch.randn(4, 5)).shape == (4, 5)
+    assert (loaded[0].weight == 2).all()
+
+
+@pytest.mark.parametrize("activation", ["relu", "gelu", torch.sin, None])
+def test_activation_and_residual(activation):
+    layer = bnt.BatchNorm(3, activation=activation)
+    x, residual = torch.randn(4, 3, 5, requires_grad=True), torch.randn(4, 3, 5, requires_grad=True)
+    y = layer(x, residual=residual)
+    z = nn.BatchNorm1d(3)(x) + residual
+    functions = {"relu": torch.relu, "gelu": nn.functional.gelu, None: lambda z: z}
+    expected = functions.get(activation, activation)(z)
+    torch.testing.assert_close(y, expected)
+    dy = torch.randn_like(y)
+    for ours, theirs in zip(*(torch.autograd.grad(r, (x, residual), dy) for r in (y, expected)), strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("convention", sorted(bn.CONVENTIONS))
+def test_every_convention(convention):
+    """The same as the function of arrays with the state passed along."""
+    record = bn.CONVENTIONS[convention]
+    if isinstance(record.axis, tuple):
+        pytest.skip("several axes")
+    layer = bnt.BatchNorm(3, convention=convention, dtype=torch.float64)
+    running = bn.RunningStatistics.initial(3, record, like=torch.ones(1, dtype=torch.float64))
+    for training in (True, True, False):
+        x = torch.randn(6, 3, 4, dtype=torch.float64)
+        y, running = bn.batch_norm(
+            x, layer.weight, layer.bias, running, training=training, convention=record, axis=1
+        )  # fmt: skip
+        torch.testing.assert_close(layer.train(training)(x), y)
+        torch.testing.assert_close(layer.running_mean, running.mean)
+        torch.testing.assert_close(layer.running_var, running.spread)
+
+
+@pytest.mark.parametrize("rest", [0, 1, 3])
+def test_ghost_batches(rest):
+    x = torch.randn(12 + rest, 3, 5)
+    layer, whole, native = bnt.BatchNorm(3, virtual_batch_size=4), bnt.BatchNorm(3), nn.BatchNorm1d(3)
+    y = layer(x)
+    torch.testing.assert_close(y, torch.cat([native(part) for part in x.split(4)]))
+    whole(x)
+    torch.testing.assert_close(layer.running_var, whole.running_var)
+    torch.testing.assert_close(layer.eval()(x), whole.eval()(x))
+    assert layer.num_batches_tracked == 1
+
+
+def test_a_single_remaining_example_joins_the_last_group():
+    x = torch.randn(9, 3)
+    y = bnt.BatchNorm(3, virtual_batch_size=4)(x)
+    native = nn.BatchNorm1d(3)
+    torch.testing.assert_close(y, torch.cat([native(x[:4]), native(x[4:])]))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"num_features": -1}, "num_features is -1"),
+        ({"virtual_batch_size": 0}, "virtual_batch_size is 0"),
+        ({"convention": "pytroch"}, "did you mean 'pytorch'"),
+        ({"eps": -1.0}, "eps is -1.0"),
+        ({"momentum": 1.5}, "decay is -0.5"),
+    ],
+    ids=str,
+)
+def test_wrong_arguments(options, message):
+    with pytest.raises(ValueError, match=message):
+        bnt.BatchNorm(**{"num_features": 3} | options)
+
+
+def test_wrong_input():
+    with pytest.raises(ValueError, match="3 channels along axis -1"):
+        bnt.BatchNorm(3, axis=-1)(torch.ones(2, 4))

@@ -1,0 +1,96 @@
+"""Layers that are compiled, traced and exported."""
+
+import pytest
+import torch
+from torch import fx, nn
+
+import batchnorm.torch as bnt
+
+
+def network(norm=bnt.BatchNorm2d, **options):
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Conv2d(3, 4, 3), norm(4, **options), nn.ReLU())
+
+
+def images():
+    return torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(1))
+
+
+@pytest.mark.parametrize("momentum", [0.1, None])
+def test_compiled_training(momentum):
+    """In one graph, with the state advanced; momentum=None needs the number of batches as a tensor."""
+    torch._dynamo.reset()
+    eager, other = network(momentum=momentum), network(momentum=momentum)
+    compiled = torch.compile(other, fullgraph=True, backend="aot_eager")
+    for _ in range(3):
+        x = torch.randn(2, 3, 8, 8)
+        results = []
+        for call, model in ((eager, eager), (compiled, other)):
+            model.zero_grad()
+            y = call(x)
+            y.pow(2).sum().backward()
+            results.append([y.detach(), *(p.grad for p in model.parameters()), *model.buffers()])
+        for mine, theirs in zip(*results, strict=True):
+            torch.testing.assert_close(mine, theirs, rtol=1e-4, atol=1e-4)
+    assert other[1].num_batches_tracked == 3
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_compiled_by_inductor():
+    torch._dynamo.reset()
+    eager, other = network(), network()
+    x = images()
+    torch.testing.assert_close(torch.compile(other, fullgraph=True)(x), eager(x), rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(other[1].running_var, eager[1].running_var)
+    eager.eval(), other.eval()
+    torch.testing.assert_close(torch.compile(other, fullgraph=True)(x), eager(x), rtol=1e-4, atol=1e-4)
+
+
+def test_compiled_with_a_mask_and_an_activation():
+    torch._dynamo.reset()
+    layer, other = (bnt.BatchNorm(4, activation="relu") for _ in range(2))
+    x, lengths = torch.randn(3, 4, 6), torch.tensor([6, 2, 4])
+    y = torch.compile(other, fullgraph=True, backend="aot_eager")(x, lengths=lengths)
+    torch.testing.assert_close(y, layer(x, lengths=lengths))
+    torch.testing.assert_close(other.running_var, layer.running_var)
+
+
+@pytest.mark.parametrize("norm", [bnt.BatchNorm2d, lambda n: bnt.BatchNorm(n, activation="relu")])
+def test_symbolic_trace(norm):
+    """A node of its own, so that `eval` works on the traced network as well."""
+    model = network(norm)
+    traced = fx.symbolic_trace(model)
+    assert [node.op for node in traced.graph.nodes if node.target == "1"] == ["call_module"]
+    x = images()
+    torch.testing.assert_close(traced(x), network(norm)(x))
+    assert model[1].num_batches_tracked == 1
+    model.eval(), traced.eval()
+    torch.testing.assert_close(traced(x), model(x))
+
+
+def test_export_of_the_evaluated_network():
+    """As PyTorch's own operator, which every back end knows."""
+    model = network()
+    model(images())
+    exported = torch.export.export(model.eval(), (images(),))
+    targets = [str(node.target) for node in exported.graph.nodes]
+    assert any("batch_norm" in target for target in targets)
+    assert not any("batchnorm." in target for target in targets)
+    torch.testing.assert_close(exported.module()(images()), model(images()))
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::torch.jit.TracerWarning")
+def test_jit_trace():
+    model = network().eval()
+    traced = torch.jit.trace(model, images())
+    torch.testing.assert_close(traced(images()), model(images()))
+
+
+def test_on_another_device():
+    """The framework's own operators: nothing is copied to the CPU."""
+    layer = bnt.BatchNorm2d(4, device="meta")
+    x = torch.empty(2, 4, 3, 3, device="meta", requires_grad=True)
+    y = layer(x)
+    y.sum().backward()
+    assert y.is_meta
+    assert x.grad.is_meta
