@@ -31,20 +31,25 @@ struct ExchangeTable {
   int (*view)(void* object, nb::dlpack::dltensor* out);  // borrows; null where it is not offered
 };
 
-// The table of a type; null if it has none. The last answer is kept: a program's arrays are mostly of one type.
+// The table of a type; null if it has none. The first few answers are kept: a program's arrays are of one or two types
+// (PyTorch's tensors and parameters).
 ExchangeTable* exchange_table(PyTypeObject* type) {
-  static PyTypeObject* known_type = nullptr;
-  static ExchangeTable* known_table = nullptr;
-  if (type == known_type) return known_table;
+  struct Known { PyTypeObject* type; ExchangeTable* table; };
+  static Known known[4] = {};
+  static int next = 0;
+  for (const Known& one : known)
+    if (one.type == type) return one.table;
   ExchangeTable* table = nullptr;
   nb::object capsule = nb::getattr(nb::handle(reinterpret_cast<PyObject*>(type)), "__dlpack_c_exchange_api__", nb::none());
   if (PyCapsule_IsValid(capsule.ptr(), "dlpack_exchange_api")) {
     table = static_cast<ExchangeTable*>(PyCapsule_GetPointer(capsule.ptr(), "dlpack_exchange_api"));
     if (table->version.major != 1 || !table->view) table = nullptr;
   }
-  Py_INCREF(reinterpret_cast<PyObject*>(type));  // for good: its address stands for it
-  known_type = type;
-  known_table = table;
+  Py_INCREF(reinterpret_cast<PyObject*>(type));  // while it is known: its address stands for it
+  Known& place = known[next++ % 4];
+  PyTypeObject* const forgotten = place.type;
+  place = {type, table};
+  Py_XDECREF(reinterpret_cast<PyObject*>(forgotten));
   return table;
 }
 
@@ -216,10 +221,10 @@ Dtype Array::dtype() const {
   return static_cast<Dtype>(element);
 }
 
-nb::object large_like(nb::handle object, const Array& array) {
+nb::object own_like(nb::handle object, const Array& array) {
   const int64_t bytes = array.size() * size_of(array.dtype());
   const ExchangeTable* table = exchange_table(Py_TYPE(object.ptr()));
-  if (bytes < smallest_block || !table || !table->from_managed || !is_dense(array)) return {};
+  if (!table || !table->from_managed || !is_dense(array)) return {};
   const uint8_t code = array.element == Element::bfloat16 ? dlpack_bfloat : dlpack_float;
   const nb::dlpack::dtype dtype{code, static_cast<uint8_t>(8 * size_of(array.dtype())), 1};
   return hand_over(table, Owned::make(array.ndim, array.shape, array.strides, dtype, bytes));

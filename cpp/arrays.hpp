@@ -54,9 +54,9 @@ class Array {
   nanobind::ndarray<nanobind::ro> holder_;
 };
 
-// An uninitialised array of the type, shape and strides of a dense and large one, in memory of our own (memory.hpp);
-// null where its library cannot be handed one, or there is nothing to gain.
-nanobind::object large_like(nanobind::handle object, const Array& array);
+// An uninitialised array of the type, shape and strides of a dense one, in memory of our own (a large one in that of
+// memory.hpp); null where its library cannot be handed one.
+nanobind::object own_like(nanobind::handle object, const Array& array);
 
 // `length` uninitialised numbers (float32, float64, int64) in an array of the library of `object`. Raises TypeError where
 // it cannot be handed one.

@@ -83,7 +83,7 @@ bool backward(handle dy_, handle x_, handle dx_, handle gamma_, handle beta_, ha
 
 // The like of an array in memory of our own; None where its library has to allocate it.
 nb::object result_like(handle array) {
-  const nb::object result = large_like(array, Array("array", array));
+  const nb::object result = own_like(array, Array("array", array));
   return result ? result : nb::none();
 }
 
@@ -129,10 +129,12 @@ NB_MODULE(_native, m) {
         optional("running_var"), optional("steps"), nb::arg("momentum"), nb::arg("correction"));
   m.def("inference_plain", &inference_plain, nb::arg("x"), optional("gamma"), optional("beta"), optional("residual"),
         nb::arg("mean"), nb::arg("var"), nb::arg("axis"), nb::arg("eps"), nb::arg("eps_placement"),
-        nb::arg("activation"), nb::arg("slope"), nb::arg("threads"), nb::arg("empty_like"));
+        nb::arg("activation"), nb::arg("slope"), nb::arg("threads"), nb::arg("empty_like"),
+        optional("statistic_like"), nb::arg("keeps_statistics"));
   m.def("backward_plain", &backward_plain, nb::arg("dy"), nb::arg("x"), optional("gamma"), optional("beta"),
-        optional("residual"), nb::arg("mean"), nb::arg("mean_lo"), nb::arg("rstd"), nb::arg("count"), nb::arg("kept"),
-        nb::arg("activation"), nb::arg("slope"), nb::arg("threads"), nb::arg("empty_like"), nb::arg("has_dx"));
+        optional("residual"), nb::arg("mean"), nb::arg("mean_lo"), nb::arg("rstd"), optional("count"), nb::arg("kept"),
+        nb::arg("activation"), nb::arg("slope"), nb::arg("threads"), nb::arg("empty_like"), nb::arg("has_dx"),
+        nb::arg("through_statistics"));
   nb::class_<Block>(m, "Block", nb::type_slots(block_slots)).def(nb::init<int64_t>(), nb::arg("bytes"));
   m.attr("smallest_block") = smallest_block;
   m.def("result_like", &result_like);

@@ -6,6 +6,7 @@
 #include <cstring>
 #include <initializer_list>
 #include <memory>
+#include <type_traits>
 
 #include "checks.hpp"
 
@@ -27,10 +28,9 @@ struct Allocator {
   handle empty_like;
 
   nb::object like(handle array_, const Array& array) const {
-    nb::object result = large_like(array_, array);
+    nb::object result = own_like(array_, array);
     return result ? result : empty_like(array_);
   }
-  nb::object like(handle array_) const { return empty_like(array_); }
 
   // One number for each channel: like the prototype or, for None, in the library of x.
   nb::object table(handle prototype, handle x, Element element, int64_t C) const {
@@ -96,18 +96,19 @@ bool advance(const Running& running, const Array& mean, const Array& mean_lo, co
   return true;
 }
 
-// mean, what rounding takes of it, and rstd: tables of C each, in double and rounded once. False for values that are no
-// statistics.
+// mean, what rounding takes of it, and rstd, one for each of C channels, in double and rounded once. False for values
+// that are no statistics.
 template <class F>
-bool fill_statistics(const Array& mean, const Array& var, double eps, EpsPlacement placement, int64_t C, F* tables) {
+bool fill_statistics(const Array& mean, const Array& var, double eps, EpsPlacement placement, int64_t C,
+                     F* const (&tables)[3]) {
   for (int64_t c = 0; c < C; ++c) {
     const double m = value_at(mean, c), v = value_at(var, c);
     const double std = placement == EpsPlacement::inside ? std::sqrt(v + eps)
                                                          : std::sqrt(v) + (placement == EpsPlacement::outside ? eps : 0);
     if (!(std > 0)) return false;
-    tables[c] = static_cast<F>(m);
-    tables[C + c] = static_cast<F>(m - tables[c]);
-    tables[2 * C + c] = static_cast<F>(1 / std);
+    tables[0][c] = static_cast<F>(m);
+    tables[1][c] = static_cast<F>(m - tables[0][c]);
+    tables[2][c] = static_cast<F>(1 / std);
   }
   return true;
 }
@@ -168,7 +169,7 @@ nb::object forward_plain(handle x_, handle gamma_, handle beta_, handle residual
 
 nb::object inference_plain(handle x_, handle gamma_, handle beta_, handle residual_, handle mean_, handle var_, int axis,
                            double eps, uint8_t eps_placement, uint8_t activation, double slope, int threads,
-                           handle empty_like) {
+                           handle empty_like, handle statistic_like, bool keeps_statistics) {
   return or_none([&]() -> nb::object {
     const Array x("x", x_), gamma("gamma", gamma_), beta("beta", beta_), residual("residual", residual_), none("mask", nb::none());
     const Array mean("mean", mean_), var("var", var_);
@@ -186,23 +187,35 @@ nb::object inference_plain(handle x_, handle gamma_, handle beta_, handle residu
     std::unique_ptr<int64_t[]> prefixes;
     if (!prepare(call, x, 1u << axis, none, none, prefixes, threads)) return nb::none();
     const int64_t C = problem.C;
-    const std::unique_ptr<double[]> tables(new double[3 * C]);
-    const auto fill = [&](auto* table) {
-      problem.mean = table, problem.mean_lo = table + C, problem.rstd = table + 2 * C;
-      return fill_statistics(mean, var, eps, static_cast<EpsPlacement>(eps_placement), C, table);
-    };
     const bool is_double = problem.dtype == Dtype::float64;
-    if (!(is_double ? fill(tables.get()) : fill(reinterpret_cast<float*>(tables.get())))) return nb::none();
+    const std::unique_ptr<double[]> own(new double[keeps_statistics ? 0 : 3 * C]);
+    nb::object kept[3];
+    void* tables[3];
+    for (int i = 0; i < 3; ++i) {
+      if (!keeps_statistics) {
+        tables[i] = own.get() + i * C;
+        continue;
+      }
+      kept[i] = allocate.table(statistic_like, x_, is_double ? Element::float64 : Element::float32, C);
+      tables[i] = Array("statistic", kept[i], true).data;
+    }
+    const auto fill = [&](auto* mean_table) {
+      using F = std::remove_pointer_t<decltype(mean_table)>;
+      F* const of_type[3] = {mean_table, static_cast<F*>(tables[1]), static_cast<F*>(tables[2])};
+      return fill_statistics(mean, var, eps, static_cast<EpsPlacement>(eps_placement), C, of_type);
+    };
+    if (!(is_double ? fill(static_cast<double*>(tables[0])) : fill(static_cast<float*>(tables[0])))) return nb::none();
+    problem.mean = tables[0], problem.mean_lo = tables[1], problem.rstd = tables[2];
     set_parameters(problem, gamma, beta, activation, slope);
     problem.measure = false;
     if (!compute_unlocked(Operation::forward, problem)) return nb::none();
-    return y_;
+    return nb::make_tuple(y_, kept[0] ? kept[0] : nb::none(), kept[1] ? kept[1] : nb::none(), kept[2] ? kept[2] : nb::none());
   });
 }
 
 nb::object backward_plain(handle dy_, handle x_, handle gamma_, handle beta_, handle residual_, handle mean_,
                           handle mean_lo_, handle rstd_, handle count_, uint32_t kept, uint8_t activation,
-                          double slope, int threads, handle empty_like, bool has_dx) {
+                          double slope, int threads, handle empty_like, bool has_dx, bool through_statistics) {
   return or_none([&]() -> nb::object {
     const Array dy("dy", dy_), x("x", x_), gamma("gamma", gamma_), beta("beta", beta_), residual("residual", residual_);
     const Array mean("mean", mean_), mean_lo("mean_lo", mean_lo_), rstd("rstd", rstd_), count("count", count_);
@@ -212,7 +225,8 @@ nb::object backward_plain(handle dy_, handle x_, handle gamma_, handle beta_, ha
     if (residual) check_like(residual, x);
     const Allocator allocate{empty_like};
     nb::object dx_ = has_dx ? allocate.like(x_, x) : nb::none();
-    nb::object dgamma_ = gamma ? allocate.like(gamma_) : nb::none(), dbeta_ = beta ? allocate.like(beta_) : nb::none();
+    nb::object dgamma_ = gamma ? allocate.like(gamma_, gamma) : nb::none();
+    nb::object dbeta_ = beta ? allocate.like(beta_, beta) : nb::none();
     nb::object dresidual_ = residual ? allocate.like(residual_, residual) : nb::none();
     const Array dx("dx", dx_, true), dgamma("dgamma", dgamma_, true), dbeta("dbeta", dbeta_, true);
     const Array dresidual("dresidual", dresidual_, true);
@@ -230,6 +244,7 @@ nb::object backward_plain(handle dy_, handle x_, handle gamma_, handle beta_, ha
     problem.dgamma = channels(dgamma, problem.C);
     problem.dbeta = channels(dbeta, problem.C);
     problem.measure = false;
+    problem.through_statistics = through_statistics;
     if (!compute_unlocked(Operation::backward, problem)) return nb::none();
     return nb::make_tuple(dx_, dgamma_, dbeta_, dresidual_);
   });

@@ -20,16 +20,16 @@ nanobind::object forward_plain(nanobind::handle x, nanobind::handle gamma, nanob
                                nanobind::handle running_mean, nanobind::handle running_var, nanobind::handle steps,
                                double momentum, int correction);
 
-// y by running statistics.
+// y by running statistics, and the mean, mean_lo and rstd that these are, if they are kept; else None for each.
 nanobind::object inference_plain(nanobind::handle x, nanobind::handle gamma, nanobind::handle beta,
                                  nanobind::handle residual, nanobind::handle mean, nanobind::handle var, int axis,
                                  double eps, uint8_t eps_placement, uint8_t activation, double slope, int threads,
-                                 nanobind::handle empty_like);
+                                 nanobind::handle empty_like, nanobind::handle statistic_like, bool keeps_statistics);
 
 // dx, dgamma, dbeta, dresidual; None for those of what was not given, and for dx where it is not wanted.
 nanobind::object backward_plain(nanobind::handle dy, nanobind::handle x, nanobind::handle gamma, nanobind::handle beta,
                                 nanobind::handle residual, nanobind::handle mean, nanobind::handle mean_lo,
                                 nanobind::handle rstd, nanobind::handle count, uint32_t kept, uint8_t activation,
-                                double slope, int threads, nanobind::handle empty_like, bool has_dx);
+                                double slope, int threads, nanobind::handle empty_like, bool has_dx, bool through_statistics);
 
 }  // namespace batchnorm

@@ -93,8 +93,10 @@ def inference_plain(
     slope: float,
     threads: int,
     empty_like: Callable[[Any], Any],
-) -> Any | None:
-    """y by running statistics, likewise."""
+    statistic_like: Any | None,
+    keeps_statistics: bool,
+) -> tuple[Any, Any | None, Any | None, Any | None] | None:
+    """y by running statistics, likewise; and the mean, mean_lo and rstd that these are, if they are kept."""
 
 def backward_plain(
     dy: Any,
@@ -105,13 +107,14 @@ def backward_plain(
     mean: Any,
     mean_lo: Any,
     rstd: Any,
-    count: Any,
+    count: Any | None,
     kept: int,
     activation: int,
     slope: float,
     threads: int,
     empty_like: Callable[[Any], Any],
     has_dx: bool,
+    through_statistics: bool,
 ) -> tuple[Any | None, Any | None, Any | None, Any | None] | None:
     """dx, dgamma, dbeta and dresidual, likewise."""
 

@@ -159,9 +159,14 @@ def test_only_so_much_waits():
     assert _native.waiting_bytes() == 0
 
 
-def test_small_results_are_left_to_pytorch():
-    assert _native.result_like(torch.empty(SMALLEST // 4 - 1)) is None
-    assert _native.result_like(torch.empty(SMALLEST // 4)) is not None
+def test_small_results_go_back_at_once():
+    for length in (0, 1, SMALLEST // 4 - 1):
+        result = _native.result_like(torch.empty(length))
+        assert result.shape == (length,)
+        del result
+        assert _native.waiting_bytes() == 0
+    _native.result_like(torch.empty(SMALLEST // 4))
+    assert _native.waiting_bytes() == SMALLEST
 
 
 def test_blocks_of_another_size_are_not_taken():

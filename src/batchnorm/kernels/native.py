@@ -162,7 +162,8 @@ def inference_plain(
         return None
     if not is_plain_state(running):
         return None
-    return plain.inference(NUMPY, x, gamma, beta, running, axis, convention, activation, residual)
+    done = plain.inference(NUMPY, x, gamma, beta, running, axis, convention, activation, residual)
+    return None if done is None else done[0]
 
 
 def training_plain(

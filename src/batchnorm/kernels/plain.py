@@ -84,8 +84,10 @@ def inference(
     convention: Convention,
     activation: str | None,
     residual: Array | None,
-) -> Array | None:
-    """y by running variances, likewise."""
+    *,
+    keeps_cache: bool = False,
+) -> tuple[Array, Cache | None] | None:
+    """y by running variances, likewise, and the cache if it is kept."""
     if type(axis) is not int or (activation is not None and type(activation) is not str):
         return None
     if (convention.tracked, convention.affine, convention.update) != ("var", "plain", "training"):
@@ -93,10 +95,18 @@ def inference(
     if convention.debias in ("adam", "weight_sum"):
         return None
     code, slope = activation_code(activation)
-    return _native.inference_plain(
+    statistic = library.prototypes(x.shape[axis], x.dtype)[0] if library.prototypes and keeps_cache else None
+    done = _native.inference_plain(
         x, gamma, beta, residual, running.mean, running.spread, axis, convention.eps,
-        EPS_PLACEMENTS[convention.eps_eval], code, slope, library.threads(), library.own_empty_like,
+        EPS_PLACEMENTS[convention.eps_eval], code, slope, library.threads(), library.own_empty_like, statistic,
+        keeps_cache,
     )  # fmt: skip
+    if done is None:
+        return None
+    if not keeps_cache:
+        return done[0], None
+    plan = plain_plan(axis, x.ndim, activation, convention.eps)[2]
+    return done[0], new_tuple(Cache, (x, gamma, beta, residual, None, new_tuple(Statistics, done[1:]), None, plan))
 
 
 def is_simple(convention: Convention) -> bool:
@@ -127,7 +137,9 @@ def advanced(
     return running._replace(mean=tracked.mean, spread=tracked.var, steps=running.steps + 1), True
 
 
-def backward(library: Library, dy: Array, cache: Cache, *, has_dx: bool = True) -> Gradients | None:
+def backward(
+    library: Library, dy: Array, cache: Cache, *, has_dx: bool = True, through_statistics: bool = True
+) -> Gradients | None:
     """The gradients, likewise."""
     x, gamma, beta, residual, mask, (mean, mean_lo, rstd), count, plan = cache
     if mask is not None or type(x) is not type(dy) or callable(plan.activation):
@@ -135,6 +147,6 @@ def backward(library: Library, dy: Array, cache: Cache, *, has_dx: bool = True) 
     code, slope = activation_code(plan.activation)
     done = _native.backward_plain(
         dy, x, gamma, beta, residual, mean, mean_lo, rstd, count, plan.axes.kept_bits, code, slope, library.threads(),
-        library.own_empty_like, has_dx,
+        library.own_empty_like, has_dx, through_statistics,
     )  # fmt: skip
     return None if done is None else new_tuple(Gradients, done)

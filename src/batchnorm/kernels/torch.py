@@ -16,7 +16,7 @@ from batchnorm.core.axes import Axes
 from batchnorm.core.dtypes import Array
 from batchnorm.core.masks import Mask
 from batchnorm.core.moments import Moments
-from batchnorm.core.normalize import effective_beta, effective_gamma
+from batchnorm.core.normalize import Statistics, effective_beta, effective_gamma
 from batchnorm.core.running import RunningStatistics
 from batchnorm.kernels import agnostic, launch, plain
 from batchnorm.kernels.agnostic import ActivationLike, Cache, Gradients
@@ -27,6 +27,7 @@ from batchnorm.kernels.torch_autograd import (
     PLAIN,
     Normalization,
     PlainCall,
+    PlainInference,
     gradients_by_array_code,
     has_derivatives,
     is_forward_mode,
@@ -113,6 +114,17 @@ def backward(dy: Array, cache: Cache) -> Gradients:
     return Gradients(*gradients_by_array_code(operands, Rule(plan.eps), None, dy))
 
 
+def normalize_by(
+    x: Array, gamma: Array | None, beta: Array | None, axes: Axes, mask: Mask, statistics: Statistics
+) -> Array:
+    """y by given statistics, not differentiable, of tensors anywhere."""
+    if refusal((x,), (gamma, beta), axes, None) is None:
+        operands = Operands(x, gamma, beta, None, mask, axes, None)
+        return launch.normalize_by(PLAIN, operands, statistics, "zero", None)
+    z = agnostic.normalized(xp, x, axes, statistics, gamma, beta, mask, "zero")
+    return agnostic.finish(xp, z, x, mask, "zero", None, None)
+
+
 def moments(x: Array, axes: Axes, mask: Mask) -> Moments:
     """`functional.moments`, with everything resolved."""
     if has_derivatives(x):
@@ -158,9 +170,9 @@ def inference_plain(
     residual: Array | None,
 ) -> Array | None:
     """y of `functional.batch_norm` at inference, likewise; the state has to be as `functional` returns it."""
-    if not is_plain_state(running) or not are_plain(x, gamma, beta, residual, running.mean, running.spread):
+    if not is_plain_state(running):
         return None
-    return plain.inference(PLAIN, x, gamma, beta, running, axis, convention, activation, residual)
+    return layer_inference_plain(x, gamma, beta, running, axis, convention, activation, residual)
 
 
 def training_plain(
@@ -221,10 +233,15 @@ def layer_inference_plain(
     activation: str | None,
     residual: Array | None,
 ) -> Array | None:
-    """The batch normalised by the running statistics of a layer, not for autograd."""
-    if not are_plain(x, gamma, beta, residual, buffers.mean, buffers.spread):
+    """The batch normalised by the running statistics of a layer, for autograd too."""
+    if is_forward_mode() or not are_ordinary(x, gamma, beta, residual, buffers.mean, buffers.spread):
         return None
-    return plain.inference(PLAIN, x, gamma, beta, buffers, axis, convention, activation, residual)  # type: ignore[arg-type]
+    if has_derivatives(buffers.mean, buffers.spread):
+        return None
+    call = PlainInference(axis, convention.eps, activation, buffers, convention)
+    if has_derivatives(x, gamma, beta, residual):
+        return Normalization.apply(x, gamma, beta, residual, call)  # type: ignore[no-untyped-call]
+    return call.run(x, gamma, beta, residual, keeps_cache=False)
 
 
 def normalize_plain(
@@ -270,7 +287,10 @@ def are_ordinary(*tensors: Array | None) -> bool:
     """Whether these are tensors in plain memory, in a call that nobody traces."""
     if is_traced():
         return False
-    return all(tensor is None or (type(tensor) in PLAIN_TYPES and not tensor.is_neg()) for tensor in tensors)
+    for tensor in tensors:  # a loop: `all` of a generator takes twice as long
+        if tensor is not None and (type(tensor) not in PLAIN_TYPES or tensor.is_neg()):
+            return False
+    return True
 
 
 @assume_constant_result

@@ -16,6 +16,7 @@ from torch.autograd import forward_ad
 from torch.compiler import is_compiling
 
 import batchnorm._native as _native
+from batchnorm.convention import Convention
 from batchnorm.core import activations
 from batchnorm.core.dtypes import Array
 from batchnorm.core.masks import elementwise
@@ -24,7 +25,7 @@ from batchnorm.core.normalize import Statistics, statistics_of_batch
 from batchnorm.kernels import agnostic, launch, plain
 from batchnorm.kernels.agnostic import Cache, Gradients
 from batchnorm.kernels.launch import Library, Measured, Operands, Rule
-from batchnorm.kernels.plain import Tracked, new_tuple
+from batchnorm.kernels.plain import UNTRACKED, Tracked, new_tuple
 
 DTYPES = {"float32": torch.float32, "float64": torch.float64, "int64": torch.int64}
 
@@ -119,7 +120,7 @@ class PlainCall:
     """A normalisation by the batch that nothing is unusual about, likewise; see plain.py."""
 
     __slots__ = ("activation", "axis", "eps", "is_accepted", "rest", "tracked")
-    given = None
+    given: Statistics | None = None
 
     def __init__(self, axis: int, eps: float, activation: str | None, tracked: Tracked) -> None:
         self.axis, self.eps, self.activation, self.tracked = axis, eps, activation, tracked
@@ -149,9 +150,41 @@ class PlainCall:
 
     def gradients(self, dy: Array, arrays: tuple[Array | None, ...], *, has_dx: bool) -> Gradients:
         """Those of x, gamma, beta and residual."""
-        cache = new_tuple(Cache, (*arrays, None, *self.rest))
-        done = None if dy.is_neg() else plain.backward(PLAIN, dy, cache, has_dx=has_dx)
-        return launch.run_backward(PLAIN, dy, cache, has_dx=has_dx) if done is None else done
+        cache, through = new_tuple(Cache, (*arrays, None, *self.rest)), self.given is None
+        done = None if dy.is_neg() else plain.backward(PLAIN, dy, cache, has_dx=has_dx, through_statistics=through)
+        if done is None:
+            done = launch.run_backward(PLAIN, dy, cache, has_dx=has_dx, through_statistics=through)
+        return done
+
+
+class PlainInference(PlainCall):
+    """The same by running statistics."""
+
+    __slots__ = ("convention", "running")
+
+    def __init__(self, axis: int, eps: float, activation: str | None, running: Any, convention: Convention) -> None:
+        super().__init__(axis, eps, activation, UNTRACKED)
+        self.running, self.convention = running, convention
+
+    @property
+    def given(self) -> Statistics:  # type: ignore[override]
+        """What normalises."""
+        statistics: Statistics = self.rest[0]
+        return statistics
+
+    def run(
+        self, x: Array, gamma: Array | None, beta: Array | None, residual: Array | None, *, keeps_cache: bool = True
+    ) -> Array | None:
+        """y; None where something is out of the ordinary after all."""
+        done = plain.inference(
+            PLAIN, x, gamma, beta, self.running, self.axis, self.convention, self.activation, residual,
+            keeps_cache=keeps_cache,
+        )  # fmt: skip
+        if done is None:
+            return None
+        y, cache = done
+        self.rest = None if cache is None else cache[5:]
+        return y
 
 
 class Normalization(torch.autograd.Function):

@@ -12,6 +12,7 @@ from batchnorm.torch.layers import (
     LazyBatchNorm3d,
 )
 from batchnorm.torch.surgery import Report, replace
+from batchnorm.torch.sync import SyncBatchNorm
 
 __all__ = [
     "BatchNorm",
@@ -22,6 +23,7 @@ __all__ = [
     "LazyBatchNorm2d",
     "LazyBatchNorm3d",
     "Report",
+    "SyncBatchNorm",
     "batch_norm",
     "freeze",
     "no_update",

@@ -23,6 +23,7 @@ from batchnorm.core.moments import Moments
 from batchnorm.core.moments import moments as measure
 from batchnorm.core.normalize import Statistics, statistics_of_batch
 from batchnorm.kernels import agnostic
+from batchnorm.kernels import torch as kernel
 from batchnorm.kernels.torch import in_words_of_pytorch
 from batchnorm.torch.functional import State, current_backward, kept_by_lengths, track
 from batchnorm.torch.layers import Layer, count_skipped_batches
@@ -182,7 +183,7 @@ class Synchronized(torch.autograd.Function):
         call.statistics = statistics_of_batch(xp, call.whole, call.convention.eps)
         ctx.call = call
         ctx.save_for_backward(x, gamma, beta)
-        return normalized(x, gamma, beta, call)
+        return kernel.normalize_by(x, gamma, beta, call.axes, call.mask, call.statistics)
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
@@ -216,7 +217,7 @@ def wide(x: Tensor) -> torch.dtype:
 
 
 def normalized(x: Tensor, gamma: Tensor | None, beta: Tensor | None, call: Call) -> Tensor:
-    """y by the statistics of the call."""
+    """y by the statistics of the call, differentiable."""
     z = agnostic.normalized(xp, x, call.axes, call.statistics, gamma, beta, call.mask, "zero")
     return agnostic.finish(xp, z, x, call.mask, "zero", None, None)  # type: ignore[no-any-return]
 
