@@ -55,7 +55,7 @@ BATCH_NORM = {
     "eps negative": ({"eps": -1e-5}, ValueError, "eps is -1e-05; it must be finite and >= 0"),
     "eps nan": ({"eps": float("nan")}, ValueError, "eps is nan"),
     "eps type": ({"eps": "1e-5"}, TypeError, "eps is '1e-5' (str); it must be a Python number >= 0"),
-    "eps zero": ({"eps": 0.0}, ValueError, "eps is 0, which pytorch refuses in training"),
+    "eps zero": ({"eps": 0.0}, ValueError, "eps must be positive in training, but is 0: pytorch refuses it"),
     "decay": ({"decay": 1.1}, ValueError, "decay is 1.1; it is the weight of the old running value and must lie in [0, 1]"),
     "decay type": ({"decay": np.ones(3)}, TypeError, "it must be a Python number in [0, 1]"),
     "convention": (

@@ -245,7 +245,8 @@ def check_trainable(x: Array, axes: Axes, mask: Mask, convention: Convention) ->
     """Raise where the convention refuses to train on this batch."""
     if convention.eps == 0 and convention.zero_eps == "error":
         raise ValueError(
-            f"eps is 0, which {convention.name} refuses in training: a constant channel would divide by 0; pass eps > 0"
+            f"eps must be positive in training, but is 0: {convention.name} refuses it, as a constant channel would "
+            "divide by 0; pass eps > 0"
         )
     allowed = convention.single != "error" or (mask is not None and convention.masked_running_correction == 0)
     if allowed or 0 in x.shape:

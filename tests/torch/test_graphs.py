@@ -1,7 +1,9 @@
 """Layers that are compiled, traced and exported."""
 
+import onnx
 import pytest
 import torch
+from onnx.reference import ReferenceEvaluator
 from torch import fx, nn
 
 import batchnorm.torch as bnt
@@ -94,3 +96,19 @@ def test_on_another_device():
     y.sum().backward()
     assert y.is_meta
     assert x.grad.is_meta
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning", "ignore::UserWarning")
+@pytest.mark.parametrize("norm", [bnt.BatchNorm2d, lambda n: bnt.BatchNorm(n, activation="relu")])
+def test_onnx(norm):
+    """As ONNX's BatchNormalization, by the numbers of ONNX's own reference."""
+    model = network(norm)
+    model(images() + 1)
+    program = torch.onnx.export(model.eval(), (images(),), dynamo=True, verbose=False, optimize=False)
+    nodes = [node.op_type for node in program.model_proto.graph.node]
+    assert "BatchNormalization" in nodes
+    assert {node.domain for node in program.model_proto.graph.node} <= {"", "ai.onnx"}
+    onnx.checker.check_model(program.model_proto)
+    session = ReferenceEvaluator(program.model_proto)
+    (y,) = session.run(None, {program.model_proto.graph.input[0].name: images().numpy()})
+    torch.testing.assert_close(torch.from_numpy(y), model(images()).detach(), rtol=1e-4, atol=1e-5)

@@ -302,5 +302,7 @@ def in_words_of_pytorch(momentum: float | None, eps: float = 1e-5, single: Singl
 @lru_cache(typed=True)
 def remembered(momentum: float | None, eps: float, single: Single) -> Convention:
     """The same, made once."""
+    if not eps >= 0:
+        raise ValueError(f"batch_norm eps must be positive in training and not negative in evaluation, but got {eps}")
     decay = None if momentum is None else 1 - momentum
     return replace(find("pytorch"), eps=eps, decay=decay, single=single)

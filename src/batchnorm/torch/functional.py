@@ -91,9 +91,12 @@ def batch_norm(
     state = None if running_mean is None or running_var is None else State(running_mean, running_var)
     if state is None and not training:
         raise ValueError("Expected running_mean to be defined when training=False; pass both running statistics")
+    if input.ndim == 1 and input.numel() == 0:
+        return input.clone()  # as PyTorch's, which takes it for an empty batch
+    convention = in_words_of_pytorch(momentum if training else 0.1, eps)
     return normalize(
-        input, weight, bias, state, in_words_of_pytorch(momentum, eps), training=training, is_tracked=training, mask=mask,
-        lengths=lengths, activation=activation, residual=residual,
+        input, weight, bias, state, convention, training=training, is_tracked=training, mask=mask, lengths=lengths,
+        activation=activation, residual=residual,
     )  # fmt: skip
 
 
