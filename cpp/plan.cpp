@@ -8,7 +8,8 @@ namespace {
 
 constexpr int64_t row_chunk = 8192;     // elements of a channel that are summed in one go
 constexpr int64_t short_row = 128;      // S below which a row of one channel is too short to be taken by itself, and
-constexpr int64_t ragged_row = 1024;    // that below which it is if it is no number of whole vectors
+constexpr int64_t ragged_row = 1024;    // that below which it is if it is no number of whole vectors;
+constexpr int64_t ragged_row_read_once = 512;  // the same of a pass that neither comes back to the elements nor streams
 constexpr int64_t wide_row = 2048;      // columns that rows put side by side should have, where there are enough of them
 constexpr int64_t fewest_rows = 256;    // that they leave
 constexpr int64_t page_row = 768;       // columns from which rows are long enough to be walked several at a time
@@ -50,8 +51,9 @@ void plan_rows(const Problem& p, Plan& plan) {
 int64_t aligned_columns(const Problem& p) { return vector_width(p) / std::gcd(p.S, vector_width(p)) * p.S; }
 
 // Whether several channels are better taken together: short ones whose vectors come out even soon enough.
-bool has_short_rows(const Problem& p) {
-  const int64_t shortest = p.S % vector_width(p) ? ragged_row : short_row;
+bool has_short_rows(const Problem& p, bool is_read_once, bool is_streaming) {
+  const int64_t ragged = is_read_once && !is_streaming ? ragged_row_read_once : ragged_row;
+  const int64_t shortest = p.S % vector_width(p) ? ragged : short_row;
   return p.C > 1 && p.S > 1 && p.S < shortest && aligned_columns(p) <= widest_block;
 }
 
@@ -95,7 +97,13 @@ bool make_plan(const Problem& p, Plan& plan) {
   plan = {};
   plan.chunks_per_row = 1;
   plan.elements = p.N * p.C * p.S;
-  const bool is_masked = p.mask.lengths || p.mask.keep.data;
+  const bool is_masked = p.mask.lengths || p.mask.keep.data, is_read_once = p.y.data && !p.measure;
+  int64_t written = 0, read = 0;
+  all_tensors(p, [&](const Tensor& t) {
+    return ++(&t == &p.y || &t == &p.dx || &t == &p.dresidual ? written : read);
+  });
+  const int64_t bytes = plan.elements * size_of(p.dtype);
+  const auto streams_from = [&](int64_t least) { return (written + read) * bytes >= least; };
   const Tensor& keep = p.mask.keep;
   const bool has_rows =
       (p.S == 1 || all_tensors(p, [](const Tensor& t) { return t.s == 1; })) && (!keep.data || keep.s == 0 || keep.s == 1);
@@ -103,7 +111,8 @@ bool make_plan(const Problem& p, Plan& plan) {
       (p.C == 1 || all_tensors(p, [](const Tensor& t) { return t.c == 1; })) && (!keep.data || keep.c == 0 || keep.c == 1);
   if (has_rows && (p.S > 1 || !has_columns || p.C == 1)) {
     const bool is_packed = all_tensors(p, [&](const Tensor& t) { return t.c == p.S; });
-    if (has_short_rows(p) && is_packed && !is_masked) plan_short_rows(p, plan);
+    const bool is_short = has_short_rows(p, is_read_once, streams_from(streamed_bytes));
+    if (is_short && is_packed && !is_masked) plan_short_rows(p, plan);
     else plan_rows(p, plan);
   } else if (has_columns) {
     plan_columns(p, plan, !is_masked && all_tensors(p, [&](const Tensor& t) {
@@ -113,14 +122,8 @@ bool make_plan(const Problem& p, Plan& plan) {
     return false;
   }
   const int64_t scalar = p.dtype == Dtype::float64 ? 8 : 4, line = 64;
-  int64_t written = 0, read = 0;
-  all_tensors(p, [&](const Tensor& t) {
-    return ++(&t == &p.y || &t == &p.dx || &t == &p.dresidual ? written : read);
-  });
-  const int64_t bytes = plan.elements * size_of(p.dtype);
-  const bool is_read_once = p.y.data && !p.measure;
   const bool goes_by_channels = plan.family != Family::columns && !is_read_once;
-  plan.is_streaming = (written + read) * bytes >= (goes_by_channels ? streamed_bytes_of_channels : streamed_bytes);
+  plan.is_streaming = streams_from(goes_by_channels ? streamed_bytes_of_channels : streamed_bytes);
   plan.has_groups = std::min(plan.width, plan.block) >= page_row || bytes <= small_bytes;
   plan.channels_apart = channels_apart(p, plan, read * p.N * p.S * size_of(p.dtype));
 

@@ -3,6 +3,7 @@
 from batchnorm.torch.control import freeze, no_update, unfreeze
 from batchnorm.torch.functional import batch_norm
 from batchnorm.torch.general import BatchNorm
+from batchnorm.torch.insertion import add_batch_norm, with_batch_norm
 from batchnorm.torch.layers import (
     BatchNorm1d,
     BatchNorm2d,
@@ -24,9 +25,11 @@ __all__ = [
     "LazyBatchNorm3d",
     "Report",
     "SyncBatchNorm",
+    "add_batch_norm",
     "batch_norm",
     "freeze",
     "no_update",
     "replace",
     "unfreeze",
+    "with_batch_norm",
 ]

@@ -120,6 +120,14 @@ def normalize(
     Not when autograd computes the forward pass again, as checkpointing does: the batch has been taken in.
     """
     is_plain = mask is None and lengths is None
+    if callable(activation):
+        z = normalize(
+            x, gamma, beta, state, convention, training=training, is_tracked=is_tracked, axis=axis, mask=mask,
+            lengths=lengths, residual=residual,
+        )  # fmt: skip
+        y = activation(z)
+        kept = mask if lengths is None else kept_by_lengths(x, lengths, axis)
+        return y if kept is None or convention.masked_output == "normalized" else torch.where(kept, y, 0.0)
     if training and is_plain and convention.single == "error":
         check_batch(x, axis)
     if is_compiling() or is_tracing():

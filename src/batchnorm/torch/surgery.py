@@ -1,9 +1,10 @@
 """Changing models: their batch norms for ours."""
 
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
-from torch import nn
+from torch import fx, nn
 
 from batchnorm.torch.general import BatchNorm
 from batchnorm.torch.layers import (
@@ -26,6 +27,8 @@ OURS: dict[type[nn.Module], type[Layer]] = {
     nn.LazyBatchNorm2d: LazyBatchNorm2d,
     nn.LazyBatchNorm3d: LazyBatchNorm3d,
 }
+
+FUSED = (BatchNorm1d, BatchNorm2d, BatchNorm3d)
 
 
 @dataclass
@@ -59,8 +62,9 @@ def replace(model: nn.Module, *, fuse: bool = False) -> Report:
 
     Args:
         model: Any module, or a batch norm itself.
-        fuse: Let a batch norm that an activation follows directly in a `torch.nn.Sequential` apply it; the activation's
-            place is taken by `torch.nn.Identity`. The layer is a `BatchNorm` then, of any rank.
+        fuse: Let a batch norm whose result goes to a ReLU (or another activation that `BatchNorm` knows) and nowhere
+            else apply it; the activation's place is taken by `torch.nn.Identity`. The layer is a `BatchNorm` then, of
+            any rank. Found by tracing the module that holds both; what cannot be traced stays as it is.
 
     Example:
         >>> import torch, batchnorm.torch as bnt
@@ -83,10 +87,10 @@ def replace(model: nn.Module, *, fuse: bool = False) -> Report:
             report.kept[shown] = reason_to_keep(module)
     if fuse:
         for name, layer, container, place in followed_by_activation(model):
-            activation = activation_name(container[place])
+            activation = activation_name(container.get_submodule(place))
             if activation is not None:
                 become_general(layer, activation)
-                container[place] = nn.Identity()
+                container.set_submodule(place, nn.Identity())
                 report.fused[name] = activation
     return report
 
@@ -98,15 +102,38 @@ def reason_to_keep(module: nn.Module) -> str:
     return f"{type(module).__module__}.{type(module).__qualname__} is a class of its own, whose forward may differ"
 
 
-def followed_by_activation(model: nn.Module) -> Iterator[tuple[str, Layer, nn.Sequential, int]]:
-    """Our layers in a Sequential, with the place behind them, where nobody watches what goes from one to the other."""
-    for prefix, container in model.named_modules():
-        if type(container) is not nn.Sequential:
+class Children(fx.Tracer):
+    """Traces the forward pass of one module, with a node for each call of a child."""
+
+    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
+        """Every child is one."""
+        return True
+
+
+def followed_by_activation(model: nn.Module) -> Iterator[tuple[str, Layer, nn.Module, str]]:
+    """Our layers whose result goes to an activation and nowhere else: name, layer, and where the activation is.
+
+    Read from the code of the module that holds both, traced with `torch.fx`; where it cannot be traced there is none.
+    An activation that is called twice, or that somebody watches by a hook, serves more than the one layer.
+    """
+    for prefix, container in list(model.named_modules()):
+        if not any(type(child) in FUSED for child in container.children()):
             continue
-        for place, (layer, follower) in enumerate(zip(container, list(container)[1:], strict=False), start=1):
+        try:
+            graph = Children().trace(container)
+        except Exception:  # whatever the code of a model raises when its tensors hold no numbers
+            continue
+        calls = [node for node in graph.nodes if node.op == "call_module"]
+        number = Counter(node.target for node in calls)
+        for node in calls:
+            layer, users = container.get_submodule(node.target), list(node.users)
+            if type(layer) not in FUSED or len(users) != 1 or users[0] not in calls or users[0].args != (node,):
+                continue
+            place = users[0].target
+            follower = container.get_submodule(place)
             is_watched = layer._forward_hooks or follower._forward_hooks or follower._forward_pre_hooks
-            if type(layer) in (BatchNorm1d, BatchNorm2d, BatchNorm3d) and not is_watched:
-                yield f"{prefix}.{place - 1}".lstrip("."), layer, container, place
+            if number[node.target] == number[place] == 1 and not is_watched:
+                yield f"{prefix}.{node.target}".lstrip("."), layer, container, place
 
 
 def activation_name(module: nn.Module) -> str | None:

@@ -1,0 +1,109 @@
+"""Putting batch norms behind the layers of a model that has none."""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+
+from batchnorm.torch.general import BatchNorm
+from batchnorm.torch.surgery import activation_name
+
+#: Where the channels of a layer's result are.
+AXES: dict[type[nn.Module], int] = {
+    nn.Linear: -1,
+    nn.Conv1d: 1,
+    nn.Conv2d: 1,
+    nn.Conv3d: 1,
+    nn.ConvTranspose1d: 1,
+    nn.ConvTranspose2d: 1,
+    nn.ConvTranspose3d: 1,
+}
+
+ActivationModule = str | nn.Module | Callable[[Tensor], Tensor]
+
+
+def with_batch_norm(layer: nn.Module, activation: ActivationModule | None = None) -> nn.Sequential:
+    """The layer, followed by a batch norm that does its bias's and its activation's work.
+
+    The bias is dropped, in place: the batch's mean would take it out again. Its value becomes the batch norm's, so that
+    in evaluation, before any batch, the result is what it was (up to eps). The weight stays the same parameter.
+
+    Args:
+        layer: A `Linear`, `Conv1d` to `3d` or `ConvTranspose1d` to `3d` of `torch.nn`, or a `Sequential` that ends in one
+            of them or in one and an activation, which moves behind the normalisation.
+        activation: A name that `batchnorm.batch_norm` knows, a module, or any callable on the tensor.
+
+    Returns:
+        A `Sequential` of what there was and a `BatchNorm`.
+
+    Raises:
+        TypeError: Not such a layer.
+        ValueError: There are two activations.
+
+    Source: Lasagne's `batch_norm(layer)`, lasagne/layers/normalization.py 0.2.
+
+    Example:
+        >>> import torch, batchnorm.torch as bnt
+        >>> bnt.with_batch_norm(torch.nn.Sequential(torch.nn.Conv2d(3, 8, 3), torch.nn.ReLU()))
+        Sequential(
+          (0): Conv2d(3, 8, kernel_size=(3, 3), stride=(1, 1), bias=False)
+          (1): BatchNorm(8, activation=relu)
+        )
+    """
+    modules = list(layer) if isinstance(layer, nn.Sequential) else [layer]
+    if len(modules) > 1 and type(modules[-1]) not in AXES and type(modules[-2]) in AXES:
+        if activation is not None:
+            raise ValueError(f"activation is {activation!r}, but the layer ends in {modules[-1]}; leave one of them out")
+        activation = modules.pop()
+    if not modules or type(modules[-1]) not in AXES:
+        names = ", ".join(kind.__name__ for kind in AXES)
+        raise TypeError(f"cannot normalise the result of {layer!r}; it must be one of {names}, or end in one")
+    return nn.Sequential(*modules, batch_norm_behind(modules[-1], activation))
+
+
+def add_batch_norm(model: nn.Module) -> list[str]:
+    """Do so throughout a model: wherever, in a `Sequential`, an activation follows such a layer, in place.
+
+    The batch norm takes the activation's place. Layers without an activation behind them, as the last one, stay as they
+    are.
+
+    Returns:
+        The names of the batch norms.
+
+    Example:
+        >>> import torch, batchnorm.torch as bnt
+        >>> model = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.Tanh(), torch.nn.Linear(8, 2))
+        >>> bnt.add_batch_norm(model)
+        ['1']
+    """
+    added = []
+    for prefix, container in list(model.named_modules()):
+        if not isinstance(container, nn.Sequential):
+            continue
+        for place, (layer, follower) in enumerate(zip(container, list(container)[1:], strict=False), start=1):
+            if type(layer) in AXES and is_activation(follower):
+                container[place] = batch_norm_behind(layer, follower)
+                added.append(f"{prefix}.{place}".lstrip("."))
+    return added
+
+
+def is_activation(module: nn.Module) -> bool:
+    """Whether a module of `torch.nn` works element by element."""
+    return activation_name(module) is not None or type(module).__module__ == nn.ReLU.__module__
+
+
+def batch_norm_behind(layer: nn.Module, activation: ActivationModule | None) -> BatchNorm:
+    """A batch norm for the layer's result, which takes over its bias."""
+    weight, bias = layer.weight, layer.bias
+    assert isinstance(weight, Tensor)
+    channels = layer.out_features if isinstance(layer, nn.Linear) else layer.out_channels
+    named = activation_name(activation) if isinstance(activation, nn.Module) else None
+    norm = BatchNorm(
+        channels, axis=AXES[type(layer)], activation=named or activation, device=weight.device, dtype=weight.dtype
+    )  # type: ignore[arg-type]  # fmt: skip
+    if bias is not None:
+        assert isinstance(bias, Tensor)
+        with torch.no_grad():
+            norm.bias.copy_(bias)
+        layer.bias = None  # type: ignore[assignment]
+    return norm.train(layer.training)
