@@ -8,10 +8,10 @@ The network is `transformers`' own (pip install transformers), randomly initiali
 
 import argparse
 import json
-import resource
 import subprocess
 import sys
 from collections.abc import Callable
+from pathlib import Path
 from time import perf_counter
 from typing import Any
 
@@ -45,10 +45,12 @@ def stepper(model: nn.Module, dtype: torch.dtype, layout: str) -> Callable[[], f
     optimizer = torch.optim.SGD(model.parameters(), 0.01, momentum=0.9)
     generator = torch.Generator().manual_seed(1)
     memory_format = torch.channels_last if layout == "channels-last" else torch.contiguous_format
-    model.to(memory_format=memory_format)
+    model.to(memory_format=memory_format)  # type: ignore[call-overload]
 
     def step() -> float:
-        images = torch.randn(BATCH, 3, SIZE, SIZE, generator=generator, dtype=dtype).contiguous(memory_format=memory_format)
+        images = torch.randn(BATCH, 3, SIZE, SIZE, generator=generator, dtype=dtype).contiguous(
+            memory_format=memory_format
+        )
         labels = torch.randint(CLASSES, (BATCH,), generator=generator)
         optimizer.zero_grad()
         loss = nn.functional.cross_entropy(model(images).logits, labels)
@@ -87,7 +89,7 @@ def share_of_batch_norms(step: Callable[[], float]) -> float:
             step()
         seconds = perf_counter() - start
     names = {"aten::batch_norm", "NativeBatchNormBackward0", "Normalization", "NormalizationBackward"}
-    return sum(event.cpu_time_total for event in profile.key_averages() if event.key in names) / 1e6 / seconds
+    return float(sum(event.cpu_time_total for event in profile.key_averages() if event.key in names) / 1e6 / seconds)
 
 
 def compare_times(layout: str, rounds: int) -> None:
@@ -104,7 +106,8 @@ def compare_times(layout: str, rounds: int) -> None:
     for variant in VARIANTS:
         share = share_of_batch_norms(steps[variant])
         median, usual = np.median(times[variant]), np.median(times["native"])
-        print(f"{layout}, {variant}: {1e3 * median:.0f} ms a step, {usual / median:.2f} times as fast; batch norms {share:.0%}")
+        ratio = f"{usual / median:.2f} times as fast"
+        print(f"{layout}, {variant}: {1e3 * median:.0f} ms a step, {ratio}; batch norms {share:.0%}")
 
 
 def peak_memory(variant: str) -> int:
@@ -115,13 +118,18 @@ def peak_memory(variant: str) -> int:
 
 
 def measure_memory(variant: str) -> None:
-    """Print the growth of this process's peak over what it held before the first step."""
-    model = network(variant, torch.float32)
-    step = stepper(model, torch.float32, "NCHW")
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    """Print how much more memory than before the first step this process held at most."""
+    step = stepper(network(variant, torch.float32), torch.float32, "NCHW")
+    before = memory("VmRSS")
     for _ in range(3):
         step()
-    print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) // 1024)
+    print(memory("VmHWM") - before)
+
+
+def memory(name: str) -> int:
+    """What Linux says of this process, in MiB."""
+    lines = dict(line.split(":") for line in Path("/proc/self/status").read_text().splitlines())
+    return int(lines[name].split()[0]) // 1024
 
 
 def main() -> None:

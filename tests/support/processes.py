@@ -17,7 +17,9 @@ def free_port() -> int:
         return int(probe.getsockname()[1])
 
 
-def member(rank: int, size: int, port: int, function: Callable[..., Any], arguments: tuple[Any, ...], queue: Any) -> None:
+def member(
+    rank: int, size: int, port: int, function: Callable[..., Any], arguments: tuple[Any, ...], queue: Any
+) -> None:
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), GLOO_SOCKET_IFNAME="lo")
     torch.set_num_threads(1)
     try:

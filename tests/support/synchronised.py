@@ -1,4 +1,4 @@
-"""What the tests of `SyncBatchNorm` do in each process. In a module of its own, so that spawned processes can import it."""
+"""What the tests of `SyncBatchNorm` do in each process; a module of its own, which spawned processes can import."""
 
 import time
 

@@ -73,7 +73,9 @@ def test_fusion_of_others_into_a_convolution():
     network(torch.randn(4, 3, 9, 9))
     network.eval()
     x = torch.randn(2, 3, 9, 9)
-    torch.testing.assert_close(fuse_conv_bn_eval(network[0], network[1])(x), network[1](network[0](x)), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(
+        fuse_conv_bn_eval(network[0], network[1])(x), network[1](network[0](x)), rtol=1e-4, atol=1e-5
+    )
 
 
 def test_frozen_layers_survive_train():

@@ -67,6 +67,6 @@ def test_what_cannot_be_normalised():
     with pytest.raises(TypeError, match="must be one of"):
         bnt.with_batch_norm(nn.Sequential())
     layer = nn.Sequential(nn.Linear(2, 3), nn.ReLU())
-    with pytest.raises(ValueError, match="leave one of them out"):
+    with pytest.raises(ValueError, match="leave out one of them"):
         bnt.with_batch_norm(layer, "tanh")
     assert layer[0].bias is not None

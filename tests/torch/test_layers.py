@@ -240,7 +240,7 @@ def test_masked_sequences(training):
 
 
 def test_two_forwards_before_a_backward():
-    """What is saved for the gradients is no buffer: with DDP, which writes to them, PyTorch's layer fails in evaluation."""
+    """What is saved for the gradients is no buffer: DDP writes to these, and PyTorch's layer fails in evaluation."""
     layer = bnt.BatchNorm1d(3).eval()
     x = torch.randn(4, 3, requires_grad=True)
     y = layer(x)

@@ -80,7 +80,9 @@ def test_vmap_is_one_update_with_the_merged_moments():
     layer, _ = layer_and_input()
     x = torch.randn(7, 5, 3, dtype=torch.float64)
     y = vmap(layer)(x)
-    torch.testing.assert_close(y, torch.stack([bnt.batch_norm(part, None, None, layer.weight, layer.bias, True) for part in x]))
+    torch.testing.assert_close(
+        y, torch.stack([bnt.batch_norm(part, None, None, layer.weight, layer.bias, True) for part in x])
+    )
     torch.testing.assert_close(layer.running_mean, 0.1 * x.mean((0, 1)))
     torch.testing.assert_close(layer.running_var, 0.9 + 0.1 * x.reshape(35, 3).var(0))
     assert layer.num_batches_tracked == 1

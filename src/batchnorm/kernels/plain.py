@@ -128,9 +128,7 @@ def tracked_copy(running: RunningStatistics, convention: Convention, copy: Calla
     return Tracked(copy(running.mean), copy(running.spread), None, momentum, convention.running_correction)
 
 
-def advanced(
-    running: RunningStatistics, tracked: Tracked, is_accepted: bool | None
-) -> tuple[RunningStatistics, bool]:
+def advanced(running: RunningStatistics, tracked: Tracked, is_accepted: bool | None) -> tuple[RunningStatistics, bool]:
     """The state after the pass, and whether the batch has entered it."""
     if not is_accepted:
         return running._replace(skipped=running.skipped + 1), False

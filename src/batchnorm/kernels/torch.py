@@ -198,9 +198,17 @@ def training_plain(
 class Buffers(Protocol):
     """The running statistics of a layer: float32 or float64, and int64."""
 
-    mean: Array
-    spread: Array
-    steps: Array | None
+    @property
+    def mean(self) -> Array:
+        """The means."""
+
+    @property
+    def spread(self) -> Array:
+        """The variances."""
+
+    @property
+    def steps(self) -> Array | None:
+        """The number of batches, if it is kept."""
 
 
 def layer_plain(
@@ -287,13 +295,13 @@ def are_ordinary(*tensors: Array | None) -> bool:
     """Whether these are tensors in plain memory, in a call that nobody traces."""
     if is_traced():
         return False
-    for tensor in tensors:  # a loop: `all` of a generator takes twice as long
+    for tensor in tensors:  # noqa: SIM110  (`all` of a generator takes twice as long)
         if tensor is not None and (type(tensor) not in PLAIN_TYPES or tensor.is_neg()):
             return False
     return True
 
 
-@assume_constant_result
+@assume_constant_result  # type: ignore[untyped-decorator]
 def in_words_of_pytorch(momentum: float | None, eps: float = 1e-5, single: Single = "error") -> Convention:
     """PyTorch's convention with the arguments of one of its layers; momentum None is the cumulative average."""
     return remembered(momentum, eps, single)

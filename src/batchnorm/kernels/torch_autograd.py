@@ -134,8 +134,9 @@ class PlainCall:
 
     def with_arrays(self, *arrays: Array | None) -> Operands:
         """The operands of the general form."""
+        x, gamma, beta, residual = arrays
         _, _, plan = self.rest
-        return Operands(*arrays, None, plan.axes, plan.activation)  # type: ignore[arg-type]
+        return Operands(x, gamma, beta, residual, None, plan.axes, plan.activation)
 
     def run(self, x: Array, gamma: Array | None, beta: Array | None, residual: Array | None) -> Array | None:
         """y; None where something is out of the ordinary after all."""
@@ -238,7 +239,8 @@ def gradients_by_array_code(
         for tensor in operands[:4]
     ]
     with torch.enable_grad():
-        y = by_array_code(Operands(*leaves, *operands[4:]), rule, given)
+        x, gamma, beta, residual = leaves
+        y = by_array_code(operands._replace(x=x, gamma=gamma, beta=beta, residual=residual), rule, given)
         wanted = [leaf for leaf in leaves if leaf is not None]
         gradients = iter(torch.autograd.grad(y, wanted, dy, create_graph=True))
     return tuple(None if leaf is None else next(gradients) for leaf in leaves)

@@ -1,7 +1,7 @@
-"""The kernels as operators of `torch.library`, for graphs that are compiled: opaque to the compiler, with fake versions.
+"""The kernels as operators of `torch.library`, for graphs that are compiled: opaque to the compiler, with fakes.
 
-`batchnorm::forward` and `batchnorm::backward` compute, `batchnorm::advance` changes running statistics in place. In eager
-mode they would cost more than a small batch norm, so nothing but compiled code calls them.
+`batchnorm::forward` and `batchnorm::backward` compute, `batchnorm::advance` changes running statistics in place. In
+eager mode they would cost more than a small batch norm, so nothing but compiled code calls them.
 """
 
 from dataclasses import replace
@@ -21,7 +21,8 @@ from batchnorm.core.running import advance as advanced
 from batchnorm.kernels import agnostic, launch
 from batchnorm.kernels.agnostic import Cache, Plan
 from batchnorm.kernels.launch import Operands, Rule
-from batchnorm.kernels.torch import PLAIN, refusal
+from batchnorm.kernels.torch import refusal
+from batchnorm.kernels.torch_autograd import PLAIN
 
 Results = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
 
@@ -63,8 +64,8 @@ def fake_forward(
 ) -> Results:
     """Shapes, dtypes and layouts of the results."""
     dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
-    statistics = [x.new_empty(x.shape[axis], dtype=dtype) for _ in range(4)]
-    return (torch.empty_like(x), *statistics, x.new_empty(x.shape[axis], dtype=torch.int64))
+    mean, mean_lo, m2, rstd = (x.new_empty(x.shape[axis], dtype=dtype) for _ in range(4))
+    return torch.empty_like(x), mean, mean_lo, m2, rstd, x.new_empty(x.shape[axis], dtype=torch.int64)
 
 
 @torch.library.custom_op("batchnorm::backward", mutates_args=())
@@ -85,9 +86,8 @@ def backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Gradients of x, gamma, beta and residual; without elements for what was not given."""
     axes = split(axis, x.ndim)
-    cache = Cache(
-        x, gamma, beta, residual, mask, Statistics(mean, mean_lo, rstd), count, Plan(axes, activation or "identity", eps)
-    )  # fmt: skip
+    statistics, plan = Statistics(mean, mean_lo, rstd), Plan(axes, activation or "identity", eps)
+    cache = Cache(x, gamma, beta, residual, mask, statistics, count, plan)
     is_native = refusal((dy, x, residual), (gamma, beta), axes, activation) is None
     gradients = launch.run_backward(PLAIN, dy, cache) if is_native else agnostic.backward(dy, cache)
     return tuple(x.new_empty(0) if gradient is None else gradient for gradient in gradients)  # type: ignore[return-value]
@@ -151,7 +151,8 @@ def advance(
     """Let the moments of a batch enter running variances; with decay None by the cumulative average."""
     dtype = torch.float64 if torch.float64 in (mean.dtype, var.dtype) else torch.float32
     zero = torch.zeros((), dtype=dtype, device=mean.device)
-    running = RunningStatistics(mean.to(dtype), var.to(dtype), zero if steps is None else steps.to(dtype), zero + 1, zero)
+    number = zero if steps is None else steps.to(dtype)
+    running = RunningStatistics(mean.to(dtype), var.to(dtype), number, zero + 1, zero)
     convention = replace(find("pytorch"), decay=decay, running_correction=correction)
     batch = Moments(count, batch_mean, batch_m2, batch_mean_lo)
     updated = advanced(xp, running, batch, convention, masked=False)

@@ -58,7 +58,7 @@ def track_beneath(
     others = tuple(sorted({level for part in parts for level in part.levels if level not in own}))
     with temporarily_clear_interpreter_stack(), torch.no_grad():
         levels = tuple(sorted((*own, *others)))
-        whole = torch.broadcast_tensors(*(part.spread_over(levels) for part in parts))
+        whole = torch.broadcast_tensors(*(part.spread_over(levels) for part in parts))  # type: ignore[no-untyped-call]
         order = [levels.index(level) for level in (*others, *own)]
         lanes = merged(Moments(*(in_front(part.permute(*order, -1), len(others)) for part in whole)))
         sizes = lanes.mean.shape[: len(own)]

@@ -45,12 +45,12 @@ def freeze(model: nn.Module, *, parameters: bool = True) -> list[str]:
         if layer.running_mean is None:
             raise ValueError(f"{name} has no running statistics to normalise by (track_running_stats=False)")
     for layer in layers.values():
-        if layer.is_frozen:
+        if not isinstance(layer, Layer) or layer.is_frozen:
             continue
-        layer.is_frozen = True  # type: ignore[assignment]
-        trained = [p for p in layer.parameters(recurse=False) if p.requires_grad] if parameters else []
-        layer.thawed_parameters = [name for name, p in layer.named_parameters(recurse=False) if p.requires_grad and parameters]
-        for parameter in trained:
+        layer.is_frozen = True
+        trained = {name: p for name, p in layer.named_parameters(recurse=False) if p.requires_grad and parameters}
+        layer.thawed_parameters = tuple(trained)
+        for parameter in trained.values():
             parameter.requires_grad_(False)
     return list(layers)
 
@@ -63,6 +63,7 @@ def unfreeze(model: nn.Module) -> list[str]:
             layer.is_frozen = False
             for parameter in layer.thawed_parameters:
                 layer.get_parameter(parameter).requires_grad_(True)
+            layer.thawed_parameters = ()
             names.append(name)
     return names
 
@@ -84,9 +85,9 @@ def no_update(model: nn.Module) -> Iterator[None]:
     """
     layers = [layer for _, layer in batch_norms(model) if layer.track_running_stats]
     for layer in layers:
-        layer.track_running_stats = False
+        layer.track_running_stats = False  # type: ignore[assignment]
     try:
         yield
     finally:
         for layer in layers:
-            layer.track_running_stats = True
+            layer.track_running_stats = True  # type: ignore[assignment]

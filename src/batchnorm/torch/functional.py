@@ -1,12 +1,15 @@
 """Batch norm on PyTorch tensors with running statistics that are advanced in place, as PyTorch's layers keep them."""
 
 import warnings
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import array_api_compat.torch as xp
 import torch
 from torch import Tensor
+from torch._C import _are_functorch_transforms_active as are_transforms_active
 from torch._C import _current_graph_task_id as current_backward
+from torch._C import _is_tracing as is_tracing
+from torch.compiler import is_compiling
 from torch.overrides import handle_torch_function, has_torch_function
 
 import batchnorm.functional as functional
@@ -21,7 +24,6 @@ from batchnorm.kernels import plain
 from batchnorm.kernels import torch as kernel
 from batchnorm.kernels import torch_operators as operators
 from batchnorm.kernels.torch import in_words_of_pytorch
-from batchnorm.kernels.torch_autograd import are_transforms_active, is_compiling, is_tracing
 from batchnorm.kernels.torch_transforms import track_beneath
 
 
@@ -36,7 +38,7 @@ class State(NamedTuple):
 
 
 def batch_norm(
-    input: Tensor,  # noqa: A002  (torch's own name of it)
+    input: Tensor,
     running_mean: Tensor | None = None,
     running_var: Tensor | None = None,
     weight: Tensor | None = None,
@@ -81,7 +83,7 @@ def batch_norm(
     """
     tensors = (input, running_mean, running_var, weight, bias, mask, lengths, residual)
     if has_torch_function(tensors):
-        return handle_torch_function(  # type: ignore[no-any-return]
+        return handle_torch_function(
             batch_norm, tensors, input, running_mean, running_var, weight, bias, training, momentum, eps, mask=mask,
             lengths=lengths, activation=activation, residual=residual,
         )  # fmt: skip
@@ -126,8 +128,8 @@ def normalize(
             lengths=lengths, residual=residual,
         )  # fmt: skip
         y = activation(z)
-        kept = mask if lengths is None else kept_by_lengths(x, lengths, axis)
-        return y if kept is None or convention.masked_output == "normalized" else torch.where(kept, y, 0.0)
+        keep = mask if lengths is None else kept_by_lengths(x, lengths, axis)
+        return y if keep is None or convention.masked_output == "normalized" else torch.where(keep, y, 0.0)
     if training and is_plain and convention.single == "error":
         check_batch(x, axis)
     if is_compiling() or is_tracing():
@@ -135,20 +137,19 @@ def normalize(
             x, gamma, beta, state, convention, training=training, is_tracked=is_tracked, axis=axis, mask=mask,
             lengths=lengths, activation=activation, residual=residual,
         )  # fmt: skip
-    kept = state if is_tracked and current_backward() == -1 else None
+    tracked = state if is_tracked and not is_recomputed() else None
     if is_plain and training and not (convention.single == "running" and is_single(x, axis)):
-        done = kernel.layer_plain(x, gamma, beta, kept, axis, convention, activation, residual)
+        done = kernel.layer_plain(x, gamma, beta, tracked, axis, convention, activation, residual)
         if done is not None:
-            y, has_entered = done
-            if has_entered is False:
-                count_skipped(kept)
-            return y
+            if done[1] is False:
+                count_skipped(tracked)
+            return done[0]  # type: ignore[no-any-return]
     elif is_plain and not training and state is not None:
         y = kernel.layer_inference_plain(x, gamma, beta, state, axis, convention, activation, residual)
         if y is not None:
-            return y
+            return y  # type: ignore[no-any-return]
     return step_by_step(
-        x, gamma, beta, state, convention, training=training, is_tracked=kept is not None, axis=axis, mask=mask,
+        x, gamma, beta, state, convention, training=training, is_tracked=tracked is not None, axis=axis, mask=mask,
         lengths=lengths, activation=activation, residual=residual,
     )  # fmt: skip
 
@@ -220,17 +221,18 @@ def traced(
     if lengths is not None:
         mask = kept_by_lengths(x, lengths, axis)
     if training and not (convention.single == "running" and is_single(x, axis) and state is not None):
-        name = activation if isinstance(activation, str) else None
-        y, mean, mean_lo, m2, _, count = operators.forward(
-            x, gamma, beta, residual, mask, axis, convention.eps, name
+        results: operators.Results = operators.forward(
+            x, gamma, beta, residual, mask, axis, convention.eps, activation
         )  # fmt: skip
+        y, mean, mean_lo, m2, _, count = results
         if is_tracked and state is not None:
             # Not as a bound method: Dynamo has none of a constant.
             correction = Convention.correction(convention, masked=mask is not None)
             operators.advance(
-                state.mean, state.spread, state.steps, state.skipped, count, mean, mean_lo, m2, convention.decay, correction
+                state.mean, state.spread, state.steps, state.skipped, count, mean, mean_lo, m2, convention.decay,
+                correction,
             )  # fmt: skip
-        return y if activation is None or name is not None else activation(y)  # type: ignore[operator]
+        return y
     if state is None:
         raise ValueError("there are no running statistics to normalise by")
     gamma, beta = (p if p is None or p.dtype == x.dtype else p.to(state.mean.dtype) for p in (gamma, beta))
@@ -239,6 +241,11 @@ def traced(
     ).movedim(1, axis)  # fmt: skip
     y = activations.apply(xp, z if residual is None else z + residual, activation)
     return y if mask is None else torch.where(mask, y, 0.0)
+
+
+def is_recomputed() -> bool:
+    """Whether autograd is computing a forward pass again, in the middle of a backward pass."""
+    return current_backward() != -1
 
 
 def kept_by_lengths(x: Tensor, lengths: Tensor, axis: int) -> Tensor:
@@ -287,60 +294,14 @@ def running_of(state: State | None) -> RunningStatistics | None:
     )  # fmt: skip
 
 
-def normalize_in_groups(
-    x: Tensor,
-    gamma: Tensor | None,
-    beta: Tensor | None,
-    state: State | None,
-    convention: Convention,
-    *,
-    group_size: int,
-    training: bool,
-    is_tracked: bool,
-    axis: int,
-    mask: Tensor | None,
-    lengths: Tensor | None,
-    activation: Activation | None,
-    residual: Tensor | None,
-) -> Tensor:
-    """`normalize` in training with statistics of their own for groups of examples, which the state takes in as one.
-
-    The last group may be smaller; one that would have a single element per channel goes to the group before.
-    """
-    axis %= x.ndim
-    if axis == 0:
-        raise ValueError("the channels lie along axis 0, where virtual_batch_size groups the examples")
-    if lengths is not None:
-        mask, lengths = kept_by_lengths(x, lengths, axis), None
-    groups = len(x) // group_size
-    if is_single(x[groups * group_size :], axis):
-        groups -= 1
-
-    def group(tensor: Tensor | None, rows: slice, number: int) -> Tensor | None:
-        if tensor is None or tensor.ndim < x.ndim or len(tensor) == 1:
-            return tensor
-        return tensor[rows].unflatten(0, (number, -1))
-
-    outputs = []
-    for rows, number in ((slice(0, groups * group_size), groups), (slice(groups * group_size, None), 1)):
-        part = group(x, rows, number) if number and len(x[rows]) else None
-        if part is not None:
-            parameters = (p if p is None else p.expand(number, -1) for p in (gamma, beta))
-            y, _ = functional.batch_norm(
-                part, *parameters, training=True, convention=convention, axis=(0, axis + 1),
-                mask=group(mask, rows, number), activation=activation, residual=group(residual, rows, number),
-            )  # fmt: skip
-            outputs.append(y.flatten(0, 1))
-    if is_tracked and state is not None and current_backward() == -1:
-        take_in(x, state, convention, axis=axis, mask=mask)
-    return torch.cat(outputs)
-
-
 def take_in(x: Tensor, state: State, convention: Convention, *, axis: int, mask: Tensor | None) -> None:
     """Let a batch enter the state, from within transformations as well."""
     batch = functional.moments(x.detach(), axis=axis, mask=mask)
-    is_masked = mask is not None
+
+    def track_in(buffers: tuple[Any, ...], batch: Moments) -> None:
+        track(State(*buffers), batch, convention, is_masked=mask is not None)
+
     if are_transforms_active():
-        track_beneath(state, batch, lambda buffers, part: track(State(*buffers), part, convention, is_masked=is_masked))
+        track_beneath(state, batch, track_in)
     else:
-        track(state, batch, convention, is_masked=is_masked)
+        track_in(state, batch)

@@ -14,7 +14,8 @@ from torch.nn.parameter import Parameter, UninitializedBuffer, UninitializedPara
 from batchnorm.convention import Convention, Single
 from batchnorm.conventions import find, resolve
 from batchnorm.functional import Activation
-from batchnorm.torch.functional import State, normalize, normalize_in_groups
+from batchnorm.torch.functional import State, normalize
+from batchnorm.torch.groups import normalize_in_groups
 from batchnorm.torch.layers import Layer, count_skipped_batches, recorded
 
 Momentum = float | Literal["convention"] | None
@@ -34,7 +35,7 @@ class BatchNorm(Layer):
         momentum: Weight of the batch in the running statistics; None is their cumulative average, "convention" what
             the convention says.
         affine: Whether there are a weight and a bias.
-        track_running_stats: Whether there are running statistics; without them the batch's own serve in evaluation, too.
+        track_running_stats: Whether there are running statistics; without them the batch's own serve in evaluation.
         activation: A name that `batchnorm.batch_norm` knows, or a callable.
         convention: Whose behaviour: a name in `batchnorm.CONVENTIONS` or a `Convention`.
         virtual_batch_size: In training, normalise groups of so many examples by their own statistics; the last may be
@@ -94,8 +95,10 @@ class BatchNorm(Layer):
         wide = {"device": device, "dtype": torch.float64 if dtype == torch.float64 else torch.float32}
         for name in ("weight", "bias"):
             has_one = affine and (bias or name == "weight")
-            values = UninitializedParameter(**narrow) if is_lazy else torch.empty(self.num_features, **narrow)
-            self.register_parameter(name, Parameter(values) if has_one and not is_lazy else values if has_one else None)
+            parameter: Parameter = UninitializedParameter(**narrow)  # type: ignore[assignment]
+            if not is_lazy:
+                parameter = Parameter(torch.empty(self.num_features, **narrow))
+            self.register_parameter(name, parameter if has_one else None)
         for name in ("running_mean", "running_var"):
             values = UninitializedBuffer(**wide) if is_lazy else torch.empty(self.num_features, **wide)
             self.register_buffer(name, values if track_running_stats else None)
@@ -110,7 +113,8 @@ class BatchNorm(Layer):
     @property
     def record(self) -> Convention:
         """The convention with this layer's own eps, momentum and rule for one element."""
-        return in_convention(self.convention, self.eps, self.momentum, self.single)
+        record: Convention = in_convention(self.convention, self.eps, self.momentum, self.single)
+        return record
 
     def reset_running_stats(self) -> None:
         """Forget all batches."""
@@ -130,9 +134,9 @@ class BatchNorm(Layer):
             if parameter is not None:
                 nn.init.constant_(parameter, value)
 
-    def forward(  # type: ignore[override]
+    def forward(
         self,
-        input: Tensor,  # noqa: A002  (torch's own name of it)
+        input: Tensor,
         *,
         mask: Tensor | None = None,
         lengths: Tensor | None = None,
@@ -154,15 +158,15 @@ class BatchNorm(Layer):
                 mean, spread, buffers["num_batches_tracked"], buffers.get("running_weight"), buffers["skipped"]
             )  # fmt: skip
         training = (self.training and not self.is_frozen) or state is None
-        compute = normalize
-        if training and self.virtual_batch_size is not None and len(input) > self.virtual_batch_size:
-            compute = normalize_in_groups
-        return compute(
-            input, self.weight, self.bias, state, self.record, training=training,
-            is_tracked=training and self.track_running_stats, axis=self.axis, mask=mask, lengths=lengths,
-            activation=self.activation, residual=residual,
-            **({} if compute is normalize else {"group_size": self.virtual_batch_size}),
-        )  # fmt: skip
+        options: dict[str, Any] = {
+            "training": training, "is_tracked": training and self.track_running_stats, "axis": self.axis, "mask": mask,
+            "lengths": lengths, "activation": self.activation, "residual": residual,
+        }  # fmt: skip
+        operands = (input, self.weight, self.bias, state, self.record)
+        size = self.virtual_batch_size
+        if training and size is not None and len(input) > size:
+            return normalize_in_groups(*operands, group_size=size, **options)
+        return normalize(*operands, **options)
 
     def extra_repr(self) -> str:
         """What differs from the defaults."""
@@ -184,7 +188,7 @@ class LazyBatchNorm(LazyModuleMixin, BatchNorm):
         if not self.has_uninitialized_params():
             super().reset_parameters()
 
-    def initialize_parameters(self, input: Tensor, **_: Any) -> None:  # type: ignore[override]  # noqa: A002
+    def initialize_parameters(self, input: Tensor, **_: Any) -> None:
         """Take the number of features from the input."""
         tensors = [t for t in (self.weight, self.bias, self.running_mean, self.running_var) if t is not None]
         is_loaded = tensors and not self.has_uninitialized_params()
@@ -195,7 +199,7 @@ class LazyBatchNorm(LazyModuleMixin, BatchNorm):
             self.reset_parameters()
 
 
-@assume_constant_result
+@assume_constant_result  # type: ignore[untyped-decorator]
 def in_convention(
     convention: str | Convention, eps: float | None, momentum: Momentum, single: Single | None
 ) -> Convention:

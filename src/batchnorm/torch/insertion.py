@@ -29,8 +29,8 @@ def with_batch_norm(layer: nn.Module, activation: ActivationModule | None = None
     in evaluation, before any batch, the result is what it was (up to eps). The weight stays the same parameter.
 
     Args:
-        layer: A `Linear`, `Conv1d` to `3d` or `ConvTranspose1d` to `3d` of `torch.nn`, or a `Sequential` that ends in one
-            of them or in one and an activation, which moves behind the normalisation.
+        layer: A `Linear`, `Conv1d` to `3d` or `ConvTranspose1d` to `3d` of `torch.nn`, or a `Sequential` that ends in
+            one of them, or in one and an activation, which moves behind the normalisation.
         activation: A name that `batchnorm.batch_norm` knows, a module, or any callable on the tensor.
 
     Returns:
@@ -53,7 +53,9 @@ def with_batch_norm(layer: nn.Module, activation: ActivationModule | None = None
     modules = list(layer) if isinstance(layer, nn.Sequential) else [layer]
     if len(modules) > 1 and type(modules[-1]) not in AXES and type(modules[-2]) in AXES:
         if activation is not None:
-            raise ValueError(f"activation is {activation!r}, but the layer ends in {modules[-1]}; leave one of them out")
+            raise ValueError(
+                f"activation is {activation!r}, but the layer ends in {modules[-1]}; leave out one of them"
+            )
         activation = modules.pop()
     if not modules or type(modules[-1]) not in AXES:
         names = ", ".join(kind.__name__ for kind in AXES)
@@ -94,15 +96,13 @@ def is_activation(module: nn.Module) -> bool:
 
 def batch_norm_behind(layer: nn.Module, activation: ActivationModule | None) -> BatchNorm:
     """A batch norm for the layer's result, which takes over its bias."""
-    weight, bias = layer.weight, layer.bias
-    assert isinstance(weight, Tensor)
-    channels = layer.out_features if isinstance(layer, nn.Linear) else layer.out_channels
+    weight, bias = layer.get_parameter("weight"), layer._parameters["bias"]
+    channels = getattr(layer, "out_features" if isinstance(layer, nn.Linear) else "out_channels")
     named = activation_name(activation) if isinstance(activation, nn.Module) else None
     norm = BatchNorm(
         channels, axis=AXES[type(layer)], activation=named or activation, device=weight.device, dtype=weight.dtype
-    )  # type: ignore[arg-type]  # fmt: skip
+    )  # fmt: skip
     if bias is not None:
-        assert isinstance(bias, Tensor)
         with torch.no_grad():
             norm.bias.copy_(bias)
         layer.bias = None  # type: ignore[assignment]

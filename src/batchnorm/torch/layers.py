@@ -34,7 +34,19 @@ class Layer(nn.Module):
     """
 
     single: Single = "error"
-    is_frozen = False
+    is_frozen: bool = False
+    thawed_parameters: tuple[str, ...] = ()  # those that `unfreeze` trains again
+
+    eps: float
+    momentum: Any  # float | None, as in torch.nn; `BatchNorm` has more
+    track_running_stats: bool
+    weight: Any  # nn.Parameter | None
+    bias: Any
+    running_mean: Any  # Tensor | None
+    running_var: Any
+    num_batches_tracked: Any
+    skipped: Any
+    _check_input_dim: Callable[[Tensor], None]
 
     def __init__(self, *args: Any, single: Single = "error", **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -47,7 +59,7 @@ class Layer(nn.Module):
 
     def forward(
         self,
-        input: Tensor,  # noqa: A002  (torch's own name of it)
+        input: Tensor,
         *,
         mask: Tensor | None = None,
         lengths: Tensor | None = None,
@@ -55,7 +67,7 @@ class Layer(nn.Module):
         """The normalised input; see `batchnorm.torch.batch_norm` for mask and lengths."""
         if isinstance(input, Proxy):
             return recorded(self, input, mask=mask, lengths=lengths)
-        self._check_input_dim(input)  # type: ignore[operator]
+        self._check_input_dim(input)
         parameters, buffers = self._parameters, self._buffers
         mean, var = buffers["running_mean"], buffers["running_var"]
         state = None
@@ -66,7 +78,7 @@ class Layer(nn.Module):
             input, parameters["weight"], parameters["bias"], state,
             in_words_of_pytorch(self.momentum, self.eps, self.single), training=training,
             is_tracked=training and self.track_running_stats, mask=mask, lengths=lengths,
-        )  # type: ignore[arg-type]  # fmt: skip
+        )  # fmt: skip
 
     def reset_running_stats(self) -> None:
         """Forget all batches."""
@@ -115,7 +127,7 @@ class BatchNorm1d(Layer, nn.BatchNorm1d):
         eps: Added to the variance.
         momentum: Weight of the batch in the running statistics; None is their cumulative average.
         affine: Whether there are a weight and a bias.
-        track_running_stats: Whether there are running statistics; without them the batch's own serve in evaluation, too.
+        track_running_stats: Whether there are running statistics; without them the batch's own serve in evaluation.
         device: Of parameters and buffers.
         dtype: Likewise; running statistics are float32 where it is narrower.
         bias: Whether an affine layer has a bias.

@@ -81,7 +81,7 @@ def replace(model: nn.Module, *, fuse: bool = False) -> Report:
         if type(module) in OURS:
             module.__class__ = OURS[type(module)]
             count_skipped_batches(module)
-            module._keep_statistics_wide()  # type: ignore[operator]
+            module._keep_statistics_wide()
             report.replaced.append(shown)
         elif isinstance(module, nn.modules.batchnorm._BatchNorm) and not isinstance(module, Layer):
             report.kept[shown] = reason_to_keep(module)
@@ -157,4 +157,6 @@ def activation_name(module: nn.Module) -> str | None:
 def become_general(layer: nn.Module, activation: str) -> None:
     """Make a layer a `BatchNorm` with an activation, in place."""
     layer.__class__ = BatchNorm
+    if layer.momentum == 0.1:  # which is that of the convention
+        layer.momentum = "convention"
     layer.axis, layer.activation, layer.convention, layer.virtual_batch_size = 1, activation, "pytorch", None  # type: ignore[assignment]

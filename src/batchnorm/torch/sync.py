@@ -1,8 +1,8 @@
 """Batch norm over the batches of all processes.
 
 Forward, each process measures its own batch; the counts, means (of two numbers) and sums of squared deviations are
-gathered and merged in the order of the ranks, so that all processes hold the same bits. A sum of means is no merge where
-batches differ in size. Backward, the two sums of the gradient are added up over the processes.
+gathered and merged in the order of the ranks, so that all processes hold the same bits. A sum of means is no merge
+where batches differ in size. Backward, the two sums of the gradient are added up over the processes.
 """
 
 from dataclasses import dataclass
@@ -25,7 +25,7 @@ from batchnorm.core.normalize import Statistics, statistics_of_batch
 from batchnorm.kernels import agnostic
 from batchnorm.kernels import torch as kernel
 from batchnorm.kernels.torch import in_words_of_pytorch
-from batchnorm.torch.functional import State, current_backward, kept_by_lengths, track
+from batchnorm.torch.functional import State, is_recomputed, kept_by_lengths, track
 from batchnorm.torch.layers import Layer, count_skipped_batches
 
 Group = Any  # dist.ProcessGroup, which exists only in builds with torch.distributed
@@ -77,11 +77,11 @@ class SyncBatchNorm(Layer, _BatchNorm):
         )  # fmt: skip
         self.process_group, self.timeout, self.name = process_group, timeout, name
 
-    def _check_input_dim(self, input: Tensor) -> None:  # noqa: A002
+    def _check_input_dim(self, input: Tensor) -> None:
         if input.ndim < 2:
             raise ValueError(f"expected at least 2D input (got {input.ndim}D input)")
 
-    def forward(self, input: Tensor, *, mask: Tensor | None = None, lengths: Tensor | None = None) -> Tensor:  # noqa: A002
+    def forward(self, input: Tensor, *, mask: Tensor | None = None, lengths: Tensor | None = None) -> Tensor:
         """The normalised input; see `batchnorm.torch.batch_norm` for mask and lengths."""
         is_alone = not dist.is_available() or not dist.is_initialized() or dist.get_world_size(self.process_group) == 1
         has_state = self.running_mean is not None
@@ -95,8 +95,8 @@ class SyncBatchNorm(Layer, _BatchNorm):
         convention = in_words_of_pytorch(self.momentum, self.eps, self.single)
         call = Call(self.name, self.process_group, self.timeout, convention, split(1, input.ndim), mask)
         y: Tensor = Synchronized.apply(input, self.weight, self.bias, call)  # type: ignore[no-untyped-call]
-        if self.training and self.track_running_stats and has_state and current_backward() == -1:
-            state = State(self.running_mean, self.running_var, self.num_batches_tracked, None, self.skipped)  # type: ignore[arg-type]
+        if self.training and self.track_running_stats and has_state and not is_recomputed():
+            state = State(self.running_mean, self.running_var, self.num_batches_tracked, None, self.skipped)
             track(state, call.whole, convention, is_masked=mask is not None)  # type: ignore[arg-type]
         return y
 
@@ -108,10 +108,10 @@ class SyncBatchNorm(Layer, _BatchNorm):
         for name, layer in module.named_modules():
             if type(layer) in CONVERTED or type(layer) in (nn.SyncBatchNorm, cls):
                 layer.__class__ = cls
-                layer.process_group, layer.timeout, layer.name = process_group, timeout, name or cls.__name__  # type: ignore[assignment]
+                layer.process_group, layer.timeout, layer.name = process_group, timeout, name or cls.__name__
                 if "skipped" not in layer._buffers:
                     count_skipped_batches(layer)
-                layer._keep_statistics_wide()  # type: ignore[operator]
+                layer._keep_statistics_wide()
         return module
 
 
@@ -173,7 +173,7 @@ class Synchronized(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, gamma: Tensor | None, beta: Tensor | None, call: Call) -> Tensor:
         batch = functional.moments(x, axis=1, mask=call.mask)
-        packed = torch.stack([batch.count.to(wide(x)), *(part.to(wide(x)) for part in (batch.mean, batch.mean_lo, batch.m2))])
+        packed = torch.stack([part.to(wide(x)) for part in (batch.count, batch.mean, batch.mean_lo, batch.m2)])
         gathered = call.gathered(packed)
         call.whole = call.merged(gathered[:, 1:], gathered[:, 0].round().to(torch.int64), batch.mean.dtype)
         if call.convention.single == "error" and bool((call.whole.count == 1).any()):
@@ -183,7 +183,8 @@ class Synchronized(torch.autograd.Function):
         call.statistics = statistics_of_batch(xp, call.whole, call.convention.eps)
         ctx.call = call
         ctx.save_for_backward(x, gamma, beta)
-        return kernel.normalize_by(x, gamma, beta, call.axes, call.mask, call.statistics)
+        y: Tensor = kernel.normalize_by(x, gamma, beta, call.axes, call.mask, call.statistics)
+        return y
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
@@ -218,6 +219,7 @@ def wide(x: Tensor) -> torch.dtype:
 
 def normalized(x: Tensor, gamma: Tensor | None, beta: Tensor | None, call: Call) -> Tensor:
     """y by the statistics of the call, differentiable."""
+    assert call.statistics is not None
     z = agnostic.normalized(xp, x, call.axes, call.statistics, gamma, beta, call.mask, "zero")
     return agnostic.finish(xp, z, x, call.mask, "zero", None, None)  # type: ignore[no-any-return]
 
@@ -234,7 +236,7 @@ def differentiable_gradients(
         whole = call.merged(gathered, call.gathered(batch.count), batch.mean.dtype)
         statistics = statistics_of_batch(xp, whole, call.convention.eps)
         again = Call(call.name, call.group, call.timeout, call.convention, call.axes, call.mask, whole, statistics)
-        y = normalized(*leaves, again)  # type: ignore[arg-type]
+        y = normalized(leaves[0], leaves[1], leaves[2], again)  # type: ignore[arg-type]
         gradients = iter(torch.autograd.grad(y, [t for t in leaves if t is not None], dy, create_graph=True))
     return tuple(None if t is None else next(gradients) for t in leaves)
 
