@@ -158,5 +158,5 @@ def become_general(layer: nn.Module, activation: str) -> None:
     """Make a layer a `BatchNorm` with an activation, in place."""
     layer.__class__ = BatchNorm
     if layer.momentum == 0.1:  # which is that of the convention
-        layer.momentum = "convention"
+        layer.momentum = "convention"  # type: ignore[assignment]
     layer.axis, layer.activation, layer.convention, layer.virtual_batch_size = 1, activation, "pytorch", None  # type: ignore[assignment]
