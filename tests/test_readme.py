@@ -1,24 +1,47 @@
-"""The README's examples run as they stand."""
+"""The examples of the pages run as they stand."""
 
 import re
 from pathlib import Path
 
 import pytest
 
-README = Path(__file__).parent.parent / "README.md"
-EXAMPLES = re.findall(r"```python\n(.*?)```", README.read_text(), re.DOTALL)
+ROOT = Path(__file__).parent.parent
+README, COMING_FROM_TORCH = ROOT / "README.md", ROOT / "docs" / "torch.md"
 
 
-@pytest.mark.parametrize("code", EXAMPLES, ids=["numpy", "torch", "jax", "xarray"])
+def examples(page):
+    return re.findall(r"```python\n(.*?)```", page.read_text(), re.DOTALL)
+
+
+@pytest.mark.parametrize("code", examples(README), ids=["numpy", "torch", "layer", "jax", "xarray"])
 def test_example_runs(code):
     names: dict[str, object] = {}
     exec(code, names)
-    assert names["y"].shape == names["x" if "x" in names else "wind"].shape
+    if "layer" not in names:
+        assert names["y"].shape == names["x" if "x" in names else "wind"].shape
     if "torch" in names:
-        assert names["x"].grad.isfinite().all()
         assert names["y"].isfinite().all()
+        assert "x" not in names or names["x"].grad.isfinite().all()
 
 
-def test_files_it_links_exist():
-    for target in re.findall(r"\]\((?!http)([^)#]+)\)", README.read_text()):
-        assert (README.parent / target).exists(), target
+@pytest.mark.parametrize("code", examples(COMING_FROM_TORCH), ids=["replace", "general"])
+def test_example_of_the_layers_runs(code, capsys):
+    names: dict[str, object] = {}
+    exec(code, names)
+    for line in re.findall(r"print\(.*\)  # (.*)", code):
+        assert line in capsys.readouterr().out
+    assert "y" not in names or names["y"].isfinite().all()
+
+
+@pytest.mark.parametrize("page", [README, COMING_FROM_TORCH], ids=lambda page: page.name)
+def test_files_it_links_exist(page):
+    for target in re.findall(r"\]\((?!http)([^)#]+)\)", page.read_text()):
+        assert (page.parent / target).exists(), target
+
+
+def test_tests_it_names_exist():
+    tests = "".join(path.read_text() for path in (ROOT / "tests").rglob("test_*.py"))
+    names = re.findall(r"`(test_\w+)`", COMING_FROM_TORCH.read_text())
+    assert len(names) > 10
+    for name in names:
+        assert f"def {name}(" in tests, name

@@ -216,7 +216,9 @@ def test_empty_batch(training):
     y = layer(torch.ones(0, 3, 4, 4, requires_grad=True))
     y.sum().backward()
     assert y.shape == (0, 3, 4, 4)
-    assert layer.num_batches_tracked == 0
+    native = nn.BatchNorm2d(3).train(training)
+    native(torch.ones(0, 3, 4, 4))
+    assert (layer.num_batches_tracked, native.num_batches_tracked) == (0, int(training))
     assert torch.equal(layer.running_var, torch.ones(3))
 
 
@@ -241,11 +243,15 @@ def test_masked_sequences(training):
 
 def test_two_forwards_before_a_backward():
     """What is saved for the gradients is no buffer: DDP writes to these, and PyTorch's layer fails in evaluation."""
-    layer = bnt.BatchNorm1d(3).eval()
     x = torch.randn(4, 3, requires_grad=True)
-    y = layer(x)
-    with torch.no_grad():
-        layer.running_mean.add_(1)
-        layer.running_var.mul_(2)
-    y.sum().backward()
+    for layer in (bnt.BatchNorm1d(3).eval(), nn.BatchNorm1d(3).eval()):
+        y = layer(x)
+        with torch.no_grad():
+            layer.running_mean.add_(1)
+            layer.running_var.mul_(2)
+        if isinstance(layer, bnt.BatchNorm1d):
+            y.sum().backward()
+        else:
+            with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+                y.sum().backward()
     torch.testing.assert_close(x.grad, torch.full((4, 3), (1 + 1e-5) ** -0.5))

@@ -66,6 +66,8 @@ def test_jacobians(transform):
 
     torch.testing.assert_close(transform(call)(x), transform(plain)(x))
     assert layer.num_batches_tracked == 1
+    with pytest.raises(RuntimeError, match="in-place"):
+        transform(nn.BatchNorm1d(3, dtype=torch.float64))(x)
 
 
 def test_jvp_updates_once_and_without_tangents():
