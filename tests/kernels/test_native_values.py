@@ -78,6 +78,10 @@ def cases():
         Case((3, 530), 1, "offset3", "c"),
         Case((3, 2100)),  # more columns than a block has
         Case((20, 2100), 1, "part1", "part1"),
+        Case((3, 2, 4, 5), (0, 2)),  # a batch norm for each index of the first axis
+        Case((3, 6, 4, 5), (0, 3), "step1", "c"),
+        Case((3, 6, 4, 5), (0, 2, 3), "first", "last"),
+        Case((3, 6, 4), (0, 2), "part1", "step2"),
     )
 
 

@@ -39,7 +39,7 @@ NOT_SERVED = {
     "byte order": (converted(lambda x: x.astype(">f4")), "foreign byte order"),
     "byte order of gamma": (lambda: ((X, np.ones(3, ">f8")), {}), "foreign byte order"),
     "residual of another type": (with_option(residual=X.astype(np.float64)), "differ in dtype"),
-    "axes apart": (lambda: ((X.reshape(3, 3, 3),), {"axis": (0, 2)}), "not next to each other"),
+    "axes apart": (lambda: ((X.reshape(3, 3, 3, 1),), {"axis": (0, 1, 3)}), "not next to each other"),
     "tensor on another device": (converted(lambda x: torch.zeros(9, 3, device="meta")), "device meta"),
     "subclass of tensors": (
         converted(lambda x: torch.tensor(x).as_subclass(type("Mine", (torch.Tensor,), {}))),

@@ -1,5 +1,7 @@
 """`BatchNorm`: any rank, axis and convention, with an activation, a residual and groups."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch import nn
@@ -48,12 +50,13 @@ def test_activation_and_residual(activation):
         torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("convention", sorted(bn.CONVENTIONS))
+ALWAYS = replace(bn.CONVENTIONS["pytorch"], name="always", update="always")
+
+
+@pytest.mark.parametrize("convention", [*sorted(bn.CONVENTIONS), ALWAYS], ids=lambda c: getattr(c, "name", c))
 def test_every_convention(convention):
     """The same as the function of arrays with the state passed along."""
-    record = bn.CONVENTIONS[convention]
-    if isinstance(record.axis, tuple):
-        pytest.skip("several axes")
+    record = bn.CONVENTIONS.get(convention, convention)
     layer = bnt.BatchNorm(3, convention=convention, dtype=torch.float64)
     running = bn.RunningStatistics.initial(3, record, like=torch.ones(1, dtype=torch.float64))
     for training in (True, True, False):

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import batchnorm._native as _native
 from batchnorm.convention import Convention, EpsPlacement, MaskedOutput
 from batchnorm.core import activations
-from batchnorm.core.axes import Axes
+from batchnorm.core.axes import Axes, split
 from batchnorm.core.dtypes import Array, DType, cast, dtype_name
 from batchnorm.core.masks import Lengths, Mask, elementwise
 from batchnorm.core.moments import Moments
@@ -110,7 +110,8 @@ def refusal_of_call(large: tuple[Array | None, ...], axes: Axes, activation: Act
         return "a callable activation is array code"
     if axes.ndim > MOST_DIMENSIONS:
         return f"x has more than {MOST_DIMENSIONS} dimensions"
-    if axes.kept and axes.kept[-1] - axes.kept[0] >= len(axes.kept):
+    kept = axes.kept[1:] if has_members(axes) else axes.kept
+    if kept and kept[-1] - kept[0] >= len(kept):
         return "the axes with statistics of their own are not next to each other"
     return None
 
@@ -175,6 +176,21 @@ def measure(library: Library, x: Array, axes: Axes, mask: Mask) -> Moments:
     return measured.moments()
 
 
+def has_members(axes: Axes) -> bool:
+    """Whether the first axis keeps statistics and the next ones do not: a batch norm for each index, one by one."""
+    return len(axes.kept) > 1 and axes.kept[0] == 0 and axes.kept[1] > 1
+
+
+def member(operands: Operands, index: int) -> Operands:
+    """The operands of one index of the first axis."""
+    mask, axes = operands.mask, operands.axes
+    if mask is not None and not isinstance(mask, Lengths):
+        mask = mask[index if mask.shape[0] > 1 else 0]
+    x, gamma, beta, residual = (None if array is None else array[index] for array in operands[:4])
+    own = split(tuple(axis - 1 for axis in axes.kept[1:]), axes.ndim - 1)
+    return Operands(x, gamma, beta, residual, mask, own, operands.activation)
+
+
 def run_forward(
     library: Library,
     operands: Operands,
@@ -186,6 +202,14 @@ def run_forward(
     out: Array | None = None,
 ) -> Array | None:
     """The forward kernel. It fills `measured` and normalises by it, or, with `is_given`, only the latter."""
+    if has_members(operands.axes):
+        y = out if out is not None or not has_output else library.empty_like(operands.x)
+        for index in range(len(operands.x)):
+            run_forward(
+                library, member(operands, index), Measured(*(None if t is None else t[index] for t in measured)), rule,
+                is_given=is_given, has_output=has_output, out=None if y is None else y[index],
+            )  # fmt: skip
+        return y
     buffer, (code, slope) = library.buffer, activation_code(operands.activation)
     operands = with_contiguous_parameters(library, operands)
     y = out if out is not None or not has_output else library.empty_like(operands.x)
@@ -217,15 +241,32 @@ def run_backward(
     factor: Array | None = None,
     through_statistics: bool = True,
     has_dx: bool = True,
+    out: Gradients | None = None,
 ) -> Gradients:
     """The backward kernel; `factor` multiplies the xhat term of dx, and the statistics may also be constants."""
     x, gamma, beta, residual, mask, statistics, count, plan = cache
     operands = Operands(x, gamma, beta, residual, mask, plan.axes, plan.activation)  # type: ignore[arg-type]
+    if has_members(operands.axes):
+        arrays = (x if has_dx else None, gamma, beta, residual)
+        out = Gradients(*(None if array is None else library.empty_like(array) for array in arrays))
+        for index in range(len(x)):
+            part = member(operands, index)
+            own = Statistics(*(statistic[index] for statistic in statistics))
+            plan_of_part = plan_of(part.axes, part.activation, plan.eps)
+            run_backward(
+                library, dy[index], Cache(*part[:5], own, None if count is None else count[index], plan_of_part),
+                factor=None if factor is None else factor[index], through_statistics=through_statistics, has_dx=has_dx,
+                out=Gradients(*(None if array is None else array[index] for array in out)),
+            )  # fmt: skip
+        return out
     buffer, (code, slope) = library.buffer, activation_code(operands.activation)
     operands = with_contiguous_parameters(library, operands)
     mean, mean_lo, rstd = (library.contiguous(statistic) for statistic in statistics)
     count = None if count is None else library.contiguous(count)
-    dgamma, dbeta = (None if array is None else library.empty_like(array) for array in operands[1:3])
+    if out is not None:
+        dgamma, dbeta = out.dgamma, out.dbeta
+    else:
+        dgamma, dbeta = (None if array is None else library.empty_like(array) for array in operands[1:3])
     for attempt in ("as given", "in the layout of x", "in C order"):
         if attempt == "in the layout of x":
             dy, operands = in_layout_of_x(library, dy, operands)
@@ -235,6 +276,8 @@ def run_backward(
         keep, lengths = split_mask(library, mask)
         dx = library.empty_like(x) if has_dx else None
         dresidual = None if residual is None else library.empty_like(residual)
+        if out is not None and attempt == "as given":
+            dx, dresidual = out.dx, out.dresidual
         if _native.backward(
             buffer(dy), buffer(x), buffer(dx), buffer(gamma), buffer(beta), buffer(residual), buffer(dgamma),
             buffer(dbeta), buffer(dresidual), mean, mean_lo, rstd, count, factor, buffer(keep), buffer(lengths),
@@ -243,7 +286,12 @@ def run_backward(
             break
     else:
         raise AssertionError("a kernel refused arrays in C order")
-    return Gradients(dx, dgamma, dbeta, dresidual)
+    if out is None:
+        return Gradients(dx, dgamma, dbeta, dresidual)
+    for array, computed in ((out.dx, dx), (out.dresidual, dresidual)):
+        if array is not None and array is not computed:
+            array[...] = computed
+    return out
 
 
 def with_contiguous_parameters(library: Library, operands: Operands) -> Operands:

@@ -117,7 +117,7 @@ def normalize(
     activation: Activation | None = None,
     residual: Tensor | None = None,
 ) -> Tensor:
-    """y of a layer; in training its state takes in the batch if `is_tracked`.
+    """y of a layer, whose state takes in the batch if `is_tracked`.
 
     Not when autograd computes the forward pass again, as checkpointing does: the batch has been taken in.
     """
@@ -175,7 +175,7 @@ def step_by_step(
         x, gamma, beta, running, training=training, convention=convention, axis=axis, mask=mask, lengths=lengths,
         activation=activation, residual=residual,
     )  # fmt: skip
-    if not (training and is_tracked) or state is None:
+    if not is_tracked or state is None:
         return y  # type: ignore[no-any-return]
     if are_transforms_active():
         take_in(x, state, convention, axis=axis, mask=mask if lengths is None else kept_by_lengths(x, lengths, axis))

@@ -158,11 +158,13 @@ class BatchNorm(Layer):
                 mean, spread, buffers["num_batches_tracked"], buffers.get("running_weight"), buffers["skipped"]
             )  # fmt: skip
         training = (self.training and not self.is_frozen) or state is None
+        record = self.record
+        is_tracked = self.track_running_stats and (training or record.update == "always")
         options: dict[str, Any] = {
-            "training": training, "is_tracked": training and self.track_running_stats, "axis": self.axis, "mask": mask,
+            "training": training, "is_tracked": is_tracked, "axis": self.axis, "mask": mask,
             "lengths": lengths, "activation": self.activation, "residual": residual,
         }  # fmt: skip
-        operands = (input, self.weight, self.bias, state, self.record)
+        operands = (input, self.weight, self.bias, state, record)
         size = self.virtual_batch_size
         if training and size is not None and len(input) > size:
             return normalize_in_groups(*operands, group_size=size, **options)

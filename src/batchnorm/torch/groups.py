@@ -37,22 +37,28 @@ def normalize_in_groups(
     groups = len(x) // group_size
     if is_single(x[groups * group_size :], axis):
         groups -= 1
+    even = groups * group_size
 
-    def group(tensor: Tensor | None, rows: slice, number: int) -> Tensor | None:
-        if tensor is None or tensor.ndim < x.ndim or len(tensor) == 1:
-            return tensor
-        return tensor[rows].reshape(number, -1, *tensor.shape[1:])
+    def normalized(begin: int, end: int, number: int) -> Tensor:
+        """The examples from `begin` to `end`, in so many groups."""
 
-    outputs = []
-    for rows, number in ((slice(0, groups * group_size), groups), (slice(groups * group_size, None), 1)):
-        part = group(x, rows, number) if number and len(x[rows]) else None
-        if part is not None:
-            scale, shift = (p if p is None else p.expand(number, -1) for p in (gamma, beta))
-            y, _ = functional.batch_norm(
-                part, scale, shift, training=True, convention=convention, axis=(0, axis + 1),
-                mask=group(mask, rows, number), activation=activation, residual=group(residual, rows, number),
-            )  # fmt: skip
-            outputs.append(y.flatten(0, 1))
+        def grouped(tensor: Tensor | None) -> Tensor | None:
+            if tensor is None or tensor.ndim < x.ndim or len(tensor) == 1:
+                return tensor
+            rows = tensor if (begin, end) == (0, len(x)) else tensor[begin:end]  # a slice's gradient is a copy
+            return rows.reshape(number, -1, *tensor.shape[1:])
+
+        scale, shift = (parameter if parameter is None else parameter.expand(number, -1) for parameter in (gamma, beta))
+        y, _ = functional.batch_norm(
+            grouped(x), scale, shift, training=True, convention=convention, axis=(0, axis + 1), mask=grouped(mask),
+            activation=activation, residual=grouped(residual),
+        )  # fmt: skip
+        return y.flatten(0, 1)  # type: ignore[no-any-return]
+
+    if even in (0, len(x)):
+        y = normalized(0, len(x), max(groups, 1))
+    else:
+        y = torch.cat([normalized(0, even, groups), normalized(even, len(x), 1)])
     if is_tracked and state is not None and not is_recomputed():
         take_in(x, state, convention, axis=axis, mask=mask)
-    return torch.cat(outputs)
+    return y
