@@ -54,9 +54,11 @@ def test_what_is_not_replaced():
             super().__init__()
             self.own, self.sync, self.plain = Own(3), nn.SyncBatchNorm(3), nn.BatchNorm1d(3)
 
-    report = bnt.replace(Net())
-    assert report.replaced == ["plain"]
-    assert set(report.kept) == {"own", "sync"}
+    network = Net()
+    report = bnt.replace(network)
+    assert report.replaced == ["sync", "plain"]
+    assert (type(network.sync), network.sync.name) == (bnt.SyncBatchNorm, "sync")
+    assert set(report.kept) == {"own"}
     assert "own kept" in str(report)
     assert "a class of its own" in report.kept["own"]
 

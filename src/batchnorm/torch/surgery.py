@@ -17,6 +17,7 @@ from batchnorm.torch.layers import (
     LazyBatchNorm3d,
     count_skipped_batches,
 )
+from batchnorm.torch.sync import SyncBatchNorm
 
 #: Our layer for each of PyTorch's.
 OURS: dict[type[nn.Module], type[Layer]] = {
@@ -83,8 +84,13 @@ def replace(model: nn.Module, *, fuse: bool = False) -> Report:
             count_skipped_batches(module)
             module._keep_statistics_wide()
             report.replaced.append(shown)
+        elif type(module) is nn.SyncBatchNorm:
+            SyncBatchNorm.convert_sync_batchnorm(module, module.process_group)
+            module.name = shown  # type: ignore[assignment]
+            report.replaced.append(shown)
         elif isinstance(module, nn.modules.batchnorm._BatchNorm) and not isinstance(module, Layer):
-            report.kept[shown] = reason_to_keep(module)
+            kind = f"{type(module).__module__}.{type(module).__qualname__}"
+            report.kept[shown] = f"{kind} is a class of its own, whose forward may differ"
     if fuse:
         for name, layer, container, place in followed_by_activation(model):
             activation = activation_name(container.get_submodule(place))
@@ -93,13 +99,6 @@ def replace(model: nn.Module, *, fuse: bool = False) -> Report:
                 container.set_submodule(place, nn.Identity())
                 report.fused[name] = activation
     return report
-
-
-def reason_to_keep(module: nn.Module) -> str:
-    """Why a batch norm is not replaced."""
-    if type(module) is nn.SyncBatchNorm:
-        return "torch.nn.SyncBatchNorm synchronises across processes"
-    return f"{type(module).__module__}.{type(module).__qualname__} is a class of its own, whose forward may differ"
 
 
 class Children(fx.Tracer):

@@ -26,7 +26,7 @@ from batchnorm.kernels import agnostic
 from batchnorm.kernels import torch as kernel
 from batchnorm.kernels.torch import in_words_of_pytorch
 from batchnorm.torch.functional import State, is_recomputed, kept_by_lengths, track
-from batchnorm.torch.layers import Layer, count_skipped_batches
+from batchnorm.torch.layers import BatchNorm1d, BatchNorm2d, BatchNorm3d, Layer, count_skipped_batches
 
 Group = Any  # dist.ProcessGroup, which exists only in builds with torch.distributed
 
@@ -106,7 +106,7 @@ class SyncBatchNorm(Layer, _BatchNorm):
     ) -> nn.Module:
         """Make every batch norm of a model, PyTorch's or ours, a synchronised one, in place; returns the model."""
         for name, layer in module.named_modules():
-            if type(layer) in CONVERTED or type(layer) in (nn.SyncBatchNorm, cls):
+            if type(layer) in CONVERTED:
                 layer.__class__ = cls
                 layer.process_group, layer.timeout, layer.name = process_group, timeout, name or cls.__name__
                 if "skipped" not in layer._buffers:
@@ -115,8 +115,8 @@ class SyncBatchNorm(Layer, _BatchNorm):
         return module
 
 
-CONVERTED = {base for dimensions in "123" for base in (getattr(nn, f"BatchNorm{dimensions}d"),)}
-CONVERTED |= {base for base in Layer.__subclasses__() if issubclass(base, tuple(CONVERTED))}
+CONVERTED: tuple[type[nn.Module], ...] = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
+CONVERTED += (BatchNorm1d, BatchNorm2d, BatchNorm3d, SyncBatchNorm)
 
 
 @dataclass
