@@ -26,7 +26,7 @@ template <class T> class BackwardJob : public Job<T> {
  private:
   template <Form form> void run() {
     const bool has_map = problem.dx.data || problem.dresidual.data;
-    const bool are_dots = form == Form::plain && this->can_dot() && is_near_zero();
+    const bool are_dots = form == Form::plain && this->can_dot() && problem.N * problem.S > 1 && is_near_zero();
     Base::run(true, [&](const Scope& scope) {
       const Range mine = scope.team.share(scope.channels.begin, scope.channels.end);
       for (int64_t c = mine.begin; c < mine.end; ++c) this->fill_tables(c);
@@ -38,7 +38,8 @@ template <class T> class BackwardJob : public Job<T> {
       this->combine(mine);
       for (int64_t c = mine.begin; c < mine.end; ++c) finish(c, terms, are_dots);
       scope.team.barrier();
-      if (has_map) this->map(scope, Gradient<T, form>{{{}, options}});
+      if (are_dots) map_folded(scope);
+      else if (has_map) this->map(scope, Gradient<T, form>{{{}, options}});
     });
   }
 
@@ -46,17 +47,21 @@ template <class T> class BackwardJob : public Job<T> {
     if constexpr (has_dots<T>) this->reduce(scope, Dots<T, true>{});
   }
 
-  // Whether no mean lies so far from zero that sums of dy * x would cancel. Of all channels: which of them a thread takes
-  // together must not decide.
+  void map_folded(const Scope& scope) const {
+    if constexpr (has_dots<T>) this->map(scope, FoldedGradient<T>{});
+  }
+
+  // Whether sums of dy * x do not cancel, as no mean lies far from zero, and coefficients of x stay in the range of floats.
+  // Of all channels: which of them a thread takes together must not decide.
   bool is_near_zero() const {
     const F *mean = static_cast<const F*>(problem.mean), *rstd = static_cast<const F*>(problem.rstd);
     for (int64_t c = 0; c < problem.C; ++c)
-      if (!(__builtin_fabs(mean[c] * rstd[c]) < 4)) return false;
+      if (!(__builtin_fabs(mean[c] * rstd[c]) < 4 && rstd[c] > 1e-3 && rstd[c] < 1e3)) return false;
     return true;
   }
 
   // dx = gamma * rstd * (dz - E[dz] - xhat * E[dz * xhat]) = a * (dz - c + b * d), with d = x - hi and
-  // xhat = rstd * (d - lo).
+  // xhat = rstd * (d - lo); about zero multiplied out, a * dy + b * x + c.
   template <class Terms> void finish(int64_t c, const Terms& terms, bool is_about_zero) {
     const double rstd = static_cast<const F*>(problem.rstd)[c], lo = static_cast<const F*>(problem.mean_lo)[c];
     const double n = static_cast<double>(max(problem.count ? problem.count[c] : problem.N * problem.S, 1));
@@ -70,9 +75,10 @@ template <class T> class BackwardJob : public Job<T> {
     const double dgamma = rstd * (product - lo * dbeta), b = -dgamma / n * rstd * read(problem.factor, c, 1);
     write(problem.dgamma, c, dgamma);
     write(problem.dbeta, c, dbeta);
-    tables.a[c] = static_cast<F>(read(problem.gamma, c, 1) * rstd);
-    tables.b[c] = static_cast<F>(b);
-    tables.c[c] = static_cast<F>(dbeta / n + b * lo);
+    const double a = read(problem.gamma, c, 1) * rstd, shift = dbeta / n + b * lo;
+    tables.a[c] = static_cast<F>(a);
+    tables.b[c] = static_cast<F>(is_about_zero ? a * b : b);
+    tables.c[c] = static_cast<F>(is_about_zero ? -a * (shift + b * tables.hi[c]) : shift);
   }
 
   template <class Terms> double product_in_double(int64_t c, Terms terms) const {

@@ -224,6 +224,21 @@ template <class T, Form form> struct BackwardTerms : Backward<T, form> {
   }
 };
 
+// dx = a * dy + b * x + c, where no mean lies so far from zero that the terms cancel to less than two bytes need.
+template <class T> struct FoldedGradient {
+  using V = typename Compute<T>::V;
+  Tables<ScalarOf<V>> tables;
+
+  static constexpr int arrays = 3;
+  static constexpr unsigned reads = A | B | C;
+  BATCHNORM_COEFFICIENTS(a, b, c) { return {fetch(tables.a, i), fetch(tables.b, i), fetch(tables.c, i)}; }
+
+  template <class L> BATCHNORM_INLINE void apply(const Row<T>& row, int64_t j, const Coefficients& k, L lanes, bool is_streaming)
+      const {
+    put(row.out + j, fma(k.a, load(row.dy + j, lanes), fma(k.b, load(row.x + j, lanes), k.c)), lanes, is_streaming);
+  }
+};
+
 // dx = a * (dz - c + b * (x - hi)), and dresidual = dz.
 template <class T, Form form> struct Gradient : Backward<T, form> {
   using V = typename Compute<T>::V;
