@@ -106,19 +106,18 @@ def batch_norm(
         array([0.2, 2. ])
     """
     convention = resolve(convention, eps, decay, single, masked_output)
-    is_plain_call = mask is None and lengths is None and kernel is None and out is None and type(x) in MODULES
     known_axis = convention.axis if axis is None else axis
-    if training is False and is_plain_call:
-        y = MODULES[type(x)].inference_plain(x, gamma, beta, running, known_axis, convention, activation, residual)
+    module = MODULES.get(type(x)) if mask is None and lengths is None and kernel is None and out is None else None
+    if training is False and module is not None:
+        y = module.inference_plain(x, gamma, beta, running, known_axis, convention, activation, residual)
         if y is not None and running is not None:
             return y, running
-    elif training is True and is_plain_call:
-        done = MODULES[type(x)].training_plain(x, gamma, beta, running, known_axis, convention, activation, residual)
+    elif training is True and module is not None:
+        done = module.training_plain(x, gamma, beta, running, known_axis, convention, activation, residual)
         if done is not None:
-            y, updated, has_entered = done
-            if not has_entered:
+            if not done[2]:
                 warn_of_skipped()
-            return y, updated
+            return done[0], done[1]
     given, x = x, x.data if is_named(x) else x
     check_array("x", x)
     axes = check_axes(given, x, known_axis)
@@ -157,12 +156,11 @@ def batch_norm(
 
 def warn_of_skipped() -> None:
     """The warning of `batch_norm`, at its caller."""
-    warnings.warn(
+    message = (
         "the statistics of a batch are not finite (NaN, Inf or overflow in x): it did not enter the running "
-        "statistics and is counted in running.skipped",
-        RuntimeWarning,
-        stacklevel=3,
+        "statistics and is counted in running.skipped"
     )
+    warnings.warn(message, RuntimeWarning, stacklevel=3)
 
 
 def forward(

@@ -17,7 +17,8 @@ from batchnorm.core.normalize import effective_beta, effective_gamma
 from batchnorm.core.running import RunningStatistics
 from batchnorm.kernels import agnostic, launch, plain
 from batchnorm.kernels.agnostic import ActivationLike, Cache, Gradients
-from batchnorm.kernels.launch import Library, Operands, Rule
+from batchnorm.kernels.launch import Library, Rule
+from batchnorm.kernels.operands import Operands
 
 set_num_threads = _native.set_num_threads
 _native.set_instruction_set(os.environ.get("BATCHNORM_INSTRUCTION_SET", ""))

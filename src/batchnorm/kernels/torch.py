@@ -20,7 +20,8 @@ from batchnorm.core.normalize import Statistics, effective_beta, effective_gamma
 from batchnorm.core.running import RunningStatistics
 from batchnorm.kernels import agnostic, launch, plain
 from batchnorm.kernels.agnostic import ActivationLike, Cache, Gradients
-from batchnorm.kernels.launch import Operands, Rule
+from batchnorm.kernels.launch import Rule
+from batchnorm.kernels.operands import Operands
 from batchnorm.kernels.plain import Tracked
 from batchnorm.kernels.torch_autograd import (
     DIFFERENTIABLE,

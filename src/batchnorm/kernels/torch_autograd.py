@@ -24,7 +24,8 @@ from batchnorm.core.moments import moments as measure
 from batchnorm.core.normalize import Statistics, statistics_of_batch
 from batchnorm.kernels import agnostic, launch, plain
 from batchnorm.kernels.agnostic import Cache, Gradients
-from batchnorm.kernels.launch import Library, Measured, Operands, Rule
+from batchnorm.kernels.launch import Library, Measured, Rule
+from batchnorm.kernels.operands import Operands
 from batchnorm.kernels.plain import UNTRACKED, Tracked, new_tuple
 
 DTYPES = {"float32": torch.float32, "float64": torch.float64, "int64": torch.int64}

@@ -1,4 +1,4 @@
-"""The kernels as operators of `torch.library`, for graphs that are compiled: opaque to the compiler, with fakes.
+"""The kernels as operators of PyTorch, for graphs that are compiled: opaque to the compiler, with fake versions.
 
 `batchnorm::forward` and `batchnorm::backward` compute, `batchnorm::advance` changes running statistics in place. In
 eager mode they would cost more than a small batch norm, so nothing but compiled code calls them.
@@ -9,7 +9,7 @@ from typing import Any
 
 import array_api_compat.torch as xp
 import torch
-from torch import Tensor
+from torch import Tensor, library
 
 from batchnorm.conventions import find
 from batchnorm.core.axes import split
@@ -20,14 +20,15 @@ from batchnorm.core.running import RunningStatistics
 from batchnorm.core.running import advance as advanced
 from batchnorm.kernels import agnostic, launch
 from batchnorm.kernels.agnostic import Cache, Plan
-from batchnorm.kernels.launch import Operands, Rule
+from batchnorm.kernels.launch import Rule
+from batchnorm.kernels.operands import Operands
 from batchnorm.kernels.torch import refusal
 from batchnorm.kernels.torch_autograd import PLAIN
 
 Results = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
 
 
-@torch.library.custom_op("batchnorm::forward", mutates_args=())
+@library.custom_op("batchnorm::forward", mutates_args=())
 def forward(
     x: Tensor,
     gamma: Tensor | None,
@@ -68,7 +69,7 @@ def fake_forward(
     return torch.empty_like(x), mean, mean_lo, m2, rstd, x.new_empty(x.shape[axis], dtype=torch.int64)
 
 
-@torch.library.custom_op("batchnorm::backward", mutates_args=())
+@library.custom_op("batchnorm::backward", mutates_args=())
 def backward(
     dy: Tensor,
     x: Tensor,
@@ -135,7 +136,7 @@ def differentiate(ctx: Any, dy: Tensor, *_: Tensor | None) -> tuple[Tensor | Non
 forward.register_autograd(differentiate, setup_context=keep_for_backward)
 
 
-@torch.library.custom_op("batchnorm::advance", mutates_args=("mean", "var", "steps", "skipped"))
+@library.custom_op("batchnorm::advance", mutates_args=("mean", "var", "steps", "skipped"))
 def advance(
     mean: Tensor,
     var: Tensor,
