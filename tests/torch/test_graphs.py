@@ -57,6 +57,15 @@ def test_compiled_with_a_mask_and_an_activation():
     torch.testing.assert_close(other.running_var, layer.running_var)
 
 
+@pytest.mark.parametrize("options", [{"virtual_batch_size": 2}, {"convention": "lasagne-seed"}], ids=str)
+def test_what_breaks_a_compiled_graph(options):
+    torch._dynamo.reset()
+    layer, other = (bnt.BatchNorm(4, **options) for _ in range(2))
+    x = torch.randn(6, 4, 3)
+    torch.testing.assert_close(torch.compile(other, backend="aot_eager")(x), layer(x))
+    torch.testing.assert_close(other.running_var, layer.running_var)
+
+
 @pytest.mark.parametrize("norm", [bnt.BatchNorm2d, lambda n: bnt.BatchNorm(n, activation="relu")])
 def test_symbolic_trace(norm):
     """A node of its own, so that `eval` works on the traced network as well."""

@@ -9,7 +9,7 @@ from torch import Tensor
 from torch._C import _are_functorch_transforms_active as are_transforms_active
 from torch._C import _current_graph_task_id as current_backward
 from torch._C import _is_tracing as is_tracing
-from torch.compiler import is_compiling
+from torch.compiler import disable, is_compiling
 from torch.overrides import handle_torch_function, has_torch_function
 
 import batchnorm.functional as functional
@@ -132,7 +132,7 @@ def normalize(
         return y if keep is None or convention.masked_output == "normalized" else torch.where(keep, y, 0.0)
     if training and is_plain and convention.single == "error":
         check_batch(x, axis)
-    if is_compiling() or is_tracing():
+    if (is_compiling() or is_tracing()) and plain.is_simple(convention):
         return traced(
             x, gamma, beta, state, convention, training=training, is_tracked=is_tracked, axis=axis, mask=mask,
             lengths=lengths, activation=activation, residual=residual,
@@ -148,12 +148,13 @@ def normalize(
         y = kernel.layer_inference_plain(x, gamma, beta, state, axis, convention, activation, residual)
         if y is not None:
             return y  # type: ignore[no-any-return]
-    return step_by_step(
+    return step_by_step(  # type: ignore[no-any-return]
         x, gamma, beta, state, convention, training=training, is_tracked=tracked is not None, axis=axis, mask=mask,
         lengths=lengths, activation=activation, residual=residual,
     )  # fmt: skip
 
 
+@disable  # type: ignore[untyped-decorator]  # of a compiled network it is a break in the graph
 def step_by_step(
     x: Tensor,
     gamma: Tensor | None,
@@ -212,11 +213,7 @@ def traced(
     activation: Activation | None,
     residual: Tensor | None,
 ) -> Tensor:
-    """`normalize` as a graph: operators of ours in training; PyTorch's own at inference, which exporters know."""
-    if not plain.is_simple(convention):
-        raise NotImplementedError(
-            f"the convention {convention.name!r} has no operators for a graph; run the layer without torch.compile"
-        )
+    """`normalize` as a graph, in a simple convention: operators of ours in training, PyTorch's own at inference."""
     axis %= x.ndim
     if lengths is not None:
         mask = kept_by_lengths(x, lengths, axis)

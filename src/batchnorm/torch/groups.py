@@ -2,6 +2,7 @@
 
 import torch
 from torch import Tensor
+from torch.compiler import disable
 
 import batchnorm.functional as functional
 from batchnorm.convention import Convention
@@ -9,6 +10,7 @@ from batchnorm.functional import Activation
 from batchnorm.torch.functional import State, is_recomputed, is_single, kept_by_lengths, take_in
 
 
+@disable  # type: ignore[untyped-decorator]  # of a compiled network it is a break in the graph
 def normalize_in_groups(
     x: Tensor,
     gamma: Tensor | None,
