@@ -166,6 +166,28 @@ def test_statistics_stay_in_float32(cast):
     assert layer.double()[0].running_mean.dtype == torch.float64
 
 
+def test_parametrized_weight():
+    class Positive(nn.Module):
+        def forward(self, weight):
+            return weight.exp()
+
+    x = torch.randn(6, 5, generator=torch.Generator().manual_seed(3))
+    for layer in (bnt.BatchNorm1d(5), nn.BatchNorm1d(5)):
+        nn.utils.parametrize.register_parametrization(layer, "weight", Positive())
+        y = layer(x)
+        expected = (x - x.mean(0)) / x.std(0, correction=0) * torch.e
+        torch.testing.assert_close(y, expected, rtol=1e-3, atol=1e-3)
+
+
+def test_inside_inference_mode():
+    layer, native = bnt.BatchNorm1d(5), nn.BatchNorm1d(5)
+    x = torch.randn(6, 5)
+    with torch.inference_mode():
+        torch.testing.assert_close(layer(x), native(x))
+    torch.testing.assert_close(layer.running_var, native.running_var)
+    layer(x.requires_grad_()).sum().backward()
+
+
 def test_a_bad_batch_leaves_the_statistics():
     layer, native = bnt.BatchNorm1d(2), nn.BatchNorm1d(2)
     bad = torch.tensor([[1.0, float("nan")], [2.0, 3.0]])

@@ -68,16 +68,15 @@ class Layer(nn.Module):
         if isinstance(input, Proxy):
             return recorded(self, input, mask=mask, lengths=lengths)
         self._check_input_dim(input)
-        parameters, buffers = self._parameters, self._buffers
+        buffers = self._buffers
         mean, var = buffers["running_mean"], buffers["running_var"]
         state = None
         if mean is not None and var is not None:
             state = State(mean, var, buffers["num_batches_tracked"], None, buffers.get("skipped"))
         training = (self.training and not self.is_frozen) or state is None
         return normalize(
-            input, parameters["weight"], parameters["bias"], state,
-            in_words_of_pytorch(self.momentum, self.eps, self.single), training=training,
-            is_tracked=training and self.track_running_stats, mask=mask, lengths=lengths,
+            input, self.weight, self.bias, state, in_words_of_pytorch(self.momentum, self.eps, self.single),
+            training=training, is_tracked=training and self.track_running_stats, mask=mask, lengths=lengths,
         )  # fmt: skip
 
     def reset_running_stats(self) -> None:
