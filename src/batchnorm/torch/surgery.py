@@ -48,7 +48,8 @@ class Report:
 
     def __str__(self) -> str:
         """A line for each kind."""
-        lines = [f"{len(self.replaced)} batch norms replaced: {', '.join(self.replaced) or 'none'}"]
+        number = len(self.replaced)
+        lines = [f"{number} batch norm{'s' * (number != 1)} replaced: {', '.join(self.replaced) or 'none'}"]
         if self.fused:
             lines.append("with the activation behind them: " + ", ".join(f"{n} ({a})" for n, a in self.fused.items()))
         lines += [f"{name} kept: {reason}" for name, reason in self.kept.items()]
@@ -71,7 +72,7 @@ def replace(model: nn.Module, *, fuse: bool = False) -> Report:
         >>> import torch, batchnorm.torch as bnt
         >>> model = torch.nn.Sequential(torch.nn.Conv2d(3, 8, 3), torch.nn.BatchNorm2d(8), torch.nn.ReLU())
         >>> print(bnt.replace(model, fuse=True))
-        1 batch norms replaced: 1
+        1 batch norm replaced: 1
         with the activation behind them: 1 (relu)
         >>> model[1]
         BatchNorm(8, activation=relu)
