@@ -95,6 +95,7 @@ def test_a_single_remaining_example_joins_the_last_group():
         ({"virtual_batch_size": 0}, "virtual_batch_size is 0"),
         ({"convention": "pytroch"}, "did you mean 'pytorch'"),
         ({"eps": -1.0}, "eps is -1.0"),
+        ({"activation": "rellu"}, "did you mean 'relu'"),
         ({"momentum": 1.5}, "decay is -0.5"),
     ],
     ids=str,

@@ -11,6 +11,7 @@ from torch.fx import Proxy
 from torch.nn.modules.lazy import LazyModuleMixin
 from torch.nn.parameter import Parameter, UninitializedBuffer, UninitializedParameter
 
+from batchnorm.arguments import check_activation
 from batchnorm.convention import Convention, Single
 from batchnorm.conventions import find, resolve
 from batchnorm.functional import Activation
@@ -83,6 +84,7 @@ class BatchNorm(Layer):
     ) -> None:
         nn.Module.__init__(self)
         record = in_convention(convention, eps, momentum, single)
+        check_activation(activation)
         if num_features is not None and (type(num_features) is not int or num_features < 0):
             raise ValueError(f"num_features is {num_features!r}; it must be a number of channels, or None")
         if virtual_batch_size is not None and (type(virtual_batch_size) is not int or virtual_batch_size < 1):
