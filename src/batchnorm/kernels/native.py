@@ -161,7 +161,7 @@ def inference_plain(
     """y of `functional.batch_norm` at inference, likewise; the state has to be as `functional` returns it."""
     if x.dtype.kind != "f" or not {type(gamma), type(beta), type(residual)} <= PLAIN_TYPES:
         return None
-    if not is_plain_state(running):
+    if not plain.is_plain_state(running, {numpy.ndarray}):
         return None
     done = plain.inference(NUMPY, x, gamma, beta, running, axis, convention, activation, residual)
     return None if done is None else done[0]
@@ -180,19 +180,10 @@ def training_plain(
     """`functional.batch_norm` in training, likewise; and whether the batch has entered the state."""
     if x.dtype.kind != "f" or not {type(gamma), type(beta), type(residual)} <= PLAIN_TYPES:
         return None
-    if not is_plain_state(running):
+    if not plain.is_plain_state(running, {numpy.ndarray}):
         return None
     tracked = plain.tracked_copy(running, convention, numpy.copy)
     if tracked is None:
         return None
     done = plain.forward(NUMPY, x, gamma, beta, axis, convention.eps, activation, residual, None, tracked)
     return None if done is None else (done[0], *plain.advanced(running, tracked, done[2]))
-
-
-def is_plain_state(running: RunningStatistics) -> bool:
-    """Whether the state is as `functional` returns it."""
-    if type(running) is not RunningStatistics:
-        return False
-    if any(type(value) is not numpy.ndarray or value.dtype != running.mean.dtype for value in running):
-        return False
-    return not (running.steps.ndim or running.weight.ndim or running.skipped.ndim)

@@ -120,6 +120,15 @@ def is_simple(convention: Convention) -> bool:
     )
 
 
+def is_plain_state(running: RunningStatistics | None, types: set[type]) -> bool:
+    """Whether the state is as `functional` returns it, of arrays of these types."""
+    if type(running) is not RunningStatistics:
+        return False
+    if any(type(value) not in types or value.dtype != running.mean.dtype for value in running):
+        return False
+    return not (running.steps.ndim or running.weight.ndim or running.skipped.ndim)
+
+
 def tracked_copy(running: RunningStatistics, convention: Convention, copy: Callable[[Array], Array]) -> Tracked | None:
     """Copies of running variances for a forward pass to advance; None where the convention has more to it."""
     if not is_simple(convention):

@@ -35,7 +35,7 @@ from batchnorm.kernels.torch_autograd import (
     is_traced,
 )
 
-PLAIN_TYPES = {Tensor, Parameter}
+PLAIN_TYPES: set[type] = {Tensor, Parameter}
 
 
 def refusal(
@@ -171,7 +171,7 @@ def inference_plain(
     residual: Array | None,
 ) -> Array | None:
     """y of `functional.batch_norm` at inference, likewise; the state has to be as `functional` returns it."""
-    if not is_plain_state(running):
+    if not plain.is_plain_state(running, PLAIN_TYPES):
         return None
     return layer_inference_plain(x, gamma, beta, running, axis, convention, activation, residual)
 
@@ -187,7 +187,7 @@ def training_plain(
     residual: Array | None,
 ) -> tuple[Array, RunningStatistics, bool] | None:
     """`functional.batch_norm` in training, likewise; and whether the batch has entered the state."""
-    if not is_plain_state(running) or running.mean.requires_grad or running.spread.requires_grad:
+    if not plain.is_plain_state(running, PLAIN_TYPES) or running.mean.requires_grad or running.spread.requires_grad:
         return None
     tracked = plain.tracked_copy(running, convention, Tensor.clone)
     if tracked is None:
@@ -276,15 +276,6 @@ def normalize_plain(
     if call.is_accepted:
         increment_version([tensor for tensor in tracked[:3] if tensor is not None])
     return y, call.is_accepted
-
-
-def is_plain_state(running: RunningStatistics) -> bool:
-    """Whether the state is as `functional` returns it."""
-    if type(running) is not RunningStatistics:
-        return False
-    if any(type(value) not in PLAIN_TYPES or value.dtype is not running.mean.dtype for value in running):
-        return False
-    return not (running.steps.ndim or running.weight.ndim or running.skipped.ndim)
 
 
 def are_plain(*tensors: Array | None) -> bool:
