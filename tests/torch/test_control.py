@@ -69,6 +69,40 @@ def test_a_watched_activation_is_not_fused():
     assert bnt.replace(network, fuse=True).fused == {"3.1": "leaky_relu(0.2)"}
 
 
+def test_an_activation_that_is_called_twice_is_not_fused():
+    """It serves what comes after the addition, too, as in the blocks of a ResNet."""
+
+    class Block(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.norm, self.relu, self.other = nn.BatchNorm1d(3), nn.ReLU(), nn.BatchNorm1d(3)
+
+        def forward(self, x):
+            return self.relu(self.other(self.relu(self.norm(x))) + x)
+
+    torch.manual_seed(0)
+    block, x = Block(), torch.randn(6, 3)
+    expected = block(x)
+    assert bnt.replace(block, fuse=True).fused == {}
+    torch.testing.assert_close(block(x), expected)
+
+
+def test_a_result_that_goes_elsewhere_too_is_not_fused():
+    class Block(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.norm, self.relu = nn.BatchNorm1d(3), nn.ReLU()
+
+        def forward(self, x):
+            z = self.norm(x)
+            return self.relu(z) + z
+
+    block, x = Block(), torch.randn(6, 3)
+    expected = block(x)
+    assert bnt.replace(block, fuse=True).fused == {}
+    torch.testing.assert_close(block(x), expected)
+
+
 def test_fusion_of_others_into_a_convolution():
     """PyTorch's own folding takes our layer for what it is; one with an activation is none of its batch norms."""
     network = model(bnt.BatchNorm2d)

@@ -128,6 +128,19 @@ def test_an_ensemble_keeps_a_state_for_each_member():
     torch.testing.assert_close(y[2], layers[2](x[2]))
 
 
+def test_nested_ensembles_keep_a_state_for_each_member_of_each():
+    """The members lie along the last dimensions of the buffers, which each level counts without those beneath."""
+    x = torch.randn(4, 2, 5, 3, dtype=torch.float64)
+    mean, var = torch.zeros(3, 2, 4, dtype=torch.float64), torch.ones(3, 2, 4, dtype=torch.float64)
+
+    def call(x, mean, var):
+        return bnt.batch_norm(x, mean, var, training=True)
+
+    vmap(vmap(call, in_dims=(0, 1, 1)), in_dims=(0, 2, 2))(x, mean, var)
+    torch.testing.assert_close(mean, 0.1 * x.mean(2).permute(2, 1, 0))
+    torch.testing.assert_close(var, 0.9 + 0.1 * x.var(2).permute(2, 1, 0))
+
+
 @pytest.mark.parametrize("use_reentrant", [True, False])
 def test_checkpointing_updates_once(use_reentrant):
     ours, native = (nn.Sequential(nn.Linear(3, 3), cls(3)) for cls in (bnt.BatchNorm1d, nn.BatchNorm1d))
