@@ -230,13 +230,15 @@ nb::object own_like(nb::handle object, const Array& array) {
   return hand_over(table, Owned::make(array.ndim, array.shape, array.strides, dtype, bytes));
 }
 
-nb::object table_for(nb::handle object, Element element, int64_t length) {
+nb::object table_for(nb::handle object, Element element, int64_t length, int64_t rows) {
   const ExchangeTable* table = exchange_table(Py_TYPE(object.ptr()));
   if (!table || !table->from_managed) throw nb::type_error("a library without DLPack's table");
   const bool is_float = element == Element::float32;
   const nb::dlpack::dtype dtype{element == Element::int64 ? dlpack_int : dlpack_float, static_cast<uint8_t>(is_float ? 32 : 64), 1};
-  const int64_t stride = 1;
-  return hand_over(table, Owned::make(1, &length, &stride, dtype, length * (is_float ? 4 : 8)));
+  const int64_t shape[2] = {rows, length}, strides[2] = {length, 1};
+  const int skipped = rows ? 0 : 1;
+  const int64_t bytes = (rows ? rows : 1) * length * (is_float ? 4 : 8);
+  return hand_over(table, Owned::make(2 - skipped, shape + skipped, strides + skipped, dtype, bytes));
 }
 
 }  // namespace batchnorm

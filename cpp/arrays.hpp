@@ -58,8 +58,8 @@ class Array {
 // memory.hpp); null where its library cannot be handed one.
 nanobind::object own_like(nanobind::handle object, const Array& array);
 
-// `length` uninitialised numbers (float32, float64, int64) in an array of the library of `object`. Raises TypeError where
-// it cannot be handed one.
-nanobind::object table_for(nanobind::handle object, Element element, int64_t length);
+// `length` uninitialised numbers (float32, float64, int64) in an array of the library of `object`, or so many rows of
+// them. Raises TypeError where it cannot be handed one.
+nanobind::object table_for(nanobind::handle object, Element element, int64_t length, int64_t rows = 0);
 
 }  // namespace batchnorm

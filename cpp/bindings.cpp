@@ -32,7 +32,8 @@ bool forward(handle x_, handle y_, handle gamma_, handle beta_, handle residual_
   call.add(residual, problem.residual);
   std::unique_ptr<int64_t[]> prefixes;
   if (!prepare(call, x, kept, keep, lengths, prefixes, threads)) return false;
-  set_statistics(problem, mean, mean_lo, rstd, count);
+  set_statistics(problem, mean, mean_lo, rstd);
+  problem.count = integers(count, problem.C);
   problem.m2 = statistic(m2, problem.C, problem.dtype);
   if ((y || !measure) && !(mean && mean_lo && rstd)) throw nb::value_error("y needs mean, mean_lo and rstd");
   set_parameters(problem, gamma, beta, activation, slope);
@@ -71,7 +72,8 @@ bool backward(handle dy_, handle x_, handle dx_, handle gamma_, handle beta_, ha
   std::unique_ptr<int64_t[]> prefixes;
   if (!prepare(call, x, kept, keep, lengths, prefixes, threads)) return false;
   if (!(mean && mean_lo && rstd)) throw nb::value_error("backward needs mean, mean_lo and rstd");
-  set_statistics(problem, mean, mean_lo, rstd, count);
+  set_statistics(problem, mean, mean_lo, rstd);
+  problem.count = integers(count, problem.C);
   set_parameters(problem, gamma, beta, activation, slope);
   problem.factor = channels(factor, problem.C);
   problem.dgamma = channels(dgamma, problem.C);
@@ -126,14 +128,14 @@ NB_MODULE(_native, m) {
   m.def("forward_plain", &forward_plain, nb::arg("x"), optional("gamma"), optional("beta"), optional("residual"), optional("out"),
         nb::arg("axis"), nb::arg("eps"), nb::arg("activation"), nb::arg("slope"), nb::arg("threads"),
         nb::arg("empty_like"), optional("statistic_like"), optional("count_like"), optional("running_mean"),
-        optional("running_var"), optional("steps"), nb::arg("momentum"), nb::arg("correction"));
+        optional("running_var"), optional("steps"), nb::arg("momentum"), nb::arg("correction"), nb::arg("in_table"));
   m.def("inference_plain", &inference_plain, nb::arg("x"), optional("gamma"), optional("beta"), optional("residual"),
         nb::arg("mean"), nb::arg("var"), nb::arg("axis"), nb::arg("eps"), nb::arg("eps_placement"),
         nb::arg("activation"), nb::arg("slope"), nb::arg("threads"), nb::arg("empty_like"),
-        optional("statistic_like"), nb::arg("keeps_statistics"));
+        nb::arg("keeps_statistics"));
   m.def("backward_plain", &backward_plain, nb::arg("dy"), nb::arg("x"), optional("gamma"), optional("beta"),
-        optional("residual"), nb::arg("mean"), nb::arg("mean_lo"), nb::arg("rstd"), optional("count"), nb::arg("kept"),
-        nb::arg("activation"), nb::arg("slope"), nb::arg("threads"), nb::arg("empty_like"), nb::arg("has_dx"),
+        optional("residual"), nb::arg("statistics"), optional("count"), nb::arg("kept"), nb::arg("activation"),
+        nb::arg("slope"), nb::arg("threads"), nb::arg("empty_like"), nb::arg("has_dx"),
         nb::arg("through_statistics"));
   nb::class_<Block>(m, "Block", nb::type_slots(block_slots)).def(nb::init<int64_t>(), nb::arg("bytes"));
   m.attr("smallest_block") = smallest_block;

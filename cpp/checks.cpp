@@ -94,11 +94,10 @@ bool prepare(Call& call, const Array& x, uint32_t kept, const Array& keep, const
   return true;
 }
 
-void set_statistics(Problem& problem, const Array& mean, const Array& mean_lo, const Array& rstd, const Array& count) {
+void set_statistics(Problem& problem, const Array& mean, const Array& mean_lo, const Array& rstd) {
   problem.mean = statistic(mean, problem.C, problem.dtype);
   problem.mean_lo = statistic(mean_lo, problem.C, problem.dtype);
   problem.rstd = statistic(rstd, problem.C, problem.dtype);
-  problem.count = integers(count, problem.C);
 }
 
 void set_parameters(Problem& problem, const Array& gamma, const Array& beta, uint8_t activation, double slope) {

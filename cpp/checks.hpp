@@ -49,7 +49,7 @@ bool prepare(Call& call, const Array& x, uint32_t kept, const Array& keep, const
              std::unique_ptr<int64_t[]>& prefixes, int threads);
 
 // What is given for each channel, once `prepare` knows how many there are.
-void set_statistics(Problem& problem, const Array& mean, const Array& mean_lo, const Array& rstd, const Array& count);
+void set_statistics(Problem& problem, const Array& mean, const Array& mean_lo, const Array& rstd);
 void set_parameters(Problem& problem, const Array& gamma, const Array& beta, uint8_t activation, double slope);
 
 // `compute` while other Python threads run.

@@ -38,6 +38,29 @@ struct Allocator {
   }
 };
 
+// mean, mean_lo and rstd between a forward and a backward pass: rows of one table, or an array each.
+class KeptStatistics {
+ public:
+  KeptStatistics(handle statistics, bool is_written)
+      : is_table_(!PyTuple_Check(statistics.ptr())),
+        mean_(is_table_ ? "statistics" : "mean", is_table_ ? statistics : item(statistics, 0), is_written),
+        mean_lo_("mean_lo", is_table_ ? nb::none() : item(statistics, 1), is_written),
+        rstd_("rstd", is_table_ ? nb::none() : item(statistics, 2), is_written) {}
+
+  void enter(Problem& problem) const {
+    if (!is_table_) return set_statistics(problem, mean_, mean_lo_, rstd_);
+    char* const rows = static_cast<char*>(statistic(mean_, 3 * problem.C, problem.dtype));
+    const int64_t row = problem.C * (problem.dtype == Dtype::float64 ? 8 : 4);
+    problem.mean = rows, problem.mean_lo = rows + row, problem.rstd = rows + 2 * row;
+  }
+
+ private:
+  static nb::object item(handle tuple, size_t i) { return nb::borrow(nb::cast<nb::tuple>(tuple)[i]); }
+
+  bool is_table_;
+  Array mean_, mean_lo_, rstd_;
+};
+
 // None in place of the error that an unusual argument has caused; not of Ctrl-C in the library's allocation.
 template <class Compute> nb::object or_none(const Compute& compute) {
   try {
@@ -61,6 +84,10 @@ bool is_state(const Array& array, int64_t C) {
   return array && is_wide && array.has_whole_strides && array.ndim == 1 && array.shape[0] == C;
 }
 
+double statistic_at(const Problem& problem, const void* statistic, int64_t c) {
+  return problem.dtype == Dtype::float64 ? static_cast<const double*>(statistic)[c] : static_cast<const float*>(statistic)[c];
+}
+
 double value_at(const Array& array, int64_t c) {
   const int64_t i = c * array.strides[0];
   return array.element == Element::float64 ? static_cast<const double*>(array.data)[i]
@@ -79,9 +106,15 @@ bool is_finite(const Array& array, double value) {
 
 // running <- running + momentum * (batch - running), and one more step, unless a number of the batch is not finite: then
 // nothing changes. A negative momentum is that of the cumulative average.
-bool advance(const Running& running, const Array& mean, const Array& mean_lo, const double* var, int64_t C) {
+bool advance(const Running& running, const Problem& problem) {
+  const int64_t C = problem.C;
+  const double divisor = static_cast<double>(problem.N * problem.S - running.correction);
+  const auto mean = [&](int64_t c) {
+    return statistic_at(problem, problem.mean, c) + statistic_at(problem, problem.mean_lo, c);
+  };
+  const auto var = [&](int64_t c) { return statistic_at(problem, problem.m2, c) / divisor; };
   for (int64_t c = 0; c < C; ++c)
-    if (!is_finite(running.mean, value_at(mean, c)) || !is_finite(running.var, var[c])) return false;
+    if (!is_finite(running.mean, mean(c)) || !is_finite(running.var, var(c))) return false;
   int64_t* steps = static_cast<int64_t*>(running.steps.data);
   const double momentum = running.momentum < 0 ? 1.0 / static_cast<double>(*steps + 1) : running.momentum;
   const auto move = [&](const Array& array, int64_t c, double batch) {
@@ -89,8 +122,8 @@ bool advance(const Running& running, const Array& mean, const Array& mean_lo, co
     set_value(array, c, old + momentum * (batch - old));
   };
   for (int64_t c = 0; c < C; ++c) {
-    move(running.mean, c, value_at(mean, c) + value_at(mean_lo, c));
-    move(running.var, c, var[c]);
+    move(running.mean, c, mean(c));
+    move(running.var, c, var(c));
   }
   if (steps) ++*steps;
   return true;
@@ -100,15 +133,15 @@ bool advance(const Running& running, const Array& mean, const Array& mean_lo, co
 // that are no statistics.
 template <class F>
 bool fill_statistics(const Array& mean, const Array& var, double eps, EpsPlacement placement, int64_t C,
-                     F* const (&tables)[3]) {
+                     F* means, F* means_lo, F* rstds) {
   for (int64_t c = 0; c < C; ++c) {
     const double m = value_at(mean, c), v = value_at(var, c);
     const double std = placement == EpsPlacement::inside ? std::sqrt(v + eps)
                                                          : std::sqrt(v) + (placement == EpsPlacement::outside ? eps : 0);
     if (!(std > 0)) return false;
-    tables[0][c] = static_cast<F>(m);
-    tables[1][c] = static_cast<F>(m - tables[0][c]);
-    tables[2][c] = static_cast<F>(1 / std);
+    means[c] = static_cast<F>(m);
+    means_lo[c] = static_cast<F>(m - means[c]);
+    rstds[c] = static_cast<F>(1 / std);
   }
   return true;
 }
@@ -118,7 +151,7 @@ bool fill_statistics(const Array& mean, const Array& var, double eps, EpsPlaceme
 nb::object forward_plain(handle x_, handle gamma_, handle beta_, handle residual_, handle out_, int axis, double eps,
                          uint8_t activation, double slope, int threads, handle empty_like, handle statistic_like,
                          handle count_like, handle running_mean_, handle running_var_, handle steps_, double momentum,
-                         int correction) {
+                         int correction, bool in_table) {
   return or_none([&]() -> nb::object {
     const Array x("x", x_), gamma("gamma", gamma_), beta("beta", beta_), residual("residual", residual_), none("mask", nb::none());
     if (!is_plain(x, axis, eps, {&gamma, &beta})) return nb::none();
@@ -126,18 +159,23 @@ nb::object forward_plain(handle x_, handle gamma_, handle beta_, handle residual
     const Running running{Array("running_mean", running_mean_, true), Array("running_var", running_var_, true),
                           Array("steps", steps_, true), momentum, correction};
     const int64_t C = x.shape[axis], n = x.size() / C;
+    if (n <= 1) return nb::none();  // conventions differ
     if (running.mean) {
-      if (!is_state(running.mean, C) || !is_state(running.var, C) || n <= correction || n <= 1) return nb::none();
+      if (!is_state(running.mean, C) || !is_state(running.var, C) || n <= correction) return nb::none();
       if (running.steps ? !integers(running.steps, 1) : momentum < 0) return nb::none();
     }
     const Allocator allocate{empty_like};
     const Element wide = x.element == Element::float64 ? Element::float64 : Element::float32;
-    const auto statistics = [&] { return allocate.table(statistic_like, x_, wide, C); };
-    nb::object y_ = out_.is_none() ? allocate.like(x_, x) : nb::borrow(out_);
-    nb::object mean_ = statistics(), mean_lo_ = statistics(), rstd_ = statistics();
-    nb::object count_ = allocate.table(count_like, x_, Element::int64, C);
-    const Array y("y", y_, true), mean("mean", mean_, true), mean_lo("mean_lo", mean_lo_, true);
-    const Array rstd("rstd", rstd_, true), count("count", count_, true);
+    nb::object y_ = out_.is_none() ? allocate.like(x_, x) : nb::borrow(out_), statistics_, count_ = nb::none();
+    if (in_table) {
+      statistics_ = table_for(x_, wide, C, 3);
+    } else {
+      const auto statistic = [&] { return allocate.table(statistic_like, x_, wide, C); };
+      statistics_ = nb::make_tuple(statistic(), statistic(), statistic());
+      count_ = allocate.table(count_like, x_, Element::int64, C);
+    }
+    const Array y("y", y_, true), count("count", count_, true);
+    const KeptStatistics statistics(statistics_, true);
     if (!out_.is_none()) {
       check_like(y, x);
       check_writable(y);
@@ -151,25 +189,22 @@ nb::object forward_plain(handle x_, handle gamma_, handle beta_, handle residual
     call.add(residual, problem.residual);
     std::unique_ptr<int64_t[]> prefixes;
     if (!prepare(call, x, 1u << axis, none, none, prefixes, threads)) return nb::none();
-    set_statistics(problem, mean, mean_lo, rstd, count);
+    statistics.enter(problem);
+    problem.count = integers(count, C);
     set_parameters(problem, gamma, beta, activation, slope);
     problem.eps = eps;
-    const std::unique_ptr<double[]> var(new double[running.mean ? 2 * C : 0]);
-    if (running.mean) problem.m2 = var.get() + C;
+    const std::unique_ptr<double[]> m2(new double[running.mean ? C : 0]);
+    if (running.mean) problem.m2 = m2.get();
     if (!compute_unlocked(Operation::forward, problem)) return nb::none();
-    if (!running.mean) return nb::make_tuple(y_, mean_, mean_lo_, rstd_, count_, nb::none());
-    const auto divide = [&](const auto* m2) {
-      for (int64_t c = 0; c < C; ++c) var[c] = static_cast<double>(m2[c]) / static_cast<double>(n - correction);
-    };
-    if (problem.dtype == Dtype::float64) divide(static_cast<const double*>(problem.m2));
-    else divide(static_cast<const float*>(problem.m2));
-    return nb::make_tuple(y_, mean_, mean_lo_, rstd_, count_, advance(running, mean, mean_lo, var.get(), C));
+    nb::object is_accepted = nb::none();
+    if (running.mean) is_accepted = nb::bool_(advance(running, problem));
+    return nb::make_tuple(y_, statistics_, count_, is_accepted);
   });
 }
 
 nb::object inference_plain(handle x_, handle gamma_, handle beta_, handle residual_, handle mean_, handle var_, int axis,
                            double eps, uint8_t eps_placement, uint8_t activation, double slope, int threads,
-                           handle empty_like, handle statistic_like, bool keeps_statistics) {
+                           handle empty_like, bool keeps_statistics) {
   return or_none([&]() -> nb::object {
     const Array x("x", x_), gamma("gamma", gamma_), beta("beta", beta_), residual("residual", residual_), none("mask", nb::none());
     const Array mean("mean", mean_), var("var", var_);
@@ -189,37 +224,29 @@ nb::object inference_plain(handle x_, handle gamma_, handle beta_, handle residu
     const int64_t C = problem.C;
     const bool is_double = problem.dtype == Dtype::float64;
     const std::unique_ptr<double[]> own(new double[keeps_statistics ? 0 : 3 * C]);
-    nb::object kept[3];
-    void* tables[3];
-    for (int i = 0; i < 3; ++i) {
-      if (!keeps_statistics) {
-        tables[i] = own.get() + i * C;
-        continue;
-      }
-      kept[i] = allocate.table(statistic_like, x_, is_double ? Element::float64 : Element::float32, C);
-      tables[i] = Array("statistic", kept[i], true).data;
-    }
-    const auto fill = [&](auto* mean_table) {
-      using F = std::remove_pointer_t<decltype(mean_table)>;
-      F* const of_type[3] = {mean_table, static_cast<F*>(tables[1]), static_cast<F*>(tables[2])};
-      return fill_statistics(mean, var, eps, static_cast<EpsPlacement>(eps_placement), C, of_type);
+    nb::object kept = keeps_statistics ? table_for(x_, is_double ? Element::float64 : Element::float32, C, 3) : nb::none();
+    const Array table("statistics", kept, true);
+    const auto fill = [&](auto* rows) {
+      const auto placement = static_cast<EpsPlacement>(eps_placement);
+      problem.mean = rows, problem.mean_lo = rows + C, problem.rstd = rows + 2 * C;
+      return fill_statistics(mean, var, eps, placement, C, rows, rows + C, rows + 2 * C);
     };
-    if (!(is_double ? fill(static_cast<double*>(tables[0])) : fill(static_cast<float*>(tables[0])))) return nb::none();
-    problem.mean = tables[0], problem.mean_lo = tables[1], problem.rstd = tables[2];
+    void* const rows = keeps_statistics ? table.data : own.get();
+    if (!(is_double ? fill(static_cast<double*>(rows)) : fill(static_cast<float*>(rows)))) return nb::none();
     set_parameters(problem, gamma, beta, activation, slope);
     problem.measure = false;
     if (!compute_unlocked(Operation::forward, problem)) return nb::none();
-    return nb::make_tuple(y_, kept[0] ? kept[0] : nb::none(), kept[1] ? kept[1] : nb::none(), kept[2] ? kept[2] : nb::none());
+    return nb::make_tuple(y_, kept);
   });
 }
 
-nb::object backward_plain(handle dy_, handle x_, handle gamma_, handle beta_, handle residual_, handle mean_,
-                          handle mean_lo_, handle rstd_, handle count_, uint32_t kept, uint8_t activation,
-                          double slope, int threads, handle empty_like, bool has_dx, bool through_statistics) {
+nb::object backward_plain(handle dy_, handle x_, handle gamma_, handle beta_, handle residual_, handle statistics_,
+                          handle count_, uint32_t kept, uint8_t activation, double slope, int threads,
+                          handle empty_like, bool has_dx, bool through_statistics) {
   return or_none([&]() -> nb::object {
     const Array dy("dy", dy_), x("x", x_), gamma("gamma", gamma_), beta("beta", beta_), residual("residual", residual_);
-    const Array mean("mean", mean_), mean_lo("mean_lo", mean_lo_), rstd("rstd", rstd_), count("count", count_);
-    const Array none("mask", nb::none());
+    const Array count("count", count_), none("mask", nb::none());
+    const KeptStatistics statistics(statistics_, false);
     if (x.size() == 0) return nb::none();
     check_like(dy, x);
     if (residual) check_like(residual, x);
@@ -239,7 +266,8 @@ nb::object backward_plain(handle dy_, handle x_, handle gamma_, handle beta_, ha
     call.add(dresidual, problem.dresidual);
     std::unique_ptr<int64_t[]> prefixes;
     if (!prepare(call, x, kept, none, none, prefixes, threads)) return nb::none();
-    set_statistics(problem, mean, mean_lo, rstd, count);
+    statistics.enter(problem);
+    problem.count = integers(count, problem.C);
     set_parameters(problem, gamma, beta, activation, slope);
     problem.dgamma = channels(dgamma, problem.C);
     problem.dbeta = channels(dbeta, problem.C);

@@ -9,27 +9,29 @@
 
 namespace batchnorm {
 
-// y, mean, mean_lo, rstd, count, and whether the batch entered the running statistics, where those are given: they are
+// y, the statistics, the counts, and whether the batch entered the running statistics, where those are given: they are
 // advanced in place, by the momentum (negative: that of the cumulative average), as is `steps`. Results come from
-// `empty_like(array)`, large ones from memory.hpp where they can, and statistics are like the prototypes or, for None,
-// tables of our own. y is `out` where that is given.
+// `empty_like(array)`, large ones from memory.hpp where they can. The statistics are mean, mean_lo and rstd, arrays like
+// the prototype or, for None, of our own, and the counts likewise; or, `in_table`, rows of one array, without counts. y is
+// `out` where that is given.
 nanobind::object forward_plain(nanobind::handle x, nanobind::handle gamma, nanobind::handle beta,
                                nanobind::handle residual, nanobind::handle out, int axis, double eps,
                                uint8_t activation, double slope, int threads, nanobind::handle empty_like,
                                nanobind::handle statistic_like, nanobind::handle count_like,
                                nanobind::handle running_mean, nanobind::handle running_var, nanobind::handle steps,
-                               double momentum, int correction);
+                               double momentum, int correction, bool in_table);
 
-// y by running statistics, and the mean, mean_lo and rstd that these are, if they are kept; else None for each.
+// y by running statistics, and the mean, mean_lo and rstd that these are as rows of one array, if they are kept.
 nanobind::object inference_plain(nanobind::handle x, nanobind::handle gamma, nanobind::handle beta,
                                  nanobind::handle residual, nanobind::handle mean, nanobind::handle var, int axis,
                                  double eps, uint8_t eps_placement, uint8_t activation, double slope, int threads,
-                                 nanobind::handle empty_like, nanobind::handle statistic_like, bool keeps_statistics);
+                                 nanobind::handle empty_like, bool keeps_statistics);
 
-// dx, dgamma, dbeta, dresidual; None for those of what was not given, and for dx where it is not wanted.
+// dx, dgamma, dbeta, dresidual, by what `forward_plain` returned; None for those of what was not given, and for dx where
+// it is not wanted.
 nanobind::object backward_plain(nanobind::handle dy, nanobind::handle x, nanobind::handle gamma, nanobind::handle beta,
-                                nanobind::handle residual, nanobind::handle mean, nanobind::handle mean_lo,
-                                nanobind::handle rstd, nanobind::handle count, uint32_t kept, uint8_t activation,
-                                double slope, int threads, nanobind::handle empty_like, bool has_dx, bool through_statistics);
+                                nanobind::handle residual, nanobind::handle statistics, nanobind::handle count,
+                                uint32_t kept, uint8_t activation, double slope, int threads,
+                                nanobind::handle empty_like, bool has_dx, bool through_statistics);
 
 }  // namespace batchnorm

@@ -73,8 +73,9 @@ def forward_plain(
     steps: Any | None,
     momentum: float,
     correction: int,
-) -> tuple[Any, Any, Any, Any, Any, bool | None] | None:
-    """y, mean, mean_lo, rstd and count, newly allocated, and whether the batch entered the running statistics.
+    in_table: bool,
+) -> tuple[Any, Any, Any | None, bool | None] | None:
+    """y, statistics and counts, newly allocated, and whether the batch entered the running statistics.
 
     None for a call that has anything out of the ordinary.
     """
@@ -93,10 +94,9 @@ def inference_plain(
     slope: float,
     threads: int,
     empty_like: Callable[[Any], Any],
-    statistic_like: Any | None,
     keeps_statistics: bool,
-) -> tuple[Any, Any | None, Any | None, Any | None] | None:
-    """y by running statistics, likewise; and the mean, mean_lo and rstd that these are, if they are kept."""
+) -> tuple[Any, Any | None] | None:
+    """y by running statistics, likewise; and the statistics in a table, if they are kept."""
 
 def backward_plain(
     dy: Any,
@@ -104,9 +104,7 @@ def backward_plain(
     gamma: Any | None,
     beta: Any | None,
     residual: Any | None,
-    mean: Any,
-    mean_lo: Any,
-    rstd: Any,
+    statistics: Any,
     count: Any | None,
     kept: int,
     activation: int,

@@ -139,8 +139,7 @@ def forward_plain(
     """`functional.forward` before any of its checks; None for a call that has anything out of the ordinary."""
     if x.dtype.kind != "f" or not {type(gamma), type(beta), type(residual), type(out)} <= PLAIN_TYPES:
         return None
-    done = plain.forward(NUMPY, x, gamma, beta, axis, eps, activation, residual, out)
-    return None if done is None else done[:2]
+    return plain.forward(NUMPY, x, gamma, beta, axis, eps, activation, residual, out)
 
 
 def backward_plain(dy: Array, cache: Cache) -> Gradients | None:
@@ -185,5 +184,5 @@ def training_plain(
     tracked = plain.tracked_copy(running, convention, numpy.copy)
     if tracked is None:
         return None
-    done = plain.forward(NUMPY, x, gamma, beta, axis, convention.eps, activation, residual, None, tracked)
-    return None if done is None else (done[0], *plain.advanced(running, tracked, done[2]))
+    done = plain.normalize(NUMPY, x, gamma, beta, axis, convention.eps, activation, residual, None, tracked)
+    return None if done is None else (done[0], *plain.advanced(running, tracked, done[3]))

@@ -33,6 +33,15 @@ class Tracked(NamedTuple):
 UNTRACKED = Tracked(None, None, None, 0.0, 0)
 
 
+class PlainPlan(NamedTuple):
+    """What a call is, but for its arrays."""
+
+    kept_bits: int
+    activation: int
+    slope: float
+    plan: Plan
+
+
 def forward(
     library: Library,
     x: Array,
@@ -43,35 +52,53 @@ def forward(
     activation: str | None,
     residual: Array | None,
     out: Array | None,
-    tracked: Tracked = UNTRACKED,
-) -> tuple[Array, Cache, bool | None] | None:
-    """y, the cache, and whether the batch entered the running statistics.
+) -> tuple[Array, Cache] | None:
+    """y and the cache; None for a call that has anything out of the ordinary."""
+    done = normalize(library, x, gamma, beta, axis, eps, activation, residual, out, UNTRACKED)
+    if done is None:
+        return None
+    y, statistics, count, _ = done
+    plan = plain_plan(axis, len(x.shape), activation, eps).plan
+    # As the classes do, but for a detour through Python.
+    return y, new_tuple(Cache, (x, gamma, beta, residual, None, new_tuple(Statistics, statistics), count, plan))
 
-    None for a call that has anything out of the ordinary.
+
+def normalize(
+    library: Library,
+    x: Array,
+    gamma: Array | None,
+    beta: Array | None,
+    axis: int,
+    eps: float,
+    activation: str | None,
+    residual: Array | None,
+    out: Array | None,
+    tracked: Tracked,
+    *,
+    in_table: bool = False,
+) -> tuple[Array, Any, Array | None, bool | None] | None:
+    """y, the statistics, the counts, and whether the batch entered the running statistics, likewise.
+
+    With `in_table` the statistics are the rows of one array, which costs less than three, and there are no counts.
     """
     shape = x.shape
     if type(axis) is not int or type(eps) is not float or not -len(shape) <= axis < len(shape):
         return None
     if activation is not None and type(activation) is not str:
         return None
-    code, slope, plan = plain_plan(axis, len(shape), activation, eps)
+    _, code, slope, _ = plain_plan(axis, len(shape), activation, eps)
     statistic, count = library.prototypes(shape[axis], x.dtype) if library.prototypes else (None, None)
-    done = _native.forward_plain(
+    return _native.forward_plain(
         x, gamma, beta, residual, out, axis, eps, code, slope, library.threads(), library.own_empty_like, statistic,
-        count, *tracked,
+        count, *tracked, in_table,
     )  # fmt: skip
-    if done is None:
-        return None
-    y, mean, mean_lo, rstd, count, is_accepted = done
-    # As the classes do, but for a detour through Python.
-    statistics = new_tuple(Statistics, (mean, mean_lo, rstd))
-    return y, new_tuple(Cache, (x, gamma, beta, residual, None, statistics, count, plan)), is_accepted
 
 
 @lru_cache
-def plain_plan(axis: int, ndim: int, activation: str | None, eps: float) -> tuple[int, float, Plan]:
-    """The code and slope of the activation, and what the cache remembers of the call."""
-    return (*activation_code(activation), plan_of(split(axis, ndim), activation, eps))
+def plain_plan(axis: int, ndim: int, activation: str | None, eps: float) -> PlainPlan:
+    """What a call along this axis is."""
+    axes = split(axis, ndim)
+    return PlainPlan(axes.kept_bits, *activation_code(activation), plan_of(axes, activation, eps))
 
 
 def inference(
@@ -85,9 +112,9 @@ def inference(
     activation: str | None,
     residual: Array | None,
     *,
-    keeps_cache: bool = False,
-) -> tuple[Array, Cache | None] | None:
-    """y by running variances, likewise, and the cache if it is kept."""
+    keeps_statistics: bool = False,
+) -> tuple[Array, Array | None] | None:
+    """y by running variances, likewise, and these as the table of `normalize` if they are kept."""
     if type(axis) is not int or (activation is not None and type(activation) is not str):
         return None
     if (convention.tracked, convention.affine, convention.update) != ("var", "plain", "training"):
@@ -95,18 +122,10 @@ def inference(
     if convention.debias in ("adam", "weight_sum"):
         return None
     code, slope = activation_code(activation)
-    statistic = library.prototypes(x.shape[axis], x.dtype)[0] if library.prototypes and keeps_cache else None
-    done = _native.inference_plain(
+    return _native.inference_plain(
         x, gamma, beta, residual, running.mean, running.spread, axis, convention.eps,
-        EPS_PLACEMENTS[convention.eps_eval], code, slope, library.threads(), library.own_empty_like, statistic,
-        keeps_cache,
+        EPS_PLACEMENTS[convention.eps_eval], code, slope, library.threads(), library.own_empty_like, keeps_statistics,
     )  # fmt: skip
-    if done is None:
-        return None
-    if not keeps_cache:
-        return done[0], None
-    plan = plain_plan(axis, x.ndim, activation, convention.eps)[2]
-    return done[0], new_tuple(Cache, (x, gamma, beta, residual, None, new_tuple(Statistics, done[1:]), None, plan))
 
 
 def is_simple(convention: Convention) -> bool:
@@ -144,16 +163,14 @@ def advanced(running: RunningStatistics, tracked: Tracked, is_accepted: bool | N
     return running._replace(mean=tracked.mean, spread=tracked.var, steps=running.steps + 1), True
 
 
-def backward(
-    library: Library, dy: Array, cache: Cache, *, has_dx: bool = True, through_statistics: bool = True
-) -> Gradients | None:
+def backward(library: Library, dy: Array, cache: Cache) -> Gradients | None:
     """The gradients, likewise."""
-    x, gamma, beta, residual, mask, (mean, mean_lo, rstd), count, plan = cache
+    x, gamma, beta, residual, mask, statistics, count, plan = cache
     if mask is not None or type(x) is not type(dy) or callable(plan.activation):
         return None
     code, slope = activation_code(plan.activation)
     done = _native.backward_plain(
-        dy, x, gamma, beta, residual, mean, mean_lo, rstd, count, plan.axes.kept_bits, code, slope, library.threads(),
-        library.own_empty_like, has_dx, through_statistics,
+        dy, x, gamma, beta, residual, statistics, count, plan.axes.kept_bits, code, slope, library.threads(),
+        library.own_empty_like, True, True,
     )  # fmt: skip
     return None if done is None else new_tuple(Gradients, done)

@@ -22,7 +22,7 @@ from batchnorm.kernels import agnostic, launch, plain
 from batchnorm.kernels.agnostic import ActivationLike, Cache, Gradients
 from batchnorm.kernels.launch import Rule
 from batchnorm.kernels.operands import Operands
-from batchnorm.kernels.plain import Tracked
+from batchnorm.kernels.plain import Tracked, new_tuple
 from batchnorm.kernels.torch_autograd import (
     DIFFERENTIABLE,
     PLAIN,
@@ -33,6 +33,7 @@ from batchnorm.kernels.torch_autograd import (
     has_derivatives,
     is_forward_mode,
     is_traced,
+    recorded,
 )
 
 PLAIN_TYPES: set[type] = {Tensor, Parameter}
@@ -149,8 +150,7 @@ def forward_plain(
     """`functional.forward` before any of its checks; None for a call that has anything out of the ordinary."""
     if not are_plain(x, gamma, beta, residual, out):
         return None
-    done = plain.forward(PLAIN, x, gamma, beta, axis, eps, activation, residual, out)
-    return None if done is None else done[:2]
+    return plain.forward(PLAIN, x, gamma, beta, axis, eps, activation, residual, out)
 
 
 def backward_plain(dy: Array, cache: Cache) -> Gradients | None:
@@ -228,7 +228,8 @@ def layer_plain(
     tracked = plain.UNTRACKED
     if buffers is not None:
         momentum = -1.0 if convention.decay is None else 1 - convention.decay
-        tracked = Tracked(buffers.mean, buffers.spread, buffers.steps, momentum, convention.running_correction)
+        advanced = (buffers.mean, buffers.spread, buffers.steps, momentum, convention.running_correction)
+        tracked = new_tuple(Tracked, advanced)
     return normalize_plain(x, gamma, beta, axis, convention.eps, activation, residual, tracked)
 
 
@@ -245,12 +246,12 @@ def layer_inference_plain(
     """The batch normalised by the running statistics of a layer, for autograd too."""
     if is_forward_mode() or not are_ordinary(x, gamma, beta, residual, buffers.mean, buffers.spread):
         return None
-    if has_derivatives(buffers.mean, buffers.spread):
+    if buffers.mean.requires_grad or buffers.spread.requires_grad:
         return None
-    call = PlainInference(axis, convention.eps, activation, buffers, convention)
     if has_derivatives(x, gamma, beta, residual):
-        return Normalization.apply(x, gamma, beta, residual, call)  # type: ignore[no-untyped-call]
-    return call.run(x, gamma, beta, residual, keeps_cache=False)
+        return recorded(x, gamma, beta, residual, PlainInference(axis, activation, convention, buffers))
+    done = plain.inference(PLAIN, x, gamma, beta, buffers, axis, convention, activation, residual)
+    return None if done is None else done[0]
 
 
 def normalize_plain(
@@ -266,16 +267,18 @@ def normalize_plain(
     """The batch normalised by its own statistics, for autograd too, and whether it entered the running statistics."""
     if is_forward_mode() or not are_ordinary(x, gamma, beta, residual, tracked.mean, tracked.var):
         return None
-    call = PlainCall(axis, eps, activation, tracked)
     if has_derivatives(x, gamma, beta, residual):
-        y = Normalization.apply(x, gamma, beta, residual, call)  # type: ignore[no-untyped-call]
+        call = PlainCall(axis, eps, activation, tracked)
+        y = recorded(x, gamma, beta, residual, call)
+        is_accepted = call.is_accepted
     else:
-        y = call.run(x, gamma, beta, residual)
+        done = plain.normalize(PLAIN, x, gamma, beta, axis, eps, activation, residual, None, tracked, in_table=True)
+        y, _, _, is_accepted = done or (None,) * 4
     if y is None:
         return None
-    if call.is_accepted:
-        increment_version([tensor for tensor in tracked[:3] if tensor is not None])
-    return y, call.is_accepted
+    if is_accepted:
+        increment_version(tracked[:3] if tracked.steps is not None else tracked[:2])
+    return y, is_accepted
 
 
 def are_plain(*tensors: Array | None) -> bool:

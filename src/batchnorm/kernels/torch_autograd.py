@@ -26,7 +26,7 @@ from batchnorm.kernels import agnostic, launch, plain
 from batchnorm.kernels.agnostic import Cache, Gradients
 from batchnorm.kernels.launch import Library, Measured, Rule
 from batchnorm.kernels.operands import Operands
-from batchnorm.kernels.plain import UNTRACKED, Tracked, new_tuple
+from batchnorm.kernels.plain import UNTRACKED, Tracked
 
 DTYPES = {"float32": torch.float32, "float64": torch.float64, "int64": torch.int64}
 
@@ -77,7 +77,11 @@ def has_derivatives(*tensors: Array | None) -> bool:
     """Whether a result computed from these tensors has to be differentiable."""
     if is_forward_mode():
         return True
-    return torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in tensors)
+    if torch.is_grad_enabled():
+        for tensor in tensors:  # noqa: SIM110  (`any` of a generator takes twice as long)
+            if tensor is not None and tensor.requires_grad:
+                return True
+    return False
 
 
 @dataclass
@@ -120,42 +124,52 @@ class Call:
 class PlainCall:
     """A normalisation by the batch that nothing is unusual about, likewise; see plain.py."""
 
-    __slots__ = ("activation", "axis", "eps", "is_accepted", "rest", "tracked")
-    given: Statistics | None = None
+    __slots__ = ("activation", "axis", "eps", "is_accepted", "plan", "table", "tracked")
+    is_given = False
 
     def __init__(self, axis: int, eps: float, activation: str | None, tracked: Tracked) -> None:
         self.axis, self.eps, self.activation, self.tracked = axis, eps, activation, tracked
         self.is_accepted: bool | None = None
-        self.rest: Any = None  # of the cache, without what autograd keeps
 
     @property
     def rule(self) -> Rule:
         """How it normalises."""
         return Rule(self.eps)
 
+    @property
+    def given(self) -> Statistics | None:
+        """What normalises, if it does not depend on x."""
+        return Statistics(*self.table) if self.is_given else None
+
     def with_arrays(self, *arrays: Array | None) -> Operands:
         """The operands of the general form."""
         x, gamma, beta, residual = arrays
-        _, _, plan = self.rest
+        plan = self.plan.plan
         return Operands(x, gamma, beta, residual, None, plan.axes, plan.activation)
 
     def run(self, x: Array, gamma: Array | None, beta: Array | None, residual: Array | None) -> Array | None:
         """y; None where something is out of the ordinary after all."""
-        done = plain.forward(
-            PLAIN, x, gamma, beta, self.axis, self.eps, self.activation, residual, None, self.tracked
+        done = plain.normalize(
+            PLAIN, x, gamma, beta, self.axis, self.eps, self.activation, residual, None, self.tracked, in_table=True
         )  # fmt: skip
         if done is None:
             return None
-        y, cache, self.is_accepted = done
-        self.rest = cache[5:]
+        y, self.table, _, self.is_accepted = done
+        self.plan = plain.plain_plan(self.axis, x.ndim, self.activation, self.eps)
         return y
 
-    def gradients(self, dy: Array, arrays: tuple[Array | None, ...], *, has_dx: bool) -> Gradients:
+    def gradients(self, dy: Array, arrays: tuple[Array | None, ...], *, has_dx: bool) -> tuple[Array | None, ...]:
         """Those of x, gamma, beta and residual."""
-        cache, through = new_tuple(Cache, (*arrays, None, *self.rest)), self.given is None
-        done = None if dy.is_neg() else plain.backward(PLAIN, dy, cache, has_dx=has_dx, through_statistics=through)
+        kept_bits, code, slope, plan = self.plan
+        done = None
+        if not dy.is_neg():
+            done = _native.backward_plain(
+                dy, *arrays, self.table, None, kept_bits, code, slope, get_num_threads(), torch.empty_like, has_dx,
+                not self.is_given,
+            )  # fmt: skip
         if done is None:
-            done = launch.run_backward(PLAIN, dy, cache, has_dx=has_dx, through_statistics=through)
+            cache = Cache(*arrays, None, Statistics(*self.table), None, plan)
+            done = launch.run_backward(PLAIN, dy, cache, has_dx=has_dx, through_statistics=not self.is_given)
         return done
 
 
@@ -163,29 +177,22 @@ class PlainInference(PlainCall):
     """The same by running statistics."""
 
     __slots__ = ("convention", "running")
+    is_given = True
 
-    def __init__(self, axis: int, eps: float, activation: str | None, running: Any, convention: Convention) -> None:
-        super().__init__(axis, eps, activation, UNTRACKED)
+    def __init__(self, axis: int, activation: str | None, convention: Convention, running: Any) -> None:
+        super().__init__(axis, convention.eps, activation, UNTRACKED)
         self.running, self.convention = running, convention
 
-    @property
-    def given(self) -> Statistics:  # type: ignore[override]
-        """What normalises."""
-        statistics: Statistics = self.rest[0]
-        return statistics
-
-    def run(
-        self, x: Array, gamma: Array | None, beta: Array | None, residual: Array | None, *, keeps_cache: bool = True
-    ) -> Array | None:
+    def run(self, x: Array, gamma: Array | None, beta: Array | None, residual: Array | None) -> Array | None:
         """y; None where something is out of the ordinary after all."""
         done = plain.inference(
             PLAIN, x, gamma, beta, self.running, self.axis, self.convention, self.activation, residual,
-            keeps_cache=keeps_cache,
+            keeps_statistics=True,
         )  # fmt: skip
         if done is None:
             return None
-        y, cache = done
-        self.rest = None if cache is None else cache[5:]
+        y, self.table = done
+        self.plan = plain.plain_plan(self.axis, x.ndim, self.activation, self.eps)
         return y
 
 
@@ -199,7 +206,8 @@ class Normalization(torch.autograd.Function):
     def forward(ctx: Any, x: Array, gamma: Array, beta: Array, residual: Array, call: Call | PlainCall) -> Array | None:
         ctx.call = call
         ctx.save_for_backward(x, gamma, beta, residual)
-        ctx.save_for_forward(x, gamma, beta, residual)
+        if is_forward_mode():
+            ctx.save_for_forward(x, gamma, beta, residual)
         return call.run(x, gamma, beta, residual)
 
     @staticmethod
@@ -212,6 +220,11 @@ class Normalization(torch.autograd.Function):
     @staticmethod
     def jvp(ctx: Any, tx: Array, tgamma: Array, tbeta: Array, tresidual: Array, _: None) -> Array:
         return tangent_of_y(ctx.call, ctx.call.with_arrays(*ctx.saved_tensors), tx, tgamma, tbeta, tresidual)
+
+
+#: `Normalization.apply` without what it does for torch.func first, which takes as long as a small batch norm. Of calls
+#: that are neither traced nor transformed.
+recorded: Any = super(torch.autograd.Function, Normalization).apply
 
 
 def factor_of(call: Call) -> Array | None:

@@ -121,8 +121,7 @@ def normalize(
 
     Not when autograd computes the forward pass again, as checkpointing does: the batch has been taken in.
     """
-    is_plain = mask is None and lengths is None
-    if callable(activation):
+    if activation is not None and callable(activation):
         z = normalize(
             x, gamma, beta, state, convention, training=training, is_tracked=is_tracked, axis=axis, mask=mask,
             lengths=lengths, residual=residual,
@@ -130,24 +129,29 @@ def normalize(
         y = activation(z)
         keep = mask if lengths is None else kept_by_lengths(x, lengths, axis)
         return y if keep is None or convention.masked_output == "normalized" else torch.where(keep, y, 0.0)
-    if training and is_plain and convention.single == "error":
-        check_batch(x, axis)
+    is_plain = mask is None and lengths is None
+    has_rule = training and is_plain and convention.single == "error"
     if (is_compiling() or is_tracing()) and plain.is_simple(convention):
+        if has_rule:
+            check_batch(x, axis)
         return traced(
             x, gamma, beta, state, convention, training=training, is_tracked=is_tracked, axis=axis, mask=mask,
             lengths=lengths, activation=activation, residual=residual,
         )  # fmt: skip
     tracked = state if is_tracked and not is_recomputed() else None
-    if is_plain and training and not (convention.single == "running" and is_single(x, axis)):
-        done = kernel.layer_plain(x, gamma, beta, tracked, axis, convention, activation, residual)
-        if done is not None:
-            if done[1] is False:
-                count_skipped(tracked)
-            return done[0]  # type: ignore[no-any-return]
-    elif is_plain and not training and state is not None:
-        y = kernel.layer_inference_plain(x, gamma, beta, state, axis, convention, activation, residual)
-        if y is not None:
-            return y  # type: ignore[no-any-return]
+    if is_plain:
+        if training:
+            done = kernel.layer_plain(x, gamma, beta, tracked, axis, convention, activation, residual)
+            if done is not None:
+                if done[1] is False:
+                    count_skipped(tracked)
+                return done[0]  # type: ignore[no-any-return]
+        elif state is not None:
+            y = kernel.layer_inference_plain(x, gamma, beta, state, axis, convention, activation, residual)
+            if y is not None:
+                return y  # type: ignore[no-any-return]
+    if has_rule:  # the kernels decline one element per channel
+        check_batch(x, axis)
     return step_by_step(  # type: ignore[no-any-return]
         x, gamma, beta, state, convention, training=training, is_tracked=tracked is not None, axis=axis, mask=mask,
         lengths=lengths, activation=activation, residual=residual,

@@ -68,14 +68,17 @@ class Layer(nn.Module):
         if isinstance(input, Proxy):
             return recorded(self, input, mask=mask, lengths=lengths)
         self._check_input_dim(input)
-        buffers = self._buffers
+        # Looking for attributes of a module takes as long as the statistics of a small batch.
+        buffers, parameters = self._buffers, self._parameters
+        weight = parameters["weight"] if "weight" in parameters else self.weight  # (parametrised: a property)
+        bias = parameters["bias"] if "bias" in parameters else self.bias
         mean, var = buffers["running_mean"], buffers["running_var"]
         state = None
         if mean is not None and var is not None:
             state = State(mean, var, buffers["num_batches_tracked"], None, buffers.get("skipped"))
         training = (self.training and not self.is_frozen) or state is None
         return normalize(
-            input, self.weight, self.bias, state, in_words_of_pytorch(self.momentum, self.eps, self.single),
+            input, weight, bias, state, in_words_of_pytorch(self.momentum, self.eps, self.single),
             training=training, is_tracked=training and self.track_running_stats, mask=mask, lengths=lengths,
         )  # fmt: skip
 
