@@ -106,7 +106,7 @@ def inference(
     x: Array,
     gamma: Array | None,
     beta: Array | None,
-    running: RunningStatistics,
+    running: Any,  # has a mean and a spread
     axis: Any,
     convention: Convention,
     activation: str | None,

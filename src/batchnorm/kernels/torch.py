@@ -26,7 +26,6 @@ from batchnorm.kernels.plain import Tracked, new_tuple
 from batchnorm.kernels.torch_autograd import (
     DIFFERENTIABLE,
     PLAIN,
-    Normalization,
     PlainCall,
     PlainInference,
     gradients_by_array_code,
@@ -35,6 +34,8 @@ from batchnorm.kernels.torch_autograd import (
     is_traced,
     recorded,
 )
+from batchnorm.kernels.torch_autograd import by_array_code as by_array_code
+from batchnorm.kernels.torch_autograd import xhat_factor as xhat_factor
 
 PLAIN_TYPES: set[type] = {Tensor, Parameter}
 
@@ -116,15 +117,27 @@ def backward(dy: Array, cache: Cache) -> Gradients:
     return Gradients(*gradients_by_array_code(operands, Rule(plan.eps), None, dy))
 
 
-def normalize_by(
-    x: Array, gamma: Array | None, beta: Array | None, axes: Axes, mask: Mask, statistics: Statistics
-) -> Array:
+def normalize_by(operands: Operands, statistics: Statistics) -> Array:
     """y by given statistics, not differentiable, of tensors anywhere."""
-    if refusal((x,), (gamma, beta), axes, None) is None:
-        operands = Operands(x, gamma, beta, None, mask, axes, None)
+    if is_native(operands):
         return launch.normalize_by(PLAIN, operands, statistics, "zero", None)
-    z = agnostic.normalized(xp, x, axes, statistics, gamma, beta, mask, "zero")
-    return agnostic.finish(xp, z, x, mask, "zero", None, None)
+    return by_array_code(operands, Rule(), statistics)
+
+
+def backward_by(dy: Array, operands: Operands, statistics: Statistics) -> Gradients:
+    """The gradients of `normalize_by`, whose statistics are constants; not differentiable."""
+    if is_native(operands, dy):
+        plan = launch.plan_of(operands.axes, operands.activation, 0.0)
+        cache = Cache(*operands[:5], statistics, None, plan)
+        return launch.run_backward(PLAIN, dy, cache, through_statistics=False)
+    gradients = gradients_by_array_code(operands, Rule(), statistics, dy)
+    return Gradients(*(None if gradient is None else gradient.detach() for gradient in gradients))
+
+
+def is_native(operands: Operands, *others: Array) -> bool:
+    """Whether the kernels serve these operands, and others of the shape of x."""
+    x, gamma, beta, residual, _, axes, activation = operands
+    return refusal((x, residual, *others), (gamma, beta), axes, activation) is None
 
 
 def moments(x: Array, axes: Axes, mask: Mask) -> Moments:
@@ -277,7 +290,7 @@ def normalize_plain(
     if y is None:
         return None
     if is_accepted:
-        increment_version(tracked[:3] if tracked.steps is not None else tracked[:2])
+        increment_version(tracked[:2] if tracked.steps is None else tracked[:3])  # type: ignore[arg-type]
     return y, is_accepted
 
 

@@ -78,7 +78,7 @@ def has_derivatives(*tensors: Array | None) -> bool:
     if is_forward_mode():
         return True
     if torch.is_grad_enabled():
-        for tensor in tensors:  # noqa: SIM110  (`any` of a generator takes twice as long)
+        for tensor in tensors:  # `any` of a generator takes twice as long
             if tensor is not None and tensor.requires_grad:
                 return True
     return False
@@ -145,7 +145,7 @@ class PlainCall:
         """The operands of the general form."""
         x, gamma, beta, residual = arrays
         plan = self.plan.plan
-        return Operands(x, gamma, beta, residual, None, plan.axes, plan.activation)
+        return Operands(x, gamma, beta, residual, None, plan.axes, plan.activation)  # type: ignore[arg-type]
 
     def run(self, x: Array, gamma: Array | None, beta: Array | None, residual: Array | None) -> Array | None:
         """y; None where something is out of the ordinary after all."""
@@ -160,15 +160,16 @@ class PlainCall:
 
     def gradients(self, dy: Array, arrays: tuple[Array | None, ...], *, has_dx: bool) -> tuple[Array | None, ...]:
         """Those of x, gamma, beta and residual."""
+        x, gamma, beta, residual = arrays
         kept_bits, code, slope, plan = self.plan
         done = None
         if not dy.is_neg():
             done = _native.backward_plain(
-                dy, *arrays, self.table, None, kept_bits, code, slope, get_num_threads(), torch.empty_like, has_dx,
-                not self.is_given,
+                dy, x, gamma, beta, residual, self.table, None, kept_bits, code, slope, get_num_threads(),
+                torch.empty_like, has_dx, not self.is_given,
             )  # fmt: skip
         if done is None:
-            cache = Cache(*arrays, None, Statistics(*self.table), None, plan)
+            cache = Cache(x, gamma, beta, residual, None, Statistics(*self.table), None, plan)
             done = launch.run_backward(PLAIN, dy, cache, has_dx=has_dx, through_statistics=not self.is_given)
         return done
 
@@ -228,18 +229,22 @@ recorded: Any = super(torch.autograd.Function, Normalization).apply
 
 
 def factor_of(call: Call) -> Array | None:
-    """Of the xhat term of dx: with eps outside the root (std + eps)/std, with another divisor than count its ratio.
+    """Of the xhat term of dx; None for 1."""
+    return None if call.is_given else xhat_factor(call.rule, call.measured.number, call.measured.m2)
+
+
+def xhat_factor(rule: Rule, count: Array, m2: Array) -> Array | None:
+    """The same: with eps outside the root (std + eps)/std, with another divisor than count its ratio.
 
     0 where std is 0: xhat is 0 there as well, and 0 is the limit.
     """
-    rule, measured = call.rule, call.measured
-    if call.is_given or (rule.placement == "inside" and rule.correction == 0):
+    if rule.placement == "inside" and rule.correction == 0:
         return None
-    count = measured.number.to(measured.m2.dtype)
+    count = count.to(m2.dtype)
     divisor = (count - rule.correction).clamp(min=1)
     factor = count / divisor
     if rule.placement == "outside":
-        std = (measured.m2 / divisor).sqrt()
+        std = (m2 / divisor).sqrt()
         factor = torch.where(std > 0, factor * (std + rule.eps) / std, 0.0)
     return factor
 

@@ -1,5 +1,6 @@
 """Batch norm for PyTorch: the layers of `torch.nn`, faster on a CPU, and what those cannot do."""
 
+from batchnorm.torch.accumulation import accumulate
 from batchnorm.torch.control import freeze, no_update, unfreeze
 from batchnorm.torch.functional import batch_norm
 from batchnorm.torch.general import BatchNorm
@@ -25,6 +26,7 @@ __all__ = [
     "LazyBatchNorm3d",
     "Report",
     "SyncBatchNorm",
+    "accumulate",
     "add_batch_norm",
     "batch_norm",
     "freeze",

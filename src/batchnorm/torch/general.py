@@ -15,7 +15,7 @@ from batchnorm.arguments import check_activation
 from batchnorm.convention import Convention, Single
 from batchnorm.conventions import find, resolve
 from batchnorm.functional import Activation
-from batchnorm.torch.functional import State, normalize
+from batchnorm.torch.functional import normalize
 from batchnorm.torch.groups import normalize_in_groups
 from batchnorm.torch.layers import Layer, count_skipped_batches, recorded
 
@@ -147,30 +147,26 @@ class BatchNorm(Layer):
         """y; see the class, and `batchnorm.torch.batch_norm` for mask and lengths."""
         if isinstance(input, Proxy):
             return recorded(self, input, mask=mask, lengths=lengths, residual=residual)
-        if not -input.ndim <= self.axis < input.ndim or input.shape[self.axis] != self.num_features:
-            raise ValueError(
-                f"the input has shape {tuple(input.shape)}; this layer has {self.num_features} channels along axis "
-                f"{self.axis}: pass such an input, or make the layer with the axis of the channels as axis="
-            )
-        buffers = self._buffers
-        mean, spread = buffers["running_mean"], buffers["running_var"]
-        state = None
-        if mean is not None and spread is not None:
-            state = State(
-                mean, spread, buffers["num_batches_tracked"], buffers.get("running_weight"), buffers["skipped"]
-            )  # fmt: skip
-        training = (self.training and not self.is_frozen) or state is None
-        record = self.record
+        self.check_input(input)
+        training, record = self.normalizes_by_batch(), self.record
         is_tracked = self.track_running_stats and (training or record.update == "always")
         options: dict[str, Any] = {
             "training": training, "is_tracked": is_tracked, "axis": self.axis, "mask": mask,
             "lengths": lengths, "activation": self.activation, "residual": residual,
         }  # fmt: skip
-        operands = (input, self.weight, self.bias, state, record)
+        operands = (input, self.weight, self.bias, self.state, record)
         size = self.virtual_batch_size
         if training and size is not None and len(input) > size:
             return normalize_in_groups(*operands, group_size=size, **options)  # type: ignore[no-any-return]
         return normalize(*operands, **options)
+
+    def check_input(self, input: Tensor) -> None:
+        """Raise unless the input has the channels of this layer."""
+        if not -input.ndim <= self.axis < input.ndim or input.shape[self.axis] != self.num_features:
+            raise ValueError(
+                f"the input has shape {tuple(input.shape)}; this layer has {self.num_features} channels along axis "
+                f"{self.axis}: pass such an input, or make the layer with the axis of the channels as axis="
+            )
 
     def extra_repr(self) -> str:
         """What differs from the defaults."""

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.fx import Proxy
 from torch.nn.parameter import is_lazy
 
-from batchnorm.convention import Single
+from batchnorm.convention import Convention, Single
 from batchnorm.kernels.torch import in_words_of_pytorch
 from batchnorm.torch.functional import State, normalize
 
@@ -33,12 +33,14 @@ class Layer(nn.Module):
         is_frozen: Normalise by the running statistics in training mode too; see `batchnorm.torch.freeze`.
     """
 
+    axis: int = 1
     single: Single = "error"
     is_frozen: bool = False
     thawed_parameters: tuple[str, ...] = ()  # those that `unfreeze` trains again
 
     eps: float
     momentum: Any  # float | None, as in torch.nn; `BatchNorm` has more
+    num_features: int
     track_running_stats: bool
     weight: Any  # nn.Parameter | None
     bias: Any
@@ -68,19 +70,45 @@ class Layer(nn.Module):
         if isinstance(input, Proxy):
             return recorded(self, input, mask=mask, lengths=lengths)
         self._check_input_dim(input)
-        # Looking for attributes of a module takes as long as the statistics of a small batch.
-        buffers, parameters = self._buffers, self._parameters
-        weight = parameters["weight"] if "weight" in parameters else self.weight  # (parametrised: a property)
-        bias = parameters["bias"] if "bias" in parameters else self.bias
-        mean, var = buffers["running_mean"], buffers["running_var"]
-        state = None
-        if mean is not None and var is not None:
-            state = State(mean, var, buffers["num_batches_tracked"], None, buffers.get("skipped"))
-        training = (self.training and not self.is_frozen) or state is None
+        # Looking for attributes of a module takes as long as the statistics of a small batch. (A parametrised weight is
+        # a property.)
+        parameters = self._parameters
+        weight = parameters["weight"] if "weight" in parameters else self.weight  # noqa: SIM401
+        bias = parameters["bias"] if "bias" in parameters else self.bias  # noqa: SIM401
+        training = self.normalizes_by_batch()
         return normalize(
-            input, weight, bias, state, in_words_of_pytorch(self.momentum, self.eps, self.single),
+            input, weight, bias, self.state, self.record,
             training=training, is_tracked=training and self.track_running_stats, mask=mask, lengths=lengths,
         )  # fmt: skip
+
+    @property
+    def record(self) -> Convention:
+        """PyTorch's convention with this layer's eps, momentum and rule for one element."""
+        return in_words_of_pytorch(self.momentum, self.eps, self.single)  # type: ignore[no-any-return]
+
+    @property
+    def state(self) -> State | None:
+        """The running statistics, if the layer has any."""
+        buffers = self._buffers
+        mean, var = buffers["running_mean"], buffers["running_var"]
+        if mean is None or var is None:
+            return None
+        steps, weight, skipped = map(buffers.get, ("num_batches_tracked", "running_weight", "skipped"))
+        return State(mean, var, steps, weight, skipped)
+
+    def check_input(self, input: Tensor) -> None:
+        """Raise unless the input has the rank and the channels of this layer."""
+        self._check_input_dim(input)
+        if input.shape[1] != self.num_features:
+            raise ValueError(f"expected {self.num_features} channels, got input size {tuple(input.shape)}")
+
+    def spans_processes(self) -> bool:
+        """Whether the statistics are those of several processes."""
+        return False
+
+    def normalizes_by_batch(self) -> bool:
+        """Whether a call takes the statistics of its batch rather than the running ones."""
+        return (self.training and not self.is_frozen) or self._buffers["running_mean"] is None
 
     def reset_running_stats(self) -> None:
         """Forget all batches."""

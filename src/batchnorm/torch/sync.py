@@ -7,7 +7,6 @@ where batches differ in size. Backward, the two sums of the gradient are added u
 
 from dataclasses import dataclass
 from datetime import timedelta
-from functools import reduce
 from typing import Any
 
 import array_api_compat.torch as xp
@@ -21,12 +20,11 @@ from batchnorm.convention import Convention, Single
 from batchnorm.core.axes import Axes, split
 from batchnorm.core.moments import Moments
 from batchnorm.core.moments import moments as measure
-from batchnorm.core.normalize import Statistics, statistics_of_batch
-from batchnorm.kernels import agnostic
 from batchnorm.kernels import torch as kernel
-from batchnorm.kernels.torch import in_words_of_pytorch
-from batchnorm.torch.functional import State, is_recomputed, kept_by_lengths, track
+from batchnorm.kernels.operands import Operands
+from batchnorm.torch.functional import is_recomputed, kept_by_lengths, track
 from batchnorm.torch.layers import BatchNorm1d, BatchNorm2d, BatchNorm3d, Layer, count_skipped_batches
+from batchnorm.torch.parts import Whole, gradient_through_statistics, own_gradients, wide
 
 Group = Any  # dist.ProcessGroup, which exists only in builds with torch.distributed
 
@@ -81,23 +79,22 @@ class SyncBatchNorm(Layer, _BatchNorm):
         if input.ndim < 2:
             raise ValueError(f"expected at least 2D input (got {input.ndim}D input)")
 
+    def spans_processes(self) -> bool:
+        return dist.is_available() and dist.is_initialized() and dist.get_world_size(self.process_group) > 1
+
     def forward(self, input: Tensor, *, mask: Tensor | None = None, lengths: Tensor | None = None) -> Tensor:
         """The normalised input; see `batchnorm.torch.batch_norm` for mask and lengths."""
-        is_alone = not dist.is_available() or not dist.is_initialized() or dist.get_world_size(self.process_group) == 1
-        has_state = self.running_mean is not None
-        if is_alone or ((not self.training or self.is_frozen) and has_state):
+        if not self.spans_processes() or not self.normalizes_by_batch():
             return super().forward(input, mask=mask, lengths=lengths)
-        self._check_input_dim(input)
-        if input.shape[1] != self.num_features:
-            raise ValueError(f"{self.name}: expected {self.num_features} channels, got input size {tuple(input.shape)}")
+        self.check_input(input)
         if lengths is not None:
             mask = kept_by_lengths(input, lengths, 1)
-        convention = in_words_of_pytorch(self.momentum, self.eps, self.single)
+        convention, state = self.record, self.state
         call = Call(self.name, self.process_group, self.timeout, convention, split(1, input.ndim), mask)
         y: Tensor = Synchronized.apply(input, self.weight, self.bias, call)  # type: ignore[no-untyped-call]
-        if self.training and self.track_running_stats and has_state and not is_recomputed():
-            state = State(self.running_mean, self.running_var, self.num_batches_tracked, None, self.skipped)
-            track(state, call.whole, convention, is_masked=mask is not None)  # type: ignore[arg-type]
+        if state is not None and self.track_running_stats and not is_recomputed():
+            assert call.whole is not None
+            track(state, call.whole.moments, convention, is_masked=mask is not None)
         return y
 
     @classmethod
@@ -129,8 +126,11 @@ class Call:
     convention: Convention
     axes: Axes
     mask: Tensor | None
-    whole: Moments | None = None
-    statistics: Statistics | None = None
+    whole: Whole | None = None
+
+    def part(self, x: Tensor, gamma: Tensor | None, beta: Tensor | None) -> Operands:
+        """The operands of this process."""
+        return Operands(x, gamma, beta, None, self.mask, self.axes, None)
 
     def gathered(self, tensor: Tensor) -> Tensor:
         """The tensors of all processes, in the order of the ranks."""
@@ -158,13 +158,16 @@ class Call:
                 f"layer in training, with an empty batch if it has none ({error})"
             ) from error
 
-    def merged(self, gathered: Tensor, counts: Tensor, dtype: torch.dtype) -> Moments:
-        """The moments of the whole batch, from means in two numbers and sums of squares."""
-        parts = [
+    def merged(self, gathered: Tensor, counts: Tensor, dtype: torch.dtype) -> Whole:
+        """The whole batch, from means in two numbers and sums of squares."""
+        parts = (
             Moments(count, mean.to(dtype), m2.to(dtype), lo.to(dtype))
             for count, (mean, lo, m2) in zip(counts, gathered, strict=True)
-        ]
-        return reduce(Moments.merge, parts)
+        )
+        try:
+            return Whole.of(parts, self.convention)
+        except ValueError as error:
+            raise ValueError(f"{self.name}: {error}") from None
 
 
 class Synchronized(torch.autograd.Function):
@@ -173,55 +176,25 @@ class Synchronized(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, gamma: Tensor | None, beta: Tensor | None, call: Call) -> Tensor:
         batch = functional.moments(x, axis=1, mask=call.mask)
-        packed = torch.stack([part.to(wide(x)) for part in (batch.count, batch.mean, batch.mean_lo, batch.m2)])
+        packed = torch.stack([moment.to(wide(x)) for moment in (batch.count, batch.mean, batch.mean_lo, batch.m2)])
         gathered = call.gathered(packed)
         call.whole = call.merged(gathered[:, 1:], gathered[:, 0].round().to(torch.int64), batch.mean.dtype)
-        if call.convention.single == "error" and bool((call.whole.count == 1).any()):
-            raise ValueError(
-                f"{call.name}: Expected more than 1 value per channel when training, got one in all processes together"
-            )
-        call.statistics = statistics_of_batch(xp, call.whole, call.convention.eps)
         ctx.call = call
         ctx.save_for_backward(x, gamma, beta)
-        y: Tensor = kernel.normalize_by(x, gamma, beta, call.axes, call.mask, call.statistics)
+        y: Tensor = kernel.normalize_by(call.part(x, gamma, beta), call.whole.statistics)
         return y
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         call: Call = ctx.call
-        x, gamma, beta = ctx.saved_tensors
-        if torch.is_grad_enabled():
-            return (*differentiable_gradients(x, gamma, beta, dy, call), None)
-        assert call.statistics is not None
         assert call.whole is not None
-        (mean, mean_lo, rstd), axes = call.statistics, call.axes
-        dz = dy if call.mask is None else torch.where(call.mask, dy, 0.0)
-        deviation = (x.to(mean.dtype) - axes.spread_out(xp, mean)) - axes.spread_out(xp, mean_lo)
-        xhat = deviation * axes.spread_out(xp, rstd)
-        if call.mask is not None:
-            xhat = torch.where(call.mask, xhat, 0.0)
-        dbeta, dgamma = (t.sum(axes.reduced, dtype=wide(x)) for t in (dz, dz * xhat))
-        total = call.summed(torch.stack([dbeta, dgamma]))
-        count = call.whole.count.clamp(min=1)
-        scale = rstd if gamma is None else gamma.to(rstd.dtype) * rstd
-        shift, slope = (axes.spread_out(xp, (t / count).to(mean.dtype)) for t in total)
-        dx = axes.spread_out(xp, scale) * (dz - shift - xhat * slope)
-        if call.mask is not None:
-            dx = torch.where(call.mask, dx, 0.0)
-        own = [None if p is None else t.to(p.dtype) for p, t in ((gamma, dgamma), (beta, dbeta))]
-        return (dx.to(x.dtype), *own, None)
-
-
-def wide(x: Tensor) -> torch.dtype:
-    """What statistics travel and sums are taken in."""
-    return torch.float32 if x.device.type == "mps" else torch.float64
-
-
-def normalized(x: Tensor, gamma: Tensor | None, beta: Tensor | None, call: Call) -> Tensor:
-    """y by the statistics of the call, differentiable."""
-    assert call.statistics is not None
-    z = agnostic.normalized(xp, x, call.axes, call.statistics, gamma, beta, call.mask, "zero")
-    return agnostic.finish(xp, z, x, call.mask, "zero", None, None)  # type: ignore[no-any-return]
+        if torch.is_grad_enabled():
+            x, gamma, beta = ctx.saved_tensors
+            return (*differentiable_gradients(x, gamma, beta, dy, call), None)
+        part = call.part(*ctx.saved_tensors)
+        own, sums = own_gradients(dy, part, call.whole)
+        through_statistics = gradient_through_statistics(part, call.whole, call.summed(sums))
+        return (through_statistics + own.dx).to(dy.dtype), own.dgamma, own.dbeta, None
 
 
 def differentiable_gradients(
@@ -231,12 +204,10 @@ def differentiable_gradients(
     leaves = [t if t is None or t.requires_grad else t.detach().requires_grad_() for t in (x, gamma, beta)]
     with torch.enable_grad():
         batch = measure(xp, leaves[0], call.axes, call.mask)
-        packed = torch.stack([part.to(wide(x)) for part in (batch.mean, batch.mean_lo, batch.m2)])
+        packed = torch.stack([moment.to(wide(x)) for moment in (batch.mean, batch.mean_lo, batch.m2)])
         gathered = Gathered.apply(packed, call)  # type: ignore[no-untyped-call]
         whole = call.merged(gathered, call.gathered(batch.count), batch.mean.dtype)
-        statistics = statistics_of_batch(xp, whole, call.convention.eps)
-        again = Call(call.name, call.group, call.timeout, call.convention, call.axes, call.mask, whole, statistics)
-        y = normalized(leaves[0], leaves[1], leaves[2], again)  # type: ignore[arg-type]
+        y = kernel.by_array_code(call.part(*leaves), whole.rule, whole.statistics)  # type: ignore[arg-type]
         gradients = iter(torch.autograd.grad(y, [t for t in leaves if t is not None], dy, create_graph=True))
     return tuple(None if t is None else next(gradients) for t in leaves)
 

@@ -1,0 +1,291 @@
+"""Gradients and statistics of a batch that goes through the network in parts, as if it went through whole.
+
+Accumulating gradients over micro-batches changes a batch norm: each is normalised by its own statistics, and the
+running ones advance once for each. Here the micro-batches go through the network in lock step. At every batch norm they
+wait for each other, their moments are merged, and each goes on by the statistics of the whole batch. One backward pass
+follows, in which autograd brings the two sums of the gradient together in the same way.
+"""
+
+import math
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, NamedTuple
+
+import array_api_compat.torch as xp
+import torch
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+
+import batchnorm.functional as functional
+import batchnorm.torch.lockstep as lockstep
+from batchnorm.core.axes import split
+from batchnorm.core.moments import Moments
+from batchnorm.core.normalize import effective_beta, effective_gamma
+from batchnorm.kernels import torch as kernel
+from batchnorm.kernels.operands import Operands
+from batchnorm.torch.control import batch_norms
+from batchnorm.torch.functional import is_recomputed, kept_by_lengths, track
+from batchnorm.torch.layers import Layer
+from batchnorm.torch.lockstep import Modes, Walker
+from batchnorm.torch.parts import Whole, gradient_through_statistics, own_gradients, wide
+
+
+def accumulate(model: nn.Module, loss_fn: Callable[[Any], Tensor], microbatches: Iterable[Any]) -> Tensor:
+    """Accumulate exactly the gradients of the whole batch, and let it enter the running statistics once.
+
+        loss = sum over micro-batches of loss_fn(micro-batch),   backward
+
+    Every batch norm of the model that normalises by its batch takes all micro-batches together: mean and variance of
+    all their elements, forward and backward. They may differ in size and in shape but for the channels. Memory is that
+    of the whole batch, unless `loss_fn` saves some: non-reentrant activation checkpointing works, and so do
+    `torch.autograd.graph.save_on_cpu` and autocast.
+
+    Args:
+        model: Whose batch norms they are, all of `batchnorm.torch` (see `replace`).
+        loss_fn: Takes a micro-batch, calls the model once or several times and returns its share of the loss, a scalar:
+            where the loss of the whole batch is a mean, the sum over the micro-batch divided by the size of the batch.
+        microbatches: Whatever `loss_fn` takes.
+
+    Returns:
+        The loss, detached.
+
+    Raises:
+        ValueError: There is no micro-batch; a batch norm is PyTorch's own, synchronised over processes, or works in
+            ghost batches; the micro-batches call the batch norms in different orders; the loss is not a scalar. Neither
+            gradients nor running statistics have changed.
+        ImportError: `greenlet` is not installed.
+
+    Example:
+        >>> import torch, batchnorm.torch as bnt
+        >>> model, x = torch.nn.Sequential(torch.nn.Linear(3, 4), bnt.BatchNorm1d(4)), torch.randn(8, 3)
+        >>> loss = bnt.accumulate(model, lambda part: model(part).pow(2).sum() / 8, x.split(2))
+        >>> whole = model(x).pow(2).sum() / 8
+        >>> torch.allclose(loss, whole), model[1].num_batches_tracked.item()
+        (True, 2)
+    """
+    lockstep.check_available()
+    parts = list(microbatches)
+    if not parts:
+        raise ValueError("there are no micro-batches; pass one at least")
+    layers = {layer: name for name, layer in checked(model)}
+    step = Step(layers)
+    with step.joined():
+        losses = step.run(loss_fn, parts)
+        for index, loss in enumerate(losses):
+            if not isinstance(loss, Tensor) or loss.numel() != 1:
+                shown = tuple(loss.shape) if isinstance(loss, Tensor) else type(loss).__name__
+                raise ValueError(f"loss_fn returned {shown} for micro-batch {index}; it must return a scalar tensor")
+        total = torch.stack([loss.reshape(()) for loss in losses]).sum()
+        if not total.requires_grad:
+            raise ValueError("the loss depends on no parameter that is trained; there is nothing to accumulate")
+        total.backward()  # type: ignore[no-untyped-call]
+    for meeting in step.meetings:
+        meeting.commit()
+    return total.detach()
+
+
+def checked(model: nn.Module) -> Iterator[tuple[str, Layer]]:
+    """The batch norms of a model that normalise by their batch, with their names."""
+    for name, layer in batch_norms(model):
+        if not isinstance(layer, Layer):
+            if layer.training or layer.running_mean is None:
+                kind = f"{type(layer).__module__}.{type(layer).__name__}"
+                raise ValueError(f"{name} is a {kind}; call batchnorm.torch.replace(model) first")
+            continue
+        if not layer.normalizes_by_batch():
+            continue
+        if getattr(layer, "virtual_batch_size", None) is not None:
+            raise ValueError(f"{name} has ghost batches, whose statistics are their own: accumulate gradients plainly")
+        if layer.spans_processes():
+            raise ValueError(f"{name} is synchronised over processes; accumulate does not work over several")
+        if layer.record.normalize_with != "batch":
+            raise ValueError(f"{name} trains by running statistics: accumulate gradients plainly")
+        yield name, layer
+
+
+class Arrival(NamedTuple):
+    """What a micro-batch brings to a batch norm."""
+
+    layer: Layer
+    moments: Moments
+    token: Tensor | None  # through which x gets the sums of the gradient; None where nothing is differentiated
+    is_masked: bool
+
+
+class Meeting:
+    """All micro-batches at one call of a batch norm."""
+
+    def __init__(self, arrivals: list[Arrival]) -> None:
+        self.arrivals, self.layer = arrivals, arrivals[0].layer
+        self.convention = self.layer.record
+        self.whole = Whole.of((arrival.moments for arrival in arrivals), self.convention)
+        tokens = [arrival.token for arrival in arrivals if arrival.token is not None]
+        self.token = torch.stack(tokens).sum(0) if tokens else None
+
+    def commit(self) -> None:
+        """Let the whole batch enter the running statistics."""
+        state = self.layer.state
+        if state is not None and self.layer.track_running_stats:
+            is_masked = any(arrival.is_masked for arrival in self.arrivals)
+            track(state, self.whole.moments, self.convention, is_masked=is_masked)
+
+
+class Step:
+    """The micro-batches on their way through the network."""
+
+    def __init__(self, layers: dict[Layer, str]) -> None:
+        self.layers = layers
+        self.meetings: list[Meeting] = []
+
+    @contextmanager
+    def joined(self) -> Iterator[None]:
+        """Within it, a call of one of the layers is a meeting."""
+        before = {layer: layer.__dict__.get("forward") for layer in self.layers}
+        for layer in self.layers:
+            layer.forward = partial(self.call, layer)  # type: ignore[method-assign]
+        try:
+            yield
+        finally:
+            for layer, forward in before.items():
+                del layer.forward
+                if forward is not None:
+                    layer.forward = forward  # type: ignore[method-assign]
+
+    def run(self, loss_fn: Callable[[Any], Tensor], parts: list[Any]) -> list[Any]:
+        """What `loss_fn` returns for each micro-batch."""
+        with Modes.kept():
+            walkers = [Walker(loss_fn) for _ in parts]
+            messages = parts
+            try:
+                while True:
+                    answers = [walker.go_on(message) for walker, message in zip(walkers, messages, strict=True)]
+                    if all(walker.is_home for walker in walkers):
+                        return answers
+                    self.check_together(walkers, answers)
+                    self.meetings.append(Meeting(answers))
+                    messages = self.meetings[-1:] * len(parts)
+            finally:
+                for walker in walkers:
+                    walker.give_up()
+
+    def check_together(self, walkers: list["Walker"], answers: list[Any]) -> None:
+        """Raise unless all micro-batches have come to the same layer."""
+        places = [
+            "the end" if walker.is_home else self.layers[answer.layer]
+            for walker, answer in zip(walkers, answers, strict=True)
+        ]
+        for index, place in enumerate(places):
+            if place != places[0]:
+                raise ValueError(
+                    f"micro-batch 0 has come to {places[0]} and micro-batch {index} to {place}; all have to call the "
+                    "batch norms of the model in the same order"
+                )
+
+    def call(
+        self,
+        layer: Layer,
+        input: Tensor,
+        *,
+        mask: Tensor | None = None,
+        lengths: Tensor | None = None,
+        residual: Tensor | None = None,
+    ) -> Tensor:
+        """The forward pass of a layer."""
+        layer.check_input(input)
+        convention, axis = layer.record, layer.axis % input.ndim
+        mask = mask if lengths is None else kept_by_lengths(input, lengths, axis)
+        if mask is not None and convention.masked_output == "normalized":
+            raise ValueError(
+                f"{self.layers[layer]} normalises padding (masked_output='normalized'), which accumulate cannot; use a "
+                "convention with masked_output='zero'"
+            )
+        activation = getattr(layer, "activation", None)
+        function = activation if callable(activation) else None
+        gamma, beta = effective_gamma(xp, layer.weight, convention), effective_beta(layer.bias, convention)
+        axes = split(axis, input.ndim)
+        part = Operands(input, gamma, beta, residual, mask, axes, None if function else activation)
+        moments = functional.moments(input.detach(), axis=axis, mask=mask)
+        visit = Visit(part._replace(x=None, gamma=None, beta=None, residual=None))
+        is_differentiated = torch.is_grad_enabled() and input.requires_grad
+        own = ThroughStatistics.apply(input, gamma, visit) if is_differentiated else None  # type: ignore[no-untyped-call]
+        arrival = Arrival(layer, moments, own, mask is not None)
+        if is_recomputed():
+            visit.meeting, token = self.recalled(arrival), own
+        else:
+            visit.meeting = lockstep.stop(arrival)
+            token = visit.meeting.token
+        y: Tensor = PartOfBatch.apply(*part[:4], token, visit)  # type: ignore[no-untyped-call]
+        return y if function is None else function(y)
+
+    def recalled(self, arrival: Arrival) -> Meeting:
+        """The meeting that a micro-batch was at when a checkpoint now computes its forward pass again.
+
+        That of the layer to which some micro-batch had brought these moments: the nearest, as on some devices the
+        second pass is not the same to the last bit.
+        """
+        known = [(m, a) for m in self.meetings if m.layer is arrival.layer for a in m.arrivals]
+        meeting, before = min(known, key=lambda pair: distance(pair[1].moments, arrival.moments))
+        if before.token is None and arrival.token is not None:
+            raise RuntimeError(
+                f"{self.layers[arrival.layer]} is in a reentrant checkpoint, whose backward pass cannot wait for the "
+                "other micro-batches; pass use_reentrant=False to torch.utils.checkpoint"
+            )
+        return meeting
+
+
+def distance(a: Moments, b: Moments) -> float:
+    """How far moments are from each other."""
+    if a.count.shape != b.count.shape or not torch.equal(a.count, b.count):
+        return math.inf
+    differences = ((a.mean - b.mean) + (a.mean_lo - b.mean_lo), a.m2 - b.m2)
+    return float(sum(difference.nan_to_num().abs().sum() for difference in differences))
+
+
+@dataclass
+class Visit:
+    """One micro-batch at one call of a batch norm, on its way through autograd."""
+
+    operands: Operands  # without the tensors that autograd keeps
+    meeting: Any = None
+
+    def part(self, *tensors: Tensor | None) -> Operands:
+        """The operands, of what autograd has kept: x, gamma, beta, residual."""
+        return Operands(*tensors, *self.operands[4:])  # type: ignore[call-arg, arg-type]
+
+
+class PartOfBatch(torch.autograd.Function):
+    """y of a micro-batch; the gradient of the token is the part's sums of the gradient."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, gamma: Tensor, beta: Tensor, residual: Tensor, token: Tensor, visit: Visit
+    ) -> Tensor:
+        ctx.visit = visit
+        ctx.save_for_backward(x, gamma, beta, residual)
+        y: Tensor = kernel.normalize_by(visit.part(x, gamma, beta, residual), visit.meeting.whole.statistics)
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        own, sums = own_gradients(dy, ctx.visit.part(*ctx.saved_tensors), ctx.visit.meeting.whole)
+        return (*own, sums if ctx.needs_input_grad[4] else None, None)
+
+
+class ThroughStatistics(torch.autograd.Function):
+    """A token of x, whose gradient is the sums of all parts: they reach x through the statistics."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, gamma: Tensor | None, visit: Visit) -> Tensor:
+        ctx.visit = visit
+        ctx.save_for_backward(x, gamma)
+        return x.new_zeros((2, *visit.operands.axes.statistics_shape(x.shape)), dtype=wide(x))
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, sums: Tensor) -> tuple[Tensor | None, ...]:
+        x, gamma = ctx.saved_tensors
+        dx = gradient_through_statistics(ctx.visit.part(x, gamma, None, None), ctx.visit.meeting.whole, sums)
+        return dx.to(x.dtype), None, None

@@ -1,0 +1,78 @@
+"""Batch norm of a part of a batch by the statistics of the whole, whose other parts are elsewhere.
+
+With dz = activation'(z) * dy and sums over all parts,
+
+    dx = gamma * rstd * (dz - sum(dz)/count - xhat * sum(dz * xhat)/count)
+
+is a term of the part's own and one through the statistics, which takes the sums and x.
+"""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from functools import reduce
+
+import array_api_compat.torch as xp
+import torch
+from torch import Tensor
+
+from batchnorm.convention import Convention
+from batchnorm.core.moments import Moments
+from batchnorm.core.normalize import Statistics, statistics_of_batch
+from batchnorm.kernels import torch as kernel
+from batchnorm.kernels.agnostic import Gradients
+from batchnorm.kernels.launch import Rule
+from batchnorm.kernels.operands import Operands
+
+
+@dataclass
+class Whole:
+    """The whole of a batch: its moments, and what they make of every part."""
+
+    rule: Rule
+    moments: Moments
+    statistics: Statistics
+
+    @classmethod
+    def of(cls, parts: Iterable[Moments], convention: Convention) -> "Whole":
+        """The parts merged, in the order given.
+
+        Raises:
+            ValueError: There is one element for a channel, and the convention calls that an error.
+        """
+        moments = reduce(Moments.merge, parts)
+        if convention.single == "error" and bool((moments.count == 1).any()):
+            raise ValueError("Expected more than 1 value per channel when training, got one in all parts together")
+        rule = Rule(convention.eps, convention.eps_train, convention.normalize_correction)
+        return cls(rule, moments, statistics_of_batch(xp, moments, *rule[:3]))
+
+
+def own_gradients(dy: Tensor, part: Operands, whole: Whole) -> tuple[Gradients, Tensor]:
+    """The gradients but for the way of x through the statistics, and the part's two sums."""
+    x, gamma, beta, *_ = part
+    channels = part.axes.statistics_shape(x.shape)
+    one, zero = (torch.full(channels, value, dtype=wide(x), device=x.device) for value in (1.0, 0.0))
+    scale, shift = (own if given is None else given.to(wide(x)) for given, own in ((gamma, one), (beta, zero)))
+    dx, dgamma, dbeta, dresidual = kernel.backward_by(dy, part._replace(gamma=scale, beta=shift), whole.statistics)
+    sums = torch.stack([dbeta, dgamma])  # type: ignore[list-item]
+    dbeta, dgamma = (
+        None if given is None else own.to(given.dtype) for given, own in zip((beta, gamma), sums, strict=True)
+    )
+    return Gradients(dx, dgamma, dbeta, dresidual), sums
+
+
+def gradient_through_statistics(part: Operands, whole: Whole, sums: Tensor) -> Tensor:
+    """The other term of dx, by the sums of all parts, in the dtype of the statistics."""
+    x, gamma, _, _, mask, axes, _ = part
+    mean, mean_lo, rstd = whole.statistics
+    count, factor = whole.moments.count, kernel.xhat_factor(whole.rule, whole.moments.count, whole.moments.m2)
+    scale = (rstd if gamma is None else gamma.to(rstd.dtype) * rstd) / count.clamp(min=1)
+    dbeta, dgamma = sums.to(rstd.dtype)
+    slope = dgamma * rstd if factor is None else factor * dgamma * rstd
+    deviation = (x.to(mean.dtype) - axes.spread_out(xp, mean)) - axes.spread_out(xp, mean_lo)
+    dx = torch.addcmul(axes.spread_out(xp, dbeta), axes.spread_out(xp, slope), deviation) * axes.spread_out(xp, -scale)
+    return dx if mask is None else torch.where(mask, dx, 0.0)  # type: ignore[arg-type]
+
+
+def wide(x: Tensor) -> torch.dtype:
+    """What statistics travel and sums are taken in."""
+    return torch.float32 if x.device.type == "mps" else torch.float64
