@@ -79,6 +79,9 @@ def test_ghost_batches(rest):
     torch.testing.assert_close(layer.running_var, whole.running_var)
     torch.testing.assert_close(layer.eval()(x), whole.eval()(x))
     assert layer.num_batches_tracked == 1
+    other = torch.cat([x[:4], torch.randn(8 + rest, 3, 5)])  # the first view with other company
+    assert torch.equal(layer.train()(other)[:4], y[:4])
+    assert not torch.allclose(native(other)[:4], native(x)[:4]), "PyTorch's layer lets the views see each other"
 
 
 def test_a_single_remaining_example_joins_the_last_group():

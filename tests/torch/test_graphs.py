@@ -37,6 +37,14 @@ def test_compiled_training(momentum):
     assert other[1].num_batches_tracked == 3
 
 
+def test_native_compiled_training():
+    """PyTorch's own layer cannot be compiled with the cumulative average (pytorch#194504)."""
+    torch._dynamo.reset()
+    native = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4, momentum=None))
+    with pytest.raises(Exception, match="Could not guard on data-dependent expression"):
+        torch.compile(native, fullgraph=True, backend="aot_eager")(torch.randn(2, 3, 8, 8))
+
+
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
 def test_compiled_by_inductor():
     torch._dynamo.reset()

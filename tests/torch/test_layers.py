@@ -119,10 +119,20 @@ def test_one_element_per_channel(layer):
 
 
 def test_wrong_number_of_channels():
-    layer = bnt.BatchNorm2d(3)
-    with pytest.raises(ValueError, match=r"channels \(4,\)"):
-        layer(torch.ones(2, 4, 5, 5))
-    assert layer.num_batches_tracked == 0
+    x = torch.ones(2, 4, 5, 5)
+    for options in ({}, {"track_running_stats": False}):
+        layer, native = bnt.BatchNorm2d(3, **options), nn.BatchNorm2d(3, **options)
+        with pytest.raises(RuntimeError) as theirs:
+            native(x)
+        for error in (ValueError, RuntimeError):
+            with pytest.raises(error, match=str(theirs.value)):
+                layer(x)
+            with pytest.raises(error, match=str(theirs.value)):
+                layer.eval()(x)
+            layer.train()
+        assert layer.num_batches_tracked in (None, 0)
+    with pytest.raises(RuntimeError, match="weight should contain 4 elements not 3"):
+        bnt.batch_norm(x, None, None, torch.ones(3), training=True)
 
 
 def test_hooks_see_the_call():
@@ -212,6 +222,8 @@ def test_one_element_by_the_running_statistics():
     x = torch.tensor([[5.0, 1.0]])
     torch.testing.assert_close(layer(x), layer.eval()(x))
     assert all(torch.equal(value, before[name]) for name, value in layer.state_dict().items())
+    with pytest.raises(ValueError, match="Expected more than 1 value per channel"):
+        nn.BatchNorm1d(2)(x)
     with pytest.raises(ValueError, match="single is 'clamp'"):
         bnt.BatchNorm1d(2, single="clamp")
 
@@ -261,6 +273,8 @@ def test_masked_sequences(training):
     torch.testing.assert_close(layer.running_var, native.running_var)
     assert torch.equal(by_mask(poisoned, mask=mask), y)
     assert layer.num_batches_tracked == int(training)
+    assert native(poisoned).isnan().any(), "PyTorch's layer knows of no padding"
+    assert not training or not torch.allclose(native(torch.where(mask, x, 0.0))[2, :, :4], y[2, :, :4], atol=0.01)
 
 
 def test_two_forwards_before_a_backward():
@@ -277,3 +291,35 @@ def test_two_forwards_before_a_backward():
             with pytest.raises(RuntimeError, match="modified by an inplace operation"):
                 y.sum().backward()
     torch.testing.assert_close(x.grad, torch.full((4, 3), (1 + 1e-5) ** -0.5))
+
+
+class Normalized(torch.utils.data.Dataset):
+    """Images that a layer normalises where they are loaded."""
+
+    def __init__(self, layer, images):
+        self.layer, self.images = layer, images
+
+    def __len__(self):
+        return len(self.images)
+
+    def __getitem__(self, index):
+        with torch.no_grad():
+            return self.layer(self.images[index : index + 1])[0]
+
+
+@pytest.mark.parametrize("training", [False, True])
+def test_forked_data_loaders(training):
+    """The threads of the parent are not in the children, and results in its memory go back to it."""
+    torch.manual_seed(0)
+    images, layer = torch.randn(6, 3, 300, 300), bnt.BatchNorm2d(3)
+    layer(images)  # the parent's threads have worked
+    layer.train(training)
+    before = {name: value.clone() for name, value in layer.state_dict().items()}
+    expected = torch.stack([Normalized(copy.deepcopy(layer), images)[index] for index in range(6)])
+    loader = torch.utils.data.DataLoader(
+        Normalized(layer, images), batch_size=2, num_workers=2, multiprocessing_context="fork", timeout=60
+    )
+    loaded = torch.cat(list(loader))
+    assert torch.equal(loaded, expected)
+    assert all(torch.equal(value, before[name]) for name, value in layer.state_dict().items())
+    layer(images)  # and still do

@@ -27,6 +27,10 @@ from batchnorm.kernels.torch import in_words_of_pytorch
 from batchnorm.kernels.torch_transforms import track_beneath
 
 
+class ChannelError(ValueError, RuntimeError):
+    """A wrong number of channels: a ValueError, as every bad argument, and a RuntimeError, as PyTorch's own."""
+
+
 class State(NamedTuple):
     """The buffers of a layer, as `RunningStatistics` has them; what is None is not kept."""
 
@@ -134,6 +138,7 @@ def normalize(
     if (is_compiling() or is_tracing()) and plain.is_simple(convention):
         if has_rule:
             check_batch(x, axis)
+        check_channels(x, axis, gamma, beta, state)
         return traced(
             x, gamma, beta, state, convention, training=training, is_tracked=is_tracked, axis=axis, mask=mask,
             lengths=lengths, activation=activation, residual=residual,
@@ -150,8 +155,9 @@ def normalize(
             y = kernel.layer_inference_plain(x, gamma, beta, state, axis, convention, activation, residual)
             if y is not None:
                 return y  # type: ignore[no-any-return]
-    if has_rule:  # the kernels decline one element per channel
+    if has_rule:  # the kernels decline one element per channel, and whatever is wrong
         check_batch(x, axis)
+    check_channels(x, axis, gamma, beta, state)
     return step_by_step(  # type: ignore[no-any-return]
         x, gamma, beta, state, convention, training=training, is_tracked=tracked is not None, axis=axis, mask=mask,
         lengths=lengths, activation=activation, residual=residual,
@@ -270,6 +276,18 @@ def check_batch(x: Tensor, axis: int) -> None:
             f"Expected more than 1 value per channel when training, got input size {x.size()}: pass a larger batch, "
             "or let the layer normalise such a batch by its running statistics with single='running'"
         )
+
+
+def check_channels(x: Tensor, axis: int, gamma: Tensor | None, beta: Tensor | None, state: State | None) -> None:
+    """Raise unless x has the channels of the parameters and running statistics, in the words of PyTorch."""
+    channels = x.shape[axis] if -x.ndim <= axis < x.ndim else None
+    mean = None if state is None else state.mean
+    for name, values in (("running_mean", mean), ("weight", gamma), ("bias", beta)):
+        if values is not None and channels is not None and values.numel() != channels:
+            raise ChannelError(
+                f"{name} should contain {channels} elements not {values.numel()}: the input {tuple(x.shape)} has "
+                f"{channels} channels along axis {axis % x.ndim}"
+            )
 
 
 def count_skipped(state: State | None) -> None:

@@ -17,7 +17,7 @@ from batchnorm.conventions import find, resolve
 from batchnorm.functional import Activation
 from batchnorm.torch.functional import normalize
 from batchnorm.torch.groups import normalize_in_groups
-from batchnorm.torch.layers import Layer, count_skipped_batches, recorded
+from batchnorm.torch.layers import Layer, make_ours, recorded
 
 Momentum = float | Literal["convention"] | None
 
@@ -108,7 +108,7 @@ class BatchNorm(Layer):
         self.register_buffer("num_batches_tracked", steps if track_running_stats else None)
         if record.debias in ("adam", "weight_sum") and track_running_stats:
             self.register_buffer("running_weight", torch.zeros((), **wide))
-        count_skipped_batches(self)
+        make_ours(self)
         if not is_lazy:
             self.reset_parameters()
 

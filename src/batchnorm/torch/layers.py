@@ -15,7 +15,8 @@ from torch.nn.parameter import is_lazy
 
 from batchnorm.convention import Convention, Single
 from batchnorm.kernels.torch import in_words_of_pytorch
-from batchnorm.torch.functional import State, normalize
+from batchnorm.torch.functional import ChannelError, State, normalize
+from batchnorm.torch.privacy import warn_opacus_of
 
 HALVES = (torch.float16, torch.bfloat16)
 RUNNING = ("running_mean", "running_var")
@@ -56,7 +57,7 @@ class Layer(nn.Module):
             raise ValueError(f"single is {single!r}; allowed are 'error' and 'running'")
         if single != "error":
             self.single = single
-        count_skipped_batches(self)
+        make_ours(self)
         self._keep_statistics_wide()
 
     def forward(
@@ -100,7 +101,7 @@ class Layer(nn.Module):
         """Raise unless the input has the rank and the channels of this layer."""
         self._check_input_dim(input)
         if input.shape[1] != self.num_features:
-            raise ValueError(f"expected {self.num_features} channels, got input size {tuple(input.shape)}")
+            raise ChannelError(f"expected {self.num_features} channels, got input size {tuple(input.shape)}")
 
     def spans_processes(self) -> bool:
         """Whether the statistics are those of several processes."""
@@ -137,10 +138,12 @@ class Layer(nn.Module):
             self._buffers[name] = wide.to(buffer.device)
 
 
-def count_skipped_batches(layer: nn.Module) -> None:
-    """Give the layer its count of refused batches, which is no part of its `state_dict`."""
-    steps = layer._buffers["num_batches_tracked"]
-    layer.register_buffer("skipped", None if steps is None else torch.zeros_like(steps), persistent=False)
+def make_ours(layer: nn.Module) -> None:
+    """Give a layer what PyTorch's has not: its count of refused batches, which is no part of its `state_dict`."""
+    warn_opacus_of(type(layer))
+    if "skipped" not in layer._buffers:
+        steps = layer._buffers["num_batches_tracked"]
+        layer.register_buffer("skipped", None if steps is None else torch.zeros_like(steps), persistent=False)
 
 
 def recorded(layer: nn.Module, x: Proxy, **arguments: Any) -> Any:

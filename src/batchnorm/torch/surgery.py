@@ -15,7 +15,7 @@ from batchnorm.torch.layers import (
     LazyBatchNorm1d,
     LazyBatchNorm2d,
     LazyBatchNorm3d,
-    count_skipped_batches,
+    make_ours,
 )
 from batchnorm.torch.sync import SyncBatchNorm
 
@@ -82,7 +82,7 @@ def replace(model: nn.Module, *, fuse: bool = False) -> Report:
         shown = name or type(module).__name__
         if type(module) in OURS:
             module.__class__ = OURS[type(module)]
-            count_skipped_batches(module)
+            make_ours(module)
             module._keep_statistics_wide()
             report.replaced.append(shown)
         elif type(module) is nn.SyncBatchNorm:

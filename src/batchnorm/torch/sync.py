@@ -23,7 +23,7 @@ from batchnorm.core.moments import moments as measure
 from batchnorm.kernels import torch as kernel
 from batchnorm.kernels.operands import Operands
 from batchnorm.torch.functional import is_recomputed, kept_by_lengths, track
-from batchnorm.torch.layers import BatchNorm1d, BatchNorm2d, BatchNorm3d, Layer, count_skipped_batches
+from batchnorm.torch.layers import BatchNorm1d, BatchNorm2d, BatchNorm3d, Layer, make_ours
 from batchnorm.torch.parts import Whole, gradient_through_statistics, own_gradients, wide
 
 Group = Any  # dist.ProcessGroup, which exists only in builds with torch.distributed
@@ -106,8 +106,7 @@ class SyncBatchNorm(Layer, _BatchNorm):
             if type(layer) in CONVERTED:
                 layer.__class__ = cls
                 layer.process_group, layer.timeout, layer.name = process_group, timeout, name or cls.__name__
-                if "skipped" not in layer._buffers:
-                    count_skipped_batches(layer)
+                make_ours(layer)
                 layer._keep_statistics_wide()
         return module
 

@@ -1,0 +1,73 @@
+"""Differential privacy: gradients of single examples, which a batch norm in training has not."""
+
+import warnings
+
+import pytest
+import torch
+from opacus import GradSampleModule
+from opacus.validators import ModuleValidator
+from torch import nn
+
+import batchnorm.torch as bnt
+
+
+def network(norm):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(3, 4), norm, nn.Tanh(), nn.Linear(4, 2)).double()
+    for _ in range(5):
+        model(torch.randn(16, 3, dtype=torch.float64))
+    return model
+
+
+def per_example(model, x):
+    """The gradients of the first layer that each example has, and those it has alone."""
+    alone = []
+    for row in x:
+        gradient = torch.autograd.grad(model(row[None]).pow(2).sum(), model[0].weight)[0]
+        alone.append(gradient)
+    private = GradSampleModule(model, loss_reduction="sum")
+    with warnings.catch_warnings():  # Opacus's own: its hook at the first layer, whose input has no gradient
+        warnings.filterwarnings("ignore", "Full backward hook", UserWarning)
+        private(x).pow(2).sum().backward()
+    return model[0].weight.grad_sample, torch.stack(alone)
+
+
+@pytest.mark.parametrize("norm", [bnt.BatchNorm1d, bnt.BatchNorm, bnt.SyncBatchNorm, lambda n: replaced(n)])
+def test_training_is_refused(norm):
+    model = network(norm(4))
+    (error,) = ModuleValidator.validate(model)
+    assert "batchnorm.torch.freeze" in str(error)
+    assert not ModuleValidator.is_valid(model)
+
+
+def replaced(channels):
+    model = nn.Sequential(nn.BatchNorm1d(channels))
+    bnt.replace(model)
+    return model[0]
+
+
+def test_fixed_as_the_native_layer():
+    model = ModuleValidator.fix(network(bnt.BatchNorm1d(4)))
+    assert isinstance(model[1], nn.GroupNorm)
+    assert ModuleValidator.is_valid(model)
+
+
+def test_frozen_layers_have_gradients_of_single_examples():
+    """Opacus wants the model in training mode, where a native layer thaws: its examples mix unseen (opacus#319)."""
+    x = torch.randn(6, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    ours, native = network(bnt.BatchNorm1d(4)), network(nn.BatchNorm1d(4))
+    bnt.freeze(ours)
+    native[1].eval().requires_grad_(False)
+    for model in (ours, native):
+        model.train()
+        assert ModuleValidator.is_valid(model)
+    mean = ours[1].running_mean.clone()
+    together, alone = per_example(ours, x)
+    torch.testing.assert_close(together, alone, rtol=1e-12, atol=1e-14)
+    assert torch.equal(ours[1].running_mean, mean)
+
+    mean = native[1].running_mean.clone()
+    with pytest.raises(ValueError, match="Expected more than 1 value per channel"):
+        per_example(native, x)  # alone
+    native(x)
+    assert not torch.equal(native[1].running_mean, mean)
