@@ -50,8 +50,7 @@ template <class T> class ForwardJob : public Job<T> {
       take_sums(scope, is_repeated);
       scope.team.barrier();
       this->combine(mine);
-      for (int64_t c = mine.begin; c < mine.end; ++c)
-        if (!is_repeated || this->again[c]) finish_moments(c, is_repeated);
+      finish_moments(mine, is_repeated);
       scope.team.barrier();
       if (is_repeated) return;
       bool is_any = false;
@@ -82,6 +81,7 @@ template <class T> class ForwardJob : public Job<T> {
         if (e < elements && this->counts(e / problem.S, 0, e % problem.S)) add_sample(e);
     for (int64_t e = 0; e < elements && sample_count_ == 0; ++e)
       if (this->counts(e / problem.S, 0, e % problem.S)) add_sample(e);
+    sample_weight_ = 1.0 / max(sample_count_, 1);
   }
 
   void add_sample(int64_t e) {
@@ -92,7 +92,7 @@ template <class T> class ForwardJob : public Job<T> {
     const T* x = Base::template at<const T>(problem.x, 0, c, 0);
     double sum = 0;
     for (int i = 0; i < sample_count_; ++i) sum += scalar(x + samples_[i]);
-    if (sample_count_) return sum / sample_count_;
+    if (sample_count_) return sum * sample_weight_;
     int found = 0;
     for (int64_t n = 0; has_mask_by_channel() && n < problem.N && found < most_samples; ++n)
       for (int64_t s = 0; s < problem.S && found < most_samples; ++s)
@@ -102,30 +102,58 @@ template <class T> class ForwardJob : public Job<T> {
 
   // ---- moments from sums ----
 
-  void finish_moments(int64_t c, bool is_repeated) {
-    const int64_t count = shared_count_ >= 0 ? shared_count_ : this->count_of(c);
-    double sum, square;
-    this->total_of(c, sum, square);
-    const double n = static_cast<double>(max(count, 1)), shift = count ? tables.hi[c] : 0, delta = sum / n;
-    double mean = shift + delta, m2 = square - sum * delta;
-    double rest = (shift - (mean - (mean - shift))) + (delta - (mean - shift));  // what rounding took (two_sum)
-    const bool has_cancelled = sum * delta > 4 * m2 && sum - sum == 0;
-    this->again[c] = has_cancelled && !is_repeated;
-    // Squares of floats beyond 1e19 overflow, and those below 1e-18 lose digits, though the variance is a float.
-    const bool is_tiny = (sum != 0 || square > 0) && square < n * 1e-34;
-    if (sizeof(F) == 4 && (is_tiny || !(square - square == 0))) {
-      measure_in_double(c, n, mean, m2);
-      rest = 0;
+  // Of all these channels, or of those that had to be measured again.
+  void finish_moments(Range channels, bool is_repeated) {
+    for (int64_t c = channels.begin; c < channels.end; c += Base::together)
+      finish_moments(c, static_cast<int>(min(Base::together, channels.end - c)), is_repeated);
+  }
+
+  void finish_moments(int64_t begin, int taken, bool is_repeated) {
+    constexpr int together = Base::together;
+    int64_t count[together] = {};
+    double n[together], shift[together] = {}, sum[together] = {}, square[together] = {};
+    double delta[together], mean[together], m2[together], rest[together], rstd[together];
+    for (int i = 0; i < taken; ++i) {
+      count[i] = shared_count_ >= 0 ? shared_count_ : this->count_of(begin + i);
+      shift[i] = count[i] ? tables.hi[begin + i] : 0;
+      this->total_of(begin + i, sum[i], square[i]);
     }
-    if (m2 < 0) m2 = 0;
-    const double divisor = n - problem.correction, rstd = rstd_of(m2 / (divisor < 1 ? 1 : divisor));
-    const double lo = sizeof(F) == 8 ? rest : mean - static_cast<F>(mean) + rest;
-    set(problem.mean, c, mean);
-    set(problem.mean_lo, c, lo);
-    set(problem.m2, c, m2);
-    set(problem.rstd, c, rstd);
-    if (problem.count) problem.count[c] = count;
-    this->fill_tables(c, mean, lo, rstd);  // by rstd before it is rounded
+    for (int i = 0; i < together; ++i) {
+      n[i] = static_cast<double>(max(count[i], 1));
+      delta[i] = sum[i] / n[i];
+      mean[i] = shift[i] + delta[i];
+      m2[i] = square[i] - sum[i] * delta[i];
+      rest[i] = (shift[i] - (mean[i] - (mean[i] - shift[i]))) + (delta[i] - (mean[i] - shift[i]));  // of rounding (two_sum)
+    }
+    bool is_wanted[together];
+    for (int i = 0; i < taken; ++i) {
+      is_wanted[i] = !is_repeated || this->again[begin + i];
+      if (!is_wanted[i]) continue;
+      const bool has_cancelled = sum[i] * delta[i] > 4 * m2[i] && sum[i] - sum[i] == 0;
+      this->again[begin + i] = has_cancelled && !is_repeated;
+      // Squares of floats beyond 1e19 overflow, and those below 1e-18 lose digits, though the variance is a float.
+      const bool is_tiny = (sum[i] != 0 || square[i] > 0) && square[i] < n[i] * 1e-34;
+      if (sizeof(F) == 4 && (is_tiny || !(square[i] - square[i] == 0))) {
+        measure_in_double(begin + i, n[i], mean[i], m2[i]);
+        rest[i] = 0;
+      }
+    }
+    for (int i = 0; i < together; ++i) {
+      if (m2[i] < 0) m2[i] = 0;
+      const double divisor = n[i] - problem.correction;
+      rstd[i] = rstd_of(m2[i] / (divisor < 1 ? 1 : divisor));
+    }
+    for (int i = 0; i < taken; ++i) {
+      if (!is_wanted[i]) continue;
+      const int64_t c = begin + i;
+      const double lo = sizeof(F) == 8 ? rest[i] : mean[i] - static_cast<F>(mean[i]) + rest[i];
+      set(problem.mean, c, mean[i]);
+      set(problem.mean_lo, c, lo);
+      set(problem.m2, c, m2[i]);
+      set(problem.rstd, c, rstd[i]);
+      if (problem.count) problem.count[c] = count[i];
+      this->fill_tables(c, mean[i], lo, rstd[i]);  // by rstd before it is rounded
+    }
   }
 
   static void set(void* table, int64_t c, double value) {
@@ -157,6 +185,7 @@ template <class T> class ForwardJob : public Job<T> {
   int64_t shared_count_ = -1;  // where every channel has the same
   int64_t samples_[most_samples];
   int sample_count_ = 0;
+  double sample_weight_ = 1;
 };
 
 }  // namespace batchnorm::BATCHNORM_ISA

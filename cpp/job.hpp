@@ -97,6 +97,10 @@ template <class T> class Job : public Geometry<T> {
     if (plan.is_streaming) fence();
   }
 
+  // Channels that are finished side by side, in vectors: the divisions and roots of one by itself take longer than the
+  // sums of its elements where these are a few dozen.
+  static constexpr int together = 8;
+
   bool can_dot() const { return has_dots<T> && !options.has_mask; }  // whether `Dots` can take the sums
 
   // ---- channels ----

@@ -7,6 +7,7 @@ namespace batchnorm {
 namespace {
 
 constexpr int64_t row_chunk = 8192;     // elements of a channel that are summed in one go
+constexpr int64_t column_chunk = 32768; // and of all columns, at least
 constexpr int64_t short_row = 128;      // S below which a row of one channel is too short to be taken by itself, and
 constexpr int64_t ragged_row = 1024;    // that below which it is if it is no number of whole vectors;
 constexpr int64_t ragged_row_read_once = 512;  // the same of a pass that neither comes back to the elements nor streams
@@ -77,7 +78,8 @@ void plan_columns(const Problem& p, Plan& plan, bool is_flat) {
   const int64_t blocks = at_least_1(ceil_div(plan.width, widest_block));
   plan.block = ceil_div(at_least_1(ceil_div(plan.width, blocks)), 32) * 32;
   // Enough chunks that every thread has some, few enough that adding them up costs little.
-  plan.chunks = std::clamp<int64_t>(plan.elements >> 18, 8, 256) / 8 * 8;
+  const bool is_small = plan.elements < 8 * column_chunk;
+  plan.chunks = is_small ? at_least_1(plan.elements / column_chunk) : std::clamp<int64_t>(plan.elements >> 18, 8, 256) / 8 * 8;
   plan.chunk_n = 8 * at_least_1(ceil_div(plan.rows, 8 * plan.chunks));
   plan.chunks = ceil_div(plan.rows, plan.chunk_n);
 }

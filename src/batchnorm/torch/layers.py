@@ -94,8 +94,8 @@ class Layer(nn.Module):
         mean, var = buffers["running_mean"], buffers["running_var"]
         if mean is None or var is None:
             return None
-        steps, weight, skipped = map(buffers.get, ("num_batches_tracked", "running_weight", "skipped"))
-        return State(mean, var, steps, weight, skipped)
+        get = buffers.get
+        return State(mean, var, get("num_batches_tracked"), get("running_weight"), get("skipped"))
 
     def check_input(self, input: Tensor) -> None:
         """Raise unless the input has the rank and the channels of this layer."""
