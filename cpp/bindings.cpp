@@ -8,6 +8,7 @@
 #include "checks.hpp"
 #include "memory.hpp"
 #include "plain.hpp"
+#include "xla.hpp"
 
 namespace nb = nanobind;
 using nb::handle;
@@ -142,6 +143,12 @@ NB_MODULE(_native, m) {
   m.def("result_like", &result_like);
   m.def("waiting_bytes", &waiting_bytes);
   m.def("release_blocks", &release_blocks);
+  m.def("xla_targets", [] {
+    nb::dict targets;
+    targets["batchnorm_forward"] = nb::capsule(reinterpret_cast<void*>(xla_forward));
+    targets["batchnorm_backward"] = nb::capsule(reinterpret_cast<void*>(xla_backward));
+    return targets;
+  });
   m.def("num_threads", &num_threads);
   m.def("set_num_threads", &set_num_threads);
   m.def("instruction_set", [] { return chosen_kernels().name; });

@@ -124,6 +124,9 @@ class Block:
 
 smallest_block: int
 
+def xla_targets() -> dict[str, Any]:
+    """Capsules with the addresses of the kernels for XLA's foreign function interface, by the names of the targets."""
+
 def result_like(array: Any) -> Any | None:
     """The like of a large array in memory that is kept for reuse; None where its library has to allocate it."""
 

@@ -3,6 +3,8 @@
 import warnings
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
+from typing import Any
 
 from batchnorm.arguments import (
     check_activation,
@@ -116,11 +118,34 @@ def batch_norm(
         done = module.training_plain(x, gamma, beta, running, known_axis, convention, activation, residual)
         if done is not None:
             if not done[2]:
-                warn_of_skipped()
+                warn_of_skipped(stacklevel=3)
             return done[0], done[1]
+    return checked_batch_norm(
+        x, gamma, beta, running, training=training, convention=convention, axis=known_axis, mask=mask, lengths=lengths,
+        activation=activation, residual=residual, out=out, choose=partial(select, kernel),
+    )  # fmt: skip
+
+
+def checked_batch_norm(
+    x: Array,
+    gamma: Array | None,
+    beta: Array | None,
+    running: RunningStatistics | None,
+    *,
+    training: bool | Array,
+    convention: Convention,
+    axis: Axis,
+    mask: Array | None,
+    lengths: Array | None,
+    activation: Activation | None,
+    residual: Array | None,
+    out: Array | None,
+    choose: Callable[..., Any],
+) -> tuple[Array, RunningStatistics]:
+    """`batch_norm` step by step, by the kernel that is chosen for (large arrays, small ones, axes, activation)."""
     given, x = x, x.data if is_named(x) else x
     check_array("x", x)
-    axes = check_axes(given, x, known_axis)
+    axes = check_axes(given, x, axis)
     operands = check_operands(x, gamma, beta, mask, lengths, residual, axes, given)
     training = check_training(training)
     check_activation(activation)
@@ -134,33 +159,23 @@ def batch_norm(
     if training is True:
         check_trainable(x, axes, operands.mask, convention)
     small = (operands.gamma, operands.beta, running.mean, running.spread)
-    name = kernel if isinstance(training, bool) else "agnostic"
-    compute = select(name, (x, operands.residual), small, axes, activation)
+    compute = choose((x, operands.residual), small, axes, activation)
     y, updated = compute.batch_norm(
-        x,
-        operands.gamma,
-        operands.beta,
-        running,
-        training=training,
-        axes=axes,
-        convention=convention,
-        mask=operands.mask,
-        activation=activation,
-        residual=operands.residual,
-        out=out,
-    )
+        x, operands.gamma, operands.beta, running, training=training, axes=axes, convention=convention,
+        mask=operands.mask, activation=activation, residual=operands.residual, out=out,
+    )  # fmt: skip
     if training is not False and known(updated.skipped > running.skipped):
-        warn_of_skipped()
+        warn_of_skipped(stacklevel=4)
     return (renamed(y, given) if is_named(given) else y), updated
 
 
-def warn_of_skipped() -> None:
+def warn_of_skipped(stacklevel: int) -> None:
     """The warning of `batch_norm`, at its caller."""
     message = (
         "the statistics of a batch are not finite (NaN, Inf or overflow in x): it did not enter the running "
         "statistics and is counted in running.skipped"
     )
-    warnings.warn(message, RuntimeWarning, stacklevel=3)
+    warnings.warn(message, RuntimeWarning, stacklevel)
 
 
 def forward(

@@ -82,14 +82,19 @@ def batch_norm(
     activation: ActivationLike,
     residual: Array | None,
     out: Array | None = None,
+    whole: Callable[[Moments], Moments] | None = None,
 ) -> tuple[Array, RunningStatistics]:
-    """`functional.batch_norm`, with everything resolved; `training` may be a traced boolean."""
+    """`functional.batch_norm`, with everything resolved; `training` may be a traced boolean.
+
+    `whole` makes the moments of x those of the batch that x is a part of.
+    """
     xp = array_api_compat.array_namespace(x)
     mask = elementwise(xp, mask, x, axes)
     gamma, beta = effective_gamma(xp, gamma, convention), effective_beta(beta, convention)
     batch, updated = None, running
     if training is not False or convention.update == "always":
         batch = measure(xp, x, axes, mask)
+        batch = batch if whole is None else whole(batch)
         updated = advance(xp, running, batch, convention, masked=mask is not None)
         if convention.update == "training":
             updated = choose(xp, training, updated, running)

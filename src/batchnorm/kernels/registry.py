@@ -64,6 +64,8 @@ def native_module(x: Array) -> tuple[ModuleType | None, str]:
         return native_for_numpy()
     if array_api_compat.is_torch_array(x):
         return native_for_torch()
+    if array_api_compat.is_jax_array(x):
+        return native_for_jax()
     return None, f"it has no way into arrays of {type(x).__module__}"
 
 
@@ -86,6 +88,17 @@ def native_for_torch() -> tuple[ModuleType | None, str]:
     from batchnorm.kernels import torch
 
     return torch, ""
+
+
+@cache
+def native_for_jax() -> tuple[ModuleType | None, str]:
+    """`kernels.jax`, unless the extension is not there."""
+    module, reason = native_for_numpy()
+    if module is None:
+        return None, reason
+    from batchnorm.kernels import jax
+
+    return jax, ""
 
 
 def set_num_threads(threads: int) -> None:

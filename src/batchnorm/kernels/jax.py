@@ -1,0 +1,178 @@
+"""The interface of the C++ kernels for JAX's arrays, by the primitives of `jax_primitives`."""
+
+import math
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from batchnorm.convention import Convention
+from batchnorm.core.axes import Axes
+from batchnorm.core.dtypes import FLOATS, Array, cast, dtype_name
+from batchnorm.core.masks import Mask, elementwise
+from batchnorm.core.moments import Moments, two_sum
+from batchnorm.core.normalize import Statistics, effective_beta, effective_gamma
+from batchnorm.core.running import RunningStatistics, advance
+from batchnorm.kernels import agnostic, jax_primitives, launch
+from batchnorm.kernels.agnostic import ActivationLike, Cache, Gradients
+from batchnorm.kernels.jax_primitives import Rule, aligned, backward_p, given, stand_in
+from batchnorm.kernels.operands import has_members
+
+PLAIN_TYPES: set[type] = set()  # calls are compiled: nothing is gained before their checks
+
+
+def refusal(
+    large: tuple[Array | None, ...], small: tuple[Array | None, ...], axes: Axes, activation: ActivationLike
+) -> str | None:
+    """Why the kernels do not serve these arrays; None if they do."""
+    for array in large + small:
+        if array is not None and (not isinstance(array, jax.Array) or dtype_name(array.dtype) not in FLOATS):
+            return f"a {type(array).__name__} of {getattr(array, 'dtype', 'no dtype')} is not an array of JAX"
+    if large[0] is not None and large[0].size == 0:
+        return "x has no elements"
+    return launch.refusal_of_call(large, axes, activation)
+
+
+def batch_norm(
+    x: Array,
+    gamma: Array | None,
+    beta: Array | None,
+    running: RunningStatistics,
+    *,
+    training: bool | Array,
+    axes: Axes,
+    convention: Convention,
+    mask: Mask,
+    activation: str | None,
+    residual: Array | None,
+    out: Array | None = None,
+) -> tuple[Array, RunningStatistics]:
+    """`functional.batch_norm`, with everything resolved; only the branch that a traced `training` chooses is computed."""
+    compute = partial(
+        batch_norm, x, gamma, beta, running, axes=axes, convention=convention, mask=mask, activation=activation,
+        residual=residual, out=out,
+    )  # fmt: skip
+    if not isinstance(training, bool):
+        y, updated = lax.cond(training, partial(compute, training=True), partial(compute, training=False))
+        return y, RunningStatistics(*updated)
+    is_plain = (convention.normalize_with, convention.eps_train, convention.normalize_correction) == ("batch", "inside", 0)
+    if not training or not is_plain or launch.leaves_single_elements(x, axes, mask, training, convention):
+        return agnostic.batch_norm(*compute.args, **compute.keywords, training=training)
+    keep = elementwise(jnp, mask, x, axes)
+    rule = Rule(convention.eps, activation, convention.masked_output == "normalized")
+    gamma, beta = effective_gamma(jnp, gamma, convention), effective_beta(beta, convention)
+    results = forward_of(x, gamma, beta, residual, keep, axes, rule)
+    shape = axes.statistics_shape(x.shape)
+    count, mean, m2, mean_lo = (jnp.reshape(results[i], shape) for i in (5, 1, 3, 2))
+    updated = advance(jnp, running, Moments(count, mean, m2, mean_lo), convention, masked=mask is not None)
+    return agnostic.deliver(results.y.reshape(x.shape), out), updated
+
+
+def forward(
+    x: Array,
+    gamma: Array | None,
+    beta: Array | None,
+    *,
+    axes: Axes,
+    eps: float,
+    mask: Mask,
+    activation: str | None,
+    residual: Array | None,
+    out: Array | None = None,
+) -> tuple[Array, Cache]:
+    """`functional.forward`, with everything resolved."""
+    agnostic.register_plan_with_jax()
+    keep = elementwise(jnp, mask, x, axes)
+    results = forward_of(x, gamma, beta, residual, keep, axes, Rule(eps, activation, False))
+    shape = axes.statistics_shape(x.shape)
+    mean, mean_lo, rstd, count = (jnp.reshape(results[i], shape) for i in (1, 2, 4, 5))
+    cache = Cache(
+        x, gamma, beta, residual, mask, Statistics(mean, mean_lo, rstd), count, launch.plan_of(axes, activation, eps)
+    )
+    return agnostic.deliver(results.y.reshape(x.shape), out), cache
+
+
+def backward(dy: Array, cache: Cache) -> Gradients:
+    """`functional.backward`."""
+    x, gamma, beta, residual, mask, statistics, count, plan = cache
+    axes, activation = plan.axes, None if plan.activation == "identity" else plan.activation
+    keep = elementwise(jnp, mask, x, axes)
+    operands = views(x, gamma, beta, residual, keep, axes)
+    channels = (operands[0].shape[0], operands[0].shape[2])
+    per_channel = (jnp.reshape(array, channels) for array in (count, *statistics))
+    dy = cast(jnp, dy, x.dtype).reshape(operands[0].shape)
+    results = backward_p.bind(*aligned(dy, *operands, *per_channel), rule=Rule(plan.eps, activation, False))
+    arguments = (x, gamma, beta, residual)
+    return Gradients(
+        *(None if a is None else r.reshape(a.shape) for a, r in zip(arguments, results, strict=True))
+    )
+
+
+def moments(x: Array, axes: Axes, mask: Mask) -> Moments:
+    """`functional.moments`, with everything resolved."""
+    return agnostic.moments(x, axes, mask)
+
+
+def forward_of(
+    x: Array, gamma: Array | None, beta: Array | None, residual: Array | None, keep: Array | None, axes: Axes, rule: Rule
+) -> jax_primitives.Outputs:
+    """The forward pass of arrays of any rank."""
+    operands = views(x, gamma, beta, residual, keep, axes)
+    return jax_primitives.forward(operands[0], *map(given, operands[1:]), rule._replace(activation=named(rule.activation)))
+
+
+def named(activation: str | None) -> str | None:
+    """The activation, None for one that does nothing."""
+    return None if activation == "identity" else activation
+
+
+def views(
+    x: Array, gamma: Array | None, beta: Array | None, residual: Array | None, keep: Array | None, axes: Axes
+) -> list[Array]:
+    """The operands of a primitive: (L, N, C, S) and (L, C)."""
+    shape, kept = x.shape, axes.kept
+    lanes = shape[0] if has_members(axes) else 1
+    own = kept[1:] if has_members(axes) else kept
+    first, last = (own[0], own[-1] + 1) if own else (len(shape), len(shape))
+    begin = 1 if has_members(axes) else 0
+    sizes = (lanes, *(math.prod(shape[a:b]) for a, b in ((begin, first), (first, last), (last, len(shape)))))
+    if keep is not None:
+        # As large as x, but for the channels where it is the same for all of them.
+        per_channel = any(keep.shape[axis] != 1 for axis in own)
+        expanded = tuple(1 if axis in own and not per_channel else size for axis, size in enumerate(shape))
+        keep = jnp.broadcast_to(keep, expanded).reshape(*sizes[:2], sizes[2] if per_channel else 1, sizes[3])
+    large = [x.reshape(sizes), *(None if a is None else a.reshape(lanes, sizes[2]) for a in (gamma, beta))]
+    large.append(None if residual is None else residual.reshape(sizes))
+    return [stand_in(array) for array in (*large, keep)]
+
+
+class Across:
+    """Array code for a batch that is spread over the named axis of a mesh, of `pmap` or of `vmap`."""
+
+    def __init__(self, axis_name: Any, axis_index_groups: Any = None) -> None:
+        self.axis_name, self.groups = axis_name, axis_index_groups
+
+    def batch_norm(self, *arguments: Any, **options: Any) -> tuple[Array, RunningStatistics]:
+        """`functional.batch_norm`, with everything resolved."""
+        return agnostic.batch_norm(*arguments, **options, whole=self.merged)
+
+    def merged(self, part: Moments) -> Moments:
+        """The moments of the whole batch: every part by its count, whatever that is.
+
+            ref = sum(n * mean) / n        delta = mean - ref        mean = ref + sum(n * delta) / n
+            m2  = sum(m2 + n * delta**2) - sum(n * delta)**2 / n
+
+        The sums of the second round are about a value that is the mean but for rounding, so that nothing cancels.
+        """
+        total = partial(lax.psum, axis_name=self.axis_name, axis_index_groups=self.groups)
+        dtype = part.mean.dtype
+        own = cast(jnp, part.count, dtype)
+        count = total(part.count)
+        n = jnp.maximum(cast(jnp, count, dtype), 1)
+        reference = total(own / n * part.mean)
+        delta = (part.mean - reference) + part.mean_lo
+        shift, m2 = total(own / n * delta), total(part.m2 + own * delta * delta)
+        mean, mean_lo = two_sum(reference, shift)
+        return Moments(count, mean, m2 - n * shift * shift, mean_lo)

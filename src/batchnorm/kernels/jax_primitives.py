@@ -1,0 +1,393 @@
+"""Batch norm as primitives of JAX, with their rules: `forward`, its `tangent`, and `backward`, the transpose of that.
+
+    y            = activation(gamma * xhat(x) + beta + residual)
+    tangent      ty = activation'(z) * (J(tx) + xhat * tgamma + tbeta + tresidual)     linear in the tangents
+    backward     dx, dgamma, dbeta, dresidual                                          linear in dy
+
+The derivative of the forward pass is `tangent`, whose transpose is `backward`, whose transpose is `tangent`; J, the
+Jacobian with respect to x, is symmetric, so that one kernel computes both. Derivatives of those two with respect to x are
+of plain array code. So all of JAX's transformations work, in any order, and on a CPU the C++ computes what they end in.
+
+Arrays of the shape of x are (L, N, C, S), with L lanes that are batch norms of their own, to which `vmap` adds; those
+with a number for each channel are (L, C); what is not there has one dimension and no elements. Statistics come out
+without derivatives of their own: they are functions of x, and what depends on them has taken that into account.
+"""
+
+from collections.abc import Callable, Sequence
+from functools import lru_cache, partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy
+from jax.core import ShapedArray
+from jax.extend.core import Primitive
+from jax.interpreters import ad, batching, mlir
+from jax.sharding import NamedSharding, PartitionSpec
+
+import batchnorm._native as _native
+from batchnorm.core import activations
+from batchnorm.core.axes import split
+from batchnorm.core.dtypes import Array
+from batchnorm.core.moments import moments as measure
+from batchnorm.core.normalize import Statistics, statistics_of_batch
+from batchnorm.kernels import agnostic
+from batchnorm.kernels.agnostic import Cache, Plan
+from batchnorm.kernels.launch import activation_code
+
+AXES = split((0, 2), 4)
+
+
+class Rule(NamedTuple):
+    """How a forward pass normalises; hashable."""
+
+    eps: float
+    activation: str | None
+    normalizes_padding: bool  # masked elements come out normalised rather than as 0
+
+
+class Outputs(NamedTuple):
+    """What a forward pass returns."""
+
+    y: Array
+    mean: Array
+    mean_lo: Array
+    m2: Array
+    rstd: Array
+    count: Array
+
+
+def absent() -> Array:
+    """What stands for an operand that is not there."""
+    return jnp.zeros((0,), jnp.float32)
+
+
+def given(array: Array) -> Array | None:
+    """An operand, None if it is not there."""
+    return array if array.ndim > 1 else None
+
+
+def stand_in(array: Array | None) -> Array:
+    """The inverse of `given`."""
+    return absent() if array is None else array
+
+
+# ---- array code: on other devices, for sharded arrays, and for derivatives of derivatives -------------------------
+
+
+def plain_forward(x: Array, gamma: Array, beta: Array, residual: Array, keep: Array, *, rule: Rule) -> Outputs:
+    """The forward pass."""
+    scale, shift, addend, mask = map(given, (gamma, beta, residual, keep))
+    masked_output: Any = "normalized" if rule.normalizes_padding else "zero"
+    batch = measure(jnp, x, AXES, mask)
+    statistics = statistics_of_batch(jnp, batch, rule.eps)
+    z = agnostic.normalized(jnp, x, AXES, statistics, scale, shift, mask, masked_output)
+    y = agnostic.finish(jnp, z, x, mask, masked_output, rule.activation, addend)
+    return Outputs(y, batch.mean, batch.mean_lo, batch.m2, statistics.rstd, batch.count.astype(jnp.int32))
+
+
+def plain_backward(
+    dy: Array, x: Array, gamma: Array, beta: Array, residual: Array, keep: Array, count: Array, mean: Array,
+    mean_lo: Array, rstd: Array, *, rule: Rule,
+) -> tuple[Array, ...]:  # fmt: skip
+    """The gradients of x, gamma, beta and residual."""
+    plan = Plan(AXES, rule.activation or "identity", rule.eps)
+    cache = Cache(x, *map(given, (gamma, beta, residual, keep)), Statistics(mean, mean_lo, rstd), count, plan)
+    return tuple(map(stand_in, agnostic.backward(dy, cache)))
+
+
+def tangent_of_y(
+    tx: Array, tgamma: Array, tbeta: Array, tresidual: Array, x: Array, gamma: Array, beta: Array, residual: Array,
+    keep: Array, count: Array, mean: Array, mean_lo: Array, rstd: Array, *, rule: Rule, jacobian: Callable[..., Any],
+) -> Array:  # fmt: skip
+    """The tangent, by `plain_backward` or the primitive for J."""
+    statistics = Statistics(mean, mean_lo, rstd)
+    none, mask = absent(), given(keep)
+    operands = aligned(tx, x, gamma, none, none, keep, count, mean, mean_lo, rstd)
+    total = jacobian(*operands, rule=rule._replace(activation=None))[0].astype(rstd.dtype)
+    if given(gamma) is not None:
+        xhat = agnostic.normalized(jnp, x, AXES, statistics, None, None, mask, "zero")
+        total += xhat * AXES.spread_out(jnp, tgamma.astype(rstd.dtype))
+    if given(beta) is not None:
+        total += AXES.spread_out(jnp, tbeta.astype(rstd.dtype))
+    if given(residual) is not None:
+        total += tresidual.astype(rstd.dtype)
+    if rule.activation is not None:
+        z = agnostic.normalized(jnp, x, AXES, statistics, given(gamma), given(beta), mask, "zero")
+        if given(residual) is not None:
+            z += agnostic.read(jnp, residual, mask, "zero").astype(z.dtype)
+        total *= activations.find(rule.activation).derivative(jnp, z)
+    return (total if mask is None else jnp.where(mask, total, 0.0)).astype(x.dtype)
+
+
+def y_of(keep: Array, rule: Rule) -> Callable[..., Array]:
+    """y as a function of x, gamma, beta and residual alone, through whose statistics derivatives go."""
+    return lambda *operands: plain_forward(*operands, keep, rule=rule).y
+
+
+# ---- primitives ---------------------------------------------------------------------------------------------------
+
+
+def primitive(name: str, abstract: Callable[..., list[ShapedArray]]) -> Primitive:
+    """A primitive that runs by being compiled."""
+    made = Primitive(name)
+    made.multiple_results = True
+
+    @lru_cache(maxsize=1024)
+    def compiled(rule: Rule) -> Callable[..., Any]:
+        return jax.jit(partial(made.bind, rule=rule))
+
+    made.def_impl(lambda *operands, rule: compiled(rule)(*operands))
+    made.def_abstract_eval(abstract)
+    batching.primitive_batchers[made] = partial(fold_lanes, made)
+    return made
+
+
+def aval(like: ShapedArray, shape: Sequence[int], dtype: Any) -> ShapedArray:
+    """An abstract array that lies where another does."""
+    spec = like.sharding.spec if len(shape) == like.ndim else PartitionSpec(*(None,) * len(shape))
+    sharding = NamedSharding(like.sharding.mesh, spec)
+    return like.update(shape=tuple(shape), dtype=jnp.dtype(dtype), weak_type=False, sharding=sharding)
+
+
+def statistics_dtype(x: Any) -> Any:
+    """The dtype of the statistics of x."""
+    return jnp.promote_types(x.dtype, jnp.float32)
+
+
+def forward_avals(x: ShapedArray, *_: ShapedArray, rule: Rule) -> list[ShapedArray]:
+    """y, mean, mean_lo, m2, rstd, count."""
+    channels = (x.shape[0], x.shape[2])
+    statistic = aval(x, channels, statistics_dtype(x))
+    return [aval(x, x.shape, x.dtype), *[statistic] * 4, aval(x, channels, jnp.int32)]
+
+
+def tangent_avals(tx: ShapedArray, *_: ShapedArray, rule: Rule) -> list[ShapedArray]:
+    """ty."""
+    return [aval(tx, tx.shape, tx.dtype)]
+
+
+def backward_avals(
+    dy: ShapedArray, x: ShapedArray, gamma: ShapedArray, beta: ShapedArray, residual: ShapedArray, *_: ShapedArray,
+    rule: Rule,
+) -> list[ShapedArray]:  # fmt: skip
+    """dx, dgamma, dbeta, dresidual."""
+    return [aval(dy, operand.shape, operand.dtype) for operand in (x, gamma, beta, residual)]
+
+
+def fold_lanes(
+    made: Primitive, operands: Sequence[Array], dims: Sequence[Any], *, rule: Rule
+) -> tuple[list[Array], list[int]]:
+    """`vmap`: one more axis of lanes, folded into the first."""
+    size = next(a.shape[d] for a, d in zip(operands, dims, strict=True) if d is not None)
+
+    def folded(array: Array, dim: int | None) -> Array:
+        if dim is not None:
+            array = jnp.moveaxis(array, dim, 0)
+            if array.ndim == 2:  # one that is not there
+                return array[0]
+        elif array.ndim == 1:
+            return array
+        else:
+            array = jnp.broadcast_to(array, (size, *array.shape))
+        return array.reshape(-1, *array.shape[2:])
+
+    results = made.bind(*aligned(*map(folded, operands, dims)), rule=rule)
+    split_up = [
+        jnp.broadcast_to(r, (size, *r.shape)) if r.ndim == 1 else r.reshape(size, -1, *r.shape[1:]) for r in results
+    ]
+    return split_up, [0] * len(results)
+
+
+# `shard_map` wants all operands to vary along the same axes of the mesh. That the transpose of `pcast` is a sum over these
+# gives replicated parameters the gradient of the whole.
+def aligned(*arrays: Array) -> list[Array]:
+    """The arrays, all varying along whatever one of them varies along."""
+    own = [varying(array) for array in arrays]
+    together = frozenset().union(*own)
+    return [
+        array if have == together else cast_varying(array, tuple(together - have))
+        for array, have in zip(arrays, own, strict=True)
+    ]
+
+
+def varying(array: Array) -> frozenset[Any]:
+    """The axes of a mesh along which an array varies, within `shard_map`."""
+    kind: Any = jax.typeof(array)
+    axes = kind.mat.varying if hasattr(kind, "mat") else getattr(kind, "vma", ())
+    return frozenset(axes)
+
+
+def cast_varying(array: Array, axes: tuple[Any, ...]) -> Array:
+    """The array as one that varies along these axes as well."""
+    if hasattr(jax.lax, "pcast"):
+        return jax.lax.pcast(array, axes, to="varying")
+    return jax.lax.pvary(array, axes)
+
+
+forward_p = primitive("batchnorm_forward", forward_avals)
+tangent_p = primitive("batchnorm_tangent", tangent_avals)
+backward_p = primitive("batchnorm_backward", backward_avals)
+
+
+def forward(x: Array, gamma: Array | None, beta: Array | None, residual: Array | None, keep: Array | None, rule: Rule) -> Outputs:
+    """The forward pass of operands of which None are not there."""
+    operands = (x, *map(stand_in, (gamma, beta, residual, keep)))
+    return Outputs(*forward_p.bind(*aligned(*operands), rule=rule))
+
+
+# ---- derivatives --------------------------------------------------------------------------------------------------
+
+
+def instantiated(tangents: Sequence[Any], primals: Sequence[Array]) -> tuple[Array, ...]:
+    """The tangents, zeros as arrays."""
+    return tuple(jnp.zeros_like(p) if type(t) is ad.Zero else t for t, p in zip(tangents, primals, strict=True))
+
+
+def all_zero(tangents: Sequence[Any]) -> bool:
+    """Whether nothing is differentiated."""
+    return all(type(tangent) is ad.Zero for tangent in tangents)
+
+
+def zeros(results: Sequence[Array]) -> list[Any]:
+    """Tangents that are zero."""
+    return [ad.Zero(jax.typeof(result).to_tangent_aval()) for result in results]
+
+
+def forward_jvp(primals: Sequence[Array], tangents: Sequence[Any], *, rule: Rule) -> tuple[Any, Any]:
+    """Only y has a tangent."""
+    results = Outputs(*forward_p.bind(*primals, rule=rule))
+    *operands, keep = primals
+    none = zeros(results)
+    if all_zero(tangents[:4]):
+        return results, none
+    directions = instantiated(tangents[:4], operands)
+    if rule.normalizes_padding and given(keep) is not None:  # gradients reach gamma and beta from padding as well
+        ty = jax.jvp(y_of(keep, rule), tuple(operands), directions)[1]
+    else:
+        statistics = (results.count, results.mean, results.mean_lo, results.rstd)
+        ty = tangent_p.bind(*aligned(*directions, *primals, *statistics), rule=rule)[0]
+    return results, [ty, *none[1:]]
+
+
+def tangent_jvp(primals: Sequence[Array], tangents: Sequence[Any], *, rule: Rule) -> tuple[Any, Any]:
+    """The second derivative of the forward pass, by array code."""
+    results = tangent_p.bind(*primals, rule=rule)
+    directions, operands, rest = primals[:4], primals[4:8], primals[8:]
+    total = zeros(results)[0]
+    if not all_zero(tangents[:4]):
+        linear = instantiated(tangents[:4], directions)
+        total = tangent_p.bind(*aligned(*linear, *operands, *rest), rule=rule)[0]
+    if not all_zero(tangents[4:8]):
+        y = y_of(rest[0], rule)
+
+        def first(*at: Array) -> Array:
+            return jax.jvp(y, at, tuple(directions))[1]  # type: ignore[no-any-return]
+
+        more = jax.jvp(first, tuple(operands), instantiated(tangents[4:8], operands))[1]
+        total = ad.add_tangents(total, more)
+    return results, [total]
+
+
+def backward_jvp(primals: Sequence[Array], tangents: Sequence[Any], *, rule: Rule) -> tuple[Any, Any]:
+    """The derivative of the gradients, by array code."""
+    results = backward_p.bind(*primals, rule=rule)
+    dy, operands, rest = primals[0], primals[1:5], primals[5:]
+    totals = zeros(results)
+    if type(tangents[0]) is not ad.Zero:
+        totals = backward_p.bind(*aligned(tangents[0], *operands, *rest), rule=rule)
+    if not all_zero(tangents[1:5]):
+        y = y_of(rest[0], rule)
+
+        def gradients(*at: Array) -> tuple[Array, ...]:
+            return jax.vjp(y, *at)[1](dy)  # type: ignore[no-any-return]
+
+        more = jax.jvp(gradients, tuple(operands), instantiated(tangents[1:5], operands))[1]
+        totals = [ad.add_tangents(a, b) for a, b in zip(totals, more, strict=True)]
+    return results, totals
+
+
+def tangent_transpose(cotangents: Sequence[Any], *operands: Any, rule: Rule) -> list[Any]:
+    """The gradients, for those tangents that are linear here."""
+    linear = [ad.is_undefined_primal(operand) for operand in operands[:4]]
+    (dy,) = cotangents
+    none: list[Any] = [None] * len(operands)
+    if type(dy) is ad.Zero:
+        return none
+    gradients = backward_p.bind(*aligned(dy, *operands[4:]), rule=rule)
+    return [gradient if is_linear else None for gradient, is_linear in zip(gradients, linear, strict=True)] + none[4:]
+
+
+def backward_transpose(cotangents: Sequence[Any], dy: Any, *operands: Any, rule: Rule) -> list[Any]:
+    """The tangent along the cotangents."""
+    none: list[Any] = [None] * len(operands)
+    if all_zero(cotangents):
+        return [None, *none]
+    directions = instantiated(cotangents, operands[:4])
+    return [tangent_p.bind(*aligned(*directions, *operands), rule=rule)[0], *none]
+
+
+ad.primitive_jvps[forward_p] = forward_jvp
+ad.primitive_jvps[tangent_p] = tangent_jvp
+ad.primitive_jvps[backward_p] = backward_jvp
+ad.primitive_transposes[tangent_p] = tangent_transpose
+ad.primitive_transposes[backward_p] = backward_transpose
+
+
+# ---- lowering -----------------------------------------------------------------------------------------------------
+
+
+def is_partitioned(context: Any) -> bool:
+    """Whether XLA will cut the program up for several devices: it would gather x for a call that it cannot look into."""
+    where = context.module_context.axis_context
+    if isinstance(where, mlir.ShardingContext):
+        return where.num_devices > 1
+    if isinstance(where, mlir.SPMDAxisContext):
+        return set(where.mesh.axis_names) != set(where.manual_axes) and where.mesh.size > 1
+    return False
+
+
+def lowered(plain: Callable[..., Any], native: Callable[..., Any], context: Any, *operands: Any, rule: Rule) -> Any:
+    """The code of a primitive on a CPU."""
+    chosen = plain if is_partitioned(context) else native
+    return chosen(context, *operands, rule=rule)
+
+
+def native_forward(context: Any, *operands: Any, rule: Rule) -> Any:
+    """A call of the C++."""
+    code, slope = activation_code(rule.activation)
+    call = jax.ffi.ffi_lowering("batchnorm_forward")
+    return call(
+        context, *operands, eps=numpy.float64(rule.eps), activation=numpy.int64(code), slope=numpy.float64(slope),
+        normalized_padding=rule.normalizes_padding,
+    )  # fmt: skip
+
+
+def native_backward(context: Any, *operands: Any, rule: Rule) -> Any:
+    """A call of the C++."""
+    code, slope = activation_code(rule.activation)
+    call = jax.ffi.ffi_lowering("batchnorm_backward")
+    return call(context, *operands, activation=numpy.int64(code), slope=numpy.float64(slope))
+
+
+def tuple_of(function: Callable[..., Any]) -> Callable[..., tuple[Any]]:
+    """The function with its one result in a tuple."""
+    return lambda *operands, **options: (function(*operands, **options),)
+
+
+def register() -> None:
+    """Make the primitives known to XLA."""
+    for name, target in _native.xla_targets().items():
+        jax.ffi.register_ffi_target(name, target, platform="cpu")
+    plain_tangent = mlir.lower_fun(tuple_of(partial(tangent_of_y, jacobian=plain_backward)), multiple_results=True)
+    native_tangent = mlir.lower_fun(tuple_of(partial(tangent_of_y, jacobian=backward_p.bind)), multiple_results=True)
+    for made, plain, native in (
+        (forward_p, mlir.lower_fun(plain_forward, multiple_results=True), native_forward),
+        (tangent_p, plain_tangent, native_tangent),
+        (backward_p, mlir.lower_fun(plain_backward, multiple_results=True), native_backward),
+    ):
+        mlir.register_lowering(made, plain)
+        mlir.register_lowering(made, partial(lowered, plain, native), platform="cpu")
+
+
+register()
