@@ -1,7 +1,7 @@
 // The kernels as targets of XLA's foreign function interface on the CPU: arrays are viewed here, and nothing is computed.
 //
-// Arrays are dense and row-major: those of the shape of x are (L, N, C, S), with L lanes that are batch norms of their own,
-// and those with a number for each channel (L, C). What is not there has one dimension. Nothing is checked that the
+// Arrays are dense and row-major: those of the shape of x are (L, N, C, S) or (L, N, C), with L lanes that are batch norms of
+// their own, and those with a number for each channel (L, C). What is not there has one dimension. Nothing is checked that the
 // primitives in kernels/jax.py have put together, but for what would read or write out of bounds.
 #include "xla.hpp"
 
@@ -36,10 +36,11 @@ bool dtype_of(const Buffer& buffer, Dtype& dtype) {
 class Lanes {
  public:
   explicit Lanes(const Buffer& x) {
-    is_valid_ = x.dimensions().size() == 4 && dtype_of(x, problem.dtype);
+    const auto sizes = x.dimensions();
+    is_valid_ = (sizes.size() == 3 || sizes.size() == 4) && dtype_of(x, problem.dtype);
     if (!is_valid_) return;
-    count = x.dimensions()[0];
-    problem.N = x.dimensions()[1], problem.C = x.dimensions()[2], problem.S = x.dimensions()[3];
+    count = sizes[0];
+    problem.N = sizes[1], problem.C = sizes[2], problem.S = sizes.size() == 4 ? sizes[3] : 1;
     is_double_ = problem.dtype == Dtype::float64;
   }
 
@@ -59,11 +60,12 @@ class Lanes {
   // A mask broadcasts over the channels, or has one byte for each element.
   void mask(const Buffer& buffer) {
     if (!is_there(buffer)) return;
-    check(buffer.element_type() == ffi::PRED && buffer.dimensions().size() == 4 && buffer.dimensions()[1] == problem.N &&
-          buffer.dimensions()[3] == problem.S);
+    const auto sizes = buffer.dimensions();
+    check(buffer.element_type() == ffi::PRED && sizes.size() >= 3 && sizes[0] == count && sizes[1] == problem.N);
     if (!is_valid_) return;
-    const int64_t channels = buffer.dimensions()[2];
-    check((channels == 1 || channels == problem.C) && buffer.dimensions()[0] == count);
+    const int64_t channels = sizes[2];
+    check((channels == 1 || channels == problem.C) &&
+          static_cast<int64_t>(buffer.element_count()) == count * problem.N * channels * problem.S);
     Tensor& keep = problem.mask.keep;
     keep = {buffer.untyped_data(), channels * problem.S, channels == 1 ? 0 : problem.S, 1};
     strides_.push_back({&keep.data, channels * problem.N * problem.S});

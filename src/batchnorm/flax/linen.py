@@ -1,6 +1,5 @@
 """The batch norm of `flax.linen`."""
 
-
 import jax
 import jax.numpy as jnp
 from flax import linen

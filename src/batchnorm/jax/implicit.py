@@ -101,7 +101,15 @@ def normalized(
 
 
 def evaluated(
-    options: Options, x: Any, gamma: Any, beta: Any, residual: Any, running: RunningStatistics, masks: Any, *, training: bool
+    options: Options,
+    x: Any,
+    gamma: Any,
+    beta: Any,
+    residual: Any,
+    running: RunningStatistics,
+    masks: Any,
+    *,
+    training: bool,
 ) -> tuple[Any, RunningStatistics]:
     """y, and the state after it if nothing is left of the one before."""
     mask, lengths = masks
@@ -111,7 +119,9 @@ def evaluated(
     )  # fmt: skip
 
 
-def forward(options: Options, x: Any, gamma: Any, beta: Any, residual: Any, running: RunningStatistics, masks: Any) -> Any:
+def forward(
+    options: Options, x: Any, gamma: Any, beta: Any, residual: Any, running: RunningStatistics, masks: Any
+) -> Any:
     """y by the batch, and what `backward` needs."""
     of_batch = options._replace(convention=replace(options.convention, decay=0.0, debias="none"))
 

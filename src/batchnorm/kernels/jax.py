@@ -30,6 +30,8 @@ def refusal(
     for array in large + small:
         if array is not None and (not isinstance(array, jax.Array) or dtype_name(array.dtype) not in FLOATS):
             return f"a {type(array).__name__} of {getattr(array, 'dtype', 'no dtype')} is not an array of JAX"
+        if array is not None and any(axes is not None for axes in jax.typeof(array).sharding.spec):
+            return "an array is cut up over the axes of a mesh"
     if large[0] is not None and large[0].size == 0:
         return "x has no elements"
     return launch.refusal_of_call(large, axes, activation)
@@ -50,6 +52,9 @@ def batch_norm(
     out: Array | None = None,
 ) -> tuple[Array, RunningStatistics]:
     """`functional.batch_norm`, with everything resolved; only the branch that a traced `training` chooses is computed."""
+    if not isinstance(training, bool):  # both branches return a state that varies over devices as x does
+        *fields, _ = aligned(*running, x)
+        running = RunningStatistics(*fields)
     compute = partial(
         batch_norm, x, gamma, beta, running, axes=axes, convention=convention, mask=mask, activation=activation,
         residual=residual, out=out,
@@ -57,7 +62,11 @@ def batch_norm(
     if not isinstance(training, bool):
         y, updated = lax.cond(training, partial(compute, training=True), partial(compute, training=False))
         return y, RunningStatistics(*updated)
-    is_plain = (convention.normalize_with, convention.eps_train, convention.normalize_correction) == ("batch", "inside", 0)
+    is_plain = (convention.normalize_with, convention.eps_train, convention.normalize_correction) == (
+        "batch",
+        "inside",
+        0,
+    )
     if not training or not is_plain or launch.leaves_single_elements(x, axes, mask, training, convention):
         return agnostic.batch_norm(*compute.args, **compute.keywords, training=training)
     keep = elementwise(jnp, mask, x, axes)
@@ -105,9 +114,7 @@ def backward(dy: Array, cache: Cache) -> Gradients:
     dy = cast(jnp, dy, x.dtype).reshape(operands[0].shape)
     results = backward_p.bind(*aligned(dy, *operands, *per_channel), rule=Rule(plan.eps, activation, False))
     arguments = (x, gamma, beta, residual)
-    return Gradients(
-        *(None if a is None else r.reshape(a.shape) for a, r in zip(arguments, results, strict=True))
-    )
+    return Gradients(*(None if a is None else r.reshape(a.shape) for a, r in zip(arguments, results, strict=True)))
 
 
 def moments(x: Array, axes: Axes, mask: Mask) -> Moments:
@@ -116,11 +123,19 @@ def moments(x: Array, axes: Axes, mask: Mask) -> Moments:
 
 
 def forward_of(
-    x: Array, gamma: Array | None, beta: Array | None, residual: Array | None, keep: Array | None, axes: Axes, rule: Rule
+    x: Array,
+    gamma: Array | None,
+    beta: Array | None,
+    residual: Array | None,
+    keep: Array | None,
+    axes: Axes,
+    rule: Rule,
 ) -> jax_primitives.Outputs:
     """The forward pass of arrays of any rank."""
     operands = views(x, gamma, beta, residual, keep, axes)
-    return jax_primitives.forward(operands[0], *map(given, operands[1:]), rule._replace(activation=named(rule.activation)))
+    return jax_primitives.forward(
+        operands[0], *map(given, operands[1:]), rule._replace(activation=named(rule.activation))
+    )
 
 
 def named(activation: str | None) -> str | None:
@@ -131,21 +146,22 @@ def named(activation: str | None) -> str | None:
 def views(
     x: Array, gamma: Array | None, beta: Array | None, residual: Array | None, keep: Array | None, axes: Axes
 ) -> list[Array]:
-    """The operands of a primitive: (L, N, C, S) and (L, C)."""
+    """The operands of a primitive: (L, N, C, S) or (L, N, C), and (L, C)."""
     shape, kept = x.shape, axes.kept
     lanes = shape[0] if has_members(axes) else 1
     own = kept[1:] if has_members(axes) else kept
     first, last = (own[0], own[-1] + 1) if own else (len(shape), len(shape))
     begin = 1 if has_members(axes) else 0
-    sizes = (lanes, *(math.prod(shape[a:b]) for a, b in ((begin, first), (first, last), (last, len(shape)))))
+    L, N, C, S = (lanes, *(math.prod(shape[a:b]) for a, b in ((begin, first), (first, last), (last, len(shape)))))
+    inner = () if S == 1 else (S,)
     if keep is not None:
         # As large as x, but for the channels where it is the same for all of them.
         per_channel = any(keep.shape[axis] != 1 for axis in own)
         expanded = tuple(1 if axis in own and not per_channel else size for axis, size in enumerate(shape))
-        keep = jnp.broadcast_to(keep, expanded).reshape(*sizes[:2], sizes[2] if per_channel else 1, sizes[3])
-    large = [x.reshape(sizes), *(None if a is None else a.reshape(lanes, sizes[2]) for a in (gamma, beta))]
-    large.append(None if residual is None else residual.reshape(sizes))
-    return [stand_in(array) for array in (*large, keep)]
+        keep = jnp.broadcast_to(keep, expanded).reshape(L, N, C if per_channel else 1, *inner)
+    parameters = (None if array is None else array.reshape(L, C) for array in (gamma, beta))
+    x, residual = (None if array is None else array.reshape(L, N, C, *inner) for array in (x, residual))
+    return [stand_in(array) for array in (x, *parameters, residual, keep)]
 
 
 class Across:

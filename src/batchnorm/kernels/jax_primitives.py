@@ -8,8 +8,8 @@ The derivative of the forward pass is `tangent`, whose transpose is `backward`, 
 Jacobian with respect to x, is symmetric, so that one kernel computes both. Derivatives of those two with respect to x are
 of plain array code. So all of JAX's transformations work, in any order, and on a CPU the C++ computes what they end in.
 
-Arrays of the shape of x are (L, N, C, S), with L lanes that are batch norms of their own, to which `vmap` adds; those
-with a number for each channel are (L, C); what is not there has one dimension and no elements. Statistics come out
+Arrays of the shape of x are (L, N, C, S), or (L, N, C) where S is 1, with L lanes that are batch norms of their own, to
+which `vmap` adds; those with a number for each channel are (L, C); what is not there has one dimension and no elements. Statistics come out
 without derivatives of their own: they are functions of x, and what depends on them has taken that into account.
 """
 
@@ -35,7 +35,7 @@ from batchnorm.kernels import agnostic
 from batchnorm.kernels.agnostic import Cache, Plan
 from batchnorm.kernels.launch import activation_code
 
-AXES = split((0, 2), 4)
+AXES = {ndim: split((0, 2), ndim) for ndim in (3, 4)}  # XLA's loops over a last axis of one element are slow
 
 
 class Rule(NamedTuple):
@@ -79,9 +79,9 @@ def plain_forward(x: Array, gamma: Array, beta: Array, residual: Array, keep: Ar
     """The forward pass."""
     scale, shift, addend, mask = map(given, (gamma, beta, residual, keep))
     masked_output: Any = "normalized" if rule.normalizes_padding else "zero"
-    batch = measure(jnp, x, AXES, mask)
+    batch = measure(jnp, x, AXES[x.ndim], mask)
     statistics = statistics_of_batch(jnp, batch, rule.eps)
-    z = agnostic.normalized(jnp, x, AXES, statistics, scale, shift, mask, masked_output)
+    z = agnostic.normalized(jnp, x, AXES[x.ndim], statistics, scale, shift, mask, masked_output)
     y = agnostic.finish(jnp, z, x, mask, masked_output, rule.activation, addend)
     return Outputs(y, batch.mean, batch.mean_lo, batch.m2, statistics.rstd, batch.count.astype(jnp.int32))
 
@@ -91,7 +91,7 @@ def plain_backward(
     mean_lo: Array, rstd: Array, *, rule: Rule,
 ) -> tuple[Array, ...]:  # fmt: skip
     """The gradients of x, gamma, beta and residual."""
-    plan = Plan(AXES, rule.activation or "identity", rule.eps)
+    plan = Plan(AXES[x.ndim], rule.activation or "identity", rule.eps)
     cache = Cache(x, *map(given, (gamma, beta, residual, keep)), Statistics(mean, mean_lo, rstd), count, plan)
     return tuple(map(stand_in, agnostic.backward(dy, cache)))
 
@@ -106,14 +106,14 @@ def tangent_of_y(
     operands = aligned(tx, x, gamma, none, none, keep, count, mean, mean_lo, rstd)
     total = jacobian(*operands, rule=rule._replace(activation=None))[0].astype(rstd.dtype)
     if given(gamma) is not None:
-        xhat = agnostic.normalized(jnp, x, AXES, statistics, None, None, mask, "zero")
-        total += xhat * AXES.spread_out(jnp, tgamma.astype(rstd.dtype))
+        xhat = agnostic.normalized(jnp, x, AXES[x.ndim], statistics, None, None, mask, "zero")
+        total += xhat * AXES[x.ndim].spread_out(jnp, tgamma.astype(rstd.dtype))
     if given(beta) is not None:
-        total += AXES.spread_out(jnp, tbeta.astype(rstd.dtype))
+        total += AXES[x.ndim].spread_out(jnp, tbeta.astype(rstd.dtype))
     if given(residual) is not None:
         total += tresidual.astype(rstd.dtype)
     if rule.activation is not None:
-        z = agnostic.normalized(jnp, x, AXES, statistics, given(gamma), given(beta), mask, "zero")
+        z = agnostic.normalized(jnp, x, AXES[x.ndim], statistics, given(gamma), given(beta), mask, "zero")
         if given(residual) is not None:
             z += agnostic.read(jnp, residual, mask, "zero").astype(z.dtype)
         total *= activations.find(rule.activation).derivative(jnp, z)
@@ -230,7 +230,9 @@ tangent_p = primitive("batchnorm_tangent", tangent_avals)
 backward_p = primitive("batchnorm_backward", backward_avals)
 
 
-def forward(x: Array, gamma: Array | None, beta: Array | None, residual: Array | None, keep: Array | None, rule: Rule) -> Outputs:
+def forward(
+    x: Array, gamma: Array | None, beta: Array | None, residual: Array | None, keep: Array | None, rule: Rule
+) -> Outputs:
     """The forward pass of operands of which None are not there."""
     operands = (x, *map(stand_in, (gamma, beta, residual, keep)))
     return Outputs(*forward_p.bind(*aligned(*operands), rule=rule))

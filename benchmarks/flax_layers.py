@@ -1,0 +1,97 @@
+"""`batchnorm.flax.linen.BatchNorm` against `flax.linen.BatchNorm` under `jax.jit`, with parameters and statistics.
+
+    python -m benchmarks.flax_layers            # ResNet-50's shapes up to 32 MB; some three minutes on two cores
+
+Training forward, and forward and backward, without and with a ReLU, in NHWC and in NCHW (`axis=1`). The two take turns
+in one process (see README.md); x and dy are read before each turn, and all results are returned.
+"""
+
+import argparse
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import linen
+
+from batchnorm.flax import linen as ours
+from benchmarks.cases import Case, all_cases
+from benchmarks.contestants import Contestant
+from benchmarks.timing import Effort, race, warm_up
+
+OPERATIONS = ("forward", "forward+backward", "relu")
+
+
+def layer_step(layer: Any, operation: str, x: jax.Array, dy: jax.Array, activation: Any) -> Callable[[], object]:
+    """y, the statistics after it and, where they are asked for, all gradients."""
+    variables = layer.init(jax.random.key(0), x, use_running_average=False)
+
+    def forward(parameters: Any, x: jax.Array) -> Any:
+        state = {"params": parameters, "batch_stats": variables["batch_stats"]}
+        y, updated = layer.apply(state, x, use_running_average=False, mutable=["batch_stats"])
+        return activation(y), updated
+
+    @jax.jit
+    def both(parameters: Any, x: jax.Array, dy: jax.Array) -> Any:
+        y, pull, updated = jax.vjp(forward, parameters, x, has_aux=True)
+        return y, updated, pull(dy)
+
+    compiled = jax.jit(forward)
+
+    def run() -> object:
+        results = compiled(variables["params"], x) if operation == "forward" else both(variables["params"], x, dy)
+        return jax.block_until_ready(results)
+
+    return run
+
+
+def ratio(case: Case, effort: Effort) -> tuple[float, float]:
+    """The median of ours in microseconds, and Flax's over it."""
+    generator = np.random.default_rng(0)
+    shape, axis = case.shape, 1
+    if case.layout == "channels-last":
+        shape, axis = (shape[0], *shape[2:], shape[1]), -1
+    x, dy = (jnp.asarray(generator.normal(0.5, 2, shape), case.dtype) for _ in range(2))
+    read = jax.jit(lambda x, dy: (x.sum(), dy.sum()))
+    relu = case.operation == "relu"
+    contestants = [
+        Contestant(
+            "ours",
+            layer_step(
+                ours.BatchNorm(axis=axis, activation="relu" if relu else None), case.operation, x, dy, lambda y: y
+            ),
+        ),
+        Contestant(
+            "Flax", layer_step(linen.BatchNorm(axis=axis), case.operation, x, dy, jax.nn.relu if relu else lambda y: y)
+        ),
+    ]
+    contestants = [
+        Contestant(c.name, c.run, settle=partial(lambda: jax.block_until_ready(read(x, dy)))) for c in contestants
+    ]
+    estimates = {contestant.name: warm_up(contestant) for contestant in contestants}
+    timings = race(contestants, case, effort, estimates)
+    return timings["ours"].p50, timings["Flax"].p50 / timings["ours"].p50
+
+
+def main() -> None:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--seconds", type=float, default=1.5, help="of calls for each case (1.5)")
+    effort = Effort(seconds=parser.parse_args().seconds)
+    print(f"JAX {jax.__version__}; how many times as fast ours is")
+    ratios: dict[tuple[str, str], list[float]] = {}
+    for case in all_cases():
+        if not case.is_in_grid or case.operation not in OPERATIONS or case.dtype != "float32":
+            continue
+        micros, times = ratio(case, effort)
+        ratios.setdefault((case.operation, case.layout), []).append(times)
+        print(f"{case.operation:17} {case.layout:14} {case.shape!s:20} {micros:9,.0f} us {times:6.2f}", flush=True)
+    for (operation, layout), values in ratios.items():
+        mean = np.exp(np.log(values).mean())
+        print(f"{operation} {layout}: {mean:.2f} on average, least {min(values):.2f}")
+
+
+if __name__ == "__main__":
+    main()

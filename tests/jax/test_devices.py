@@ -1,0 +1,190 @@
+"""A batch that is spread over several (simulated) devices: the result of the whole, whatever each part holds."""
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import linen
+from jax.sharding import AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+import batchnorm as bn
+import batchnorm.jax as bnj
+
+RNG = np.random.default_rng(9)
+X, DY = (jnp.asarray(RNG.normal(3, 2, (16, 5, 3)), jnp.float32) for _ in range(2))
+GAMMA, BETA = (jnp.asarray(RNG.uniform(0.5, 1.5, 3), jnp.float32) for _ in range(2))
+RUNNING = bn.RunningStatistics.initial(3, "flax", like=X)
+ALL = (0, 1, 2)
+
+
+def mesh_of(devices, kind=AxisType.Auto):
+    return jax.make_mesh((devices,), ("d",), axis_types=(kind,), devices=jax.devices()[:devices])
+
+
+def step(x, gamma, beta, mask=None, **options):
+    options = {"training": True, "activation": "silu", "masked_output": "zero"} | options
+    return bnj.batch_norm(x, gamma, beta, RUNNING, mask=mask, **options)
+
+
+def total(x, gamma, beta, dy, mask=None, **options):
+    return jnp.sum(step(x, gamma, beta, mask, **options)[0] * dy)
+
+
+EXPECTED = step(X, GAMMA, BETA)
+GRADIENTS = jax.grad(total, argnums=ALL)(X, GAMMA, BETA, DY)
+
+
+def check(results, expected, tolerance=2e-5):
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=0, atol=tolerance), results, expected)
+
+
+@pytest.mark.parametrize("devices", [2, 8])
+def test_shard_map(devices):
+    mesh = mesh_of(devices)
+    in_specs = (P("d"), P(), P())
+    sharded = jax.shard_map(partial(step, axis_name="d"), mesh=mesh, in_specs=in_specs, out_specs=(P("d"), P()))
+    check(jax.jit(sharded)(X, GAMMA, BETA), EXPECTED)
+
+    def loss(x, gamma, beta, dy):
+        return jax.lax.psum(total(x, gamma, beta, dy, axis_name="d"), "d")
+
+    in_specs = (*in_specs, P("d"))
+    outside = jax.grad(jax.shard_map(loss, mesh=mesh, in_specs=in_specs, out_specs=P()), argnums=ALL)
+    inside = jax.shard_map(jax.grad(loss, argnums=ALL), mesh=mesh, in_specs=in_specs, out_specs=(P("d"), P(), P()))
+    for gradients in (outside, inside):
+        check(jax.jit(gradients)(X, GAMMA, BETA, DY), GRADIENTS, 1e-4)
+
+
+def test_statistics_of_each_device():
+    """Without axis_name each normalises its own part, by the kernels; replicated parameters get the sum of gradients."""
+    mesh, in_specs = mesh_of(8), (P("d"), P(), P())
+    sharded = jax.jit(jax.shard_map(lambda *a: step(*a)[0], mesh=mesh, in_specs=in_specs, out_specs=P("d")))
+    check(sharded(X, GAMMA, BETA), jnp.concatenate([step(part, GAMMA, BETA)[0] for part in jnp.split(X, 8)]))
+    assert "batchnorm_forward" in sharded.lower(X, GAMMA, BETA).compile().as_text()
+
+    def loss(x, gamma, beta, dy):
+        return jax.lax.psum(total(x, gamma, beta, dy), "d")
+
+    gradients = jax.grad(jax.shard_map(loss, mesh=mesh, in_specs=(*in_specs, P("d")), out_specs=P()), argnums=ALL)
+    parts = list(zip(jnp.split(X, 8), jnp.split(DY, 8), strict=True))
+    expected = jax.grad(lambda x, g, b: sum(total(x_, g, b, dy) for x_, dy in parts), argnums=(1, 2))(X, GAMMA, BETA)
+    check(jax.jit(gradients)(X, GAMMA, BETA, DY)[1:], expected, 1e-4)
+
+
+def test_traced_flag_in_shard_map():
+    for options in ({}, {"axis_name": "d"}):
+        sharded = jax.shard_map(
+            lambda x, flag, o=options: step(x, GAMMA, BETA, training=flag, **o)[0],
+            mesh=mesh_of(2), in_specs=(P("d"), P()), out_specs=P("d"),
+        )  # fmt: skip
+        y = jax.jit(sharded)(X, jnp.asarray(True))
+        whole = EXPECTED[0] if options else jnp.concatenate([step(x, GAMMA, BETA)[0] for x in jnp.split(X, 2)])
+        check(y, whole)
+        check(jax.jit(sharded)(X, jnp.asarray(False)), step(X, GAMMA, BETA, training=False)[0])
+
+
+@pytest.mark.parametrize("devices", [2, 8])
+def test_automatic_sharding(devices):
+    """XLA cuts array code up, with sums over the devices; a call of the kernels would have all of x on each."""
+    spread_out = NamedSharding(mesh_of(devices), P("d"))
+    x, dy = (jax.device_put(array, spread_out) for array in (X, DY))
+    check(jax.jit(step)(x, GAMMA, BETA), EXPECTED)
+    check(step(x, GAMMA, BETA), EXPECTED)  # without jit
+    gradients = jax.jit(jax.grad(total, argnums=ALL))
+    check(gradients(x, GAMMA, BETA, dy), GRADIENTS, 1e-4)
+    text = gradients.lower(x, GAMMA, BETA, dy).compile().as_text()
+    assert "all-reduce" in text
+    assert "all-gather" not in text
+    assert "batchnorm_forward" not in text
+
+
+@pytest.mark.parametrize("devices", [2, 8])
+def test_explicit_sharding(devices):
+    mesh = mesh_of(devices, AxisType.Explicit)
+    with jax.set_mesh(mesh):
+        x, dy = (jax.device_put(array, NamedSharding(mesh, P("d"))) for array in (X, DY))
+        check(jax.jit(step)(x, GAMMA, BETA), EXPECTED)
+        check(jax.jit(jax.grad(total, argnums=ALL))(x, GAMMA, BETA, dy), GRADIENTS, 1e-4)
+        with pytest.raises(ValueError, match="cut up over the axes of a mesh"):
+            step(x, GAMMA, BETA, kernel="native")
+
+
+@pytest.mark.parametrize("devices", [2, 8])
+def test_pmap(devices):
+    x, dy = (array.reshape(devices, -1, 5, 3) for array in (X, DY))
+    y, running = jax.pmap(partial(step, axis_name="d"), axis_name="d", in_axes=(0, None, None))(x, GAMMA, BETA)
+    check(y.reshape(X.shape), EXPECTED[0])
+    check(jax.tree.map(lambda value: value[devices - 1], running), EXPECTED[1])
+    own = jax.pmap(lambda x: step(x, GAMMA, BETA)[0])(x)
+    check(own[1], step(x[1], GAMMA, BETA)[0])
+
+    def gradient(x, dy):
+        return jax.grad(lambda x: jax.lax.psum(total(x, GAMMA, BETA, dy, axis_name="d"), "d"))(x)
+
+    dx = jax.pmap(gradient, axis_name="d")(x, dy).reshape(X.shape)
+    check(dx / np.linalg.norm(dx), GRADIENTS[0] / np.linalg.norm(GRADIENTS[0]), 1e-5)  # pmap sums psum's cotangents
+
+
+def test_groups_of_devices():
+    groups = [[0, 1, 2, 3], [4, 5, 6, 7]]
+    parts = jax.pmap(
+        lambda x: step(x, GAMMA, BETA, axis_name="d", axis_index_groups=groups)[0], axis_name="d"
+    )(X.reshape(8, 2, 5, 3))  # fmt: skip
+    check(parts.reshape(X.shape), jnp.concatenate([step(half, GAMMA, BETA)[0] for half in jnp.split(X, 2)]))
+
+
+def uneven():
+    """Some devices with all of their examples, some with one element, some with none, some with NaN in the rest."""
+    mask = np.zeros((16, 5, 1), bool)
+    mask[:4], mask[5, 0], mask[9, 1:] = True, True, True
+    return jnp.asarray(mask)
+
+
+@pytest.mark.parametrize("devices", [2, 8])
+def test_parts_of_different_sizes(devices):
+    """By counts: Flax's mean over the devices is that of no batch (flax#2417), and NaN where one has nothing."""
+    mask = uneven()
+    x = jnp.where(mask, X, jnp.nan)
+    expected = step(X, GAMMA, BETA, mask)
+    mesh, specs = mesh_of(devices), (P("d"), P(), P(), P("d"))
+    sharded = jax.shard_map(partial(step, axis_name="d"), mesh=mesh, in_specs=specs, out_specs=(P("d"), P()))
+    check(jax.jit(sharded)(x, GAMMA, BETA, mask), expected)
+
+    def loss(x, gamma, beta, mask, dy):
+        return jax.lax.psum(total(x, gamma, beta, dy, mask, axis_name="d"), "d")
+
+    gradients = jax.grad(jax.shard_map(loss, mesh=mesh, in_specs=(*specs, P("d")), out_specs=P()), argnums=ALL)
+    exact = jax.grad(total, argnums=ALL)(jnp.where(mask, X, 0.0), GAMMA, BETA, DY, mask)
+    check(jax.jit(gradients)(x, GAMMA, BETA, mask, DY), exact, 1e-4)
+
+    layer = linen.BatchNorm(use_running_average=False, axis_name="d", momentum=0.99)
+    variables = layer.init(jax.random.key(0), X)
+    theirs = jax.shard_map(
+        lambda x, mask: layer.apply(variables, x, mask=mask, mutable=["batch_stats"])[1]["batch_stats"]["mean"],
+        mesh=mesh, in_specs=(P("d"), P("d")), out_specs=P(),
+    )(X, mask)  # fmt: skip
+    wrong = np.abs(np.asarray(theirs) - expected[1].mean).max()
+    assert wrong > 1e-3 or np.isnan(wrong), "Flax's layer weights the devices alike"
+
+
+def test_an_empty_batch_on_every_device():
+    sharded = jax.shard_map(
+        partial(step, axis_name="d"), mesh=mesh_of(2), in_specs=(P("d"), P(), P(), P("d")), out_specs=(P("d"), P())
+    )
+    y, running = sharded(X, GAMMA, BETA, jnp.zeros((16, 5, 1), bool))
+    assert not y.any()
+    check(running, RUNNING)
+
+
+@pytest.mark.parametrize("mean", [1e3, 1e4])
+def test_large_means_over_devices(mean):
+    x = np.asarray(RNG.normal(mean, 1, (16, 10, 3)), np.float32)
+    wide = x.astype(np.float64)
+    exact = (wide - wide.mean((0, 1))) / np.sqrt(wide.var((0, 1)) + 1e-5)
+    sharded = jax.shard_map(
+        lambda x: bnj.batch_norm(x, training=True, axis_name="d")[0], mesh=mesh_of(8), in_specs=P("d"), out_specs=P("d")
+    )
+    np.testing.assert_allclose(jax.jit(sharded)(x), exact, rtol=0, atol=1e-5)
