@@ -34,7 +34,7 @@ def contestant(case: Case, arrays: Arrays) -> Contestant:
             function, arguments = jax.jit(partial(_with_gradients, forward)), (_array(case, arrays.dy), *arguments)
 
     def run() -> Any:
-        return jax.block_until_ready(function(*arguments))  # type: ignore[no-untyped-call]
+        return jax.block_until_ready(function(*arguments))
 
     return Contestant(JAX, run, partial(_unpack, case), settle=partial(settle, arguments))
 

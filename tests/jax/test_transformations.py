@@ -41,7 +41,19 @@ ALL = (0, 1, 2)
         lambda f: jax.grad(lambda *a: jax.jvp(f, a, a)[1], argnums=ALL),
         lambda f: jax.grad(jax.checkpoint(f), argnums=ALL),
     ],
-    ids="grad value_and_grad vjp jvp linearize jacfwd hessian mixed grad_of_grad grad_of_jvp remat".split(),
+    ids=[
+        "grad",
+        "value_and_grad",
+        "vjp",
+        "jvp",
+        "linearize",
+        "jacfwd",
+        "hessian",
+        "mixed",
+        "grad_of_grad",
+        "grad_of_jvp",
+        "remat",
+    ],
 )
 def test_derivatives(transform):
     ours, theirs = (jax.jit(transform(f))(*ARGUMENTS) for f in (loss, plain))

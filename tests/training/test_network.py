@@ -106,7 +106,7 @@ def test_the_running_statistics_follow_the_batches(tiny, framework):
     network.step(*batch(tiny, 0))
     mean, spread = (
         next(array for name, array in network.state().items() if "norm_conv1" in name and name.endswith(statistic))
-        for statistic in ("mean", "spread")
+        for statistic in ("mean", "var")
     )
     np.testing.assert_allclose(mean, (1 - DECAY) * before.mean(0), rtol=1e-4, atol=1e-6)
     np.testing.assert_allclose(spread, DECAY + (1 - DECAY) * before.var(0), rtol=1e-4)

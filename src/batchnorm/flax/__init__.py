@@ -1,4 +1,4 @@
-"""Batch norm for Flax: `linen.BatchNorm` and `nnx.BatchNorm`, with the constructors, calls and variables of Flax's own."""
+"""Batch norm for Flax: `linen.BatchNorm` and `nnx.BatchNorm`, as Flax's own are made, called and stored."""
 
 from batchnorm.flax import linen, nnx
 

@@ -3,6 +3,7 @@
 import jax
 import jax.numpy as jnp
 from flax import linen
+from flax.linen.dtypes import canonicalize_dtype
 from flax.linen.module import compact, merge_param
 
 from batchnorm.flax.layer import evaluated, normalized_axes
@@ -14,8 +15,8 @@ class BatchNorm(linen.BatchNorm):
 
         y = activation(scale * (x - mean) / sqrt(var + epsilon) + bias + residual)
 
-    Attributes, variables (`params`: scale, bias; `batch_stats`: mean, var) and results are those of Flax's layer, so that
-    checkpoints load either way. Other than there:
+    Attributes, variables (`params`: scale, bias; `batch_stats`: mean, var) and results are those of Flax's layer, so
+    that checkpoints load either way. Other than there:
 
     - Variances do not cancel: `use_fast_variance` has no effect.
     - A batch whose statistics are not finite, or in which nothing counts, leaves the running statistics as they are.
@@ -64,10 +65,10 @@ class BatchNorm(linen.BatchNorm):
         given = [array for array in (x, scale, bias) if array is not None]
         y, statistics = evaluated(
             x, scale, bias, (mean.value, var.value), training=not use_running_average, axes=axes,
-            momentum=self.momentum, epsilon=self.epsilon, dtype=linen.dtypes.canonicalize_dtype(*given, dtype=self.dtype),
+            momentum=self.momentum, epsilon=self.epsilon, dtype=canonicalize_dtype(*given, dtype=self.dtype),
             axis_name=None if self.is_initializing() else self.axis_name, axis_index_groups=self.axis_index_groups,
             mask=mask, lengths=lengths, activation=self.activation, residual=residual,
         )  # fmt: skip
         if not use_running_average and not self.is_initializing():
-            mean.value, var.value = (new.astype(dtype) for new in statistics)
+            mean.value, var.value = statistics
         return y

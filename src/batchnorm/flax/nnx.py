@@ -5,6 +5,7 @@ from typing import Any
 import jax
 from flax import nnx
 from flax.nnx.module import first_from
+from flax.nnx.nn.dtypes import canonicalize_dtype
 
 from batchnorm.flax.layer import evaluated, normalized_axes
 from batchnorm.functional import Activation
@@ -54,10 +55,11 @@ class BatchNorm(nnx.BatchNorm):
         axes = normalized_axes(self.axis, x.ndim)
         statistics = self.mean[...], self.var[...]
         scale, bias = (None if parameter is None else parameter[...] for parameter in (self.scale, self.bias))
-        promoted, *_ = self.promote_dtype((x, *statistics, scale, bias), dtype=self.dtype)
+        promoted = self.promote_dtype((x, *statistics, scale, bias), dtype=self.dtype)
+        given = [array for array in (promoted[0], *promoted[3:]) if array is not None]
         y, updated = evaluated(
             x, scale, bias, statistics, training=not use_running_average, axes=axes, momentum=self.momentum,
-            epsilon=self.epsilon, dtype=promoted.dtype, axis_name=self.axis_name,
+            epsilon=self.epsilon, dtype=canonicalize_dtype(*given, dtype=self.dtype), axis_name=self.axis_name,
             axis_index_groups=self.axis_index_groups, mask=mask, lengths=lengths, activation=self.activation,
             residual=residual,
         )  # fmt: skip

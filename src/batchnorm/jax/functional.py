@@ -5,6 +5,8 @@ from functools import partial
 from typing import Any
 
 import jax
+import jax.numpy as jnp
+import numpy
 
 from batchnorm.arguments import check_array
 from batchnorm.convention import Convention, MaskedOutput, Single
@@ -85,6 +87,9 @@ def batch_norm(
         >>> y.round(3).tolist(), running.mean.round(3).tolist()
         ([[-1.0, -1.0], [1.0, 1.0]], [0.20000000298023224, 2.0])
     """
+    x, gamma, beta, mask, lengths, residual = map(in_jax, (x, gamma, beta, mask, lengths, residual))
+    if isinstance(running, RunningStatistics):
+        running = RunningStatistics(*map(in_jax, running))
     check_array("x", x)
     choose: Callable[..., Any] = partial(select, kernel)
     if axis_name is not None and training is not False:
@@ -97,3 +102,8 @@ def batch_norm(
         axis=axis, mask=mask, lengths=lengths, activation=activation, residual=residual, out=None, choose=choose,
     )  # fmt: skip
     return y, RunningStatistics(*(jax.lax.stop_gradient(value) for value in updated))
+
+
+def in_jax(array: Any) -> Any:
+    """NumPy's arrays as JAX's own functions take them, anything else as it is."""
+    return jnp.asarray(array) if isinstance(array, numpy.ndarray) else array

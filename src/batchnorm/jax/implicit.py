@@ -1,8 +1,8 @@
 """Batch norm without a training flag: to differentiate it is to train.
 
-Called plainly it normalises by the running statistics. Differentiated, it normalises by the batch, and the "gradient" of
-the running statistics is the batch's statistics, for the optimizer to average: `running_average`. The idea is that of the
-Zygote layer whose convention is called `zygote-seed`.
+Called plainly it normalises by the running statistics. Differentiated, it normalises by the batch, and the "gradient"
+of the running statistics is the batch's statistics, for the optimizer to average: `running_average`. The idea is that
+of the Zygote layer whose convention is called `zygote-seed`.
 """
 
 from dataclasses import replace
@@ -41,9 +41,9 @@ def implicit_batch_norm(
         differentiated   y and the gradients of training; the "gradient" of `running` is
                          RunningStatistics(mean(x), var(x), steps=1)
 
-    whatever the loss is. These gradients add up, over calls and micro-batches, and their `steps` say of how many batches
-    they are the sum: `running_average` divides by that. A batch whose statistics are not finite contributes nothing but
-    `skipped=1`.
+    whatever the loss is. These gradients add up, over calls and micro-batches, and their `steps` say of how many
+    batches they are the sum: `running_average` divides by that. A batch whose statistics are not finite contributes
+    nothing but `skipped=1`.
 
     Args:
         x: float16, bfloat16, float32 or float64, of any rank >= 1.
@@ -130,10 +130,9 @@ def forward(
 
     y, pull, batch = jax.vjp(train, x, gamma, beta, residual, has_aux=True)
     accepted = batch.steps - running.steps
-    statistics = RunningStatistics(
-        *(jnp.where(accepted > 0, value, 0.0) for value in batch[:2]), accepted, jnp.zeros_like(batch.weight),
-        batch.skipped - running.skipped,
-    )  # fmt: skip
+    mean, spread = (jnp.where(accepted > 0, value, 0.0) for value in batch[:2])
+    skipped = batch.skipped - running.skipped
+    statistics = RunningStatistics(mean, spread, accepted, jnp.zeros_like(batch.weight), skipped)
     return y, (pull, statistics, (x, gamma, beta, residual, running), masks)
 
 
@@ -198,11 +197,11 @@ def running_average(decay: float | None) -> optax.GradientTransformation:
         batches = gradient.steps
         number = jnp.maximum(batches, 1)
         weight = 1.0 - decay if decay is not None else batches / jnp.maximum(running.steps + batches, 1)
-        changes = (
+        mean, spread = (
             jnp.where(batches > 0, weight * (value / number - old), 0.0)
             for value, old in zip(gradient[:2], running[:2], strict=True)
         )
-        return RunningStatistics(*changes, batches, jnp.zeros_like(running.weight), gradient.skipped)
+        return RunningStatistics(mean, spread, batches, jnp.zeros_like(running.weight), gradient.skipped)
 
     return optax.GradientTransformation(lambda parameters: optax.EmptyState(), update)
 

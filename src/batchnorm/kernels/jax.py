@@ -51,7 +51,7 @@ def batch_norm(
     residual: Array | None,
     out: Array | None = None,
 ) -> tuple[Array, RunningStatistics]:
-    """`functional.batch_norm`, with everything resolved; only the branch that a traced `training` chooses is computed."""
+    """`functional.batch_norm`, with everything resolved; of a traced `training`, only the branch that it chooses."""
     if not isinstance(training, bool):  # both branches return a state that varies over devices as x does
         *fields, _ = aligned(*running, x)
         running = RunningStatistics(*fields)
@@ -106,13 +106,13 @@ def forward(
 def backward(dy: Array, cache: Cache) -> Gradients:
     """`functional.backward`."""
     x, gamma, beta, residual, mask, statistics, count, plan = cache
-    axes, activation = plan.axes, None if plan.activation == "identity" else plan.activation
+    axes = plan.axes
     keep = elementwise(jnp, mask, x, axes)
     operands = views(x, gamma, beta, residual, keep, axes)
     channels = (operands[0].shape[0], operands[0].shape[2])
     per_channel = (jnp.reshape(array, channels) for array in (count, *statistics))
     dy = cast(jnp, dy, x.dtype).reshape(operands[0].shape)
-    results = backward_p.bind(*aligned(dy, *operands, *per_channel), rule=Rule(plan.eps, activation, False))
+    results = backward_p.bind(*aligned(dy, *operands, *per_channel), rule=Rule(plan.eps, named(plan.activation), False))
     arguments = (x, gamma, beta, residual)
     return Gradients(*(None if a is None else r.reshape(a.shape) for a, r in zip(arguments, results, strict=True)))
 
@@ -132,14 +132,15 @@ def forward_of(
     rule: Rule,
 ) -> jax_primitives.Outputs:
     """The forward pass of arrays of any rank."""
-    operands = views(x, gamma, beta, residual, keep, axes)
-    return jax_primitives.forward(
-        operands[0], *map(given, operands[1:]), rule._replace(activation=named(rule.activation))
-    )
+    view, *others = views(x, gamma, beta, residual, keep, axes)
+    scale, shift, addend, mask = map(given, others)
+    rule = rule._replace(activation=named(rule.activation))
+    return jax_primitives.forward(view, scale, shift, addend, mask, rule)
 
 
-def named(activation: str | None) -> str | None:
-    """The activation, None for one that does nothing."""
+def named(activation: ActivationLike) -> str | None:
+    """The name of the activation, None for one that does nothing."""
+    assert not callable(activation)
     return None if activation == "identity" else activation
 
 

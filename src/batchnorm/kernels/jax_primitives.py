@@ -5,12 +5,14 @@
     backward     dx, dgamma, dbeta, dresidual                                          linear in dy
 
 The derivative of the forward pass is `tangent`, whose transpose is `backward`, whose transpose is `tangent`; J, the
-Jacobian with respect to x, is symmetric, so that one kernel computes both. Derivatives of those two with respect to x are
-of plain array code. So all of JAX's transformations work, in any order, and on a CPU the C++ computes what they end in.
+Jacobian with respect to x, is symmetric, so that one kernel computes both. Derivatives of those two with respect to x
+are those of array code. So all of JAX's transformations work, in any order, and on a CPU the C++ computes what they end
+in.
 
 Arrays of the shape of x are (L, N, C, S), or (L, N, C) where S is 1, with L lanes that are batch norms of their own, to
-which `vmap` adds; those with a number for each channel are (L, C); what is not there has one dimension and no elements. Statistics come out
-without derivatives of their own: they are functions of x, and what depends on them has taken that into account.
+which `vmap` adds; those with a number for each channel are (L, C); what is not there has one dimension and no elements.
+Statistics come out without derivatives of their own: they are functions of x, and what depends on them has taken that
+into account.
 """
 
 from collections.abc import Callable, Sequence
@@ -92,7 +94,8 @@ def plain_backward(
 ) -> tuple[Array, ...]:  # fmt: skip
     """The gradients of x, gamma, beta and residual."""
     plan = Plan(AXES[x.ndim], rule.activation or "identity", rule.eps)
-    cache = Cache(x, *map(given, (gamma, beta, residual, keep)), Statistics(mean, mean_lo, rstd), count, plan)
+    scale, shift, addend, mask = map(given, (gamma, beta, residual, keep))
+    cache = Cache(x, scale, shift, addend, mask, Statistics(mean, mean_lo, rstd), count, plan)
     return tuple(map(stand_in, agnostic.backward(dy, cache)))
 
 
@@ -122,7 +125,11 @@ def tangent_of_y(
 
 def y_of(keep: Array, rule: Rule) -> Callable[..., Array]:
     """y as a function of x, gamma, beta and residual alone, through whose statistics derivatives go."""
-    return lambda *operands: plain_forward(*operands, keep, rule=rule).y
+
+    def y(x: Array, gamma: Array, beta: Array, residual: Array) -> Array:
+        return plain_forward(x, gamma, beta, residual, keep, rule=rule).y
+
+    return y
 
 
 # ---- primitives ---------------------------------------------------------------------------------------------------
@@ -147,7 +154,8 @@ def aval(like: ShapedArray, shape: Sequence[int], dtype: Any) -> ShapedArray:
     """An abstract array that lies where another does."""
     spec = like.sharding.spec if len(shape) == like.ndim else PartitionSpec(*(None,) * len(shape))
     sharding = NamedSharding(like.sharding.mesh, spec)
-    return like.update(shape=tuple(shape), dtype=jnp.dtype(dtype), weak_type=False, sharding=sharding)
+    made: ShapedArray = like.update(shape=tuple(shape), dtype=jnp.dtype(dtype), weak_type=False, sharding=sharding)
+    return made
 
 
 def statistics_dtype(x: Any) -> Any:
@@ -199,8 +207,8 @@ def fold_lanes(
     return split_up, [0] * len(results)
 
 
-# `shard_map` wants all operands to vary along the same axes of the mesh. That the transpose of `pcast` is a sum over these
-# gives replicated parameters the gradient of the whole.
+# `shard_map` wants all operands to vary along the same axes of the mesh. That the transpose of `pcast` is a sum over
+# these gives replicated parameters the gradient of the whole.
 def aligned(*arrays: Array) -> list[Array]:
     """The arrays, all varying along whatever one of them varies along."""
     own = [varying(array) for array in arrays]
@@ -222,7 +230,7 @@ def cast_varying(array: Array, axes: tuple[Any, ...]) -> Array:
     """The array as one that varies along these axes as well."""
     if hasattr(jax.lax, "pcast"):
         return jax.lax.pcast(array, axes, to="varying")
-    return jax.lax.pvary(array, axes)
+    return jax.lax.pvary(array, axes)  # type: ignore[attr-defined]  # its name in older versions
 
 
 forward_p = primitive("batchnorm_forward", forward_avals)
@@ -284,7 +292,7 @@ def tangent_jvp(primals: Sequence[Array], tangents: Sequence[Any], *, rule: Rule
         y = y_of(rest[0], rule)
 
         def first(*at: Array) -> Array:
-            return jax.jvp(y, at, tuple(directions))[1]  # type: ignore[no-any-return]
+            return jax.jvp(y, at, tuple(directions))[1]
 
         more = jax.jvp(first, tuple(operands), instantiated(tangents[4:8], operands))[1]
         total = ad.add_tangents(total, more)
@@ -340,7 +348,7 @@ ad.primitive_transposes[backward_p] = backward_transpose
 
 
 def is_partitioned(context: Any) -> bool:
-    """Whether XLA will cut the program up for several devices: it would gather x for a call that it cannot look into."""
+    """Whether XLA will cut the program up for several devices: for a call that it knows nothing of it gathers x."""
     where = context.module_context.axis_context
     if isinstance(where, mlir.ShardingContext):
         return where.num_devices > 1

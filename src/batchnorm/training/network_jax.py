@@ -7,10 +7,10 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax  # type: ignore[import-untyped]
+import optax
 from flax import nnx
 
-import batchnorm as bn
+from batchnorm.flax.nnx import BatchNorm
 from batchnorm.training.data import Floats, Labels
 from batchnorm.training.network import (
     DECAY,
@@ -36,32 +36,6 @@ ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
 }
 
 
-class BatchNorm(nnx.Module):
-    """Batch norm over the last axis; each call in training mode advances `running`."""
-
-    def __init__(self, channels: int) -> None:
-        self.gamma = nnx.Param(jnp.ones(channels))
-        self.beta = nnx.Param(jnp.zeros(channels))
-        self.running = nnx.BatchStat(bn.RunningStatistics.initial(channels, convention="flax", like=jnp.ones(channels)))
-
-    def __call__(self, x: jax.Array, *, training: bool) -> jax.Array:
-        """`x` (..., C) normalized per channel."""
-        y: jax.Array
-        y, running = bn.batch_norm(
-            x,
-            self.gamma[...],
-            self.beta[...],
-            self.running.get_value(),
-            training=training,
-            convention="flax",
-            axis=-1,
-            decay=DECAY,
-        )
-        if training:
-            self.running.set_value(running)
-        return y
-
-
 class LeNet(nnx.Module):
     """The network; the attributes of a layer are `conv1`, `norm_conv1` and so on."""
 
@@ -83,7 +57,7 @@ class LeNet(nnx.Module):
                 module = nnx.Linear(layer.inputs, layer.outputs, **options)
             setattr(self, layer.name, module)
             if normalized:
-                setattr(self, f"norm_{layer.name}", BatchNorm(layer.outputs))
+                setattr(self, f"norm_{layer.name}", BatchNorm(layer.outputs, momentum=DECAY, rngs=nnx.Rngs(0)))
 
     def __call__(self, images: jax.Array, *, training: bool) -> tuple[jax.Array, list[jax.Array], list[jax.Array]]:
         """Logits, and the values before and after each batch norm."""
@@ -95,7 +69,7 @@ class LeNet(nnx.Module):
             x = getattr(self, layer.name)(x)
             before.append(x)
             if self.batch_norm:
-                x = getattr(self, f"norm_{layer.name}")(x, training=training)
+                x = getattr(self, f"norm_{layer.name}")(x, use_running_average=not training)
             after.append(x)
             x = self.activation(x)
             if layer.kernel:
@@ -187,7 +161,7 @@ class JaxNetwork:
         """See `Network`."""
         parameters = self.train_state.parameters
         return {
-            layer.name: (np.asarray(norm["gamma"][...]), np.asarray(norm["beta"][...]))
+            layer.name: (np.asarray(norm["scale"][...]), np.asarray(norm["bias"][...]))
             for layer in HIDDEN
             if (norm := parameters.get(f"norm_{layer.name}")) is not None
         }

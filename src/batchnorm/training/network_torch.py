@@ -1,7 +1,6 @@
 """LeNet in PyTorch."""
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from functools import partial
 
 import numpy as np
@@ -9,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-import batchnorm as bn
+from batchnorm.torch import BatchNorm, no_update
 from batchnorm.training.data import Floats, Labels
 from batchnorm.training.network import (
     DECAY,
@@ -35,26 +34,6 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
 }
 
 
-class BatchNorm(nn.Module):
-    """Batch norm over axis 1; `running` is replaced, never changed in place, by each call in training mode."""
-
-    def __init__(self, channels: int) -> None:
-        super().__init__()
-        self.gamma = nn.Parameter(torch.ones(channels))
-        self.beta = nn.Parameter(torch.zeros(channels))
-        self.running = bn.RunningStatistics.initial(channels, convention="flax", like=self.gamma.detach())
-
-    def forward(self, x: Tensor) -> Tensor:
-        """`x` (B, C, ...) normalized per channel."""
-        y: Tensor
-        y, running = bn.batch_norm(
-            x, self.gamma, self.beta, self.running, training=self.training, convention="flax", axis=1, decay=DECAY
-        )
-        if self.training:
-            self.running = running
-        return y
-
-
 class LeNet(nn.Module):
     """The network; the modules of a layer are `conv1`, `norm_conv1` and so on."""
 
@@ -72,7 +51,8 @@ class LeNet(nn.Module):
                     parameter.copy_(torch.from_numpy(weights[layer.name]) if name == "weight" else torch.zeros(()))
             self.add_module(layer.name, module)
             if layer in HIDDEN:
-                self.add_module(f"norm_{layer.name}", BatchNorm(layer.outputs) if batch_norm else nn.Identity())
+                norm = BatchNorm(layer.outputs, convention="flax", momentum=1 - DECAY) if batch_norm else nn.Identity()
+                self.add_module(f"norm_{layer.name}", norm)
 
     def forward(self, images: Tensor) -> tuple[Tensor, list[Tensor], list[Tensor]]:
         """Logits, and the values before and after each batch norm."""
@@ -109,7 +89,7 @@ class TorchNetwork:
     def evaluate(self, images: Floats, labels: Labels, *, training: bool) -> Score:
         """See `Network`."""
         self.model.train(training)
-        with self._keeping_statistics(), torch.no_grad():
+        with no_update(self.model), torch.no_grad():
             logits, loss = self._loss(images, labels)
         return Score(loss.item(), _correct(logits, labels) / len(labels))
 
@@ -117,7 +97,7 @@ class TorchNetwork:
         """See `Network`."""
         self.model.train()
         weights = {layer.name: self.model.get_submodule(layer.name).get_parameter("weight") for layer in LAYERS}
-        with self._keeping_statistics():
+        with no_update(self.model):
             logits, before, after = self.model(torch.from_numpy(images))
             gradients = torch.autograd.grad(functional.cross_entropy(logits, _targets(labels)), list(weights.values()))
         names = [layer.name for layer in HIDDEN]
@@ -130,7 +110,7 @@ class TorchNetwork:
     def gamma_beta(self) -> dict[str, tuple[Floats, Floats]]:
         """See `Network`."""
         return {
-            name.removeprefix("norm_"): (norm.gamma.detach().numpy().copy(), norm.beta.detach().numpy().copy())
+            name.removeprefix("norm_"): (norm.weight.detach().numpy().copy(), norm.bias.detach().numpy().copy())
             for name, norm in self.norms.items()
         }
 
@@ -143,9 +123,8 @@ class TorchNetwork:
             moments = self.optimizer.state.get(parameter) or _adam_start(parameter.detach())
             for moment, value in moments.items():
                 tensors[f"adam.{name}.{moment}"] = value
-        for name, norm in self.norms.items():
-            for statistic, value in norm.running._asdict().items():
-                tensors[f"running.{name}.{statistic}"] = value
+        for name, buffer in self.model.named_buffers():
+            tensors[f"running.{name}"] = buffer
         return {name: tensor.numpy().copy() for name, tensor in tensors.items()}
 
     def restore(self, state: Arrays) -> None:
@@ -158,24 +137,12 @@ class TorchNetwork:
             self.optimizer.state[parameter] = {
                 moment: tensors[f"adam.{name}.{moment}"] for moment in _adam_start(parameter.detach())
             }
-        for name, norm in self.norms.items():
-            norm.running = norm.running._replace(
-                **{statistic: tensors[f"running.{name}.{statistic}"] for statistic in norm.running._fields}
-            )
+        for name, buffer in self.model.named_buffers():
+            buffer.copy_(tensors[f"running.{name}"])
 
     def _loss(self, images: Floats, labels: Labels) -> tuple[Tensor, Tensor]:
         logits, _, _ = self.model(torch.from_numpy(images))
         return logits, functional.cross_entropy(logits, _targets(labels))
-
-    @contextmanager
-    def _keeping_statistics(self) -> Iterator[None]:
-        """Put the running statistics back afterwards."""
-        kept = {name: norm.running for name, norm in self.norms.items()}
-        try:
-            yield
-        finally:
-            for name, norm in self.norms.items():
-                norm.running = kept[name]
 
 
 def _targets(labels: Labels) -> Tensor:
