@@ -56,12 +56,12 @@ template <class T> class Job : public Geometry<T> {
     const int64_t unit = plan.family == Family::short_rows ? plan.block / problem.S : 1;
     if (!apart || (!has_reduction && plan.family == Family::rows)) {
       const Tables<F> columns = take_tables(plan.table_length);
-      return parallel(problem.threads, [&](const Team& team) { body(Scope{{0, C}, team, columns}); });
+      return parallel(problem.threads, problem.helpers, [&](const Team& team) { body(Scope{{0, C}, team, columns}); });
     }
     int64_t next = 0;
     Tables<F>* columns = static_cast<Tables<F>*>(__builtin_alloca(problem.threads * sizeof(Tables<F>)));
     for (int i = 0; i < problem.threads; ++i) columns[i] = take_tables(plan.table_length);
-    parallel(problem.threads, [&](const Team& team) {
+    parallel(problem.threads, problem.helpers, [&](const Team& team) {
       int64_t most = unit * max(1, apart / unit * (team.rank + 1) / team.size);
       for (;; most = apart) {
         int64_t begin = __atomic_load_n(&next, __ATOMIC_RELAXED), taken;

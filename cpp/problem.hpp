@@ -4,6 +4,7 @@
 #include <cstdint>
 
 #include "dtypes.hpp"
+#include "helpers.hpp"
 
 namespace batchnorm {
 
@@ -34,6 +35,7 @@ struct Problem {
   int64_t N, C, S;
   Mask mask = {};
   int threads = 1;
+  const Helpers* helpers = nullptr;  // null: OpenMP
 
   // Arrays of the shape of x. They share one layout: s (or N = S = 1) is the unit stride of all, or c is.
   Tensor x, residual = {}, dy = {};      // read

@@ -94,13 +94,20 @@ class Lanes {
     problem.count = wide_counts_.data();
   }
 
-  ffi::Error compute(Operation operation) {
+  ffi::Error compute(Operation operation, ffi::ThreadPool pool) {
+    const auto schedule = [](void* pool, void (*task)(void*), void* data) {
+      static_cast<ffi::ThreadPool*>(pool)->Schedule([task, data] { task(data); });
+    };
+    // A quarter of what the work takes, or the time that a sleeping thread takes to wake.
+    const Helpers helpers{schedule, &pool, std::min<int64_t>(size() / 16, 50'000)};
+    problem.helpers = &helpers;
+    const int threads = static_cast<int>(std::min<int64_t>(num_threads(), pool.num_threads()));
     if (!is_valid_) return ffi::Error::InvalidArgument("batchnorm: operands that do not go together");
     try {
       for (int64_t lane = 0; lane < count; ++lane) {
         int32_t* const counts = counts_ ? counts_ + lane * problem.C : nullptr;
         if (counts && operation == Operation::backward) std::copy(counts, counts + problem.C, wide_counts_.begin());
-        problem.threads = num_threads();  // `compute` lowers it to what the size is worth
+        problem.threads = threads;  // `compute` lowers it to what the size is worth
         if (!batchnorm::compute(operation, problem)) return ffi::Error::Internal("batchnorm: no kernel walks such strides");
         if (counts && operation == Operation::forward)
           std::transform(wide_counts_.begin(), wide_counts_.end(), counts, [](int64_t n) { return static_cast<int32_t>(n); });
@@ -125,7 +132,7 @@ class Lanes {
 
 ffi::Error forward(Buffer x, Buffer gamma, Buffer beta, Buffer residual, Buffer keep, Result y, Result mean, Result mean_lo,
                    Result m2, Result rstd, Result count, double eps, int64_t activation, double slope,
-                   bool normalized_padding) {
+                   bool normalized_padding, ffi::ThreadPool pool) {
   Lanes lanes(x);
   if (lanes.is_valid()) {
     Problem& problem = lanes.problem;
@@ -136,12 +143,12 @@ ffi::Error forward(Buffer x, Buffer gamma, Buffer beta, Buffer residual, Buffer 
     problem.eps = eps, problem.slope = slope, problem.normalized_padding = normalized_padding;
     problem.activation = static_cast<Activation>(activation);
   }
-  return lanes.compute(Operation::forward);
+  return lanes.compute(Operation::forward, pool);
 }
 
 ffi::Error backward(Buffer dy, Buffer x, Buffer gamma, Buffer beta, Buffer residual, Buffer keep, Buffer count, Buffer mean,
                     Buffer mean_lo, Buffer rstd, Result dx, Result dgamma, Result dbeta, Result dresidual,
-                    int64_t activation, double slope) {
+                    int64_t activation, double slope, ffi::ThreadPool pool) {
   Lanes lanes(x);
   if (lanes.is_valid()) {
     Problem& problem = lanes.problem;
@@ -153,7 +160,7 @@ ffi::Error backward(Buffer dy, Buffer x, Buffer gamma, Buffer beta, Buffer resid
     lanes.counts(count);
     problem.measure = false, problem.slope = slope, problem.activation = static_cast<Activation>(activation);
   }
-  return lanes.compute(Operation::backward);
+  return lanes.compute(Operation::backward, pool);
 }
 
 }  // namespace
@@ -163,13 +170,13 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(xla_forward, forward,
                                   .Arg<Buffer>().Arg<Buffer>().Arg<Buffer>().Arg<Buffer>().Arg<Buffer>()
                                   .Ret<Buffer>().Ret<Buffer>().Ret<Buffer>().Ret<Buffer>().Ret<Buffer>().Ret<Buffer>()
                                   .Attr<double>("eps").Attr<int64_t>("activation").Attr<double>("slope")
-                                  .Attr<bool>("normalized_padding"));
+                                  .Attr<bool>("normalized_padding").Ctx<ffi::ThreadPool>());
 
 XLA_FFI_DEFINE_HANDLER_SYMBOL(xla_backward, backward,
                               ffi::Ffi::Bind()
                                   .Arg<Buffer>().Arg<Buffer>().Arg<Buffer>().Arg<Buffer>().Arg<Buffer>()
                                   .Arg<Buffer>().Arg<Buffer>().Arg<Buffer>().Arg<Buffer>().Arg<Buffer>()
                                   .Ret<Buffer>().Ret<Buffer>().Ret<Buffer>().Ret<Buffer>()
-                                  .Attr<int64_t>("activation").Attr<double>("slope"));
+                                  .Attr<int64_t>("activation").Attr<double>("slope").Ctx<ffi::ThreadPool>());
 
 }  // namespace batchnorm

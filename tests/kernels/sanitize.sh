@@ -10,7 +10,7 @@ problems=${2:-4000}
 mkdir -p "$folder"
 
 flags=(-std=c++20 -O1 -g1 -ffp-contract=off -Wall -Wextra -Wno-psabi -Wno-uninitialized -Wno-maybe-uninitialized)
-memory=(-fopenmp -fsanitize=address,undefined -fno-sanitize-recover=all)
+memory=(-fopenmp -pthread -fsanitize=address,undefined -fno-sanitize-recover=all)
 threads=(-pthread -DBATCHNORM_PTHREADS -fsanitize=thread)
 avx2=(-mavx2 -mfma -mf16c)
 avx512=("${avx2[@]}" -mavx512f -mavx512bw -mavx512dq -mavx512vl)
@@ -22,7 +22,7 @@ bfloat16=-DBATCHNORM_TEST_BFLOAT16
 build() {
   local name=$1 isa=$2
   shift 2
-  "${CXX:-c++}" "${flags[@]}" -DBATCHNORM_ISA="$isa" "$@" cpp/tests/drive.cpp cpp/plan.cpp cpp/memory.cpp -o "$folder/$name"
+  "${CXX:-c++}" "${flags[@]}" -DBATCHNORM_ISA="$isa" "$@" cpp/tests/drive.cpp cpp/plan.cpp cpp/memory.cpp cpp/helpers.cpp -o "$folder/$name"
 }
 
 # has NAMES...: whether the processor has all of these.
