@@ -129,7 +129,9 @@ def main() -> None:
     medians = {name: float(np.median(values)) * 1e3 for name, values in times.items()}
     for name, value in medians.items():
         share = (value - medians["none"]) / value
-        print(f"{name:12} {value:7.1f} ms a step, batch norms {value - medians['none']:6.1f} ms ({share:.0%}), losses {losses[name]}")
+        print(
+            f"{name:12} {value:7.1f} ms a step, batch norms {value - medians['none']:6.1f} ms ({share:.0%}), losses {losses[name]}"
+        )
 
 
 if __name__ == "__main__":
