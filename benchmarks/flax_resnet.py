@@ -64,7 +64,7 @@ class ResNet18(nn.Module):
         """Logits."""
         conv = partial(nn.Conv, use_bias=False)
         x = self.norm_act()(conv(64, (7, 7), (2, 2))(x))
-        x = nn.max_pool(x, (3, 3), (2, 2), padding="SAME")
+        x = nn.max_pool(x, (3, 3), (2, 2), padding="SAME")  # type: ignore[no-untyped-call]
         for stage, channels in enumerate((64, 128, 256, 512)):
             for block in range(2):
                 stride = 2 if stage and not block else 1
@@ -128,10 +128,9 @@ def main() -> None:
             times[name].append(perf_counter() - begin)
     medians = {name: float(np.median(values)) * 1e3 for name, values in times.items()}
     for name, value in medians.items():
-        share = (value - medians["none"]) / value
-        print(
-            f"{name:12} {value:7.1f} ms a step, batch norms {value - medians['none']:6.1f} ms ({share:.0%}), losses {losses[name]}"
-        )
+        norms = value - medians["none"]
+        print(f"{name:12} {value:7.1f} ms a step, batch norms {norms:6.1f} ms ({norms / value:.0%})")
+        print(f"{'':12} losses {losses[name]}")
 
 
 if __name__ == "__main__":

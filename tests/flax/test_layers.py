@@ -193,6 +193,19 @@ def test_activation_residual_and_lengths():
     np.testing.assert_allclose(other(X, lengths=lengths, residual=X), y, atol=1e-5)
 
 
+def test_rematerialisation_updates_once():
+    """The state is a value: computing the forward pass again has no effect on it."""
+    layer, plain = (nnx.BatchNorm(3, momentum=0.5, rngs=flax.nnx.Rngs(0)) for _ in range(2))
+    call = flax.nnx.remat(lambda layer, x: layer(x))
+    gradients = [
+        flax.nnx.grad(lambda layer, x, f=function: jnp.sum(f(layer, x) * DY))(one, X)
+        for one, function in ((layer, call), (plain, lambda layer, x: layer(x)))
+    ]
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5), *gradients)
+    np.testing.assert_allclose(layer.mean[...], plain.mean[...], rtol=1e-6)
+    np.testing.assert_allclose(layer.mean[...], 0.5 * X.mean((0, 1, 2)), rtol=1e-4)
+
+
 class TestPains:
     """What Flax's layers do wrong; each test shows it."""
 
