@@ -18,7 +18,7 @@ from batchnorm.conventions import resolve
 from batchnorm.core.running import RunningStatistics
 from batchnorm.functional import Activation
 from batchnorm.jax.functional import batch_norm
-from batchnorm.kernels.jax_primitives import varying
+from batchnorm.kernels.jax_formulas import varying
 
 
 def implicit_batch_norm(

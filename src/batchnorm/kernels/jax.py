@@ -17,7 +17,8 @@ from batchnorm.core.normalize import Statistics, effective_beta, effective_gamma
 from batchnorm.core.running import RunningStatistics, advance
 from batchnorm.kernels import agnostic, jax_primitives, launch
 from batchnorm.kernels.agnostic import ActivationLike, Cache, Gradients
-from batchnorm.kernels.jax_primitives import Rule, aligned, backward_p, given, stand_in
+from batchnorm.kernels.jax_formulas import Outputs, Rule, aligned, given, stand_in
+from batchnorm.kernels.jax_primitives import backward_p
 from batchnorm.kernels.operands import has_members
 
 PLAIN_TYPES: set[type] = set()  # calls are compiled: nothing is gained before their checks
@@ -130,7 +131,7 @@ def forward_of(
     keep: Array | None,
     axes: Axes,
     rule: Rule,
-) -> jax_primitives.Outputs:
+) -> Outputs:
     """The forward pass of arrays of any rank."""
     view, *others = views(x, gamma, beta, residual, keep, axes)
     scale, shift, addend, mask = map(given, others)

@@ -9,15 +9,13 @@ Jacobian with respect to x, is symmetric, so that one kernel computes both. Deri
 are those of array code. So all of JAX's transformations work, in any order, and on a CPU the C++ computes what they end
 in.
 
-Arrays of the shape of x are (L, N, C, S), or (L, N, C) where S is 1, with L lanes that are batch norms of their own, to
-which `vmap` adds; those with a number for each channel are (L, C); what is not there has one dimension and no elements.
-Statistics come out without derivatives of their own: they are functions of x, and what depends on them has taken that
-into account.
+Arrays are those of `jax_formulas`, to whose lanes `vmap` adds. Statistics come out without derivatives of their own:
+they are functions of x, and what depends on them has taken that into account.
 """
 
 from collections.abc import Callable, Sequence
 from functools import lru_cache, partial
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -28,109 +26,19 @@ from jax.interpreters import ad, batching, mlir
 from jax.sharding import NamedSharding, PartitionSpec
 
 import batchnorm._native as _native
-from batchnorm.core import activations
-from batchnorm.core.axes import split
 from batchnorm.core.dtypes import Array
-from batchnorm.core.moments import moments as measure
-from batchnorm.core.normalize import Statistics, statistics_of_batch
-from batchnorm.kernels import agnostic
-from batchnorm.kernels.agnostic import Cache, Plan
+from batchnorm.kernels.jax_formulas import (
+    Outputs,
+    Rule,
+    aligned,
+    given,
+    plain_backward,
+    plain_forward,
+    stand_in,
+    tangent_of_y,
+    y_of,
+)
 from batchnorm.kernels.launch import activation_code
-
-AXES = {ndim: split((0, 2), ndim) for ndim in (3, 4)}  # XLA's loops over a last axis of one element are slow
-
-
-class Rule(NamedTuple):
-    """How a forward pass normalises; hashable."""
-
-    eps: float
-    activation: str | None
-    normalizes_padding: bool  # masked elements come out normalised rather than as 0
-
-
-class Outputs(NamedTuple):
-    """What a forward pass returns."""
-
-    y: Array
-    mean: Array
-    mean_lo: Array
-    m2: Array
-    rstd: Array
-    count: Array
-
-
-def absent() -> Array:
-    """What stands for an operand that is not there."""
-    return jnp.zeros((0,), jnp.float32)
-
-
-def given(array: Array) -> Array | None:
-    """An operand, None if it is not there."""
-    return array if array.ndim > 1 else None
-
-
-def stand_in(array: Array | None) -> Array:
-    """The inverse of `given`."""
-    return absent() if array is None else array
-
-
-# ---- array code: on other devices, for sharded arrays, and for derivatives of derivatives -------------------------
-
-
-def plain_forward(x: Array, gamma: Array, beta: Array, residual: Array, keep: Array, *, rule: Rule) -> Outputs:
-    """The forward pass."""
-    scale, shift, addend, mask = map(given, (gamma, beta, residual, keep))
-    masked_output: Any = "normalized" if rule.normalizes_padding else "zero"
-    batch = measure(jnp, x, AXES[x.ndim], mask)
-    statistics = statistics_of_batch(jnp, batch, rule.eps)
-    z = agnostic.normalized(jnp, x, AXES[x.ndim], statistics, scale, shift, mask, masked_output)
-    y = agnostic.finish(jnp, z, x, mask, masked_output, rule.activation, addend)
-    return Outputs(y, batch.mean, batch.mean_lo, batch.m2, statistics.rstd, batch.count.astype(jnp.int32))
-
-
-def plain_backward(
-    dy: Array, x: Array, gamma: Array, beta: Array, residual: Array, keep: Array, count: Array, mean: Array,
-    mean_lo: Array, rstd: Array, *, rule: Rule,
-) -> tuple[Array, ...]:  # fmt: skip
-    """The gradients of x, gamma, beta and residual."""
-    plan = Plan(AXES[x.ndim], rule.activation or "identity", rule.eps)
-    scale, shift, addend, mask = map(given, (gamma, beta, residual, keep))
-    cache = Cache(x, scale, shift, addend, mask, Statistics(mean, mean_lo, rstd), count, plan)
-    return tuple(map(stand_in, agnostic.backward(dy, cache)))
-
-
-def tangent_of_y(
-    tx: Array, tgamma: Array, tbeta: Array, tresidual: Array, x: Array, gamma: Array, beta: Array, residual: Array,
-    keep: Array, count: Array, mean: Array, mean_lo: Array, rstd: Array, *, rule: Rule, jacobian: Callable[..., Any],
-) -> Array:  # fmt: skip
-    """The tangent, by `plain_backward` or the primitive for J."""
-    statistics = Statistics(mean, mean_lo, rstd)
-    none, mask = absent(), given(keep)
-    operands = aligned(tx, x, gamma, none, none, keep, count, mean, mean_lo, rstd)
-    total = jacobian(*operands, rule=rule._replace(activation=None))[0].astype(rstd.dtype)
-    if given(gamma) is not None:
-        xhat = agnostic.normalized(jnp, x, AXES[x.ndim], statistics, None, None, mask, "zero")
-        total += xhat * AXES[x.ndim].spread_out(jnp, tgamma.astype(rstd.dtype))
-    if given(beta) is not None:
-        total += AXES[x.ndim].spread_out(jnp, tbeta.astype(rstd.dtype))
-    if given(residual) is not None:
-        total += tresidual.astype(rstd.dtype)
-    if rule.activation is not None:
-        z = agnostic.normalized(jnp, x, AXES[x.ndim], statistics, given(gamma), given(beta), mask, "zero")
-        if given(residual) is not None:
-            z += agnostic.read(jnp, residual, mask, "zero").astype(z.dtype)
-        total *= activations.find(rule.activation).derivative(jnp, z)
-    return (total if mask is None else jnp.where(mask, total, 0.0)).astype(x.dtype)
-
-
-def y_of(keep: Array, rule: Rule) -> Callable[..., Array]:
-    """y as a function of x, gamma, beta and residual alone, through whose statistics derivatives go."""
-
-    def y(x: Array, gamma: Array, beta: Array, residual: Array) -> Array:
-        return plain_forward(x, gamma, beta, residual, keep, rule=rule).y
-
-    return y
-
 
 # ---- primitives ---------------------------------------------------------------------------------------------------
 
@@ -205,32 +113,6 @@ def fold_lanes(
         jnp.broadcast_to(r, (size, *r.shape)) if r.ndim == 1 else r.reshape(size, -1, *r.shape[1:]) for r in results
     ]
     return split_up, [0] * len(results)
-
-
-# `shard_map` wants all operands to vary along the same axes of the mesh. That the transpose of `pcast` is a sum over
-# these gives replicated parameters the gradient of the whole.
-def aligned(*arrays: Array) -> list[Array]:
-    """The arrays, all varying along whatever one of them varies along."""
-    own = [varying(array) for array in arrays]
-    together = frozenset().union(*own)
-    return [
-        array if have == together else cast_varying(array, tuple(together - have))
-        for array, have in zip(arrays, own, strict=True)
-    ]
-
-
-def varying(array: Array) -> frozenset[Any]:
-    """The axes of a mesh along which an array varies, within `shard_map`."""
-    kind: Any = jax.typeof(array)
-    axes = kind.mat.varying if hasattr(kind, "mat") else getattr(kind, "vma", ())
-    return frozenset(axes)
-
-
-def cast_varying(array: Array, axes: tuple[Any, ...]) -> Array:
-    """The array as one that varies along these axes as well."""
-    if hasattr(jax.lax, "pcast"):
-        return jax.lax.pcast(array, axes, to="varying")
-    return jax.lax.pvary(array, axes)  # type: ignore[attr-defined]  # its name in older versions
 
 
 forward_p = primitive("batchnorm_forward", forward_avals)
