@@ -193,6 +193,18 @@ def test_activation_residual_and_lengths():
     np.testing.assert_allclose(other(X, lengths=lengths, residual=X), y, atol=1e-5)
 
 
+@pytest.mark.parametrize("epsilon", [0.0, 1e-5])
+def test_one_element_per_channel(epsilon):
+    """y is the bias and the variance 0, as Flax has it; without epsilon Flax's y is NaN, and ours the limit."""
+    x = jnp.asarray([[1.0, -2.0, 3.0]])
+    layers = [kind(use_running_average=False, epsilon=epsilon) for kind in (flax.linen.BatchNorm, linen.BatchNorm)]
+    variables = layers[0].init(jax.random.key(0), x)
+    theirs, ours = (layer.apply(variables, x, mutable=["batch_stats"]) for layer in layers)
+    np.testing.assert_array_equal(ours[0], np.zeros((1, 3)))
+    assert np.isnan(theirs[0]).all() if epsilon == 0 else not theirs[0].any()
+    jax.tree.map(close, ours[1], theirs[1])
+
+
 def test_rematerialisation_updates_once():
     """The state is a value: computing the forward pass again has no effect on it."""
     layer, plain = (nnx.BatchNorm(3, momentum=0.5, rngs=flax.nnx.Rngs(0)) for _ in range(2))
