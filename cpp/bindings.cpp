@@ -149,6 +149,7 @@ NB_MODULE(_native, m) {
     targets["batchnorm_backward"] = nb::capsule(reinterpret_cast<void*>(xla_backward));
     return targets;
   });
+  m.attr("xla_version") = nb::make_tuple(xla_version().first, xla_version().second);
   m.def("num_threads", &num_threads);
   m.def("set_num_threads", &set_num_threads);
   m.def("instruction_set", [] { return chosen_kernels().name; });

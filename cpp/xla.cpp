@@ -165,6 +165,8 @@ ffi::Error backward(Buffer dy, Buffer x, Buffer gamma, Buffer beta, Buffer resid
 
 }  // namespace
 
+std::pair<int, int> xla_version() { return {XLA_FFI_API_MAJOR, XLA_FFI_API_MINOR}; }
+
 XLA_FFI_DEFINE_HANDLER_SYMBOL(xla_forward, forward,
                               ffi::Ffi::Bind()
                                   .Arg<Buffer>().Arg<Buffer>().Arg<Buffer>().Arg<Buffer>().Arg<Buffer>()

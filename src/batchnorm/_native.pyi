@@ -124,6 +124,8 @@ class Block:
 
 smallest_block: int
 
+xla_version: tuple[int, int]
+
 def xla_targets() -> dict[str, Any]:
     """Capsules with the addresses of the kernels for XLA's foreign function interface, by the names of the targets."""
 

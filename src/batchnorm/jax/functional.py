@@ -13,7 +13,7 @@ from batchnorm.convention import Convention, MaskedOutput, Single
 from batchnorm.conventions import resolve
 from batchnorm.core.running import RunningStatistics
 from batchnorm.functional import Activation, checked_batch_norm
-from batchnorm.kernels.jax import Across
+from batchnorm.kernels.jax_formulas import Across
 from batchnorm.kernels.registry import select
 
 AxisName = Hashable | tuple[Hashable, ...]

@@ -2,7 +2,6 @@
 
 import math
 from functools import partial
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -12,7 +11,7 @@ from batchnorm.convention import Convention
 from batchnorm.core.axes import Axes
 from batchnorm.core.dtypes import FLOATS, Array, cast, dtype_name
 from batchnorm.core.masks import Mask, elementwise
-from batchnorm.core.moments import Moments, two_sum
+from batchnorm.core.moments import Moments
 from batchnorm.core.normalize import Statistics, effective_beta, effective_gamma
 from batchnorm.core.running import RunningStatistics, advance
 from batchnorm.kernels import agnostic, jax_primitives, launch
@@ -164,33 +163,3 @@ def views(
     parameters = (None if array is None else array.reshape(L, C) for array in (gamma, beta))
     x, residual = (None if array is None else array.reshape(L, N, C, *inner) for array in (x, residual))
     return [stand_in(array) for array in (x, *parameters, residual, keep)]
-
-
-class Across:
-    """Array code for a batch that is spread over the named axis of a mesh, of `pmap` or of `vmap`."""
-
-    def __init__(self, axis_name: Any, axis_index_groups: Any = None) -> None:
-        self.axis_name, self.groups = axis_name, axis_index_groups
-
-    def batch_norm(self, *arguments: Any, **options: Any) -> tuple[Array, RunningStatistics]:
-        """`functional.batch_norm`, with everything resolved."""
-        return agnostic.batch_norm(*arguments, **options, whole=self.merged)
-
-    def merged(self, part: Moments) -> Moments:
-        """The moments of the whole batch: every part by its count, whatever that is.
-
-            ref = sum(n * mean) / n        delta = mean - ref        mean = ref + sum(n * delta) / n
-            m2  = sum(m2 + n * delta**2) - sum(n * delta)**2 / n
-
-        The sums of the second round are about a value that is the mean but for rounding, so that nothing cancels.
-        """
-        total = partial(lax.psum, axis_name=self.axis_name, axis_index_groups=self.groups)
-        dtype = part.mean.dtype
-        own = cast(jnp, part.count, dtype)
-        count = total(part.count)
-        n = jnp.maximum(cast(jnp, count, dtype), 1)
-        reference = total(own / n * part.mean)
-        delta = (part.mean - reference) + part.mean_lo
-        shift, m2 = total(own / n * delta), total(part.m2 + own * delta * delta)
-        mean, mean_lo = two_sum(reference, shift)
-        return Moments(count, mean, m2 - n * shift * shift, mean_lo)

@@ -6,16 +6,20 @@ number for each channel are (L, C); what is not there has one dimension and no e
 """
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 
 from batchnorm.core import activations
 from batchnorm.core.axes import split
-from batchnorm.core.dtypes import Array
+from batchnorm.core.dtypes import Array, cast
+from batchnorm.core.moments import Moments, two_sum
 from batchnorm.core.moments import moments as measure
 from batchnorm.core.normalize import Statistics, statistics_of_batch
+from batchnorm.core.running import RunningStatistics
 from batchnorm.kernels import agnostic
 from batchnorm.kernels.agnostic import Cache, Plan
 
@@ -135,3 +139,33 @@ def cast_varying(array: Array, axes: tuple[Any, ...]) -> Array:
     if hasattr(jax.lax, "pcast"):
         return jax.lax.pcast(array, axes, to="varying")
     return jax.lax.pvary(array, axes)  # type: ignore[attr-defined]  # its name in older versions
+
+
+class Across:
+    """Array code for a batch that is spread over the named axis of a mesh, of `pmap` or of `vmap`."""
+
+    def __init__(self, axis_name: Any, axis_index_groups: Any = None) -> None:
+        self.axis_name, self.groups = axis_name, axis_index_groups
+
+    def batch_norm(self, *arguments: Any, **options: Any) -> tuple[Array, RunningStatistics]:
+        """`functional.batch_norm`, with everything resolved."""
+        return agnostic.batch_norm(*arguments, **options, whole=self.merged)
+
+    def merged(self, part: Moments) -> Moments:
+        """The moments of the whole batch: every part by its count, whatever that is.
+
+            ref = sum(n * mean) / n        delta = mean - ref        mean = ref + sum(n * delta) / n
+            m2  = sum(m2 + n * delta**2) - sum(n * delta)**2 / n
+
+        The sums of the second round are about a value that is the mean but for rounding, so that nothing cancels.
+        """
+        total = partial(lax.psum, axis_name=self.axis_name, axis_index_groups=self.groups)
+        dtype = part.mean.dtype
+        own = cast(jnp, part.count, dtype)
+        count = total(part.count)
+        n = jnp.maximum(cast(jnp, count, dtype), 1)
+        reference = total(own / n * part.mean)
+        delta = (part.mean - reference) + part.mean_lo
+        shift, m2 = total(own / n * delta), total(part.m2 + own * delta * delta)
+        mean, mean_lo = two_sum(reference, shift)
+        return Moments(count, mean, m2 - n * shift * shift, mean_lo)

@@ -13,8 +13,10 @@ Arrays are those of `jax_formulas`, to whose lanes `vmap` adds. Statistics come 
 they are functions of x, and what depends on them has taken that into account.
 """
 
+import re
 from collections.abc import Callable, Sequence
 from functools import lru_cache, partial
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -267,8 +269,20 @@ def tuple_of(function: Callable[..., Any]) -> Callable[..., tuple[Any]]:
     return lambda *operands, **options: (function(*operands, **options),)
 
 
+def check_version() -> None:
+    """Raise where JAX is older than what the extension was compiled for: told of such calls it would not even start."""
+    header = Path(jax.ffi.include_dir(), "xla", "ffi", "api", "c_api.h").read_text()
+    major, minor = (int(found) for found in re.findall(r"#define XLA_FFI_API_(?:MAJOR|MINOR) (\d+)", header))
+    if major != _native.xla_version[0] or minor < _native.xla_version[1]:
+        raise ImportError(
+            f"JAX {jax.__version__} has version {major}.{minor} of XLA's interface, and the extension was compiled for "
+            f"{'.'.join(map(str, _native.xla_version))}; install a newer JAX, or build batchnorm with this one's jaxlib"
+        )
+
+
 def register() -> None:
     """Make the primitives known to XLA."""
+    check_version()
     for name, target in _native.xla_targets().items():
         jax.ffi.register_ffi_target(name, target, platform="cpu")
     plain_tangent = mlir.lower_fun(tuple_of(partial(tangent_of_y, jacobian=plain_backward)), multiple_results=True)

@@ -92,12 +92,14 @@ def native_for_torch() -> tuple[ModuleType | None, str]:
 
 @cache
 def native_for_jax() -> tuple[ModuleType | None, str]:
-    """`kernels.jax`, unless the extension is not there."""
+    """`kernels.jax`, unless the extension is not there, or JAX is older than it."""
     module, reason = native_for_numpy()
     if module is None:
         return None, reason
-    from batchnorm.kernels import jax
-
+    try:
+        from batchnorm.kernels import jax
+    except ImportError as error:
+        return None, str(error)
     return jax, ""
 
 
