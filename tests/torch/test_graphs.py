@@ -1,11 +1,15 @@
 """Layers that are compiled, traced and exported."""
 
+import copy
+from dataclasses import replace
+
 import onnx
 import pytest
 import torch
 from onnx.reference import ReferenceEvaluator
 from torch import fx, nn
 
+import batchnorm as bn
 import batchnorm.torch as bnt
 
 
@@ -35,6 +39,39 @@ def test_compiled_training(momentum):
         for mine, theirs in zip(*results, strict=True):
             torch.testing.assert_close(mine, theirs, rtol=1e-4, atol=1e-4)
     assert other[1].num_batches_tracked == 3
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"virtual_batch_size": 4},
+        {"virtual_batch_size": 4, "convention": "lasagne-seed", "activation": "silu"},
+        *({"convention": name} for name in bn.CONVENTIONS),
+        {"convention": replace(bn.CONVENTIONS["flax"], debias="adam")},
+        {"convention": replace(bn.CONVENTIONS["pytorch"], normalize_correction=1)},
+    ],
+    ids=str,
+)
+def test_compiled_general_layer(options):
+    """Ghost batches and every convention, in one graph: y, gradients and state, and then in evaluation."""
+    torch._dynamo.reset()
+    torch.manual_seed(0)
+    eager = nn.Sequential(nn.Conv1d(3, 5, 1), bnt.BatchNorm(5, **{"axis": 1} | options))
+    other = copy.deepcopy(eager)
+    compiled = torch.compile(other, fullgraph=True, backend="aot_eager")
+    for _ in range(2):
+        x = torch.randn(10, 3, 7)  # two groups of four, and one of two
+        results = []
+        for call, model in ((eager, eager), (compiled, other)):
+            model.zero_grad()
+            y = call(x)
+            y.pow(3).sum().backward()
+            results.append([y.detach(), *(p.grad for p in model.parameters() if p.grad is not None), *model.buffers()])
+        assert len(results[0]) == len(results[1])
+        for mine, theirs in zip(*results, strict=True):
+            torch.testing.assert_close(mine, theirs, rtol=1e-4, atol=1e-4)
+    eager.eval(), other.eval()
+    torch.testing.assert_close(compiled(x), eager(x), rtol=1e-4, atol=1e-5)
 
 
 def test_native_compiled_training():

@@ -157,7 +157,7 @@ class BatchNorm(Layer):
         operands = (input, self.weight, self.bias, self.state, record)
         size = self.virtual_batch_size
         if training and size is not None and len(input) > size:
-            return normalize_in_groups(*operands, group_size=size, **options)  # type: ignore[no-any-return]
+            return normalize_in_groups(*operands, group_size=size, **options)
         return normalize(*operands, **options)
 
     def check_input(self, input: Tensor) -> None:

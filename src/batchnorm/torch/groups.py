@@ -2,15 +2,23 @@
 
 import torch
 from torch import Tensor
-from torch.compiler import disable
+from torch.compiler import is_compiling
 
 import batchnorm.functional as functional
 from batchnorm.convention import Convention
 from batchnorm.functional import Activation
-from batchnorm.torch.functional import State, is_recomputed, is_single, kept_by_lengths, take_in
+from batchnorm.kernels import torch_operators as operators
+from batchnorm.torch.functional import (
+    State,
+    advance_traced,
+    is_recomputed,
+    is_single,
+    is_traceable,
+    kept_by_lengths,
+    take_in,
+)
 
 
-@disable  # type: ignore[untyped-decorator]  # of a compiled network it is a break in the graph
 def normalize_in_groups(
     x: Tensor,
     gamma: Tensor | None,
@@ -36,6 +44,7 @@ def normalize_in_groups(
         raise ValueError("the channels lie along axis 0, where virtual_batch_size groups the examples")
     if lengths is not None:
         mask, lengths = kept_by_lengths(x, lengths, axis), None
+    is_graph = is_compiling() and is_traceable(convention, mask is not None) and not callable(activation)
     groups = len(x) // group_size
     if is_single(x[groups * group_size :], axis):
         groups -= 1
@@ -51,6 +60,12 @@ def normalize_in_groups(
             return rows.reshape(number, -1, *tensor.shape[1:])
 
         scale, shift = (parameter if parameter is None else parameter.expand(number, -1) for parameter in (gamma, beta))
+        if is_graph:
+            y = operators.forward(
+                grouped(x), scale, shift, grouped(residual), grouped(mask), [0, axis + 1], convention.eps,
+                convention.eps_train, convention.normalize_correction, activation,
+            )[0]  # fmt: skip
+            return y.flatten(0, 1)  # type: ignore[no-any-return]
         y, _ = functional.batch_norm(
             grouped(x), scale, shift, training=True, convention=convention, axis=(0, axis + 1), mask=grouped(mask),
             activation=activation, residual=grouped(residual),
@@ -61,6 +76,9 @@ def normalize_in_groups(
         y = normalized(0, len(x), max(groups, 1))
     else:
         y = torch.cat([normalized(0, even, groups), normalized(even, len(x), 1)])
-    if is_tracked and state is not None and not is_recomputed():
+    if is_graph:
+        if is_tracked and state is not None:
+            advance_traced(state, operators.moments(x, mask, axis), convention, is_masked=mask is not None)
+    elif is_tracked and state is not None and not is_recomputed():
         take_in(x, state, convention, axis=axis, mask=mask)
     return y
