@@ -1,5 +1,6 @@
 """Micro-batches in lock step: gradients and statistics of the whole batch."""
 
+from dataclasses import replace
 from functools import partial
 
 import pytest
@@ -8,6 +9,7 @@ from torch import nn
 from torch.nn.functional import cross_entropy
 from torch.utils.checkpoint import checkpoint
 
+import batchnorm as bn
 import batchnorm.torch as bnt
 
 N = 10
@@ -114,6 +116,7 @@ class Residual(nn.Module):
         {"activation": torch.tanh},
         {"convention": "lasagne-seed", "activation": "silu"},  # the inverse deviation is averaged
         {"convention": "cs231n-seed", "momentum": None},
+        {"convention": replace(bn.CONVENTIONS["pytorch"], masked_running_correction=0)},  # 1 without a mask
         {"bias": True, "affine": True, "track_running_stats": False, "eps": 1e-3},
     ],
 )

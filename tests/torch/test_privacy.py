@@ -40,6 +40,13 @@ def test_training_is_refused(norm):
     assert not ModuleValidator.is_valid(model)
 
 
+def test_frozen_layers_may_train_their_parameters():
+    """It is the statistics of the batch that mix the examples."""
+    model = network(bnt.BatchNorm1d(4))
+    bnt.freeze(model, parameters=False)
+    assert ModuleValidator.validate(model) == []
+
+
 def replaced(channels):
     model = nn.Sequential(nn.BatchNorm1d(channels))
     bnt.replace(model)
