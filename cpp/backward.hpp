@@ -28,16 +28,16 @@ template <class T> class BackwardJob : public Job<T> {
     const bool has_map = problem.dx.data || problem.dresidual.data;
     const bool are_dots = form == Form::plain && this->can_dot() && problem.N * problem.S > 1 && is_near_zero();
     Base::run(true, [&](const Scope& scope) {
-      const Range mine = scope.team.share(scope.channels.begin, scope.channels.end);
-      for (int64_t c = mine.begin; c < mine.end; ++c) this->fill_tables(c);
-      scope.team.barrier();
+      this->for_channels(scope, [&](Range mine) {
+        for (int64_t c = mine.begin; c < mine.end; ++c) this->fill_tables(c);
+      });
       const BackwardTerms<T, form> terms{{{}, options}};
       if (are_dots) take_dots(scope);
       else this->reduce(scope, terms);
-      scope.team.barrier();
-      this->combine(mine);
-      for (int64_t c = mine.begin; c < mine.end; ++c) finish(c, terms, are_dots);
-      scope.team.barrier();
+      this->for_channels(scope, [&](Range mine) {
+        this->combine(mine);
+        for (int64_t c = mine.begin; c < mine.end; ++c) finish(c, terms, are_dots);
+      });
       if (are_dots) map_folded(scope);
       else if (has_map) this->map(scope, Gradient<T, form>{{{}, options}});
     });

@@ -31,27 +31,26 @@ template <class T> class ForwardJob : public Job<T> {
  private:
   template <Form form> void run() {
     Base::run(problem.measure, [&](const Scope& scope) {
-      const Range mine = scope.team.share(scope.channels.begin, scope.channels.end);
       if (problem.measure) measure(scope);
-      else for (int64_t c = mine.begin; c < mine.end; ++c) this->fill_tables(c);
-      if (!problem.y.data) return;
-      scope.team.barrier();
-      this->map(scope, Forward<T, form>{{}, options});
+      else this->for_channels(scope, [&](Range mine) {
+        for (int64_t c = mine.begin; c < mine.end; ++c) this->fill_tables(c);
+      });
+      if (problem.y.data) this->map(scope, Forward<T, form>{{}, options});
     });
   }
 
   // The moments of the channels, by sums about a value near the mean, or about 0 where those are faster. Where that
   // value turns out to lie many deviations away the sums have cancelled, and are taken again about the mean they gave.
   void measure(const Scope& scope) {
-    const Range mine = scope.team.share(scope.channels.begin, scope.channels.end);
-    for (int64_t c = mine.begin; c < mine.end; ++c) tables.hi[c] = can_dot_ ? 0 : static_cast<F>(value_near_mean(c));
+    this->for_channels(scope, [&](Range mine) {
+      for (int64_t c = mine.begin; c < mine.end; ++c) tables.hi[c] = can_dot_ ? 0 : static_cast<F>(value_near_mean(c));
+    });
     for (bool is_repeated = false;; is_repeated = true) {
-      scope.team.barrier();
       take_sums(scope, is_repeated);
-      scope.team.barrier();
-      this->combine(mine);
-      finish_moments(mine, is_repeated);
-      scope.team.barrier();
+      this->for_channels(scope, [&](Range mine) {
+        this->combine(mine);
+        finish_moments(mine, is_repeated);
+      });
       if (is_repeated) return;
       bool is_any = false;
       for (int64_t c = scope.channels.begin; c < scope.channels.end; ++c) is_any |= this->again[c];
@@ -130,7 +129,7 @@ template <class T> class ForwardJob : public Job<T> {
       is_wanted[i] = !is_repeated || this->again[begin + i];
       if (!is_wanted[i]) continue;
       const bool has_cancelled = sum[i] * delta[i] > 4 * m2[i] && sum[i] - sum[i] == 0;
-      this->again[begin + i] = has_cancelled && !is_repeated;
+      if (!is_repeated) this->again[begin + i] = has_cancelled;
       // Squares of floats beyond 1e19 overflow, and those below 1e-18 lose digits, though the variance is a float.
       const bool is_tiny = (sum[i] != 0 || square[i] > 0) && square[i] < n[i] * 1e-34;
       if (sizeof(F) == 4 && (is_tiny || !(square[i] - square[i] == 0))) {

@@ -19,7 +19,7 @@ template <class T> class Geometry {
   // Some channels, the team that works on them, and their coefficients by column. Channels last, all of them.
   struct Scope {
     Range channels;
-    Team team;
+    Team& team;
     Tables<F> columns;
   };
 

@@ -56,12 +56,13 @@ template <class T> class Job : public Geometry<T> {
     const int64_t unit = plan.family == Family::short_rows ? plan.block / problem.S : 1;
     if (!apart || (!has_reduction && plan.family == Family::rows)) {
       const Tables<F> columns = take_tables(plan.table_length);
-      return parallel(problem.threads, problem.helpers, [&](const Team& team) { body(Scope{{0, C}, team, columns}); });
+      return parallel(problem.threads, problem.helpers, [&](Team& team) { body(Scope{{0, C}, team, columns}); });
     }
     int64_t next = 0;
     Tables<F>* columns = static_cast<Tables<F>*>(__builtin_alloca(problem.threads * sizeof(Tables<F>)));
     for (int i = 0; i < problem.threads; ++i) columns[i] = take_tables(plan.table_length);
-    parallel(problem.threads, problem.helpers, [&](const Team& team) {
+    parallel(problem.threads, problem.helpers, [&](Team& team) {
+      Team alone;
       int64_t most = unit * max(1, apart / unit * (team.rank + 1) / team.size);
       for (;; most = apart) {
         int64_t begin = __atomic_load_n(&next, __ATOMIC_RELAXED), taken;
@@ -69,7 +70,7 @@ template <class T> class Job : public Geometry<T> {
           if (begin >= C) return;
           taken = min(most, unit * max(1, (C - begin) / unit / (2 * team.size)));
         } while (!__atomic_compare_exchange_n(&next, &begin, begin + taken, false, __ATOMIC_RELAXED, __ATOMIC_RELAXED));
-        body(Scope{{begin, min(C, begin + taken)}, Team{}, columns[team.rank]});
+        body(Scope{{begin, min(C, begin + taken)}, alone, columns[team.rank]});
       }
     });
   }
@@ -78,23 +79,26 @@ template <class T> class Job : public Geometry<T> {
   template <class Pass> void reduce(const Scope& scope, Pass pass) const {
     spread(scope, Pass::reads);
     pass.tables = tables_of(scope);
-    for_tiles(plan.chunks, across(scope), plan.block, scope.team, false, [&](int64_t k, Range block) {
+    for_tiles(scope, plan.chunks, false, [&](int64_t k, Range block) {
       plan.family == Family::rows ? reduce_rows(pass, k, block) : reduce_columns_of(scope, pass, k, block);
     });
   }
 
-  // The results of `pass`, and of `padding` (or zeros) where nothing counts. From the end, whose elements the
-  // reduction has read last.
+  // The results of `pass`, and of `padding` (or zeros) where nothing counts.
   template <class Pass> void map(const Scope& scope, Pass pass) const {
     spread(scope, Pass::reads | (options.normalized_padding ? BETA | SCALE | OFFSET : 0));
     pass.tables = tables_of(scope);
     if (plan.family == Family::rows)
-      for_tiles(problem.N * plan.chunks_per_row, across(scope), plan.block, scope.team, true,
+      for_tiles(scope, problem.N * plan.chunks_per_row, true,
                 [&](int64_t part, Range block) { map_rows(scope, pass, part, block); });
     else
-      for_tiles(plan.chunks, across(scope), plan.block, scope.team, true,
-                [&](int64_t k, Range block) { map_columns_of(scope, pass, k, block); });
-    if (plan.is_streaming) fence();
+      for_tiles(scope, plan.chunks, true, [&](int64_t k, Range block) { map_columns_of(scope, pass, k, block); });
+  }
+
+  // A step of a scope's team: body(range) for parts of its channels.
+  template <class Body> static void for_channels(const Scope& scope, const Body& body) {
+    constexpr int64_t least = 64;
+    scope.team.share(scope.channels.begin, scope.channels.end, least, body);
   }
 
   // Channels that are finished side by side, in vectors: the divisions and roots of one by itself take longer than the
@@ -166,29 +170,31 @@ template <class T> class Job : public Geometry<T> {
     using Vector = typename Compute<F>::V;
     F* const Tables<F>::*const all[] = {&Tables<F>::hi, &Tables<F>::scale, &Tables<F>::offset, &Tables<F>::beta,
                                         &Tables<F>::a, &Tables<F>::b, &Tables<F>::c};
-    const Range mine = scope.team.share(scope.channels.begin, scope.channels.end);
-    for (int i = 0; i < 7; ++i) {
-      if (!(wanted >> i & 1)) continue;
-      const F* const from = tables.*all[i];
-      F* const to = scope.columns.*all[i];
-      if (plan.family == Family::short_rows) {
-        // Whole vectors, whose excess the next channel overwrites, but for the last ones of this member.
-        const int64_t own_end = (mine.end - scope.channels.begin) * problem.S;
+    const auto for_tables = [&](const auto& body) {
+      for (int i = 0; i < 7; ++i)
+        if (wanted >> i & 1) body(tables.*all[i], scope.columns.*all[i]);
+    };
+    if (plan.family == Family::columns)
+      return scope.team.share(0, plan.width / problem.C, 1, [&](Range sides) {
+        for_tables([&](const F* from, F* to) {
+          for (int64_t side = sides.begin; side < sides.end; ++side)
+            for (int64_t c = 0; c < problem.C; ++c) to[side * problem.C + c] = from[c];
+        });
+      });
+    for_channels(scope, [&](Range mine) {
+      // Whole vectors, whose excess the next channel overwrites, but for the last ones of this part.
+      const int64_t end = (mine.end - scope.channels.begin) * problem.S;
+      for_tables([&](const F* from, F* to) {
         for (int64_t c = mine.begin; c < mine.end; ++c) {
           const int64_t begin = (c - scope.channels.begin) * problem.S;
           for (int64_t j = begin; j < begin + problem.S; j += width<Vector>) {
             const auto value = broadcast<Vector>(from[c]);
-            if (j + width<Vector> <= own_end) store(to + j, value);
-            else store(to + j, value, static_cast<int>(own_end - j));
+            if (j + width<Vector> <= end) store(to + j, value);
+            else store(to + j, value, static_cast<int>(end - j));
           }
         }
-      } else {
-        const Range sides = scope.team.share(0, plan.width / problem.C);
-        for (int64_t side = sides.begin; side < sides.end; ++side)
-          for (int64_t c = 0; c < problem.C; ++c) to[side * problem.C + c] = from[c];
-      }
-    }
-    scope.team.barrier();
+      });
+    });
   }
 
   // ---- tiles ----
@@ -200,17 +206,18 @@ template <class T> class Job : public Geometry<T> {
     return {0, (scope.channels.end - scope.channels.begin) * problem.S};
   }
 
-  // body(i, block) for this member's share of [0, count) x the blocks of `across`.
-  template <class Body>
-  static void for_tiles(int64_t count, Range across, int64_t block, const Team& team, bool is_backwards,
-                        const Body& body) {
-    const int64_t blocks = (across.end - across.begin + block - 1) / block;
-    const Range mine = team.share(0, blocks * count);
-    for (int64_t i = mine.begin; i < mine.end; ++i) {
-      const int64_t tile = is_backwards ? mine.end - 1 - (i - mine.begin) : i;
-      const int64_t begin = across.begin + tile % blocks * block;
-      body(tile / blocks, Range{begin, min(across.end, begin + block)});
-    }
+  // A step of the scope's team: body(i, block) for [0, count) x the blocks of `across`. A map takes them from the end,
+  // whose elements the reduction has read last.
+  template <class Body> void for_tiles(const Scope& scope, int64_t count, bool is_map, const Body& body) const {
+    const Range all = across(scope);
+    const int64_t blocks = (all.end - all.begin + plan.block - 1) / plan.block, tiles = blocks * count;
+    scope.team.share(0, tiles, 1, [&](Range mine) {
+      for (int64_t i = mine.begin; i < mine.end; ++i) {
+        const int64_t tile = is_map ? tiles - 1 - i : i, begin = all.begin + tile % blocks * plan.block;
+        body(tile / blocks, Range{begin, min(all.end, begin + plan.block)});
+      }
+      if (is_map && plan.is_streaming) fence();
+    });
   }
 
   // ---- tiles of rows: those next to each other in memory one after the other, the channels of one n first ----

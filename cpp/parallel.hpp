@@ -1,4 +1,4 @@
-// A team of threads: OpenMP, so that the process's one pool (PyTorch's, where it is loaded) does the work, or the
+// A team of threads: OpenMP's, so that the process's one pool (PyTorch's, where it is loaded) does the work, or the
 // helpers that the caller has.
 #pragma once
 
@@ -7,8 +7,6 @@
 #include "helpers.hpp"
 
 #ifdef BATCHNORM_PTHREADS  // for ThreadSanitizer, which does not see OpenMP's synchronisation
-#include <pthread.h>
-
 #include <thread>
 #include <vector>
 #else
@@ -17,51 +15,84 @@
 
 namespace batchnorm::BATCHNORM_ISA {
 
-struct Team {
-  int rank = 0, size = 1;
-  Meeting* meeting = nullptr;  // of helpers
-#ifdef BATCHNORM_PTHREADS
-  pthread_barrier_t* gate = nullptr;
-#endif
+// The step that a team is at, and how far it has come. No member waits for another to arrive, only for pieces that one
+// has taken: one that is late, or has lost its core, holds nobody up.
+struct Progress {
+  uint64_t next = 0;  // step << 48 | the first piece of it that nobody has taken
+  int64_t done = 0;   // pieces
+};
 
-  void barrier() const {
-    if (size == 1) return;
-    if (meeting) return wait(*meeting, size);
-#ifdef BATCHNORM_PTHREADS
-    pthread_barrier_wait(gate);
-#else
-#pragma omp barrier
-#endif
-  }
-
-  // This member's part of [begin, end): contiguous, as even as can be.
+// One member of a team, all of which go through the same steps.
+class Team {
+ public:
   struct Range { int64_t begin, end; };
-  Range share(int64_t begin, int64_t end) const {
-    const int64_t n = end - begin;
-    return {begin + n * rank / size, begin + n * (rank + 1) / size};
+
+  explicit Team(Progress& progress, int rank, int size) : rank(rank), size(size), progress_(&progress) {}
+  Team() = default;  // of one
+
+  const int rank = 0, size = 1;  // size: the most members there can be
+
+  // A step: body(range) for pieces of [begin, end) of at least `least` each, on whoever is there. Returns once all of
+  // them are done, and at once if they were before this member came.
+  template <class Body> void share(int64_t begin, int64_t end, int64_t least, const Body& body) {
+    if (size == 1) return body(Range{begin, end});
+    constexpr int64_t pieces_each = 8;  // few, as taking one costs some 100 ns where others do too
+    const int64_t n = end - begin, enough = (n + least - 1) / least, most = pieces_each * size;
+    const int64_t pieces = enough < 1 ? 1 : enough < most ? enough : most;
+    int64_t own = 0;
+    for (int64_t i; (i = take(pieces)) >= 0; ++own) body(Range{begin + n * i / pieces, begin + n * (i + 1) / pieces});
+    finish(own, pieces);
+    ++step_;
   }
+
+ private:
+  static constexpr int step_bits = 48;
+
+  // A piece of this step, negative if there is none left.
+  int64_t take(int64_t pieces) const {
+    uint64_t next = __atomic_load_n(&progress_->next, __ATOMIC_ACQUIRE);
+    for (;;) {
+      const int64_t piece = next & ((uint64_t{1} << step_bits) - 1);
+      if (next >> step_bits != step_ || piece == pieces) return -1;
+      if (__atomic_compare_exchange_n(&progress_->next, &next, next + 1, true, __ATOMIC_ACQ_REL, __ATOMIC_ACQUIRE))
+        return piece;
+    }
+  }
+
+  // Who does the last piece takes the team to the next step.
+  void finish(int64_t own, int64_t pieces) const {
+    if (own && __atomic_add_fetch(&progress_->done, own, __ATOMIC_ACQ_REL) == pieces) {
+      __atomic_store_n(&progress_->done, 0, __ATOMIC_RELAXED);
+      __atomic_store_n(&progress_->next, (step_ + 1) << step_bits, __ATOMIC_RELEASE);
+    }
+    for (int spins = 0; __atomic_load_n(&progress_->next, __ATOMIC_ACQUIRE) >> step_bits == step_; ++spins) relax(spins);
+  }
+
+  Progress* progress_ = nullptr;
+  uint64_t step_ = 0;
 };
 
 // Runs body(team) on each member of a team of at most `threads`.
 template <class Body> void parallel(int threads, const Helpers* helpers, const Body& body) {
-  if (threads <= 1) return body(Team{});
-  if (helpers) {
-    const auto member = [](const void* body, int rank, int size, Meeting* meeting) {
-      (*static_cast<const Body*>(body))(Team{rank, size, meeting});
-    };
-    return with_helpers(*helpers, threads, member, &body);
+  if (threads <= 1) {
+    Team alone;
+    return body(alone);
   }
+  Progress progress;
+  const auto member = [&](int rank) {
+    Team team(progress, rank, threads);
+    body(team);
+  };
+  if (helpers)
+    return with_helpers(*helpers, threads, [](const void* m, int rank) { (*static_cast<decltype(&member)>(m))(rank); }, &member);
 #ifdef BATCHNORM_PTHREADS
-  pthread_barrier_t gate;
-  pthread_barrier_init(&gate, nullptr, static_cast<unsigned>(threads));
   std::vector<std::thread> others;
-  for (int rank = 1; rank < threads; ++rank) others.emplace_back([&, rank] { body(Team{rank, threads, nullptr, &gate}); });
-  body(Team{0, threads, nullptr, &gate});
+  for (int rank = 1; rank < threads; ++rank) others.emplace_back([&, rank] { member(rank); });
+  member(0);
   for (std::thread& other : others) other.join();
-  pthread_barrier_destroy(&gate);
 #else
 #pragma omp parallel num_threads(threads)
-  body(Team{omp_get_thread_num(), omp_get_num_threads()});
+  member(omp_get_thread_num());
 #endif
 }
 

@@ -36,6 +36,7 @@ struct Problem {
   Mask mask = {};
   int threads = 1;
   const Helpers* helpers = nullptr;  // null: OpenMP
+  bool has_new_results = false;      // each call writes where no call has for a while: in no cache
 
   // Arrays of the shape of x. They share one layout: s (or N = S = 1) is the unit stride of all, or c is.
   Tensor x, residual = {}, dy = {};      // read

@@ -98,9 +98,9 @@ class Lanes {
     const auto schedule = [](void* pool, void (*task)(void*), void* data) {
       static_cast<ffi::ThreadPool*>(pool)->Schedule([task, data] { task(data); });
     };
-    // A quarter of what the work takes, or the time that a sleeping thread takes to wake.
-    const Helpers helpers{schedule, &pool, std::min<int64_t>(size() / 16, 50'000)};
+    const Helpers helpers{schedule, &pool};
     problem.helpers = &helpers;
+    problem.has_new_results = true;
     const int threads = static_cast<int>(std::min<int64_t>(num_threads(), pool.num_threads()));
     if (!is_valid_) return ffi::Error::InvalidArgument("batchnorm: operands that do not go together");
     try {

@@ -74,7 +74,9 @@ def batch_norm(
     gamma, beta = effective_gamma(jnp, gamma, convention), effective_beta(beta, convention)
     results = forward_of(x, gamma, beta, residual, keep, axes, rule)
     shape = axes.statistics_shape(x.shape)
-    count, mean, m2, mean_lo = (jnp.reshape(results[i], shape) for i in (5, 1, 3, 2))
+    mean, m2, mean_lo, count = (jnp.reshape(results[i], shape) for i in (1, 3, 2, 5))
+    if keep is None:  # known to XLA as well, which then leaves out what depends on it
+        count = jnp.full(shape, x.size // count.size, count.dtype)
     updated = advance(jnp, running, Moments(count, mean, m2, mean_lo), convention, masked=mask is not None)
     return agnostic.deliver(results.y.reshape(x.shape), out), updated
 
