@@ -3,7 +3,9 @@
     python -m benchmarks.flax_layers            # ResNet-50's shapes up to 32 MB; some three minutes on two cores
 
 Training forward, and forward and backward, without and with a ReLU, in NHWC and in NCHW (`axis=1`). The two take turns
-in one process (see README.md); x and dy are read before each turn, and all results are returned.
+in one process (see README.md); x and dy are read before each turn, and all results are returned. So does a third, which
+moves as much memory as a case needs at least (`floors.py`) in one program compiled by XLA, and computes nothing: how
+many times as long we take is how far we are from what can be had from within JAX.
 """
 
 import argparse
@@ -11,14 +13,18 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any
 
+import flax
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import linen
+from jax import lax
 
 from batchnorm.flax import linen as ours
 from benchmarks.cases import Case, all_cases
 from benchmarks.contestants import Contestant
+from benchmarks.floors import passes
+from benchmarks.machine import cache_sizes
 from benchmarks.timing import Effort, race, warm_up
 
 OPERATIONS = ("forward", "forward+backward", "relu")
@@ -47,8 +53,26 @@ def layer_step(layer: Any, operation: str, x: jax.Array, dy: jax.Array, activati
     return run
 
 
-def ratio(case: Case, effort: Effort) -> tuple[float, float]:
-    """The median of ours in microseconds, and Flax's over it."""
+def memory_passes(case: Case, x: jax.Array, dy: jax.Array) -> Callable[[], object]:
+    """The passes over memory that a case needs, one after the other; what they write is returned."""
+    compute = {"read": lambda x, dy: (x if case.operation == "forward" else dy).max(), "copy": lambda x, dy: x * 1.5}
+    compute |= {"add": lambda x, dy: x + dy}
+    wanted = [compute[name] for name in passes(case, cache_sizes().l2).elements()]
+
+    @jax.jit
+    def program(x: jax.Array, dy: jax.Array) -> list[jax.Array]:
+        results: list[jax.Array] = []
+        for run in wanted:
+            x, dy, results = lax.optimization_barrier((x, dy, results))  # else they would become one
+            results.append(run(x, dy))
+        return results
+
+    x, dy = x.reshape(-1), dy.reshape(-1)  # XLA's loops over short rows are slower than memory
+    return lambda: jax.block_until_ready(program(x, dy))
+
+
+def ratios_of(case: Case, effort: Effort) -> tuple[float, float, float]:
+    """The median of ours in microseconds, Flax's over it, and it over that of the memory alone."""
     generator = np.random.default_rng(0)
     shape, axis = case.shape, 1
     if case.layout == "channels-last":
@@ -66,13 +90,15 @@ def ratio(case: Case, effort: Effort) -> tuple[float, float]:
         Contestant(
             "Flax", layer_step(linen.BatchNorm(axis=axis), case.operation, x, dy, jax.nn.relu if relu else lambda y: y)
         ),
+        Contestant("memory", memory_passes(case, x, dy)),
     ]
     contestants = [
         Contestant(c.name, c.run, settle=partial(lambda: jax.block_until_ready(read(x, dy)))) for c in contestants
     ]
     estimates = {contestant.name: warm_up(contestant) for contestant in contestants}
     timings = race(contestants, case, effort, estimates)
-    return timings["ours"].p50, timings["Flax"].p50 / timings["ours"].p50
+    own, native, memory = (timings[name].p50 for name in ("ours", "Flax", "memory"))
+    return own, native / own, own / memory
 
 
 def main() -> None:
@@ -80,17 +106,19 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seconds", type=float, default=1.5, help="of calls for each case (1.5)")
     effort = Effort(seconds=parser.parse_args().seconds)
-    print(f"JAX {jax.__version__}; how many times as fast ours is")
-    ratios: dict[tuple[str, str], list[float]] = {}
+    print(f"JAX {jax.__version__}, Flax {flax.__version__}; ours, its speed over Flax's, its time over the memory's")
+    ratios: dict[tuple[str, str], list[tuple[float, float]]] = {}
     for case in all_cases():
         if not case.is_in_grid or case.operation not in OPERATIONS or case.dtype != "float32":
             continue
-        micros, times = ratio(case, effort)
-        ratios.setdefault((case.operation, case.layout), []).append(times)
-        print(f"{case.operation:17} {case.layout:14} {case.shape!s:20} {micros:9,.0f} us {times:6.2f}", flush=True)
+        micros, *both = ratios_of(case, effort)
+        ratios.setdefault((case.operation, case.layout), []).append((both[0], both[1]))
+        row = f"{case.operation:17} {case.layout:14} {case.shape!s:20} {micros:9,.0f} us"
+        print(row, "".join(f"{value:7.2f}" for value in both), flush=True)
     for (operation, layout), values in ratios.items():
-        mean = np.exp(np.log(values).mean())
-        print(f"{operation} {layout}: {mean:.2f} on average, least {min(values):.2f}")
+        speed, time = np.exp(np.log(values).mean(axis=0))
+        least, most = min(value[0] for value in values), max(value[1] for value in values)
+        print(f"{operation} {layout}: {speed:.2f} (least {least:.2f}) times as fast, {time:.2f} (most {most:.2f}) of memory")
 
 
 if __name__ == "__main__":

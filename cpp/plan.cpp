@@ -26,9 +26,8 @@ constexpr int64_t small_bytes = 256 << 10;
 // where a thread goes over the same channels twice: results would push these out of the second level.
 constexpr int64_t streamed_bytes = 28 << 20, streamed_bytes_of_channels = 24 << 20;
 
-// The same where results are new: a line that is in no cache would be read before it is written. Half of it is x, which
-// is then as large as two second-level caches.
-constexpr int64_t streamed_bytes_of_new = 4 << 20;
+// The same where results are new: a line that is in no cache would be read before it is written.
+constexpr int64_t streamed_bytes_of_new = 16 << 20, streamed_bytes_of_new_channels = 4 << 20;
 
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 int64_t at_least_1(int64_t a) { return std::max<int64_t>(1, a); }
@@ -129,9 +128,9 @@ bool make_plan(const Problem& p, Plan& plan) {
   }
   const int64_t scalar = p.dtype == Dtype::float64 ? 8 : 4, line = 64;
   const bool goes_by_channels = plan.family != Family::columns && !is_read_once;
-  plan.is_streaming = streams_from(p.has_new_results  ? streamed_bytes_of_new
-                                   : goes_by_channels ? streamed_bytes_of_channels
-                                                      : streamed_bytes);
+  const int64_t all = p.has_new_results ? streamed_bytes_of_new : streamed_bytes;
+  const int64_t channels = p.has_new_results ? streamed_bytes_of_new_channels : streamed_bytes_of_channels;
+  plan.is_streaming = streams_from(goes_by_channels ? channels : all);
   plan.has_groups = std::min(plan.width, plan.block) >= page_row || bytes <= small_bytes;
   plan.channels_apart = channels_apart(p, plan, read * p.N * p.S * size_of(p.dtype));
 
