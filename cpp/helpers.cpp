@@ -34,7 +34,7 @@ void help(void* data) {
 }  // namespace
 
 void relax(int spins) {
-  constexpr int most = 2000;  // some tens of microseconds
+  constexpr int most = 2000;
   if (spins >= most) sched_yield();
 #if defined(__x86_64__)
   else __builtin_ia32_pause();

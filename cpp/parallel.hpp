@@ -18,7 +18,7 @@ namespace batchnorm::BATCHNORM_ISA {
 // The step that a team is at, and how far it has come. No member waits for another to arrive, only for pieces that one
 // has taken: one that is late, or has lost its core, holds nobody up.
 struct Progress {
-  uint64_t next = 0;  // step << 48 | the first piece of it that nobody has taken
+  uint64_t next = 0;  // step << piece_bits | the first piece of it that nobody has taken
   int64_t done = 0;   // pieces
 };
 
@@ -36,7 +36,7 @@ class Team {
   // them are done, and at once if they were before this member came.
   template <class Body> void share(int64_t begin, int64_t end, int64_t least, const Body& body) {
     if (size == 1) return body(Range{begin, end});
-    constexpr int64_t pieces_each = 8;  // few, as taking one costs some 100 ns where others do too
+    constexpr int64_t pieces_each = 8;  // enough that the last ones end together, few enough that taking them is nothing
     const int64_t n = end - begin, enough = (n + least - 1) / least, most = pieces_each * size;
     const int64_t pieces = enough < 1 ? 1 : enough < most ? enough : most;
     int64_t own = 0;
@@ -46,14 +46,14 @@ class Team {
   }
 
  private:
-  static constexpr int step_bits = 48;
+  static constexpr int piece_bits = 48;
 
   // A piece of this step, negative if there is none left.
   int64_t take(int64_t pieces) const {
     uint64_t next = __atomic_load_n(&progress_->next, __ATOMIC_ACQUIRE);
     for (;;) {
-      const int64_t piece = next & ((uint64_t{1} << step_bits) - 1);
-      if (next >> step_bits != step_ || piece == pieces) return -1;
+      const int64_t piece = next & ((uint64_t{1} << piece_bits) - 1);
+      if (next >> piece_bits != step_ || piece == pieces) return -1;
       if (__atomic_compare_exchange_n(&progress_->next, &next, next + 1, true, __ATOMIC_ACQ_REL, __ATOMIC_ACQUIRE))
         return piece;
     }
@@ -63,9 +63,9 @@ class Team {
   void finish(int64_t own, int64_t pieces) const {
     if (own && __atomic_add_fetch(&progress_->done, own, __ATOMIC_ACQ_REL) == pieces) {
       __atomic_store_n(&progress_->done, 0, __ATOMIC_RELAXED);
-      __atomic_store_n(&progress_->next, (step_ + 1) << step_bits, __ATOMIC_RELEASE);
+      __atomic_store_n(&progress_->next, (step_ + 1) << piece_bits, __ATOMIC_RELEASE);
     }
-    for (int spins = 0; __atomic_load_n(&progress_->next, __ATOMIC_ACQUIRE) >> step_bits == step_; ++spins) relax(spins);
+    for (int spins = 0; __atomic_load_n(&progress_->next, __ATOMIC_ACQUIRE) >> piece_bits == step_; ++spins) relax(spins);
   }
 
   Progress* progress_ = nullptr;

@@ -101,7 +101,7 @@ def statistics_of_state(xp: Namespace, running: RunningStatistics, convention: C
             rstd = spread
         case _:  # log10_std
             rstd = rstd_of_std(xp, 10.0**spread, eps, placement)
-    return Statistics(mean, xp.zeros_like(mean), rstd)
+    return Statistics(mean, None, rstd)
 
 
 def estimates(xp: Namespace, running: RunningStatistics, convention: Convention) -> tuple[Array, Array]:

@@ -201,7 +201,13 @@ def choose(xp: Namespace, condition: bool | Array, a: T, b: T) -> T:
     """`a` where the condition holds, else `b`: decided here where it is known, by the array library where traced."""
     if isinstance(condition, bool):
         return a if condition else b
-    return type(a)(*(xp.where(condition, first, second) for first, second in zip(a, b, strict=True)))
+    pairs = zip(a, b, strict=True)
+    return type(a)(*(None if p is q is None else xp.where(condition, zeroed(p), zeroed(q)) for p, q in pairs))
+
+
+def zeroed(statistic: Array | None) -> Array | float:
+    """The statistic, 0 where it is None."""
+    return 0.0 if statistic is None else statistic
 
 
 def normalized(
