@@ -55,9 +55,12 @@ def layer_step(layer: Any, operation: str, x: jax.Array, dy: jax.Array, activati
 
 def memory_passes(case: Case, x: jax.Array, dy: jax.Array) -> Callable[[], object]:
     """The passes over memory that a case needs, one after the other; what they write is returned."""
-    compute = {"read": lambda x, dy: (x if case.operation == "forward" else dy).max(), "copy": lambda x, dy: x * 1.5}
-    compute |= {"add": lambda x, dy: x + dy}
-    wanted = [compute[name] for name in passes(case, cache_sizes().l2).elements()]
+    computations: dict[str, Callable[[jax.Array, jax.Array], jax.Array]] = {
+        "read": lambda x, dy: (x if case.operation == "forward" else dy).max(),
+        "copy": lambda x, dy: x * 1.5,
+        "add": lambda x, dy: x + dy,
+    }
+    wanted = [computations[name] for name in passes(case, cache_sizes().l2).elements()]
 
     @jax.jit
     def program(x: jax.Array, dy: jax.Array) -> list[jax.Array]:
@@ -118,7 +121,7 @@ def main() -> None:
     for (operation, layout), values in ratios.items():
         speed, time = np.exp(np.log(values).mean(axis=0))
         least, most = min(value[0] for value in values), max(value[1] for value in values)
-        print(f"{operation} {layout}: {speed:.2f} (least {least:.2f}) times as fast, {time:.2f} (most {most:.2f}) of memory")
+        print(f"{operation} {layout}: {speed:.2f} (least {least:.2f}) as fast, {time:.2f} (most {most:.2f}) of memory")
 
 
 if __name__ == "__main__":

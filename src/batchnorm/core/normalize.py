@@ -9,10 +9,10 @@ from batchnorm.core.moments import Moments
 
 
 class Statistics(NamedTuple):
-    """What normalises: xhat = (x - mean - mean_lo) * rstd, one of each for a channel; None is 0."""
+    """What normalises: xhat = (x - mean - mean_lo) * rstd, one of each for a channel."""
 
     mean: Array
-    mean_lo: Array | None
+    mean_lo: Array  # of running statistics None, for 0
     rstd: Array
 
 

@@ -1,9 +1,5 @@
 """Batch norm on PyTorch tensors with running statistics that are advanced in place, as PyTorch's layers keep them."""
 
-import warnings
-from typing import Any, NamedTuple
-
-import array_api_compat.torch as xp
 import torch
 from torch import Tensor
 from torch._C import _are_functorch_transforms_active as are_transforms_active
@@ -13,33 +9,13 @@ from torch.compiler import disable, is_compiling
 from torch.overrides import handle_torch_function, has_torch_function
 
 import batchnorm.functional as functional
-from batchnorm.arguments import check_running
 from batchnorm.convention import Convention
-from batchnorm.core import activations
-from batchnorm.core.axes import split
-from batchnorm.core.moments import Moments
-from batchnorm.core.normalize import effective_beta, effective_gamma
-from batchnorm.core.running import RunningStatistics, advance, statistics_of_state
 from batchnorm.functional import Activation
-from batchnorm.kernels import plain
 from batchnorm.kernels import torch as kernel
-from batchnorm.kernels import torch_operators as operators
 from batchnorm.kernels.torch import in_words_of_pytorch
-from batchnorm.kernels.torch_transforms import track_beneath
-
-
-class ChannelError(ValueError, RuntimeError):
-    """A wrong number of channels: a ValueError, as every bad argument, and a RuntimeError, as PyTorch's own."""
-
-
-class State(NamedTuple):
-    """The buffers of a layer, as `RunningStatistics` has them; what is None is not kept."""
-
-    mean: Tensor
-    spread: Tensor
-    steps: Tensor | None = None
-    weight: Tensor | None = None
-    skipped: Tensor | None = None
+from batchnorm.torch.arguments import check_batch, check_channels, kept_by_lengths
+from batchnorm.torch.graphs import is_traceable, traced
+from batchnorm.torch.state import State, count_skipped, running_of, store, take_in
 
 
 def batch_norm(
@@ -196,166 +172,6 @@ def step_by_step(
     return y  # type: ignore[no-any-return]
 
 
-def track(state: State, batch: Moments, convention: Convention, *, is_masked: bool) -> None:
-    """Let the moments of a batch enter the state."""
-    running = check_running(running_of(state), state.mean, split(0, 1))
-    store(state, advance(xp, running, batch, convention, masked=is_masked))
-
-
-def store(state: State, running: RunningStatistics) -> None:
-    """Put the running statistics into the buffers."""
-    for buffer, value in zip(state, running, strict=True):
-        if buffer is not None:
-            buffer.copy_(value)
-
-
-def traced(
-    x: Tensor,
-    gamma: Tensor | None,
-    beta: Tensor | None,
-    state: State | None,
-    convention: Convention,
-    *,
-    training: bool,
-    is_tracked: bool,
-    axis: int,
-    mask: Tensor | None,
-    lengths: Tensor | None,
-    activation: Activation | None,
-    residual: Tensor | None,
-) -> Tensor:
-    """`normalize` as a graph: operators of ours in training, PyTorch's own at inference."""
-    axis %= x.ndim
-    if lengths is not None:
-        mask = kept_by_lengths(x, lengths, axis)
-    gamma, beta = effective_gamma(xp, gamma, convention), effective_beta(beta, convention)
-    if training and not (convention.single == "running" and is_single(x, axis) and state is not None):
-        results: operators.Results = operators.forward(
-            x, gamma, beta, residual, mask, [axis], convention.eps, convention.eps_train,
-            convention.normalize_correction, activation,
-        )  # fmt: skip
-        y, mean, mean_lo, m2, _, count = results
-        if is_tracked and state is not None:
-            advance_traced(state, (count, mean, mean_lo, m2), convention, is_masked=mask is not None)
-        return y
-    if state is None:
-        raise ValueError("there are no running statistics to normalise by")
-    gamma, beta = (p if p is None or p.dtype == x.dtype else p.to(state.mean.dtype) for p in (gamma, beta))
-    if plain.is_simple(convention):
-        z = torch.nn.functional.batch_norm(
-            x.movedim(axis, 1), state.mean, state.spread, gamma, beta, False, 0.0, convention.eps
-        ).movedim(1, axis)  # fmt: skip
-    else:
-        z = normalized_by_state(x, gamma, beta, state, convention, axis)
-    y = activations.apply(xp, z if residual is None else z + residual, activation).to(x.dtype)
-    return y if mask is None else torch.where(mask, y, 0.0)
-
-
-def is_traceable(convention: Convention, is_masked: bool) -> bool:
-    """Whether a graph can say all that there is to a convention."""
-    return (
-        (convention.normalize_with, convention.update) == ("batch", "training")
-        and convention.single in ("error", "clamp", "running")
-        and not (is_masked and convention.masked_output == "normalized")
-    )
-
-
-def advance_traced(state: State, batch: tuple[Tensor, ...], convention: Convention, *, is_masked: bool) -> None:
-    """Let moments (count, mean, mean_lo, m2) enter the state, as an operator."""
-    # Not as a bound method: Dynamo has none of a constant.
-    correction = Convention.correction(convention, masked=is_masked)
-    operators.advance(
-        state.mean, state.spread, state.steps, state.weight, state.skipped, *batch, convention.eps,
-        convention.eps_train, convention.eps_eval, convention.decay, convention.tracked, correction,
-        convention.correction_on, convention.debias, convention.single,
-    )  # fmt: skip
-
-
-def normalized_by_state(
-    x: Tensor, gamma: Tensor | None, beta: Tensor | None, state: State, convention: Convention, axis: int
-) -> Tensor:
-    """gamma * xhat + beta by running statistics of any kind, in their dtype."""
-    zero = state.mean.new_zeros(())
-    weight = zero + 1 if state.weight is None else state.weight
-    running = RunningStatistics(state.mean, state.spread, zero, weight, zero)
-    mean, _, rstd = statistics_of_state(xp, running, convention, state.mean.dtype)
-    shape = [1] * x.ndim
-    shape[axis] = -1
-    z: Tensor = (x.to(mean.dtype) - mean.reshape(shape)) * (rstd if gamma is None else gamma * rstd).reshape(shape)
-    return z if beta is None else z + beta.reshape(shape)
-
-
 def is_recomputed() -> bool:
     """Whether autograd is computing a forward pass again, in the middle of a backward pass."""
     return current_backward() != -1
-
-
-def kept_by_lengths(x: Tensor, lengths: Tensor, axis: int) -> Tensor:
-    """Lengths along the first axis that is neither batch nor channel, as a mask."""
-    time = 1 if axis % x.ndim == 2 else 2
-    positions = torch.arange(x.shape[time], device=x.device)
-    sizes = [1] * x.ndim
-    sizes[0], sizes[time] = x.shape[0], x.shape[time]
-    return (positions < lengths[:, None]).reshape(sizes)
-
-
-def is_single(x: Tensor, axis: int) -> bool:
-    """Whether a channel has one element."""
-    return x.numel() == x.shape[axis]
-
-
-def check_batch(x: Tensor, axis: int) -> None:
-    """Raise where a channel has one element, in the words of PyTorch."""
-    if x.ndim > 1 and is_single(x, axis):
-        raise ValueError(
-            f"Expected more than 1 value per channel when training, got input size {x.size()}: pass a larger batch, "
-            "or let the layer normalise such a batch by its running statistics with single='running'"
-        )
-
-
-def check_channels(x: Tensor, axis: int, gamma: Tensor | None, beta: Tensor | None, state: State | None) -> None:
-    """Raise unless x has the channels of the parameters and running statistics, in the words of PyTorch."""
-    channels = x.shape[axis] if -x.ndim <= axis < x.ndim else None
-    mean = None if state is None else state.mean
-    for name, values in (("running_mean", mean), ("weight", gamma), ("bias", beta)):
-        if values is not None and channels is not None and values.numel() != channels:
-            raise ChannelError(
-                f"{name} should contain {channels} elements not {values.numel()}: the input {tuple(x.shape)} has "
-                f"{channels} channels along axis {axis % x.ndim}"
-            )
-
-
-def count_skipped(state: State | None) -> None:
-    """Note that a batch did not enter the state, and say so."""
-    if state is not None and state.skipped is not None:
-        state.skipped.add_(1)
-    warnings.warn(
-        "the statistics of a batch are not finite (NaN, Inf or overflow in the input): it did not enter the running "
-        "statistics",
-        RuntimeWarning,
-        stacklevel=4,
-    )
-
-
-def running_of(state: State | None) -> RunningStatistics | None:
-    """The buffers as the state that functions of arrays take."""
-    if state is None:
-        return None
-    mean, spread, steps, weight, skipped = state
-    return RunningStatistics(
-        mean, spread, 0.0 if steps is None else steps, 1.0 if weight is None else weight,
-        0.0 if skipped is None else skipped,
-    )  # fmt: skip
-
-
-def take_in(x: Tensor, state: State, convention: Convention, *, axis: int, mask: Tensor | None) -> None:
-    """Let a batch enter the state, from within transformations as well."""
-    batch = functional.moments(x.detach(), axis=axis, mask=mask)
-
-    def track_in(buffers: tuple[Any, ...], batch: Moments) -> None:
-        track(State(*buffers), batch, convention, is_masked=mask is not None)
-
-    if are_transforms_active():
-        track_beneath(state, batch, track_in)
-    else:
-        track_in(state, batch)

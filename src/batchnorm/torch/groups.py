@@ -8,15 +8,10 @@ import batchnorm.functional as functional
 from batchnorm.convention import Convention
 from batchnorm.functional import Activation
 from batchnorm.kernels import torch_operators as operators
-from batchnorm.torch.functional import (
-    State,
-    advance_traced,
-    is_recomputed,
-    is_single,
-    is_traceable,
-    kept_by_lengths,
-    take_in,
-)
+from batchnorm.torch.arguments import is_single, kept_by_lengths
+from batchnorm.torch.functional import is_recomputed
+from batchnorm.torch.graphs import advance_traced, is_traceable
+from batchnorm.torch.state import State, take_in
 
 
 def normalize_in_groups(

@@ -15,8 +15,10 @@ from torch.nn.parameter import is_lazy
 
 from batchnorm.convention import Convention, Single
 from batchnorm.kernels.torch import in_words_of_pytorch
-from batchnorm.torch.functional import ChannelError, State, normalize
+from batchnorm.torch.arguments import ChannelError
+from batchnorm.torch.functional import normalize
 from batchnorm.torch.privacy import warn_opacus_of
+from batchnorm.torch.state import State
 
 HALVES = (torch.float16, torch.bfloat16)
 RUNNING = ("running_mean", "running_var")

@@ -22,9 +22,11 @@ from batchnorm.core.moments import Moments
 from batchnorm.core.moments import moments as measure
 from batchnorm.kernels import torch as kernel
 from batchnorm.kernels.operands import Operands
-from batchnorm.torch.functional import is_recomputed, kept_by_lengths, track
+from batchnorm.torch.arguments import kept_by_lengths
+from batchnorm.torch.functional import is_recomputed
 from batchnorm.torch.layers import BatchNorm1d, BatchNorm2d, BatchNorm3d, Layer, make_ours
 from batchnorm.torch.parts import Whole, gradient_through_statistics, own_gradients, wide
+from batchnorm.torch.state import track
 
 Group = Any  # dist.ProcessGroup, which exists only in builds with torch.distributed
 

@@ -1,0 +1,75 @@
+"""The running statistics that PyTorch's layers keep in buffers, and what enters them."""
+
+import warnings
+from typing import Any, NamedTuple
+
+import array_api_compat.torch as xp
+from torch import Tensor
+from torch._C import _are_functorch_transforms_active as are_transforms_active
+
+import batchnorm.functional as functional
+from batchnorm.arguments import check_running
+from batchnorm.convention import Convention
+from batchnorm.core.axes import split
+from batchnorm.core.moments import Moments
+from batchnorm.core.running import RunningStatistics, advance
+from batchnorm.kernels.torch_transforms import track_beneath
+
+
+class State(NamedTuple):
+    """The buffers of a layer, as `RunningStatistics` has them; what is None is not kept."""
+
+    mean: Tensor
+    spread: Tensor
+    steps: Tensor | None = None
+    weight: Tensor | None = None
+    skipped: Tensor | None = None
+
+
+def running_of(state: State | None) -> RunningStatistics | None:
+    """The buffers as the state that functions of arrays take."""
+    if state is None:
+        return None
+    mean, spread, steps, weight, skipped = state
+    return RunningStatistics(
+        mean, spread, 0.0 if steps is None else steps, 1.0 if weight is None else weight,
+        0.0 if skipped is None else skipped,
+    )  # fmt: skip
+
+
+def store(state: State, running: RunningStatistics) -> None:
+    """Put the running statistics into the buffers."""
+    for buffer, value in zip(state, running, strict=True):
+        if buffer is not None:
+            buffer.copy_(value)
+
+
+def track(state: State, batch: Moments, convention: Convention, *, is_masked: bool) -> None:
+    """Let the moments of a batch enter the state."""
+    running = check_running(running_of(state), state.mean, split(0, 1))
+    store(state, advance(xp, running, batch, convention, masked=is_masked))
+
+
+def take_in(x: Tensor, state: State, convention: Convention, *, axis: int, mask: Tensor | None) -> None:
+    """Let a batch enter the state, from within transformations as well."""
+    batch = functional.moments(x.detach(), axis=axis, mask=mask)
+
+    def track_in(buffers: tuple[Any, ...], batch: Moments) -> None:
+        track(State(*buffers), batch, convention, is_masked=mask is not None)
+
+    if are_transforms_active():
+        track_beneath(state, batch, track_in)
+    else:
+        track_in(state, batch)
+
+
+def count_skipped(state: State | None) -> None:
+    """Note that a batch did not enter the state, and say so."""
+    if state is not None and state.skipped is not None:
+        state.skipped.add_(1)
+    warnings.warn(
+        "the statistics of a batch are not finite (NaN, Inf or overflow in the input): it did not enter the running "
+        "statistics",
+        RuntimeWarning,
+        stacklevel=4,
+    )
