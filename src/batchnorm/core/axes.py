@@ -4,7 +4,7 @@ import math
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 
-from batchnorm.core.dtypes import Array, Namespace
+from batchnorm.core.dtypes import Array, DType, Namespace
 
 
 @dataclass(frozen=True)
@@ -38,6 +38,14 @@ class Axes:
     def elements(self, shape: tuple[int, ...]) -> int:
         """Elements per channel of an x of this shape."""
         return math.prod(shape[axis] for axis in self.reduced)
+
+    def total(self, xp: Namespace, values: Array, dtype: DType) -> Array:
+        """Sums over the reduced axes, which keep size 1, in `dtype`.
+
+        Kept axes of size 1 are summed over as well: XLA takes 30 times as long on (1, 25088, 128) where it must not.
+        """
+        axes = tuple(axis for axis in range(self.ndim) if axis in self.reduced or values.shape[axis] == 1)
+        return xp.sum(values, axis=axes, keepdims=True, dtype=dtype)
 
     def spread_out(self, xp: Namespace, statistic: Array) -> Array:
         """`statistic` with size 1 on every reduced axis, to broadcast against x."""

@@ -39,7 +39,7 @@ def gradients(
     wide = accumulation_dtype(xp)
 
     def total(values: Array) -> Array:
-        return cast(xp, xp.sum(values, axis=axes.reduced, keepdims=True, dtype=wide), rstd.dtype)
+        return cast(xp, axes.total(xp, values, wide), rstd.dtype)
 
     dy = cast(xp, dy, rstd.dtype)
     deviation = cast(xp, x, rstd.dtype) - mean

@@ -78,14 +78,14 @@ def moments(xp: Namespace, x: Array, axes: Axes, mask: Array | None = None) -> M
     divisor = axes.spread_out(xp, xp.maximum(cast(xp, count, wide), full(xp, (), 1.0, dtype=wide, like=x)))
 
     def average(values: Array) -> Array:
-        return cast(xp, xp.sum(values, axis=axes.reduced, keepdims=True, dtype=wide) / divisor, dtype)
+        return cast(xp, axes.total(xp, values, wide) / divisor, dtype)
 
     x = x if mask is None else xp.where(mask, x, 0.0)
     hi = average(x)
     deviation = x - hi if mask is None else xp.where(mask, x - hi, 0.0)
     lo = average(deviation)
     deviation = deviation - lo if mask is None else xp.where(mask, deviation - lo, 0.0)
-    m2 = cast(xp, xp.sum(deviation * deviation, axis=axes.reduced, keepdims=True, dtype=wide), dtype)
+    m2 = cast(xp, axes.total(xp, deviation * deviation, wide), dtype)
     mean, mean_lo = two_sum(hi, lo)
     return Moments(count, axes.gather(xp, mean), axes.gather(xp, m2), axes.gather(xp, mean_lo))
 
