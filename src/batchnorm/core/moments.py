@@ -56,11 +56,11 @@ class Moments(NamedTuple):
 def moments(xp: Namespace, x: Array, axes: Axes, mask: Array | None = None) -> Moments:
     """Moments of x over the reduced axes, by two passes with a split mean.
 
-        hi = round(sum(x) / count)     lo = sum(x - hi) / count     m2 = sum((x - hi - lo)**2)
+        hi = round(sum(x) / count)     lo = sum(x - hi) / count     m2 = sum((x - hi)**2) - count * lo**2
 
     x - hi is exact where x lies within a factor of two of hi (Sterbenz), which is where the mean could be large
-    against the deviations. m2 is a sum of non-negative terms around the mean itself: it does not cancel, as
-    E[x^2] - E[x]^2 does. Three reads of x; one temporary of its size in the statistics' dtype.
+    against the deviations. lo is what rounding left of the mean: m2 does not cancel, as E[x^2] - E[x]^2 does. Two reads
+    of x; one temporary of its size in the statistics' dtype.
 
     Args:
         xp: Namespace of x.
@@ -84,8 +84,8 @@ def moments(xp: Namespace, x: Array, axes: Axes, mask: Array | None = None) -> M
     hi = average(x)
     deviation = x - hi if mask is None else xp.where(mask, x - hi, 0.0)
     lo = average(deviation)
-    deviation = deviation - lo if mask is None else xp.where(mask, deviation - lo, 0.0)
-    m2 = cast(xp, axes.total(xp, deviation * deviation, wide), dtype)
+    m2 = axes.total(xp, deviation * deviation, wide) - divisor * cast(xp, lo, wide) ** 2
+    m2 = cast(xp, xp.maximum(m2, xp.zeros_like(m2)), dtype)
     mean, mean_lo = two_sum(hi, lo)
     return Moments(count, axes.gather(xp, mean), axes.gather(xp, m2), axes.gather(xp, mean_lo))
 
