@@ -74,6 +74,13 @@ def test_hessian_of_x():
     np.testing.assert_allclose(ours, theirs, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("values", [[2.5, 2.5, 2.5], [1.0, 2.0, 7.0]])
+def test_hessian_of_moments(values):
+    """2 (I - 1/n), of a constant channel as well, whose m2 lies on the edge of what it can be."""
+    hessian = jax.hessian(lambda x: bn.moments(x, axis=()).m2)(jnp.asarray(values))
+    np.testing.assert_allclose(hessian, 2 * (np.eye(3) - 1 / 3), rtol=1e-6)
+
+
 def small(x, gamma, beta, kernel=None):
     y, _ = bnj.batch_norm(x, gamma, beta, training=True, activation="silu", kernel=kernel, eps=0.1)
     return jnp.sum(y**2 * DY[:3, :2])

@@ -85,7 +85,7 @@ def moments(xp: Namespace, x: Array, axes: Axes, mask: Array | None = None) -> M
     deviation = x - hi if mask is None else xp.where(mask, x - hi, 0.0)
     lo = average(deviation)
     m2 = axes.total(xp, deviation * deviation, wide) - divisor * cast(xp, lo, wide) ** 2
-    m2 = cast(xp, xp.maximum(m2, xp.zeros_like(m2)), dtype)
+    m2 = cast(xp, xp.where(m2 < 0, 0.0, m2), dtype)  # not `maximum`, whose derivative at 0 is half of m2's
     mean, mean_lo = two_sum(hi, lo)
     return Moments(count, axes.gather(xp, mean), axes.gather(xp, m2), axes.gather(xp, mean_lo))
 
