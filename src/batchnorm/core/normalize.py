@@ -26,8 +26,9 @@ def statistics_of_batch(
 
 def rstd_of_var(xp: Namespace, var: Array, eps: float, placement: EpsPlacement) -> Array:
     """1/sqrt(var + eps) for eps `inside`, 1/(sqrt(var) + eps) `outside`, 1/sqrt(var) where it is `absent`."""
-    if placement == "inside" and eps > xp.finfo(var.dtype).smallest_normal:  # never 0, so that nothing else is
-        return 1 / xp.sqrt(var + eps)  # left for XLA to compute at each element
+    if placement == "inside" and eps > xp.finfo(var.dtype).smallest_normal:
+        # Never 0. What is cheap, as the choices of `reciprocal` are, XLA makes anew at each element of x.
+        return 1 / xp.sqrt(var + eps)
     if placement == "inside":
         return reciprocal(xp, square_root(xp, var + eps))
     return rstd_of_std(xp, square_root(xp, var), eps, placement)
