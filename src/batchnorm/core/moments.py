@@ -84,8 +84,12 @@ def moments(xp: Namespace, x: Array, axes: Axes, mask: Array | None = None) -> M
     hi = average(x)
     deviation = x - hi if mask is None else xp.where(mask, x - hi, 0.0)
     lo = average(deviation)
-    m2 = axes.total(xp, deviation * deviation, wide) - divisor * cast(xp, lo, wide) ** 2
-    m2 = cast(xp, xp.where(m2 < 0, 0.0, m2), dtype)  # not `maximum`, whose derivative at 0 is half of m2's
+    square = axes.total(xp, deviation * deviation, wide)
+    m2 = square - divisor * cast(xp, lo, wide) ** 2
+    # Of a constant channel what is left is the rounding of these sums, of either sign. Not `maximum`, whose derivative
+    # where both are 0 is half of m2's.
+    rounding = 64 * float(xp.finfo(wide).eps)
+    m2 = cast(xp, xp.where(m2 < rounding * square, 0.0, m2), dtype)
     mean, mean_lo = two_sum(hi, lo)
     return Moments(count, axes.gather(xp, mean), axes.gather(xp, m2), axes.gather(xp, mean_lo))
 
