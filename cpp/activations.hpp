@@ -26,9 +26,9 @@ namespace batchnorm::BATCHNORM_ISA {
 
 // ---- what every kernel calls ----------------------------------------------------------------------------------
 
-// The activations that are not piecewise linear. Not inlined: one copy for each V instead of one in each kernel.
-template <class V> V smooth_value(Activation activation, V z);
-template <class V> V smooth_derivative(Activation activation, V z);
+// The activations that take more than one choice. Not inlined: one copy for each V instead of one in each kernel.
+template <class V> V slow_value(Activation activation, V z);
+template <class V> V slow_derivative(Activation activation, V z);
 
 // `z <= 0` rather than `z > 0`: NaN must come out as NaN.
 template <class V> BATCHNORM_INLINE V activate(Activation activation, V z, V slope) {
@@ -36,7 +36,7 @@ template <class V> BATCHNORM_INLINE V activate(Activation activation, V z, V slo
     case Activation::identity: return z;
     case Activation::relu: return z <= V{} ? V{} : z;
     case Activation::leaky_relu: return z <= V{} ? slope * z : z;
-    default: return smooth_value(activation, z);
+    default: return slow_value(activation, z);
   }
 }
 
@@ -46,7 +46,7 @@ template <class V> BATCHNORM_INLINE V activation_slope(Activation activation, V 
     case Activation::identity: return broadcast<V>(1);
     case Activation::relu: return z <= V{} ? V{} : broadcast<V>(1);
     case Activation::leaky_relu: return z <= V{} ? slope : broadcast<V>(1);
-    default: return smooth_derivative(activation, z);
+    default: return slow_derivative(activation, z);
   }
 }
 
@@ -256,24 +256,42 @@ template <class V> BATCHNORM_INLINE V gelu_derivative(V z) {
   return z < V{} ? lower : 1 - lower;
 }
 
+// ---- relu6, hardswish -----------------------------------------------------------------------------------------
+
+template <class V> BATCHNORM_INLINE V relu6(V z) { return z <= V{} ? V{} : z >= 6 ? broadcast<V>(6) : z; }
+template <class V> BATCHNORM_INLINE V relu6_derivative(V z) {
+  return z <= V{} ? V{} : z >= 6 ? V{} : broadcast<V>(1);
+}
+
+// z * relu6(z + 3) / 6; its derivative is 0 at -3 and 1 at 3, as PyTorch's.
+template <class V> BATCHNORM_INLINE V hardswish(V z) { return z * relu6(z + 3) / 6; }
+template <class V> BATCHNORM_INLINE V hardswish_derivative(V z) {
+  constexpr ScalarOf<V> third = ScalarOf<V>(1) / 3, half = 0.5;
+  return z <= -3 ? V{} : z >= 3 ? broadcast<V>(1) : fma(z, broadcast<V>(third), broadcast<V>(half));
+}
+
 // ---------------------------------------------------------------------------------------------------------------
 
-template <class V> __attribute__((noinline)) V smooth_value(Activation activation, V z) {
+template <class V> __attribute__((noinline)) V slow_value(Activation activation, V z) {
   switch (activation) {
     case Activation::silu: return silu(z);
     case Activation::sigmoid: return sigmoid(z);
     case Activation::tanh: return tanh(z);
     case Activation::gelu: return gelu(z);
+    case Activation::relu6: return relu6(z);
+    case Activation::hardswish: return hardswish(z);
     default: return z;
   }
 }
 
-template <class V> __attribute__((noinline)) V smooth_derivative(Activation activation, V z) {
+template <class V> __attribute__((noinline)) V slow_derivative(Activation activation, V z) {
   switch (activation) {
     case Activation::silu: return silu_derivative(z);
     case Activation::sigmoid: return sigmoid_derivative(z);
     case Activation::tanh: return tanh_derivative(z);
     case Activation::gelu: return gelu_derivative(z);
+    case Activation::relu6: return relu6_derivative(z);
+    case Activation::hardswish: return hardswish_derivative(z);
     default: return broadcast<V>(1);
   }
 }

@@ -101,7 +101,7 @@ void set_statistics(Problem& problem, const Array& mean, const Array& mean_lo, c
 }
 
 void set_parameters(Problem& problem, const Array& gamma, const Array& beta, uint8_t activation, double slope) {
-  if (activation > static_cast<uint8_t>(Activation::gelu)) throw nb::value_error("unknown activation");
+  if (activation > static_cast<uint8_t>(Activation::hardswish)) throw nb::value_error("unknown activation");
   problem.gamma = channels(gamma, problem.C);
   problem.beta = channels(beta, problem.C);
   problem.activation = static_cast<Activation>(activation);

@@ -8,7 +8,7 @@
 
 namespace batchnorm {
 
-enum class Activation : uint8_t { identity, relu, leaky_relu, silu, sigmoid, tanh, gelu };
+enum class Activation : uint8_t { identity, relu, leaky_relu, silu, sigmoid, tanh, gelu, relu6, hardswish };
 enum class EpsPlacement : uint8_t { inside, outside, absent };
 
 // A view (N, C, S): outer, channel, inner. Strides in elements, of any sign; no alignment is assumed.

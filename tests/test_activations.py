@@ -59,3 +59,6 @@ def test_derivative_at_the_kink():
     assert activations.find("leaky_relu(0.2)").derivative(xp, zero) == 0.2
     assert activations.find("sigmoid").derivative(xp, zero) == 0.25
     assert activations.find("gelu").derivative(xp, zero) == 0.5
+    assert activations.find("relu6").derivative(xp, zero) == activations.find("relu6").derivative(xp, zero + 6) == 0
+    assert activations.find("hardswish").derivative(xp, zero - 3) == 0
+    assert activations.find("hardswish").derivative(xp, zero + 3) == 1

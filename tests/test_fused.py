@@ -7,7 +7,7 @@ from libraries import LIBRARIES
 
 import batchnorm as bn
 
-ACTIVATIONS = ["identity", "relu", "leaky_relu", "leaky_relu(0.2)", "silu", "sigmoid", "tanh", "gelu"]
+ACTIVATIONS = ["identity", "relu", "leaky_relu", "leaky_relu(0.2)", "silu", "sigmoid", "tanh", "gelu", "relu6", "hardswish"]
 RNG = np.random.default_rng(7)
 everywhere = pytest.mark.parametrize("library", LIBRARIES.values(), ids=lambda library: library.name)
 
@@ -23,6 +23,8 @@ def torch_activation(name):
         "sigmoid": torch.sigmoid,
         "tanh": torch.tanh,
         "gelu": functions.gelu,
+        "relu6": functions.relu6,
+        "hardswish": functions.hardswish,
     }[name]
 
 

@@ -85,7 +85,7 @@ struct Trial {
     choose_sizes();
     p.threads = threads;
     is_backward = random.one_in(2);
-    p.activation = static_cast<Activation>(random.below(7));
+    p.activation = static_cast<Activation>(random.below(9));
     p.slope = p.activation == Activation::leaky_relu ? 0.25 : 0;
     p.measure = !is_backward && !random.one_in(4);
     p.eps = random.one_in(4) ? 0.5 : 1e-5;
@@ -233,9 +233,9 @@ int compare(const Trial& trial, uint64_t seed) {
   const naive::Results exact = naive::results(p);
   Check check{seed};
   const double fine = p.dtype == Dtype::float64 ? 1e-12 : 2e-5, unit = unit_of(p.dtype);
-  const bool has_kink = p.activation == Activation::relu || p.activation == Activation::leaky_relu;
   bool is_at_kink = false;
-  for (const double z : exact.z) is_at_kink |= has_kink && std::abs(z) < kink;
+  for (const double z : exact.z)
+    for (const double place : naive::kinks_of(p.activation)) is_at_kink |= std::abs(z - place) < kink;
   const auto tensor = [&](const char* name, const Tensor& t, const std::vector<double>& values) {
     if (!t.data) return;
     double largest = 1;

@@ -64,6 +64,8 @@ inline double value_of(Activation activation, double slope, double z) {
     case Activation::sigmoid: return 1 / (1 + std::exp(-z));
     case Activation::tanh: return std::tanh(z);
     case Activation::gelu: return z * 0.5 * std::erfc(-z / std::sqrt(2.0));
+    case Activation::relu6: return z <= 0 ? 0 : z >= 6 ? 6 : z;
+    case Activation::hardswish: return z <= -3 ? 0 : z >= 3 ? z : z * (z + 3) / 6;
     default: return z;
   }
 }
@@ -77,7 +79,20 @@ inline double slope_of(Activation activation, double slope, double z) {
     case Activation::sigmoid: return s * (1 - s);
     case Activation::tanh: return 1 - t * t;
     case Activation::gelu: return 0.5 * std::erfc(-z / std::sqrt(2.0)) + z * std::exp(-z * z / 2) / std::sqrt(2 * M_PI);
+    case Activation::relu6: return z <= 0 || z >= 6 ? 0 : 1;
+    case Activation::hardswish: return z <= -3 ? 0 : z >= 3 ? 1 : z / 3 + 0.5;
     default: return 1;
+  }
+}
+
+// Where the derivative jumps.
+inline std::vector<double> kinks_of(Activation activation) {
+  switch (activation) {
+    case Activation::relu:
+    case Activation::leaky_relu: return {0};
+    case Activation::relu6: return {0, 6};
+    case Activation::hardswish: return {-3, 3};
+    default: return {};
   }
 }
 

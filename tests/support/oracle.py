@@ -20,8 +20,11 @@ GRADIENTS = {"float16": 1e-5, "bfloat16": 1e-5, "float32": 1e-5, "float64": 2e-1
 #: Relative error of a variance.
 VARIANCES = {"float16": 1e-6, "bfloat16": 1e-6, "float32": 1e-6, "float64": 4e-15}
 
-ACTIVATIONS = ("identity", "relu", "leaky_relu", "leaky_relu(0.2)", "silu", "sigmoid", "tanh", "gelu")
+ACTIVATIONS = ("identity", "relu", "leaky_relu", "leaky_relu(0.2)", "silu", "sigmoid", "tanh", "gelu", "relu6", "hardswish")
 LINEAR = ("identity", "relu", "leaky_relu", "leaky_relu(0.2)", None)
+
+#: Where the derivative jumps.
+KINKS = {"relu": [0], "leaky_relu": [0], "leaky_relu(0.2)": [0], "relu6": [0, 6], "hardswish": [-3, 3]}
 
 Array = Any
 
@@ -64,6 +67,8 @@ def activated(name: str | None, z: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         "sigmoid": torch.sigmoid,
         "tanh": torch.tanh,
         "gelu": functions.gelu,
+        "relu6": functions.relu6,
+        "hardswish": functions.hardswish,
     }[name]
     if name in (None, "identity"):
         return z, np.ones_like(z)

@@ -101,6 +101,16 @@ def leaky_relu(slope: float) -> Activation:
     )
 
 
+def relu6(xp: Namespace, z: Array) -> Array:
+    """min(max(z, 0), 6)."""
+    return xp.where(z <= 0, 0.0, xp.where(z >= 6, 6.0, z))
+
+
+def hardswish_derivative(xp: Namespace, z: Array) -> Array:
+    """z / 3 + 1/2 between -3 and 3; 0 at -3 and 1 at 3, as in PyTorch."""
+    return xp.where(z <= -3, 0.0, xp.where(z >= 3, xp.ones_like(z), z / 3 + 0.5))
+
+
 DEFAULT_SLOPE = 0.01
 
 #: In the order of the kernels' enumeration.
@@ -115,6 +125,8 @@ ACTIVATIONS = {
         lambda xp, z: z * normal_distribution(xp, z),
         lambda xp, z: normal_distribution(xp, z) + z * normal_density(xp, z),
     ),
+    "relu6": Activation(relu6, lambda xp, z: xp.where((z <= 0) | (z >= 6), 0.0, xp.ones_like(z))),
+    "hardswish": Activation(lambda xp, z: z * relu6(xp, z + 3) / 6, hardswish_derivative),
 }
 
 

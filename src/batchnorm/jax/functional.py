@@ -65,7 +65,8 @@ def batch_norm(
         mask: Booleans that broadcast to x, True where an element counts. What x holds elsewhere reaches nothing.
         lengths: Integers (B,), in place of a mask: how many leading elements count along the first axis that is
             neither batch nor channel.
-        activation: A name (`relu`, `leaky_relu(0.2)`, `silu`, `sigmoid`, `tanh`, `gelu`) or a callable on the array.
+        activation: A name (`relu`, `leaky_relu(0.2)`, `relu6`, `silu`, `hardswish`, `sigmoid`, `tanh`, `gelu`) or a
+            callable on the array.
         residual: Added before the activation; the shape of x.
         convention: Whose behaviour: a name in `batchnorm.CONVENTIONS` or a `Convention`.
         eps: Added to the variance; None is the convention's.
