@@ -129,11 +129,12 @@ NB_MODULE(_native, m) {
   m.def("forward_plain", &forward_plain, nb::arg("x"), optional("gamma"), optional("beta"), optional("residual"), optional("out"),
         nb::arg("axis"), nb::arg("eps"), nb::arg("activation"), nb::arg("slope"), nb::arg("threads"),
         nb::arg("empty_like"), optional("statistic_like"), optional("count_like"), optional("running_mean"),
-        optional("running_var"), optional("steps"), nb::arg("momentum"), nb::arg("correction"), nb::arg("in_table"));
+        optional("running_var"), optional("steps"), nb::arg("momentum"), nb::arg("correction"), nb::arg("in_table"),
+        nb::arg("has_output") = true);
   m.def("inference_plain", &inference_plain, nb::arg("x"), optional("gamma"), optional("beta"), optional("residual"),
         nb::arg("mean"), nb::arg("var"), nb::arg("axis"), nb::arg("eps"), nb::arg("eps_placement"),
         nb::arg("activation"), nb::arg("slope"), nb::arg("threads"), nb::arg("empty_like"),
-        nb::arg("keeps_statistics"));
+        nb::arg("keeps_statistics"), nb::arg("has_output") = true);
   m.def("backward_plain", &backward_plain, nb::arg("dy"), nb::arg("x"), optional("gamma"), optional("beta"),
         optional("residual"), nb::arg("statistics"), optional("count"), nb::arg("kept"), nb::arg("activation"),
         nb::arg("slope"), nb::arg("threads"), nb::arg("empty_like"), nb::arg("has_dx"),

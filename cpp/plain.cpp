@@ -151,7 +151,7 @@ bool fill_statistics(const Array& mean, const Array& var, double eps, EpsPlaceme
 nb::object forward_plain(handle x_, handle gamma_, handle beta_, handle residual_, handle out_, int axis, double eps,
                          uint8_t activation, double slope, int threads, handle empty_like, handle statistic_like,
                          handle count_like, handle running_mean_, handle running_var_, handle steps_, double momentum,
-                         int correction, bool in_table) {
+                         int correction, bool in_table, bool has_output) {
   return or_none([&]() -> nb::object {
     const Array x("x", x_), gamma("gamma", gamma_), beta("beta", beta_), residual("residual", residual_), none("mask", nb::none());
     if (!is_plain(x, axis, eps, {&gamma, &beta})) return nb::none();
@@ -166,7 +166,8 @@ nb::object forward_plain(handle x_, handle gamma_, handle beta_, handle residual
     }
     const Allocator allocate{empty_like};
     const Element wide = x.element == Element::float64 ? Element::float64 : Element::float32;
-    nb::object y_ = out_.is_none() ? allocate.like(x_, x) : nb::borrow(out_), statistics_, count_ = nb::none();
+    nb::object y_ = nb::none(), statistics_, count_ = nb::none();
+    if (has_output) y_ = out_.is_none() ? allocate.like(x_, x) : nb::borrow(out_);
     if (in_table) {
       statistics_ = table_for(x_, wide, C, 3);
     } else {
@@ -204,7 +205,7 @@ nb::object forward_plain(handle x_, handle gamma_, handle beta_, handle residual
 
 nb::object inference_plain(handle x_, handle gamma_, handle beta_, handle residual_, handle mean_, handle var_, int axis,
                            double eps, uint8_t eps_placement, uint8_t activation, double slope, int threads,
-                           handle empty_like, bool keeps_statistics) {
+                           handle empty_like, bool keeps_statistics, bool has_output) {
   return or_none([&]() -> nb::object {
     const Array x("x", x_), gamma("gamma", gamma_), beta("beta", beta_), residual("residual", residual_), none("mask", nb::none());
     const Array mean("mean", mean_), var("var", var_);
@@ -212,7 +213,7 @@ nb::object inference_plain(handle x_, handle gamma_, handle beta_, handle residu
     if (!is_state(mean, x.shape[axis]) || !is_state(var, x.shape[axis])) return nb::none();
     if (residual) check_like(residual, x);
     const Allocator allocate{empty_like};
-    nb::object y_ = allocate.like(x_, x);
+    nb::object y_ = has_output ? allocate.like(x_, x) : nb::none();
     const Array y("y", y_, true);
     Call call;
     Problem& problem = call.problem;
@@ -235,7 +236,7 @@ nb::object inference_plain(handle x_, handle gamma_, handle beta_, handle residu
     if (!(is_double ? fill(static_cast<double*>(rows)) : fill(static_cast<float*>(rows)))) return nb::none();
     set_parameters(problem, gamma, beta, activation, slope);
     problem.measure = false;
-    if (!compute_unlocked(Operation::forward, problem)) return nb::none();
+    if (has_output && !compute_unlocked(Operation::forward, problem)) return nb::none();
     return nb::make_tuple(y_, kept);
   });
 }

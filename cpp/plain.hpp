@@ -13,19 +13,20 @@ namespace batchnorm {
 // advanced in place, by the momentum (negative: that of the cumulative average), as is `steps`. Results come from
 // `empty_like(array)`, large ones from memory.hpp where they can. The statistics are mean, mean_lo and rstd, arrays like
 // the prototype or, for None, of our own, and the counts likewise; or, `in_table`, rows of one array, without counts. y is
-// `out` where that is given.
+// `out` where that is given, and None without `has_output`, for which x is measured and nothing else.
 nanobind::object forward_plain(nanobind::handle x, nanobind::handle gamma, nanobind::handle beta,
                                nanobind::handle residual, nanobind::handle out, int axis, double eps,
                                uint8_t activation, double slope, int threads, nanobind::handle empty_like,
                                nanobind::handle statistic_like, nanobind::handle count_like,
                                nanobind::handle running_mean, nanobind::handle running_var, nanobind::handle steps,
-                               double momentum, int correction, bool in_table);
+                               double momentum, int correction, bool in_table, bool has_output);
 
-// y by running statistics, and the mean, mean_lo and rstd that these are as rows of one array, if they are kept.
+// y by running statistics, and the mean, mean_lo and rstd that these are as rows of one array, if they are kept; without
+// `has_output` those alone.
 nanobind::object inference_plain(nanobind::handle x, nanobind::handle gamma, nanobind::handle beta,
                                  nanobind::handle residual, nanobind::handle mean, nanobind::handle var, int axis,
                                  double eps, uint8_t eps_placement, uint8_t activation, double slope, int threads,
-                                 nanobind::handle empty_like, bool keeps_statistics);
+                                 nanobind::handle empty_like, bool keeps_statistics, bool has_output);
 
 // dx, dgamma, dbeta, dresidual, by what `forward_plain` returned; None for those of what was not given, and for dx where
 // it is not wanted.

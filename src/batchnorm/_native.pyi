@@ -74,10 +74,11 @@ def forward_plain(
     momentum: float,
     correction: int,
     in_table: bool,
+    has_output: bool = True,
 ) -> tuple[Any, Any, Any | None, bool | None] | None:
     """y, statistics and counts, newly allocated, and whether the batch entered the running statistics.
 
-    None for a call that has anything out of the ordinary.
+    y is None without `has_output`. None for a call that has anything out of the ordinary.
     """
 
 def inference_plain(
@@ -95,8 +96,12 @@ def inference_plain(
     threads: int,
     empty_like: Callable[[Any], Any],
     keeps_statistics: bool,
+    has_output: bool = True,
 ) -> tuple[Any, Any | None] | None:
-    """y by running statistics, likewise; and the statistics in a table, if they are kept."""
+    """y by running statistics, unless without `has_output`, and these in a table, if they are kept.
+
+    None for a call that has anything out of the ordinary.
+    """
 
 def backward_plain(
     dy: Any,

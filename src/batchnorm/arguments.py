@@ -204,7 +204,10 @@ def check_mask(mask: Any, lengths: Any, x: Array, axes: Axes) -> Mask:
     sizes = (1,) * (x.ndim - mask.ndim) + shape
     if len(sizes) != x.ndim or any(size not in (1, full) for size, full in zip(sizes, x.shape, strict=True)):
         hint = ""
-        if shape == tuple(x.shape[: mask.ndim]):
+        if shape == tuple(size for axis, size in enumerate(x.shape) if axis not in axes.kept):
+            places = ["None" if axis in axes.kept else ":" for axis in range(axes.kept[-1] + 1)]
+            hint = f": pass mask[{', '.join(places)}]"
+        elif shape == tuple(x.shape[: mask.ndim]):
             hint = f": pass mask.reshape({shape + (1,) * (x.ndim - mask.ndim)})"
         raise ValueError(f"mask of shape {shape} does not broadcast to x of shape {tuple(x.shape)}{hint}")
     return xp.reshape(mask, sizes)

@@ -1,7 +1,7 @@
 """What differs between one system's batch normalization and another's, as data: the `Convention` record."""
 
 import math
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from numbers import Real
 from typing import Literal, NamedTuple, get_args, get_origin
 
@@ -121,6 +121,15 @@ class Convention:
         if masked and self.masked_running_correction is not None:
             return self.masked_running_correction
         return self.running_correction
+
+
+def with_any_decay(convention: Convention, decay: float | None) -> Convention:
+    """The record with another decay, which may lie outside [0, 1]: PyTorch takes any finite momentum."""
+    if decay is None or 0 <= decay <= 1:
+        return replace(convention, decay=decay)
+    record = replace(convention)
+    object.__setattr__(record, "decay", decay)
+    return record
 
 
 def check_eps(eps: float) -> None:

@@ -142,8 +142,12 @@ def checked_batch_norm(
     residual: Array | None,
     out: Array | None,
     choose: Callable[..., Any],
+    warn: Callable[[], None] | None = None,
 ) -> tuple[Array, RunningStatistics]:
-    """`batch_norm` step by step, by the kernel that is chosen for (large arrays, small ones, axes, activation)."""
+    """`batch_norm` step by step, by the kernel that is chosen for (large arrays, small ones, axes, activation).
+
+    `warn` takes the place of the warning that a batch does not enter the state.
+    """
     given, x = x, x.data if is_named(x) else x
     check_array("x", x)
     axes = check_axes(given, x, axis)
@@ -166,7 +170,7 @@ def checked_batch_norm(
         mask=operands.mask, activation=activation, residual=operands.residual, out=out,
     )  # fmt: skip
     if training is not False and known(updated.skipped > running.skipped):
-        warn_of_skipped(stacklevel=4)
+        warn_of_skipped(stacklevel=4) if warn is None else warn()
     return (renamed(y, given) if is_named(given) else y), updated
 
 

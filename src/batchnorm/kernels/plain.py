@@ -94,6 +94,29 @@ def normalize(
     )  # fmt: skip
 
 
+def measure(library: Library, x: Array, axis: int, eps: float, tracked: Tracked) -> tuple[Any, bool | None] | None:
+    """The statistics of x in a table, and whether the batch entered the running statistics; nothing is normalised.
+
+    None for a call that has anything out of the ordinary.
+    """
+    done = _native.forward_plain(
+        x, None, None, None, None, axis, eps, 0, 0.0, library.threads(), library.own_empty_like, None, None, *tracked,
+        True, has_output=False,
+    )  # fmt: skip
+    return None if done is None else (done[1], done[3])
+
+
+def table_of_state(library: Library, x: Array, running: Any, axis: int, convention: Convention) -> Any | None:
+    """Running variances as the table of statistics that normalises x; None as `measure`."""
+    if not normalizes_by_variances(convention):
+        return None
+    done = _native.inference_plain(
+        x, None, None, None, running.mean, running.spread, axis, convention.eps, EPS_PLACEMENTS[convention.eps_eval], 0,
+        0.0, library.threads(), library.own_empty_like, True, has_output=False,
+    )  # fmt: skip
+    return None if done is None else done[1]
+
+
 @lru_cache
 def plain_plan(axis: int, ndim: int, activation: str | None, eps: float) -> PlainPlan:
     """What a call along this axis is."""
@@ -117,15 +140,19 @@ def inference(
     """y by running variances, likewise, and these as the table of `normalize` if they are kept."""
     if type(axis) is not int or (activation is not None and type(activation) is not str):
         return None
-    if (convention.tracked, convention.affine, convention.update) != ("var", "plain", "training"):
-        return None
-    if convention.debias in ("adam", "weight_sum"):
+    if not normalizes_by_variances(convention):
         return None
     code, slope = activation_code(activation)
     return _native.inference_plain(
         x, gamma, beta, residual, running.mean, running.spread, axis, convention.eps,
         EPS_PLACEMENTS[convention.eps_eval], code, slope, library.threads(), library.own_empty_like, keeps_statistics,
     )  # fmt: skip
+
+
+def normalizes_by_variances(convention: Convention) -> bool:
+    """Whether inference takes running variances as they are, and changes nothing."""
+    is_plain = (convention.tracked, convention.affine, convention.update) == ("var", "plain", "training")
+    return is_plain and convention.debias not in ("adam", "weight_sum")
 
 
 def is_simple(convention: Convention) -> bool:
@@ -136,6 +163,7 @@ def is_simple(convention: Convention) -> bool:
         and (convention.debias, convention.correction_on) == ("none", "variance")
         and convention.eps_train == convention.eps_eval == "inside"
         and convention.eps > 0
+        and (convention.decay is None or convention.decay <= 1)  # a negative momentum is that of the cumulative average
     )
 
 

@@ -1,17 +1,13 @@
 """The interface of the C++ kernels for PyTorch's CPU tensors."""
 
-from dataclasses import replace
-from functools import lru_cache
 from typing import Any, Protocol
 
 import array_api_compat.torch as xp
 from torch import Tensor, strided
 from torch._C import _increment_version as increment_version
-from torch.compiler import assume_constant_result
 from torch.nn import Parameter
 
-from batchnorm.convention import Convention, Single
-from batchnorm.conventions import find
+from batchnorm.convention import Convention
 from batchnorm.core.axes import Axes
 from batchnorm.core.dtypes import Array
 from batchnorm.core.masks import Mask
@@ -28,6 +24,7 @@ from batchnorm.kernels.torch_autograd import (
     PLAIN,
     PlainCall,
     PlainInference,
+    TableCall,
     gradients_by_array_code,
     has_derivatives,
     is_forward_mode,
@@ -51,7 +48,7 @@ def refusal(
             continue
         if type(tensor) not in PLAIN_TYPES:
             return f"a {type(tensor).__name__} is not a plain tensor"
-        if not tensor.is_cpu or tensor.layout is not strided or tensor.is_neg():
+        if not tensor.is_cpu or tensor.layout is not strided or tensor.is_neg() or tensor._is_zerotensor():
             return f"a tensor is not plain CPU memory (device {tensor.device}, layout {tensor.layout})"
     return launch.refusal_of_call(large, axes, activation)
 
@@ -238,12 +235,42 @@ def layer_plain(
     """A layer in training, its buffers advanced in place if there are any, and whether the batch has entered them."""
     if not plain.is_simple(convention):
         return None
-    tracked = plain.UNTRACKED
-    if buffers is not None:
-        momentum = -1.0 if convention.decay is None else 1 - convention.decay
-        advanced = (buffers.mean, buffers.spread, buffers.steps, momentum, convention.running_correction)
-        tracked = new_tuple(Tracked, advanced)
+    tracked = tracked_by(buffers, convention)
     return normalize_plain(x, gamma, beta, axis, convention.eps, activation, residual, tracked)
+
+
+def tracked_by(buffers: Buffers | None, convention: Convention) -> Tracked:
+    """The buffers of a layer for a forward pass to advance."""
+    if buffers is None:
+        return plain.UNTRACKED
+    momentum = -1.0 if convention.decay is None else 1 - convention.decay
+    advanced = (buffers.mean, buffers.spread, buffers.steps, momentum, convention.running_correction)
+    return new_tuple(Tracked, advanced)  # type: ignore[no-any-return]
+
+
+def layer_statistics(
+    x: Array, buffers: Buffers | None, axis: int, convention: Convention
+) -> tuple[Array, bool | None] | None:
+    """The statistics of a layer's batch in a table, and whether it has entered the buffers; of ordinary tensors."""
+    if not plain.is_simple(convention):
+        return None
+    tracked = tracked_by(buffers, convention)
+    done = plain.measure(PLAIN, x, axis, convention.eps, tracked)
+    if done is not None and done[1]:
+        increment_version(tracked[:2] if tracked.steps is None else tracked[:3])  # type: ignore[arg-type]
+    return done
+
+
+def normalize_by_table(operands: Operands, eps: float, table: Array, *, is_given: bool) -> Array:
+    """y by statistics that are known, for autograd too: constants if `is_given`, else those of the batch."""
+    x, gamma, beta, residual, _, axes, activation = operands
+    if is_traced() or is_forward_mode():
+        return by_array_code(operands, Rule(eps), Statistics(*table) if is_given else None)
+    plan = plain.plain_plan(axes.kept[0], x.ndim, activation, eps)
+    call = TableCall(plan, eps, table, is_given=is_given)
+    if has_derivatives(x, gamma, beta, residual):
+        return recorded(x, gamma, beta, residual, call)
+    return call.run(x, gamma, beta, residual)
 
 
 def layer_inference_plain(
@@ -303,22 +330,7 @@ def are_ordinary(*tensors: Array | None) -> bool:
     """Whether these are tensors in plain memory, in a call that nobody traces."""
     if is_traced():
         return False
-    for tensor in tensors:  # noqa: SIM110  (`all` of a generator takes twice as long)
-        if tensor is not None and (type(tensor) not in PLAIN_TYPES or tensor.is_neg()):
+    for tensor in tensors:
+        if tensor is not None and (type(tensor) not in PLAIN_TYPES or tensor.is_neg() or tensor._is_zerotensor()):
             return False
     return True
-
-
-@assume_constant_result  # type: ignore[untyped-decorator]
-def in_words_of_pytorch(momentum: float | None, eps: float = 1e-5, single: Single = "error") -> Convention:
-    """PyTorch's convention with the arguments of one of its layers; momentum None is the cumulative average."""
-    return remembered(momentum, eps, single)
-
-
-@lru_cache(typed=True)
-def remembered(momentum: float | None, eps: float, single: Single) -> Convention:
-    """The same, made once."""
-    if not eps >= 0:
-        raise ValueError(f"batch_norm eps must be positive in training and not negative in evaluation, but got {eps}")
-    decay = None if momentum is None else 1 - momentum
-    return replace(find("pytorch"), eps=eps, decay=decay, single=single)

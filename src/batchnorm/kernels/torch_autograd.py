@@ -197,6 +197,22 @@ class PlainInference(PlainCall):
         return y
 
 
+class TableCall(PlainCall):
+    """A normalisation by statistics that are known before it: those of the batch, or running ones (`is_given`)."""
+
+    __slots__ = ("is_given",)
+
+    def __init__(self, plan: plain.PlainPlan, eps: float, table: Any, *, is_given: bool) -> None:
+        super().__init__(0, eps, None, UNTRACKED)
+        self.plan, self.table, self.is_given = plan, table, is_given
+
+    def run(self, x: Array, gamma: Array | None, beta: Array | None, residual: Array | None) -> Array | None:
+        """y."""
+        mean, mean_lo, rstd = self.table
+        measured = Measured(mean, mean_lo, None, rstd, None)
+        return launch.run_forward(PLAIN, self.with_arrays(x, gamma, beta, residual), measured, Rule(), is_given=True)
+
+
 class Normalization(torch.autograd.Function):
     """y of x, gamma, beta and residual.
 
@@ -206,6 +222,7 @@ class Normalization(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Array, gamma: Array, beta: Array, residual: Array, call: Call | PlainCall) -> Array | None:
         ctx.call = call
+        ctx.set_materialize_grads(False)  # no gradient is none, and not 0
         ctx.save_for_backward(x, gamma, beta, residual)
         if is_forward_mode():
             ctx.save_for_forward(x, gamma, beta, residual)
@@ -213,6 +230,10 @@ class Normalization(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, dy: Array) -> tuple[Array | None, ...]:
+        if dy is None:
+            return (None,) * 5
+        if dy._is_zerotensor():  # which has no memory
+            dy = torch.zeros(dy.shape, dtype=dy.dtype)
         call, arrays = ctx.call, ctx.saved_tensors
         if torch.is_grad_enabled() or is_forward_mode() or is_traced() or is_batched(dy) or is_legacy_batched(dy):
             return (*gradients_by_array_code(call.with_arrays(*arrays), call.rule, call.given, dy), None)
@@ -253,11 +274,15 @@ def gradients_by_array_code(
     operands: Operands, rule: Rule, given: Statistics | None, dy: Array
 ) -> tuple[Array | None, ...]:
     """Gradients of x, gamma, beta and residual that can be differentiated again."""
-    leaves = [
-        tensor if tensor is None or tensor.requires_grad else tensor.detach().requires_grad_()
-        for tensor in operands[:4]
-    ]
     with torch.enable_grad():
+        # Aliases: hooks of the tensors themselves are for the gradients that are returned here, and one of the tensors
+        # may depend on another.
+        leaves = [
+            tensor if tensor is None
+            else tensor.view_as(tensor) if tensor.requires_grad
+            else tensor.detach().requires_grad_()
+            for tensor in operands[:4]
+        ]  # fmt: skip
         x, gamma, beta, residual = leaves
         y = by_array_code(operands._replace(x=x, gamma=gamma, beta=beta, residual=residual), rule, given)
         wanted = [leaf for leaf in leaves if leaf is not None]

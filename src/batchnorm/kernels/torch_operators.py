@@ -11,6 +11,7 @@ import array_api_compat.torch as xp
 import torch
 from torch import Tensor, library
 
+from batchnorm.convention import with_any_decay
 from batchnorm.conventions import find
 from batchnorm.core.axes import split
 from batchnorm.core.moments import Moments
@@ -200,11 +201,11 @@ def advance(
     )
     running = RunningStatistics(mean.to(dtype), spread.to(dtype), number, own_weight, zero)
     fields: dict[str, Any] = {
-        "eps": eps, "eps_train": eps_train, "eps_eval": eps_eval, "decay": decay, "tracked": tracked,
+        "eps": eps, "eps_train": eps_train, "eps_eval": eps_eval, "tracked": tracked,
         "running_correction": correction, "masked_running_correction": None, "correction_on": correction_on,
         "debias": debias, "single": single,
     }  # fmt: skip
-    convention = replace(find("pytorch"), **fields)
+    convention = with_any_decay(replace(find("pytorch"), **fields), decay)
     batch = Moments(count, batch_mean, batch_m2, batch_mean_lo)
     updated = advanced(xp, running, batch, convention, masked=False)
     for buffer, value in zip((mean, spread, steps, weight), updated[:4], strict=True):
