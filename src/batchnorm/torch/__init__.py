@@ -13,7 +13,8 @@ from batchnorm.torch.layers import (
     LazyBatchNorm2d,
     LazyBatchNorm3d,
 )
-from batchnorm.torch.surgery import Report, replace
+from batchnorm.torch.replacement import Report, replace, restore, restored
+from batchnorm.torch.reports import LayerReport, ModelReport, report
 from batchnorm.torch.sync import SyncBatchNorm
 
 __all__ = [
@@ -21,9 +22,11 @@ __all__ = [
     "BatchNorm1d",
     "BatchNorm2d",
     "BatchNorm3d",
+    "LayerReport",
     "LazyBatchNorm1d",
     "LazyBatchNorm2d",
     "LazyBatchNorm3d",
+    "ModelReport",
     "Report",
     "SyncBatchNorm",
     "accumulate",
@@ -32,6 +35,9 @@ __all__ = [
     "freeze",
     "no_update",
     "replace",
+    "report",
+    "restore",
+    "restored",
     "unfreeze",
     "with_batch_norm",
 ]

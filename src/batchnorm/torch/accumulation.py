@@ -27,11 +27,10 @@ from batchnorm.kernels import torch as kernel
 from batchnorm.kernels.operands import Operands
 from batchnorm.torch.arguments import kept_by_lengths
 from batchnorm.torch.control import batch_norms
-from batchnorm.torch.functional import is_recomputed
 from batchnorm.torch.layers import Layer
 from batchnorm.torch.lockstep import Modes, Walker
 from batchnorm.torch.parts import Whole, gradient_through_statistics, own_gradients, wide
-from batchnorm.torch.state import track
+from batchnorm.torch.state import is_recomputed, track
 
 
 def accumulate(model: nn.Module, loss_fn: Callable[[Any], Tensor], microbatches: Iterable[Any]) -> Tensor:

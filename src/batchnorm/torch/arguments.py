@@ -1,4 +1,10 @@
-"""Checks in the words of PyTorch, and lengths as a mask."""
+"""Checks and messages in the words of PyTorch, and lengths as a mask."""
+
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from math import prod
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -22,8 +28,8 @@ def check_batch(x: Tensor, axis: int) -> None:
 def check_channels(x: Tensor, axis: int, gamma: Tensor | None, beta: Tensor | None, state: State | None) -> None:
     """Raise unless x has the channels of the parameters and running statistics, in the words of PyTorch."""
     channels = x.shape[axis] if -x.ndim <= axis < x.ndim else None
-    mean = None if state is None else state.mean
-    for name, values in (("running_mean", mean), ("weight", gamma), ("bias", beta)):
+    mean, var = (None, None) if state is None else (state.mean, state.spread)
+    for name, values in (("running_mean", mean), ("running_var", var), ("weight", gamma), ("bias", beta)):
         if values is not None and channels is not None and values.numel() != channels:
             raise ChannelError(
                 f"{name} should contain {channels} elements not {values.numel()}: the input {tuple(x.shape)} has "
@@ -31,9 +37,50 @@ def check_channels(x: Tensor, axis: int, gamma: Tensor | None, beta: Tensor | No
             )
 
 
+def check_tensors(**tensors: Any) -> None:
+    """Raise unless each is a tensor of a floating dtype, or None."""
+    for name, value in tensors.items():
+        if value is None:
+            continue
+        if not isinstance(value, Tensor):
+            raise TypeError(f"{name} is a {type(value).__module__}.{type(value).__name__}; it must be a torch.Tensor")
+        if not value.is_floating_point():
+            raise TypeError(
+                f"{name} has dtype {value.dtype}; it must be floating-point: convert it with {name}.float()"
+            )
+
+
+#: Words of `batchnorm.batch_norm`, and what a caller of PyTorch's layers knows them as.
+WORDS = (
+    (r"\bgamma\b", "weight"),
+    (r"\bbeta\b", "bias"),
+    (r"\brunning\.mean\b", "running_mean"),
+    (r"\brunning\.spread\b", "running_var"),
+    (r"\bx\b", "input"),
+    (r", or pass the axis of the channels as axis=", ""),
+    (
+        r"pass single='running' \(normalise by the running statistics\), 'clamp' \(.*\) or 'identity' \(.*\)",
+        "let the layer normalise it by its running statistics with single='running'",
+    ),
+)
+
+
+@contextmanager
+def in_words_of_torch() -> Iterator[None]:
+    """Within it, errors about the arguments of `batchnorm.batch_norm` speak of a PyTorch layer's."""
+    try:
+        yield
+    except (TypeError, ValueError) as error:
+        message = str(error)
+        for word, own in WORDS:
+            message = re.sub(word, own, message)
+        raise type(error)(message) from None
+
+
 def is_single(x: Tensor, axis: int) -> bool:
     """Whether a channel has one element."""
-    return x.numel() == x.shape[axis]
+    axis %= x.ndim
+    return prod(x.shape[:axis]) * prod(x.shape[axis + 1 :]) == 1
 
 
 def kept_by_lengths(x: Tensor, lengths: Tensor, axis: int) -> Tensor:

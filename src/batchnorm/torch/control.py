@@ -44,14 +44,13 @@ def freeze(model: nn.Module, *, parameters: bool = True) -> list[str]:
             )
         if layer.running_mean is None:
             raise ValueError(f"{name} has no running statistics to normalise by (track_running_stats=False)")
-    for layer in layers.values():
-        if not isinstance(layer, Layer) or layer.is_frozen:
-            continue
-        layer.is_frozen = True
+    thawed = [layer for layer in layers.values() if isinstance(layer, Layer) and not layer.is_frozen]
+    for layer in thawed:  # before any parameter is taken out of training: layers may share them
         trained = {name: p for name, p in layer.named_parameters(recurse=False) if p.requires_grad and parameters}
-        layer.thawed_parameters = tuple(trained)
-        for parameter in trained.values():
-            parameter.requires_grad_(False)
+        layer.is_frozen, layer.thawed_parameters = True, tuple(trained)
+    for layer in thawed:
+        for name in layer.thawed_parameters:
+            layer.get_parameter(name).requires_grad_(False)
     return list(layers)
 
 
@@ -61,8 +60,9 @@ def unfreeze(model: nn.Module) -> list[str]:
     for name, layer in batch_norms(model):
         if isinstance(layer, Layer) and layer.is_frozen:
             layer.is_frozen = False
-            for parameter in layer.thawed_parameters:
-                layer.get_parameter(parameter).requires_grad_(True)
+            for parameter in map(layer._parameters.get, layer.thawed_parameters):
+                if parameter is not None:
+                    parameter.requires_grad_(True)
             layer.thawed_parameters = ()
             names.append(name)
     return names

@@ -1,21 +1,28 @@
 """Batch norm on PyTorch tensors with running statistics that are advanced in place, as PyTorch's layers keep them."""
 
+from functools import partial
+
 import torch
 from torch import Tensor
 from torch._C import _are_functorch_transforms_active as are_transforms_active
-from torch._C import _current_graph_task_id as current_backward
 from torch._C import _is_tracing as is_tracing
-from torch.compiler import disable, is_compiling
+from torch.compiler import is_compiling
 from torch.overrides import handle_torch_function, has_torch_function
 
-import batchnorm.functional as functional
 from batchnorm.convention import Convention
-from batchnorm.functional import Activation
+from batchnorm.functional import Activation, checked_batch_norm
 from batchnorm.kernels import torch as kernel
-from batchnorm.kernels.torch import in_words_of_pytorch
-from batchnorm.torch.arguments import check_batch, check_channels, kept_by_lengths
-from batchnorm.torch.graphs import is_traceable, traced
-from batchnorm.torch.state import State, count_skipped, running_of, store, take_in
+from batchnorm.kernels.registry import select
+from batchnorm.torch.arguments import (
+    check_batch,
+    check_channels,
+    check_tensors,
+    in_words_of_torch,
+    kept_by_lengths,
+)
+from batchnorm.torch.conventions import pytorch_convention
+from batchnorm.torch.native import check_native, is_foreign, native_batch_norm
+from batchnorm.torch.state import State, count_skipped, is_recomputed, running_of, store, take_in, warn_of_skipped
 
 
 def batch_norm(
@@ -45,7 +52,7 @@ def batch_norm(
         weight: (C,); None is 1.
         bias: (C,); None is 0.
         training: Normalise by the batch rather than by the running statistics.
-        momentum: Weight of the batch in the running statistics.
+        momentum: Weight of the batch in the running statistics; warned of outside 0 to 1, where these run away.
         eps: Added to the variance.
         mask: Booleans that broadcast to input, True where an element counts.
         lengths: (N,) integers in place of a mask: how many leading elements of each sequence count.
@@ -76,7 +83,7 @@ def batch_norm(
         raise ValueError("Expected running_mean to be defined when training=False; pass both running statistics")
     if input.ndim == 1 and input.numel() == 0:
         return input.clone()  # as PyTorch's, which takes it for an empty batch
-    convention = in_words_of_pytorch(momentum if training else 0.1, eps)
+    convention = pytorch_convention(momentum if training else 0.1, eps)
     return normalize(
         input, weight, bias, state, convention, training=training, is_tracked=training, mask=mask, lengths=lengths,
         activation=activation, residual=residual,
@@ -110,18 +117,15 @@ def normalize(
         y = activation(z)
         keep = mask if lengths is None else kept_by_lengths(x, lengths, axis)
         return y if keep is None or convention.masked_output == "normalized" else torch.where(keep, y, 0.0)
-    is_plain = mask is None and lengths is None
-    has_rule = training and is_plain and convention.single == "error"
-    if (is_compiling() or is_tracing()) and is_traceable(convention, mask is not None or lengths is not None):
-        if has_rule:
-            check_batch(x, axis)
-        check_channels(x, axis, gamma, beta, state)
-        return traced(
+    if is_compiling() or is_tracing():
+        from batchnorm.torch.graphs import normalize_in_graph  # which imports Dynamo: a second and more
+
+        return normalize_in_graph(
             x, gamma, beta, state, convention, training=training, is_tracked=is_tracked, axis=axis, mask=mask,
             lengths=lengths, activation=activation, residual=residual,
         )  # fmt: skip
     tracked = state if is_tracked and not is_recomputed() else None
-    if is_plain:
+    if mask is None and lengths is None:
         if training:
             done = kernel.layer_plain(x, gamma, beta, tracked, axis, convention, activation, residual)
             if done is not None:
@@ -132,16 +136,17 @@ def normalize(
             y = kernel.layer_inference_plain(x, gamma, beta, state, axis, convention, activation, residual)
             if y is not None:
                 return y  # type: ignore[no-any-return]
-    if has_rule:  # the kernels decline one element per channel, and whatever is wrong
-        check_batch(x, axis)
-    check_channels(x, axis, gamma, beta, state)
-    return step_by_step(  # type: ignore[no-any-return]
+    if has_torch_function((x, gamma, beta, residual)):
+        return handle_torch_function(
+            normalize, (x, gamma, beta, residual), x, gamma, beta, state, convention, training=training,
+            is_tracked=is_tracked, axis=axis, mask=mask, lengths=lengths, activation=activation, residual=residual,
+        )  # fmt: skip
+    return step_by_step(
         x, gamma, beta, state, convention, training=training, is_tracked=tracked is not None, axis=axis, mask=mask,
         lengths=lengths, activation=activation, residual=residual,
     )  # fmt: skip
 
 
-@disable  # type: ignore[untyped-decorator]  # of a compiled network it is a break in the graph
 def step_by_step(
     x: Tensor,
     gamma: Tensor | None,
@@ -154,15 +159,31 @@ def step_by_step(
     axis: int,
     mask: Tensor | None,
     lengths: Tensor | None,
-    activation: Activation | None,
+    activation: str | None,
     residual: Tensor | None,
 ) -> Tensor:
-    """`normalize` by the functions of arrays: for everything out of the ordinary."""
-    running = running_of(state)
-    y, updated = functional.batch_norm(
-        x, gamma, beta, running, training=training, convention=convention, axis=axis, mask=mask, lengths=lengths,
-        activation=activation, residual=residual,
-    )  # fmt: skip
+    """`normalize` with every check, for what the kernels declined: one element per channel, and whatever is wrong."""
+    mean, var = (None, None) if state is None else (state.mean, state.spread)
+    check_tensors(input=x, running_mean=mean, running_var=var, weight=gamma, bias=beta, residual=residual)
+    is_masked = mask is not None or lengths is not None
+    if training and not is_masked and convention.single == "error":
+        check_batch(x, axis)
+    check_channels(x, axis, gamma, beta, state)
+    gamma, beta = (p if p is None or p.ndim == 1 else p.reshape(-1) for p in (gamma, beta))
+    if is_foreign(x, gamma, beta, mean, var, residual):
+        if training:
+            where = f"serves a {type(x).__name__} of {x.layout}"
+            check_native(convention, is_masked=is_masked, is_tracked=is_tracked, where=where)
+        return native_batch_norm(
+            x, gamma, beta, state, convention, training=training, is_tracked=is_tracked, axis=axis,
+            activation=activation, residual=residual,
+        )  # fmt: skip
+    with in_words_of_torch():
+        y, updated = checked_batch_norm(
+            x, gamma, beta, running_of(state), training=training, convention=convention, axis=axis, mask=mask,
+            lengths=lengths, activation=activation, residual=residual, out=None, choose=partial(select, None),
+            warn=partial(warn_of_skipped, state),
+        )  # fmt: skip
     if not is_tracked or state is None:
         return y  # type: ignore[no-any-return]
     if are_transforms_active():
@@ -170,8 +191,3 @@ def step_by_step(
     else:
         store(state, updated)
     return y  # type: ignore[no-any-return]
-
-
-def is_recomputed() -> bool:
-    """Whether autograd is computing a forward pass again, in the middle of a backward pass."""
-    return current_backward() != -1

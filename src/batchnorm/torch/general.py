@@ -1,33 +1,30 @@
 """A batch norm of our own: any rank and axis, any convention, with what is done to its output included."""
 
-from dataclasses import replace
-from functools import lru_cache
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.compiler import assume_constant_result
 from torch.fx import Proxy
 from torch.nn.modules.lazy import LazyModuleMixin
 from torch.nn.parameter import Parameter, UninitializedBuffer, UninitializedParameter
 
 from batchnorm.arguments import check_activation
 from batchnorm.convention import Convention, Single
-from batchnorm.conventions import find, resolve
+from batchnorm.conventions import find
 from batchnorm.functional import Activation
+from batchnorm.torch.conventions import Momentum, is_inference_of_torch, layer_convention
 from batchnorm.torch.functional import normalize
-from batchnorm.torch.groups import normalize_in_groups
 from batchnorm.torch.layers import Layer, make_ours, recorded
 
-Momentum = float | Literal["convention"] | None
 
-
-class BatchNorm(Layer):
+class BatchNorm(LazyModuleMixin, Layer):
     """Batch norm of any rank along any axis, with an activation, a residual, and ghost batches.
 
         y = activation(weight * (x - mean) / sqrt(var + eps) + bias + residual)
 
-    Not a `torch.nn` batch norm: fusing it into a convolution as one of those would drop the activation.
+    Not a `torch.nn` batch norm: fusing it into a convolution as one of those would drop the activation. With an
+    activation, or in a convention whose evaluation is another, its `eps` refuses to be added to a tensor, so that code
+    which folds a batch norm by its attributes (`fuse_conv_bn_eval`) fails with a sentence.
 
     Args:
         num_features: Channels; None takes them from the first input.
@@ -61,9 +58,7 @@ class BatchNorm(Layer):
         BatchNorm(2, axis=-1, activation=relu, convention=keras)
     """
 
-    def __new__(cls, num_features: int | None = None, *args: Any, **kwargs: Any) -> "BatchNorm":
-        """A layer that becomes a `BatchNorm` with the first input, where the number of features is not given."""
-        return super().__new__(LazyBatchNorm if cls is BatchNorm and num_features is None else cls)
+    _version = 2
 
     def __init__(
         self,
@@ -83,18 +78,19 @@ class BatchNorm(Layer):
         bias: bool = True,
     ) -> None:
         nn.Module.__init__(self)
-        record = in_convention(convention, eps, momentum, single)
+        record = layer_convention(convention, eps, momentum, single)
         check_activation(activation)
         if num_features is not None and (type(num_features) is not int or num_features < 0):
             raise ValueError(f"num_features is {num_features!r}; it must be a number of channels, or None")
         if virtual_batch_size is not None and (type(virtual_batch_size) is not int or virtual_batch_size < 1):
             raise ValueError(f"virtual_batch_size is {virtual_batch_size!r}; it must be a positive integer, or None")
-        self.num_features, self.axis, self.eps, self.momentum = num_features or 0, axis, record.eps, momentum
+        self.num_features, self.axis, self._eps, self.momentum = num_features or 0, axis, record.eps, momentum
         self.affine, self.track_running_stats = affine, track_running_stats
         self.activation, self.convention, self.virtual_batch_size = activation, convention, virtual_batch_size
         self.single = record.single
         is_lazy, narrow = num_features is None, {"device": device, "dtype": dtype}
-        wide = {"device": device, "dtype": torch.float64 if dtype == torch.float64 else torch.float32}
+        is_double = (dtype or torch.get_default_dtype()) == torch.float64
+        wide = {"device": device, "dtype": torch.float64 if is_double else torch.float32}
         for name in ("weight", "bias"):
             has_one = affine and (bias or name == "weight")
             parameter: Parameter = UninitializedParameter(**narrow)  # type: ignore[assignment]
@@ -109,14 +105,46 @@ class BatchNorm(Layer):
         if record.debias in ("adam", "weight_sum") and track_running_stats:
             self.register_buffer("running_weight", torch.zeros((), **wide))
         make_ours(self)
-        if not is_lazy:
+        if is_lazy:  # as LazyModuleMixin's own __init__ does
+            self._load_hook = self._register_load_state_dict_pre_hook(self._lazy_load_hook)  # type: ignore[no-untyped-call]
+            self._initialize_hook = self.register_forward_pre_hook(self._infer_parameters, with_kwargs=True)
+        else:
             self.reset_parameters()
+
+    @property
+    def eps(self) -> float:
+        """Added to the variance, as the convention says."""
+        reason = None
+        if self.activation is not None:
+            reason = f"applies an activation ({self.activation})"
+        elif not is_inference_of_torch(self.record):
+            reason = f"is of the convention {find(self.convention).name!r}"
+        return self._eps if reason is None else GuardedEps(self._eps, reason)
+
+    @eps.setter
+    def eps(self, eps: float) -> None:
+        self._eps = float(eps)
 
     @property
     def record(self) -> Convention:
         """The convention with this layer's own eps, momentum and rule for one element."""
-        record: Convention = in_convention(self.convention, self.eps, self.momentum, self.single)
+        eps, momentum = self._eps, self.momentum
+        if type(momentum) is Tensor:
+            momentum = momentum.item()
+        record: Convention = layer_convention(self.convention, eps, momentum, self.single)
         return record
+
+    def _load_from_state_dict(self, state_dict: Any, prefix: str, local_metadata: Any, *rest: Any) -> None:
+        name = f"{prefix}num_batches_tracked"
+        steps = self._buffers["num_batches_tracked"]
+        if (local_metadata.get("version") or 1) < 2 and steps is not None and name not in state_dict:
+            state_dict[name] = torch.tensor(0) if steps.is_meta else steps
+        super()._load_from_state_dict(state_dict, prefix, local_metadata, *rest)
+
+    def __prepare_scriptable__(self) -> nn.Module:
+        raise NotImplementedError(
+            "torch.jit.script does not compile batchnorm.torch.BatchNorm; use torch.jit.trace or torch.export, which do"
+        )
 
     def reset_running_stats(self) -> None:
         """Forget all batches."""
@@ -125,12 +153,14 @@ class BatchNorm(Layer):
         record = self.record
         self.running_mean.fill_(record.initial_mean)
         self.running_var.fill_(record.initial_spread)
-        for name in ("num_batches_tracked", "running_weight", "skipped"):
-            if (buffer := self._buffers.get(name)) is not None:
-                buffer.zero_()
+        for tensor in (*map(self._buffers.get, ("num_batches_tracked", "running_weight")), self.skipped):
+            if tensor is not None:
+                tensor.zero_()
 
     def reset_parameters(self) -> None:
-        """Start anew: weight 1, bias 0, no batches."""
+        """Start anew: weight 1, bias 0, no batches; once the number of features is known."""
+        if self.has_uninitialized_params():
+            return
         self.reset_running_stats()
         for parameter, value in ((self.weight, 1.0), (self.bias, 0.0)):
             if parameter is not None:
@@ -139,7 +169,6 @@ class BatchNorm(Layer):
     def forward(
         self,
         input: Tensor,
-        *,
         mask: Tensor | None = None,
         lengths: Tensor | None = None,
         residual: Tensor | None = None,
@@ -157,6 +186,8 @@ class BatchNorm(Layer):
         operands = (input, self.weight, self.bias, self.state, record)
         size = self.virtual_batch_size
         if training and size is not None and len(input) > size:
+            from batchnorm.torch.groups import normalize_in_groups  # which imports Dynamo
+
             return normalize_in_groups(*operands, group_size=size, **options)
         return normalize(*operands, **options)
 
@@ -168,28 +199,8 @@ class BatchNorm(Layer):
                 f"{self.axis}: pass such an input, or make the layer with the axis of the channels as axis="
             )
 
-    def extra_repr(self) -> str:
-        """What differs from the defaults."""
-        shown: dict[str, Any] = {"axis": 1, "activation": None, "convention": "pytorch", "virtual_batch_size": None}
-        shown |= {"momentum": "convention", "affine": True, "track_running_stats": True}
-        own = {name: getattr(self, name) for name, usual in shown.items() if getattr(self, name) != usual}
-        if self.eps != find(self.convention).eps:
-            own["eps"] = self.eps
-        return ", ".join([str(self.num_features), *(f"{name}={value}" for name, value in own.items())])
-
-
-class LazyBatchNorm(LazyModuleMixin, BatchNorm):
-    """A `BatchNorm` that does not know its number of features yet."""
-
-    cls_to_become = BatchNorm
-
-    def reset_parameters(self) -> None:
-        """Start anew, once there is something to start."""
-        if not self.has_uninitialized_params():
-            super().reset_parameters()
-
     def initialize_parameters(self, input: Tensor, **_: Any) -> None:
-        """Take the number of features from the input."""
+        """Take the number of features from the first input."""
         tensors = [t for t in (self.weight, self.bias, self.running_mean, self.running_var) if t is not None]
         is_loaded = tensors and not self.has_uninitialized_params()
         self.num_features = len(tensors[0]) if is_loaded else input.shape[self.axis]
@@ -198,21 +209,38 @@ class LazyBatchNorm(LazyModuleMixin, BatchNorm):
                 tensor.materialize((self.num_features,))
             self.reset_parameters()
 
+    def extra_repr(self) -> str:
+        """What differs from the defaults."""
+        shown: dict[str, Any] = {"axis": 1, "activation": None, "convention": "pytorch", "virtual_batch_size": None}
+        shown |= {"momentum": "convention", "affine": True, "track_running_stats": True}
+        own = {name: getattr(self, name) for name, usual in shown.items() if getattr(self, name) != usual}
+        if self._eps != find(self.convention).eps:
+            own["eps"] = self._eps
+        channels = "lazy" if hasattr(self, "_initialize_hook") else str(self.num_features)
+        return ", ".join([channels, *(f"{name}={value}" for name, value in own.items()), *self.own_repr()])
 
-@assume_constant_result  # type: ignore[untyped-decorator]
-def in_convention(
-    convention: str | Convention, eps: float | None, momentum: Momentum, single: Single | None
-) -> Convention:
-    """The convention with what a layer sets itself."""
-    return remembered(convention, eps, momentum, single)
 
+class GuardedEps(float):
+    """The eps of a layer that more than its statistics, weight and bias make up.
 
-@lru_cache(typed=True)
-def remembered(
-    convention: str | Convention, eps: float | None, momentum: Momentum, single: Single | None
-) -> Convention:
-    """The same, made once."""
-    record = resolve(convention, eps, None, single, None)
-    if momentum == "convention":
-        return record
-    return replace(record, decay=None if momentum is None else 1 - momentum)
+    A number like any other, but that it raises where it meets a tensor: what computes a scale from a layer's attributes
+    would leave the rest of it out.
+    """
+
+    reason: str
+
+    def __new__(cls, eps: float, reason: str) -> "GuardedEps":
+        """The number, and what the layer does besides."""
+        guarded = super().__new__(cls, eps)
+        guarded.reason = reason
+        return guarded
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Refuse."""
+        eps = next(value for value in (*args, *(kwargs or {}).values()) if isinstance(value, cls))
+        # No TypeError: Python would make "unsupported operand types" of it.
+        raise ValueError(
+            f"this batchnorm.torch.BatchNorm {eps.reason}, which is not in its weight, bias and running statistics: it "
+            "cannot be folded into another layer by them"
+        )

@@ -2,6 +2,7 @@
 
 import torch
 from torch import Tensor
+from torch._C import _is_tracing as is_tracing
 from torch.compiler import is_compiling
 
 import batchnorm.functional as functional
@@ -9,9 +10,8 @@ from batchnorm.convention import Convention
 from batchnorm.functional import Activation
 from batchnorm.kernels import torch_operators as operators
 from batchnorm.torch.arguments import is_single, kept_by_lengths
-from batchnorm.torch.functional import is_recomputed
-from batchnorm.torch.graphs import advance_traced, is_traceable
-from batchnorm.torch.state import State, take_in
+from batchnorm.torch.graphs import advance_traced, is_exporting, is_traceable
+from batchnorm.torch.state import State, is_recomputed, take_in
 
 
 def normalize_in_groups(
@@ -39,6 +39,10 @@ def normalize_in_groups(
         raise ValueError("the channels lie along axis 0, where virtual_batch_size groups the examples")
     if lengths is not None:
         mask, lengths = kept_by_lengths(x, lengths, axis), None
+    if is_exporting() or (not is_compiling() and is_tracing()):
+        raise NotImplementedError(
+            "training in ghost batches (virtual_batch_size) cannot be exported; call model.eval()"
+        )
     is_graph = is_compiling() and is_traceable(convention, mask is not None) and not callable(activation)
     groups = len(x) // group_size
     if is_single(x[groups * group_size :], axis):

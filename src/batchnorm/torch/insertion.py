@@ -5,8 +5,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
+from batchnorm.torch.activations import activation_name
 from batchnorm.torch.general import BatchNorm
-from batchnorm.torch.surgery import activation_name
 
 #: Where the channels of a layer's result are.
 AXES: dict[type[nn.Module], int] = {
@@ -106,4 +106,5 @@ def batch_norm_behind(layer: nn.Module, activation: ActivationModule | None) -> 
         with torch.no_grad():
             norm.bias.copy_(bias)
         layer.bias = None  # type: ignore[assignment]
-    return norm.train(layer.training)
+    norm.train(layer.training)
+    return norm

@@ -1,23 +1,23 @@
-"""The layers of `torch.nn`, and one of our own.
+"""The layers of `torch.nn` as ours: each is an instance of PyTorch's class, with the same constructor and state."""
 
-`BatchNorm1d`, `2d` and `3d` are batch norms to everyone who asks `isinstance(module, torch.nn.BatchNorm2d)`, with the
-same constructor, attributes, state and errors. `BatchNorm` is not: it may contain an activation, which PyTorch's own
-fusion of convolutions with batch norms would drop.
-"""
-
+import sys
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
+from torch._jit_internal import is_scripting
+from torch.compiler import is_compiling
 from torch.fx import Proxy
+from torch.nn import functional
 from torch.nn.parameter import is_lazy
 
 from batchnorm.convention import Convention, Single
-from batchnorm.kernels.torch import in_words_of_pytorch
 from batchnorm.torch.arguments import ChannelError
+from batchnorm.torch.conventions import pytorch_convention
 from batchnorm.torch.functional import normalize
-from batchnorm.torch.privacy import warn_opacus_of
+from batchnorm.torch.joining import deferred
+from batchnorm.torch.registries import register_layer
 from batchnorm.torch.state import State
 
 HALVES = (torch.float16, torch.bfloat16)
@@ -34,24 +34,34 @@ class Layer(nn.Module):
         single: What one element per channel does in training: `error`, or `running`, which normalises it by the
             running statistics and leaves these as they are.
         is_frozen: Normalise by the running statistics in training mode too; see `batchnorm.torch.freeze`.
+        skipped: How many batches did not enter the running statistics; no buffer, and no part of the `state_dict`.
+        fused: What has been found to follow the layer and is computed in the same pass, such as `relu` and `add+relu`;
+            see `batchnorm.torch.replace`.
     """
 
     axis: int = 1
     single: Single = "error"
     is_frozen: bool = False
     thawed_parameters: tuple[str, ...] = ()  # those that `unfreeze` trains again
+    fused: str | None = None
+    _name: str | None = None  # in the model, for messages
+    native: type[nn.Module] | None = None  # the class that `restore` gives back, where it is not PyTorch's counterpart
 
-    eps: float
-    momentum: Any  # float | None, as in torch.nn; `BatchNorm` has more
-    num_features: int
-    track_running_stats: bool
-    weight: Any  # nn.Parameter | None
-    bias: Any
-    running_mean: Any  # Tensor | None
-    running_var: Any
-    num_batches_tracked: Any
-    skipped: Any
-    _check_input_dim: Callable[[Tensor], None]
+    __constants__ = ["track_running_stats", "momentum", "eps", "num_features", "affine", "is_frozen"]  # noqa: RUF012
+    __jit_unused_properties__ = ("record", "state")
+    __jit_ignored_attributes__ = ("thawed_parameters", "fused", "_name", "native", "skipped", "single")
+    if TYPE_CHECKING:  # torch.jit.script reads annotations, and knows no Any
+        eps: float
+        momentum: Any  # float | None, as in torch.nn; `BatchNorm` has more
+        num_features: int
+        track_running_stats: bool
+        weight: Any  # nn.Parameter | None
+        bias: Any
+        running_mean: Any  # Tensor | None
+        running_var: Any
+        num_batches_tracked: Any
+        skipped: Tensor | None
+        _check_input_dim: Callable[[Tensor], None]
 
     def __init__(self, *args: Any, single: Single = "error", **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -65,29 +75,57 @@ class Layer(nn.Module):
     def forward(
         self,
         input: Tensor,
-        *,
         mask: Tensor | None = None,
         lengths: Tensor | None = None,
     ) -> Tensor:
         """The normalised input; see `batchnorm.torch.batch_norm` for mask and lengths."""
-        if isinstance(input, Proxy):
-            return recorded(self, input, mask=mask, lengths=lengths)
+        if is_scripting():
+            assert mask is None, "a scripted batch norm takes no mask"
+            assert lengths is None, "a scripted batch norm takes no lengths"
+            return self.scripted_forward(input)
+        else:  # noqa: RET505  (which torch.jit.script skips)
+            if isinstance(input, Proxy):
+                return recorded(self, input, mask=mask, lengths=lengths)
+            self._check_input_dim(input)
+            # Looking for attributes of a module takes as long as the statistics of a small batch. (A parametrised
+            # weight is a property.)
+            parameters = self._parameters
+            weight = parameters["weight"] if "weight" in parameters else self.weight  # noqa: SIM401
+            bias = parameters["bias"] if "bias" in parameters else self.bias  # noqa: SIM401
+            if self.fused is not None and mask is None and lengths is None and not is_compiling():
+                y = deferred(self, input, weight, bias)
+                if y is not None:
+                    return y
+            training = self.normalizes_by_batch()
+            return normalize(
+                input, weight, bias, self.state, self.record,
+                training=training, is_tracked=training and self.track_running_stats, mask=mask, lengths=lengths,
+            )  # fmt: skip
+
+    def scripted_forward(self, input: Tensor) -> Tensor:
+        """What `torch.jit.script` compiles: PyTorch's own batch norm."""
         self._check_input_dim(input)
-        # Looking for attributes of a module takes as long as the statistics of a small batch. (A parametrised weight is
-        # a property.)
-        parameters = self._parameters
-        weight = parameters["weight"] if "weight" in parameters else self.weight  # noqa: SIM401
-        bias = parameters["bias"] if "bias" in parameters else self.bias  # noqa: SIM401
-        training = self.normalizes_by_batch()
-        return normalize(
-            input, weight, bias, self.state, self.record,
-            training=training, is_tracked=training and self.track_running_stats, mask=mask, lengths=lengths,
+        training = (self.training and not self.is_frozen) or self.running_mean is None
+        is_tracked = training and self.track_running_stats and self.running_mean is not None
+        factor = 0.0 if self.momentum is None else self.momentum
+        if is_tracked and self.num_batches_tracked is not None:
+            self.num_batches_tracked.add_(1)
+            if self.momentum is None:
+                factor = 1.0 / float(self.num_batches_tracked)
+        has_state = is_tracked or not training
+        return functional.batch_norm(
+            input, self.running_mean if has_state else None, self.running_var if has_state else None,
+            self.weight, self.bias, training, factor, self.eps,
         )  # fmt: skip
 
     @property
     def record(self) -> Convention:
         """PyTorch's convention with this layer's eps, momentum and rule for one element."""
-        return in_words_of_pytorch(self.momentum, self.eps, self.single)  # type: ignore[no-any-return]
+        momentum: Any = self.momentum
+        eps: Any = self.eps
+        if type(momentum) is Tensor or type(eps) is Tensor:  # which PyTorch's operator takes as well
+            momentum, eps = (value.item() if type(value) is Tensor else value for value in (momentum, eps))
+        return pytorch_convention(momentum, eps, self.single)
 
     @property
     def state(self) -> State | None:
@@ -96,8 +134,10 @@ class Layer(nn.Module):
         mean, var = buffers["running_mean"], buffers["running_var"]
         if mean is None or var is None:
             return None
-        get = buffers.get
-        return State(mean, var, get("num_batches_tracked"), get("running_weight"), get("skipped"))
+        get, skipped = buffers.get, self.skipped
+        if skipped is not None and skipped.is_meta and not mean.is_meta:
+            skipped = None  # of a layer that lends its code to the numbers of others (torch.func.functional_call)
+        return State(mean, var, get("num_batches_tracked"), get("running_weight"), skipped, self._name)
 
     def check_input(self, input: Tensor) -> None:
         """Raise unless the input has the rank and the channels of this layer."""
@@ -116,18 +156,45 @@ class Layer(nn.Module):
     def reset_running_stats(self) -> None:
         """Forget all batches."""
         super().reset_running_stats()  # type: ignore[misc]
-        if (skipped := self._buffers.get("skipped")) is not None:
-            skipped.zero_()
+        if self.__dict__.get("skipped") is not None:
+            self.skipped.zero_()  # type: ignore[union-attr]
+
+    def extra_repr(self) -> str:
+        """PyTorch's, and what it does not know of."""
+        return ", ".join([super().extra_repr(), *self.own_repr()])
+
+    def own_repr(self) -> list[str]:
+        """What the layer does otherwise than PyTorch's, where it does."""
+        number = 0 if self.skipped is None or self.skipped.is_meta else int(self.skipped)
+        shown = {
+            f"single={self.single!r}": self.single != "error",
+            "frozen": self.is_frozen,
+            f"fused={self.fused}": self.fused is not None,
+            f"skipped={number}": number > 0,
+        }
+        return [text for text, is_shown in shown.items() if is_shown]
+
+    def train(self, mode: bool = True) -> "Layer":
+        """Set the mode."""
+        register_layer(type(self))
+        return super().train(mode)
+
+    def __getattr__(self, name: str) -> Any:
+        if name == "qconfig" and (self.is_frozen or self.single == "running"):
+            refuse_native_synchronisation(self, sys._getframe(1).f_code.co_name)
+        return super().__getattr__(name)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "Layer":
         before = {name: self._buffers[name] for name in RUNNING}
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         self._keep_statistics_wide(before)
+        self._keep_counter_beside()
         return self
 
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
         super()._load_from_state_dict(*args, **kwargs)
         self._keep_statistics_wide()  # `assign=True` puts the loaded tensors themselves in place
+        self._keep_counter_beside()
 
     def _keep_statistics_wide(self, before: dict[str, Tensor | None] | None = None) -> None:
         for name in RUNNING:
@@ -139,13 +206,44 @@ class Layer(nn.Module):
                 wide = buffer.float()
             self._buffers[name] = wide.to(buffer.device)
 
+    def _keep_counter_beside(self) -> None:
+        """The count of skipped batches on the device of the other counter; 0 where there were no numbers on one."""
+        steps: Any = self._buffers["num_batches_tracked"]
+        skipped: Any = self.skipped
+        if steps is None:
+            self.skipped = None
+        elif skipped is None or skipped.device != steps.device:
+            is_new = skipped is None or skipped.is_meta or steps.is_meta
+            self.skipped = torch.zeros_like(steps) if is_new else skipped.to(steps.device)
 
-def make_ours(layer: nn.Module) -> None:
-    """Give a layer what PyTorch's has not: its count of refused batches, which is no part of its `state_dict`."""
-    warn_opacus_of(type(layer))
-    if "skipped" not in layer._buffers:
+
+def make_ours(layer: Any) -> None:
+    """Give a layer what PyTorch's has not: its count of refused batches."""
+    register_layer(type(layer))
+    if "skipped" not in layer.__dict__:
         steps = layer._buffers["num_batches_tracked"]
-        layer.register_buffer("skipped", None if steps is None else torch.zeros_like(steps), persistent=False)
+        layer.skipped = None if steps is None else torch.zeros_like(steps)
+
+
+def native_class(layer: nn.Module) -> type[nn.Module]:
+    """The class of which a layer is an instance without us."""
+    if (native := getattr(layer, "native", None)) is not None:
+        return native  # type: ignore[no-any-return]
+    of_torch = (kind for kind in type(layer).__mro__ if kind.__module__ == nn.BatchNorm2d.__module__)
+    return next((kind for kind in of_torch if not kind.__name__.startswith("_")), nn.SyncBatchNorm)
+
+
+def refuse_native_synchronisation(layer: Layer, caller: str) -> None:
+    """Raise where `torch.nn.SyncBatchNorm.convert_sync_batchnorm` would drop what its layers do not have.
+
+    It builds a layer of its own from a few attributes, `qconfig` the last of them; there is no other way to notice.
+    """
+    if caller == "convert_sync_batchnorm":
+        what = "frozen" if layer.is_frozen else "single='running'"
+        raise RuntimeError(
+            f"{layer._name or layer!r} is {what}, which torch.nn.SyncBatchNorm does not know; call "
+            "batchnorm.torch.SyncBatchNorm.convert_sync_batchnorm(model), which keeps it"
+        )
 
 
 def recorded(layer: nn.Module, x: Proxy, **arguments: Any) -> Any:
@@ -180,11 +278,11 @@ class BatchNorm1d(Layer, nn.BatchNorm1d):
 
 
 class BatchNorm2d(Layer, nn.BatchNorm2d):
-    """`torch.nn.BatchNorm2d` of (N, C, H, W), likewise; see `BatchNorm1d`."""
+    """`torch.nn.BatchNorm2d` of (N, C, H, W), with `mask` or `lengths` in the call; arguments as `BatchNorm1d`."""
 
 
 class BatchNorm3d(Layer, nn.BatchNorm3d):
-    """`torch.nn.BatchNorm3d` of (N, C, D, H, W), likewise; see `BatchNorm1d`."""
+    """`torch.nn.BatchNorm3d` of (N, C, D, H, W), with `mask` or `lengths` in the call; arguments as `BatchNorm1d`."""
 
 
 class LazyBatchNorm1d(Layer, nn.LazyBatchNorm1d):

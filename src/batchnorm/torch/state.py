@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 import array_api_compat.torch as xp
 from torch import Tensor
 from torch._C import _are_functorch_transforms_active as are_transforms_active
+from torch._C import _current_graph_task_id as current_backward
 
 import batchnorm.functional as functional
 from batchnorm.arguments import check_running
@@ -13,6 +14,7 @@ from batchnorm.convention import Convention
 from batchnorm.core.axes import split
 from batchnorm.core.moments import Moments
 from batchnorm.core.running import RunningStatistics, advance
+from batchnorm.kernels.torch_compat import user_stacklevel
 from batchnorm.kernels.torch_transforms import track_beneath
 
 
@@ -24,13 +26,19 @@ class State(NamedTuple):
     steps: Tensor | None = None
     weight: Tensor | None = None
     skipped: Tensor | None = None
+    name: str | None = None  # of the layer, for messages
+
+    @property
+    def buffers(self) -> tuple[Tensor | None, ...]:
+        """The tensors, in the order of `RunningStatistics`."""
+        return self[:5]
 
 
 def running_of(state: State | None) -> RunningStatistics | None:
     """The buffers as the state that functions of arrays take."""
     if state is None:
         return None
-    mean, spread, steps, weight, skipped = state
+    mean, spread, steps, weight, skipped = state.buffers
     return RunningStatistics(
         mean, spread, 0.0 if steps is None else steps, 1.0 if weight is None else weight,
         0.0 if skipped is None else skipped,
@@ -39,7 +47,7 @@ def running_of(state: State | None) -> RunningStatistics | None:
 
 def store(state: State, running: RunningStatistics) -> None:
     """Put the running statistics into the buffers."""
-    for buffer, value in zip(state, running, strict=True):
+    for buffer, value in zip(state.buffers, running, strict=True):
         if buffer is not None:
             buffer.copy_(value)
 
@@ -58,18 +66,32 @@ def take_in(x: Tensor, state: State, convention: Convention, *, axis: int, mask:
         track(State(*buffers), batch, convention, is_masked=mask is not None)
 
     if are_transforms_active():
-        track_beneath(state, batch, track_in)
+        track_beneath(state.buffers, batch, track_in)
     else:
-        track_in(state, batch)
+        track_in(state.buffers, batch)
 
 
 def count_skipped(state: State | None) -> None:
-    """Note that a batch did not enter the state, and say so."""
+    """Count a batch that did not enter the state, and warn of it."""
+    warn_of_skipped(state)
     if state is not None and state.skipped is not None:
         state.skipped.add_(1)
+
+
+def warn_of_skipped(state: State | None) -> None:
+    """Warn that a batch does not enter the state; of a layer that counts these, only the first time."""
+    name, skipped = (None, None) if state is None else (state.name, state.skipped)
+    if skipped is not None and not skipped.is_meta and skipped:
+        return
+    counted = "; further ones are counted in silence, see batchnorm.torch.report(model)" if skipped is not None else ""
     warnings.warn(
-        "the statistics of a batch are not finite (NaN, Inf or overflow in the input): it did not enter the running "
-        "statistics",
+        f"{name or 'batch_norm'}: the statistics of a batch are not finite (NaN, Inf or overflow in the input): it did "
+        f"not enter the running statistics{counted}",
         RuntimeWarning,
-        stacklevel=4,
+        stacklevel=user_stacklevel(),
     )
+
+
+def is_recomputed() -> bool:
+    """Whether autograd is computing a forward pass again, in the middle of a backward pass."""
+    return current_backward() != -1

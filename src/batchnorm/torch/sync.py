@@ -23,10 +23,10 @@ from batchnorm.core.moments import moments as measure
 from batchnorm.kernels import torch as kernel
 from batchnorm.kernels.operands import Operands
 from batchnorm.torch.arguments import kept_by_lengths
-from batchnorm.torch.functional import is_recomputed
-from batchnorm.torch.layers import BatchNorm1d, BatchNorm2d, BatchNorm3d, Layer, make_ours
+from batchnorm.torch.layers import BatchNorm1d, BatchNorm2d, BatchNorm3d, Layer, make_ours, native_class
+from batchnorm.torch.names import shortened
 from batchnorm.torch.parts import Whole, gradient_through_statistics, own_gradients, wide
-from batchnorm.torch.state import track
+from batchnorm.torch.state import is_recomputed, track
 
 Group = Any  # dist.ProcessGroup, which exists only in builds with torch.distributed
 
@@ -75,16 +75,26 @@ class SyncBatchNorm(Layer, _BatchNorm):
         super().__init__(
             num_features, eps, momentum, affine, track_running_stats, device, dtype, bias=bias, single=single
         )  # fmt: skip
-        self.process_group, self.timeout, self.name = process_group, timeout, name
+        self.process_group, self.timeout, self._name = process_group, timeout, name
 
     def _check_input_dim(self, input: Tensor) -> None:
         if input.ndim < 2:
             raise ValueError(f"expected at least 2D input (got {input.ndim}D input)")
 
+    @property
+    def name(self) -> str | None:
+        """What errors call the layer."""
+        return self._name
+
     def spans_processes(self) -> bool:
         return dist.is_available() and dist.is_initialized() and dist.get_world_size(self.process_group) > 1
 
-    def forward(self, input: Tensor, *, mask: Tensor | None = None, lengths: Tensor | None = None) -> Tensor:
+    def __prepare_scriptable__(self) -> nn.Module:
+        raise NotImplementedError(
+            "torch.jit.script does not compile a synchronised batch norm; call batchnorm.torch.restore(model) first"
+        )
+
+    def forward(self, input: Tensor, mask: Tensor | None = None, lengths: Tensor | None = None) -> Tensor:
         """The normalised input; see `batchnorm.torch.batch_norm` for mask and lengths."""
         if not self.spans_processes() or not self.normalizes_by_batch():
             return super().forward(input, mask=mask, lengths=lengths)
@@ -92,7 +102,8 @@ class SyncBatchNorm(Layer, _BatchNorm):
         if lengths is not None:
             mask = kept_by_lengths(input, lengths, 1)
         convention, state = self.record, self.state
-        call = Call(self.name, self.process_group, self.timeout, convention, split(1, input.ndim), mask)
+        name = self._name or type(self).__name__
+        call = Call(name, self.process_group, self.timeout, convention, split(1, input.ndim), mask)
         y: Tensor = Synchronized.apply(input, self.weight, self.bias, call)  # type: ignore[no-untyped-call]
         if state is not None and self.track_running_stats and not is_recomputed():
             assert call.whole is not None
@@ -103,11 +114,25 @@ class SyncBatchNorm(Layer, _BatchNorm):
     def convert_sync_batchnorm(
         cls, module: nn.Module, process_group: Group = None, *, timeout: float | None = None
     ) -> nn.Module:
-        """Make every batch norm of a model, PyTorch's or ours, a synchronised one, in place; returns the model."""
+        """Make every batch norm of a model, PyTorch's or ours, a synchronised one, in place; returns the model.
+
+        Frozen layers stay frozen, and `single` stays.
+
+        Raises:
+            ValueError: There is a `batchnorm.torch.BatchNorm`, which has no synchronised form; nothing has changed.
+        """
+        layers = [(name, layer) for name, layer in module.named_modules() if isinstance(layer, Layer)]
+        if others := [name or "the layer" for name, layer in layers if type(layer) not in CONVERTED]:
+            raise ValueError(
+                f"{shortened(others)}: a batchnorm.torch.BatchNorm (activation, convention, axis, ghost batches) has "
+                "no synchronised form; use BatchNorm1d, 2d or 3d, and the activation as a module of its own"
+            )
         for name, layer in module.named_modules():
             if type(layer) in CONVERTED:
+                if type(layer) is not cls:
+                    layer.native = native_class(layer)
                 layer.__class__ = cls
-                layer.process_group, layer.timeout, layer.name = process_group, timeout, name or cls.__name__
+                layer.process_group, layer.timeout, layer._name = process_group, timeout, name or cls.__name__
                 make_ours(layer)
                 layer._keep_statistics_wide()
         return module

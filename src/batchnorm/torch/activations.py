@@ -1,0 +1,49 @@
+"""PyTorch's activations, and what the kernels call them."""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from batchnorm.core.activations import parse
+
+#: PyTorch's functions for our names; leaky_relu takes its slope.
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "identity": lambda z: z,
+    "relu": torch.relu,
+    "relu6": lambda z: functional.hardtanh(z, 0.0, 6.0),  # as torch.nn.ReLU6
+    "silu": functional.silu,
+    "hardswish": functional.hardswish,
+    "sigmoid": torch.sigmoid,
+    "tanh": torch.tanh,
+    "gelu": functional.gelu,
+}
+
+
+def apply_activation(z: Tensor, activation: str | None) -> Tensor:
+    """The activation of z, by PyTorch's operator."""
+    name, slope = parse(activation or "identity")
+    return functional.leaky_relu(z, slope) if name == "leaky_relu" else ACTIVATIONS[name](z)
+
+
+def activation_name(module: nn.Module) -> str | None:
+    """What a kernel calls the activation of a module; None where it knows none."""
+    match module:
+        case nn.ReLU():
+            return "relu"
+        case nn.ReLU6():
+            return "relu6"
+        case nn.LeakyReLU():
+            return f"leaky_relu({module.negative_slope})"
+        case nn.SiLU():
+            return "silu"
+        case nn.Hardswish():
+            return "hardswish"
+        case nn.Sigmoid():
+            return "sigmoid"
+        case nn.Tanh():
+            return "tanh"
+        case nn.GELU(approximate="none"):
+            return "gelu"
+    return None

@@ -1,0 +1,89 @@
+"""Batch norms of other libraries, computed by ours: subclasses of their classes with the same interface.
+
+Each is made when a model has such a layer, so that nothing here imports those libraries; pickles find it by its name in
+this module.
+"""
+
+import importlib
+from functools import cache
+from typing import Any
+
+from torch import Tensor, nn
+
+from batchnorm.torch.activations import activation_name
+from batchnorm.torch.functional import batch_norm, normalize
+from batchnorm.torch.layers import Layer
+from batchnorm.torch.waiting import has_hooks
+
+
+class ActivatedLayer(Layer):
+    """Timm's `BatchNormAct2d`: a batch norm with dropout and an activation of its own."""
+
+    drop: nn.Module
+    act: nn.Module
+
+    def forward(self, input: Tensor, mask: Tensor | None = None, lengths: Tensor | None = None) -> Tensor:
+        """Act(drop(normalised input)), in one pass where there is no dropout and the kernels know the activation."""
+        activation = "identity" if type(self.act) is nn.Identity else activation_name(self.act)
+        if activation is None or type(self.drop) is not nn.Identity or has_hooks(self.act) or has_hooks(self.drop):
+            z: Tensor = self.act(self.drop(super().forward(input, mask, lengths)))
+            return z
+        self._check_input_dim(input)
+        training = self.normalizes_by_batch()
+        return normalize(
+            input, self.weight, self.bias, self.state, self.record, training=training,
+            is_tracked=training and self.track_running_stats, mask=mask, lengths=lengths, activation=activation,
+        )  # fmt: skip
+
+    def __prepare_scriptable__(self) -> nn.Module:
+        raise NotImplementedError("torch.jit.script does not compile this layer; call batchnorm.torch.restore first")
+
+
+class FrozenLayer(nn.Module):
+    """`FrozenBatchNorm2d` of torchvision and detectron2, whose statistics and parameters are buffers."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Weight * (x - running_mean) / sqrt(running_var + eps) + bias."""
+        mean, var, weight, bias = (self._buffers[name] for name in ("running_mean", "running_var", "weight", "bias"))
+        if mean is None or mean.dtype != x.dtype:  # the result is of the wider dtype there
+            y: Tensor = super().forward(x)
+            return y
+        return batch_norm(x, mean, var, weight, bias, eps=float(self.eps))  # type: ignore[arg-type]
+
+    def __prepare_scriptable__(self) -> nn.Module:
+        raise NotImplementedError("torch.jit.script does not compile this layer; call batchnorm.torch.restore first")
+
+
+#: The name of an adapter in this module, the class it is for, and what it adds to it.
+ADAPTERS: dict[str, tuple[str, str, type[nn.Module]]] = {
+    "TimmBatchNormAct2d": ("timm.layers.norm_act", "BatchNormAct2d", ActivatedLayer),
+    "TorchvisionFrozenBatchNorm2d": ("torchvision.ops.misc", "FrozenBatchNorm2d", FrozenLayer),
+    "Detectron2FrozenBatchNorm2d": ("detectron2.layers.batch_norm", "FrozenBatchNorm2d", FrozenLayer),
+}
+
+
+ADAPTERS_MODULE = __name__
+
+
+def adapter_for(kind: type[nn.Module]) -> type[nn.Module] | None:
+    """The class of ours that layers of another library become; None where there is none."""
+    for name, (module, original, _) in ADAPTERS.items():
+        if (kind.__module__, kind.__qualname__) == (module, original):
+            return adapter(name)
+    return None
+
+
+@cache
+def adapter(name: str) -> type[nn.Module]:
+    """The class of this name, made of ours and theirs."""
+    module, original, ours = ADAPTERS[name]
+    theirs = getattr(importlib.import_module(module), original)
+    return type(original, (ours, theirs), {
+        "__module__": __name__, "__qualname__": name, "__doc__": ours.__doc__, "native": theirs, "is_adapter": True,
+    })  # fmt: skip
+
+
+def __getattr__(name: str) -> Any:
+    if name in ADAPTERS:
+        return adapter(name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

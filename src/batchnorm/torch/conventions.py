@@ -1,0 +1,82 @@
+"""The conventions that layers follow: PyTorch's, or any other, with the eps and the momentum of a layer."""
+
+import math
+import warnings
+from dataclasses import replace
+from functools import lru_cache
+from typing import Any, Literal
+
+from batchnorm.convention import Convention, Single, with_any_decay
+from batchnorm.conventions import find, resolve
+from batchnorm.kernels.torch_compat import constant_in_graphs, user_stacklevel
+
+Momentum = float | Literal["convention"] | None
+
+
+@constant_in_graphs
+def pytorch_convention(momentum: float | None, eps: float = 1e-5, single: Single = "error") -> Convention:
+    """PyTorch's convention with the arguments of one of its layers; momentum None is the cumulative average."""
+    return cached_pytorch_convention(momentum, eps, single)
+
+
+@lru_cache(typed=True)
+def cached_pytorch_convention(momentum: float | None, eps: float, single: Single) -> Convention:
+    """`pytorch_convention`: to build and validate a record takes longer than a small batch norm."""
+    if not eps >= 0:
+        raise ValueError(f"batch_norm eps must be positive in training and not negative in evaluation, but got {eps}")
+    return with_momentum(replace(find("pytorch"), eps=eps, single=single), momentum)
+
+
+@constant_in_graphs
+def layer_convention(
+    convention: str | Convention, eps: float | None, momentum: Momentum, single: Single | None
+) -> Convention:
+    """Any convention with what a layer sets itself; None, or "convention", is its own."""
+    return cached_layer_convention(convention, eps, momentum, single)
+
+
+@lru_cache(typed=True)
+def cached_layer_convention(
+    convention: str | Convention, eps: float | None, momentum: Momentum, single: Single | None
+) -> Convention:
+    """`layer_convention`: to build and validate a record takes longer than a small batch norm."""
+    record = resolve(convention, eps, None, single, None)
+    return record if momentum == "convention" else with_momentum(record, momentum)
+
+
+def with_momentum(convention: Convention, momentum: Any) -> Convention:
+    """The convention with a momentum of PyTorch, the weight of the batch; None is the cumulative average.
+
+    Raises:
+        ValueError: It is not finite.
+
+    Warns:
+        UserWarning: It lies outside 0 to 1, which PyTorch takes.
+    """
+    if momentum is None:
+        return replace(convention, decay=None)
+    if not math.isfinite(momentum):
+        raise ValueError(f"momentum is {momentum}; it is the weight of the batch in the running statistics: 0 to 1")
+    if not 0 <= momentum <= 1:
+        warnings.warn(
+            f"momentum is {momentum}; it is the weight of the batch in the running statistics, and outside 0 to 1 "
+            "these run away from the data",
+            stacklevel=user_stacklevel(),
+        )
+    return with_any_decay(convention, 1 - momentum)
+
+
+def is_inference_of_torch(convention: Convention) -> bool:
+    """Whether evaluation is that of PyTorch's layers: weight * (x - mean) / sqrt(var + eps) + bias."""
+    is_plain = (convention.tracked, convention.affine, convention.update) == ("var", "plain", "training")
+    return is_plain and convention.eps_eval == "inside" and convention.debias not in ("adam", "weight_sum")
+
+
+def is_training_of_torch(convention: Convention) -> bool:
+    """Whether training is that of PyTorch's layers as well, whatever eps and momentum are."""
+    return (
+        is_inference_of_torch(convention)
+        and (convention.normalize_with, convention.normalize_correction) == ("batch", 0)
+        and (convention.debias, convention.correction_on) == ("none", "variance")
+        and (convention.eps_train, convention.running_correction) == ("inside", 1)
+    )

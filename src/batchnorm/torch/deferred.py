@@ -1,0 +1,260 @@
+"""The tensor that a fused layer returns: a batch norm that waits for what follows it.
+
+A layer that `replace(fuse=True)` has found to be followed by an activation measures its batch and advances its running
+statistics at once. What is left, to normalise, waits: the layer returns a `Deferred` tensor. If that goes to an
+activation which the kernels know, or to the addition of a tensor of the same shape and then to such an activation, one
+kernel computes all of it (`joining.py`). Anything else gets the plain result, which the deferred tensor becomes: from
+then on it is a tensor like any other. The code of the model decides, at each call; nothing about it is assumed.
+
+To autograd a deferred tensor is the result of a batch norm, so that what differentiates it without asking for its
+numbers (an `autograd.Function`, a reentrant checkpoint) finds its gradient. What it cannot be right about raises.
+"""
+
+from __future__ import annotations
+
+import sys
+import weakref
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch._C import DisableTorchFunctionSubclass
+from torch.utils import swap_tensors
+from torch.utils._pytree import tree_flatten, tree_map
+
+from batchnorm.kernels.torch_autograd import is_forward_mode, is_traced
+from batchnorm.torch.waiting import Call
+
+#: What joins a deferred tensor, by the function of PyTorch that is called; filled by `joining.py`. Each takes the
+#: function's arguments, and returns None where it cannot.
+JOINING: dict[Any, Callable[..., Any]] = {}
+
+#: What can be answered without the result.
+METADATA: frozenset[Any] = frozenset(
+    [getattr(Tensor, name).__get__ for name in (
+        "shape", "dtype", "device", "ndim", "layout", "requires_grad", "is_cpu", "is_cuda", "is_sparse", "is_quantized",
+        "is_mkldnn", "is_meta", "is_mps", "is_nested",
+    )]
+    + [Tensor.size, Tensor.dim, Tensor.ndimension, Tensor.numel, Tensor.nelement, Tensor.is_floating_point]
+    + [Tensor.__len__, Tensor.__hash__, torch.is_floating_point, torch.numel]
+)  # fmt: skip
+
+#: What asks for the tensor's own place in the graph.
+GRAPH: frozenset[Any] = frozenset(
+    [getattr(Tensor, name).__get__ for name in ("grad_fn", "grad")]
+    + [Tensor.register_hook, Tensor.retain_grad, torch.autograd.grad]
+)
+
+
+def wait(call: Call, residual: Tensor | None = None) -> Deferred:
+    """The result of a call with a residual added to it, as a tensor that autograd knows."""
+    keep_dynamo_out()
+    inputs = (*call.inputs, residual)
+    if torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in inputs):
+        return apply_deferral(*inputs, call)  # type: ignore[no-any-return]
+    return Deferred(call, residual)
+
+
+def keep_dynamo_out() -> None:
+    """Have a compiled function that is given a deferred tensor use it outside of its graph, once Dynamo is imported."""
+    if "torch._dynamo" in sys.modules and not Deferred.is_outside_graphs:
+        function = torch._dynamo.disable(Deferred.__torch_function__.__func__)  # type: ignore[attr-defined, no-untyped-call]
+        Deferred.__torch_function__ = classmethod(function)  # type: ignore[assignment, method-assign]
+        Deferred.is_outside_graphs = True
+
+
+class Deferred(Tensor):
+    """The result of a call, perhaps with a tensor added to it, which is computed when it is used.
+
+    It becomes its result then, unless something holds on to it: autograd, a weak reference, a hook. In that case it
+    stays, and a stand-in of the same numbers serves Python, whose gradient goes through its place in the graph.
+    """
+
+    call: Call
+    residual: Tensor | None
+    residual_version: int
+    has_joined: bool  # whether an operation has been computed together with it
+    must_stay: bool  # whether its place in the graph, or its numbers past Python, are in use
+    numbers: Tensor | None  # of a tensor that stays
+    numbers_version: int
+    stand_in: Tensor | None
+    node: Any  # that the stand-in's gradient goes to
+    is_outside_graphs = False
+
+    @staticmethod
+    def __new__(cls, call: Call, residual: Tensor | None) -> Deferred:
+        """A tensor without memory, of the shape, dtype and device of the result."""
+        x: Any = call.inputs[0]
+        result: Deferred = Tensor._make_wrapper_subclass(cls, x.shape, dtype=x.dtype, device=x.device)
+        torch._C._set_throw_on_mutable_data_ptr(result)  # what asks for memory fails
+        result.call, result.has_joined, result.must_stay = call, False, False
+        result.numbers = result.stand_in = None
+        result.residual, result.residual_version = residual, 0 if residual is None else residual._version
+        return result
+
+    def is_open(self) -> bool:
+        """Whether an operation may still join."""
+        if self.must_stay or self.numbers is not None or torch.is_grad_enabled() != self.call.has_gradient:
+            return False
+        return not (is_traced() or is_forward_mode() or torch.is_inference_mode_enabled() or self.has_left())
+
+    def own_node(self) -> Any:
+        """Its place in the graph."""
+        with DisableTorchFunctionSubclass():
+            return self.grad_fn
+
+    def has_left(self) -> bool:
+        """Whether an `autograd.Function` has returned this tensor as its own result."""
+        node = self.own_node()
+        return node is not None and node.name() != "DeferralBackward"
+
+    def computed(self, activation: str | None = None) -> Tensor:
+        """The result, the residual included."""
+        if self.residual is not None and self.residual._version != self.residual_version:
+            raise self.call.error("is added to a tensor that has been changed in place since")
+        return self.call.compute(activation, self.residual)
+
+    def plain(self) -> Tensor:
+        """The tensor that this one stands for: itself, which becomes it, or a stand-in."""
+        if not self.must_stay and self.numbers is None:
+            y = self.computed()
+            if become(self, self.attached(y) if self.has_left() else y):
+                return self
+            self.keep(y)
+        if self.stand_in is None or self.node is not self.own_node():
+            self.stand_in, self.node = self.attached(self.kept()), self.own_node()
+        self.kept()
+        return self.stand_in
+
+    def keep(self, y: Tensor) -> None:
+        """Have these numbers from now on."""
+        self.numbers = y.detach()
+        self.numbers_version = self.numbers._version
+
+    def kept(self) -> Tensor:
+        """The numbers of a tensor that stays; raises where they have been changed, of which its node does not know."""
+        if self.numbers is None:
+            self.keep(self.computed())
+        assert self.numbers is not None
+        if self.numbers._version != self.numbers_version:
+            raise self.call.error("has been changed in place while something holds on to it")
+        return self.numbers
+
+    def attached(self, y: Tensor) -> Tensor:
+        """The numbers of y with this tensor's place in the graph."""
+        with torch.inference_mode(False), torch.enable_grad():
+            return Attachment.apply(self, y)  # type: ignore[no-any-return, no-untyped-call]
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Let the operation join the batch norm, or do it with the plain result."""
+        kwargs = kwargs or {}
+        if func in METADATA:
+            with DisableTorchFunctionSubclass():
+                return func(*args, **kwargs)
+        join = JOINING.get(func)
+        if join is not None and args and (result := join(*args, **kwargs)) is not None:
+            return result
+        waiting = {id(v): v for v in tree_flatten((args, kwargs))[0] if isinstance(v, Deferred)}
+        for value in waiting.values():
+            value.call.others.append(getattr(func, "__name__", str(func)))
+        if func in GRAPH:
+            for value in waiting.values():
+                if value.has_joined:
+                    raise value.call.error("is not in the graph of what has joined it, as a hook or a gradient needs")
+                value.must_stay = True
+            with DisableTorchFunctionSubclass():
+                return func(*args, **kwargs)
+        tensors = {key: value.plain() for key, value in waiting.items()}
+
+        def plain(value: Any) -> Any:
+            return tensors.get(id(value), value) if isinstance(value, Tensor) else value
+
+        result = func(*tree_map(plain, args), **tree_map(plain, kwargs))
+        for key, value in waiting.items():
+            if tensors[key] is not value:
+                value.kept()
+        return result
+
+    @classmethod
+    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # type: ignore[override]
+        """Compute what goes past Python's interface with the numbers of the result; autograd is above it."""
+        kwargs = kwargs or {}
+        written = {a.name for a in func._schema.arguments if a.alias_info is not None and a.alias_info.is_write}
+        named = {a.name: value for a, value in zip(func._schema.arguments, args, strict=False)} | kwargs
+        for name, value in named.items():
+            if name in written and isinstance(value, Deferred):
+                raise value.call.error(f"is changed past PyTorch's Python interface ({func})")
+
+        def numbers(value: Any) -> Any:
+            if not isinstance(value, Deferred):
+                return value
+            value.call.others.append(str(func))
+            value.must_stay = True
+            return value.kept()
+
+        return func(*tree_map(numbers, args), **tree_map(numbers, kwargs))
+
+
+def become(waiting: Deferred, tensor: Tensor) -> bool:
+    """Make a deferred tensor the other one, with its memory, class and place in the graph; not where one is held."""
+    extras = {name: value for name, value in vars(waiting).items() if name not in Deferred.__annotations__}
+    with DisableTorchFunctionSubclass():
+        pair: Any = (waiting, tensor)
+        if any(t._use_count() > 1 or weakref.getweakrefs(t) for t in pair):
+            return False
+        swap_tensors(*pair)  # type: ignore[no-untyped-call]
+    vars(waiting).update(extras)
+    return True
+
+
+class Deferral(torch.autograd.Function):
+    """The deferred result as a node of the graph, for whatever differentiates it without computing it."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, weight: Tensor | None, bias: Tensor | None, residual: Tensor | None, call: Call
+    ) -> Deferred:
+        """The tensor without memory."""
+        ctx.set_materialize_grads(False)
+        ctx.call, ctx.residual = call, residual
+        return Deferred(call, residual)
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor | None) -> tuple[Tensor | None, ...]:
+        """The gradients of a batch norm and an addition."""
+        if dy is None:
+            return (None,) * 5
+        call: Call = ctx.call
+        is_needed = ctx.needs_input_grad[:4]
+        is_differentiable = torch.is_grad_enabled()
+        # Of aliases: the tensors themselves have hooks, and may depend on each other.
+        with torch.enable_grad():
+            aliases = [
+                None if t is None else t.view_as(t) if is_differentiable else t.detach().requires_grad_(needed)
+                for t, needed in zip((*call.unchanged(), ctx.residual), is_needed, strict=True)
+            ]
+            y = call.of(tuple(aliases[:3]), None, aliases[3])
+        wanted = [alias for alias, needed in zip(aliases, is_needed, strict=True) if needed and alias is not None]
+        gradients = iter(torch.autograd.grad(y, wanted, dy, create_graph=is_differentiable))
+        return (*(next(gradients) if needed else None for needed in is_needed), None)
+
+
+#: `Deferral.apply` without what it does for torch.func first, which no such call has to do with.
+apply_deferral: Any = super(torch.autograd.Function, Deferral).apply
+
+
+class Attachment(torch.autograd.Function):
+    """A result that takes a deferred tensor's place in the graph."""
+
+    @staticmethod
+    def forward(ctx: Any, waiting: Deferred, y: Tensor) -> Tensor:
+        """Y itself."""
+        ctx.set_materialize_grads(False)
+        return y.detach()
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor | None) -> tuple[Tensor | None, None]:
+        """The gradient for the deferred tensor."""
+        return dy, None

@@ -1,0 +1,83 @@
+"""PyTorch's own operator: for graphs that are exported, and for tensors whose memory the kernels cannot read.
+
+Tools that take an exported graph know `aten.batch_norm`: they switch it to evaluation, quantise it, translate it. What
+it cannot say is refused by name.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor, strided
+from torch.nn import functional
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
+
+from batchnorm.convention import Convention
+from batchnorm.kernels.torch import PLAIN_TYPES
+from batchnorm.torch.activations import apply_activation
+from batchnorm.torch.conventions import is_training_of_torch
+from batchnorm.torch.state import State
+
+
+def is_foreign(*tensors: Tensor | None) -> bool:
+    """Whether one of the tensors has its memory elsewhere: MKL-DNN's layout, or a subclass such as DTensor."""
+    for tensor in tensors:
+        if tensor is None or (type(tensor) in PLAIN_TYPES and tensor.layout is strided):
+            continue
+        if tensor.layout is not strided or is_traceable_wrapper_subclass(tensor):
+            return True
+    return False
+
+
+def native_batch_norm(
+    x: Tensor,
+    gamma: Tensor | None,
+    beta: Tensor | None,
+    state: State | None,
+    convention: Convention,
+    *,
+    training: bool,
+    is_tracked: bool,
+    axis: int = 1,
+    activation: str | None = None,
+    residual: Tensor | None = None,
+) -> Tensor:
+    """y by `torch.nn.functional.batch_norm`, with the state advanced as `torch.nn.BatchNorm2d` does."""
+    gamma, beta = (p if p is None or p.dtype == x.dtype else p.to(wide(x)) for p in (gamma, beta))
+    buffers: tuple[Any, Any] = (None, None)
+    if state is not None and (is_tracked or not training):
+        buffers = state.mean, state.spread
+    if training and is_tracked and state is not None and state.steps is not None:
+        state.steps.add_(1)
+    momentum = 0.0 if convention.decay is None else 1 - convention.decay
+    z = functional.batch_norm(
+        x if axis == 1 else x.movedim(axis, 1), *buffers, gamma, beta, training, momentum, convention.eps
+    )  # fmt: skip
+    z = z if axis == 1 else z.movedim(1, axis)
+    y = z if residual is None else z + residual
+    y = apply_activation(y, activation)
+    return y if y.dtype == x.dtype else y.to(x.dtype)
+
+
+def wide(x: Tensor) -> torch.dtype:
+    """The dtype in which the running statistics of x are kept."""
+    return torch.float64 if x.dtype == torch.float64 else torch.float32
+
+
+def check_native(convention: Convention, *, is_masked: bool, is_tracked: bool, where: str) -> None:
+    """Raise where training by PyTorch's operator would be something else than what the layer does.
+
+    Raises:
+        NotImplementedError: A mask, another convention, or the cumulative average.
+    """
+    reason = None
+    if is_masked:
+        reason = "a mask"
+    elif not is_training_of_torch(convention):
+        reason = f"the convention {convention.name!r} with these options"
+    elif convention.decay is None and is_tracked:
+        reason = "momentum=None (the cumulative average)"
+    if reason is not None:
+        raise NotImplementedError(
+            f"training with {reason} cannot be said by PyTorch's own batch norm, which is what {where}; use evaluation "
+            "mode (model.eval()), or batchnorm.torch.no_update(model) where only the running statistics are in the way"
+        )

@@ -1,0 +1,170 @@
+"""Calls of fused layers, whose results wait to be used."""
+
+from __future__ import annotations
+
+import threading
+import weakref
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from typing import TYPE_CHECKING, NamedTuple
+
+import torch
+from torch import Tensor
+from torch._C import _are_functorch_transforms_active as are_transforms_active
+from torch._C import _len_torch_dispatch_stack as dispatch_modes
+from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack
+from torch.nn.modules import module as modules
+from torch.utils._python_dispatch import _disable_current_modes
+
+from batchnorm.core.axes import split
+from batchnorm.kernels import plain
+from batchnorm.kernels import torch as kernel
+from batchnorm.kernels.operands import Operands
+from batchnorm.kernels.torch_autograd import PLAIN, is_forward_mode
+from batchnorm.torch.arguments import is_single
+from batchnorm.torch.state import State, count_skipped, is_recomputed
+
+if TYPE_CHECKING:
+    from batchnorm.torch.layers import Layer
+
+Inputs = tuple[Tensor, Tensor | None, Tensor | None]  # x, weight and bias
+
+#: The smallest tensor, in elements, whose passes over memory take longer than waiting does (100 us for both passes).
+smallest = 1 << 18
+
+
+def can_wait(layer: Layer, inputs: Inputs, state: State | None) -> bool:
+    """Whether a call is an ordinary one, without anything to refuse and with nobody watching its result."""
+    statistics = (None, None) if state is None else state[:2]
+    tensors = (*inputs, *statistics)
+    if has_hooks(layer) or is_forward_mode() or not kernel.are_ordinary(*tensors):
+        return False
+    for tensor in tensors:
+        if tensor is not None and (not tensor.is_cpu or not tensor.is_floating_point() or tensor.is_inference()):
+            return False
+    x = inputs[0]
+    if x.ndim < 2 or x.shape[1] != layer.num_features or (is_single(x, 1) and layer.normalizes_by_batch()):
+        return False
+    return not any(statistic is not None and statistic.requires_grad for statistic in statistics)
+
+
+def has_hooks(module: torch.nn.Module) -> bool:
+    """Whether something watches the result of a module, or its gradient."""
+    return bool(
+        module._forward_hooks
+        or module._backward_hooks
+        or module._backward_pre_hooks
+        or modules._global_forward_hooks
+        or modules._global_backward_hooks
+        or modules._global_backward_pre_hooks
+    )
+
+
+class Record(NamedTuple):
+    """What became of one call: the operations that joined it, and the functions that got the plain result."""
+
+    layer: Layer
+    joined: list[str]
+    others: list[str]
+    call: weakref.ref[Call]  # dead once nobody holds the result any more
+
+
+class Recorder(threading.local):
+    """Where the calls of this thread leave records; None where they leave none."""
+
+    records: list[Record] | None = None
+
+
+recorder = Recorder()
+
+
+@contextmanager
+def recording() -> Iterator[list[Record]]:
+    """Within it, calls of any size wait, and each leaves a record."""
+    before, recorder.records = recorder.records, []
+    try:
+        yield recorder.records
+    finally:
+        recorder.records = before
+
+
+class Call:
+    """One call of a layer, with all that its result depends on.
+
+    Attributes:
+        joined: The operations that joined it: `relu`, `add+relu`, ...
+        others: The names of the functions that asked for the plain result.
+    """
+
+    def __init__(self, layer: Layer, inputs: Inputs, table: Tensor, *, is_given: bool) -> None:
+        self.layer, self.inputs, self.table, self.is_given = layer, inputs, table, is_given
+        self.eps: float = layer.record.eps
+        self.before = [None if t is None else (t._version, t.requires_grad) for t in inputs]
+        self.has_gradient = torch.is_grad_enabled()
+        self.joined: list[str] = []
+        self.others: list[str] = []
+        if recorder.records is not None:
+            recorder.records.append(Record(layer, self.joined, self.others, weakref.ref(self)))
+
+    @classmethod
+    def begin(cls, layer: Layer, inputs: Inputs) -> Call | None:
+        """Take the statistics, and let the batch enter the running ones.
+
+        None for what is better computed at once: small or unusual tensors, and layers that are watched.
+        """
+        x, state, record = inputs[0], layer.state, layer.record
+        if (x.numel() < smallest and recorder.records is None) or not can_wait(layer, inputs, state):
+            return None
+        if not layer.normalizes_by_batch():
+            table = None if state is None else plain.table_of_state(PLAIN, x, state, 1, record)
+            return None if table is None else cls(layer, inputs, table, is_given=True)
+        tracked = state if layer.track_running_stats and not is_recomputed() else None
+        done = kernel.layer_statistics(x, tracked, 1, record)
+        if done is None:
+            return None
+        if done[1] is False:
+            count_skipped(tracked)
+        return cls(layer, inputs, done[0], is_given=False)
+
+    def compute(self, activation: str | None, residual: Tensor | None) -> Tensor:
+        """y, for the graph that the call belongs to."""
+        with ExitStack() as stack:
+            if are_transforms_active():  # the tensors of the call are none of theirs
+                stack.enter_context(temporarily_clear_interpreter_stack())
+            if dispatch_modes():
+                stack.enter_context(_disable_current_modes())
+            if torch.is_inference_mode_enabled():
+                stack.enter_context(torch.inference_mode(False))
+            if torch.is_grad_enabled() != self.has_gradient:
+                stack.enter_context(torch.set_grad_enabled(self.has_gradient))
+            return self.of(self.unchanged(), activation, residual)
+
+    def of(self, inputs: tuple[Tensor | None, ...], activation: str | None, residual: Tensor | None) -> Tensor:
+        """y of x, weight and bias."""
+        x, weight, bias = inputs
+        operands = Operands(x, weight, bias, residual, None, split(1, x.ndim), activation)  # type: ignore[union-attr]
+        y: Tensor = kernel.normalize_by_table(operands, self.eps, self.table, is_given=self.is_given)
+        return y
+
+    def unchanged(self) -> tuple[Tensor | None, ...]:
+        """x, weight and bias as they were at the call; raises where they are not."""
+        inputs = []
+        for tensor, before in zip(self.inputs, self.before, strict=True):
+            if tensor is not None and before is not None:
+                if tensor._version != before[0]:
+                    raise self.error(
+                        f"reads a tensor of shape {tuple(tensor.shape)} that has been changed in place since"
+                    )
+                if tensor.requires_grad != before[1]:
+                    if before[1]:
+                        raise self.error("reads a tensor whose requires_grad has been taken away since")
+                    tensor = tensor.detach()
+            inputs.append(tensor)
+        return tuple(inputs)
+
+    def error(self, what: str) -> RuntimeError:
+        """What cannot be right, and the way out."""
+        return RuntimeError(
+            f"the fused batch norm {self.layer._name or ''!r}, whose result waits to be used, {what}; call "
+            "batchnorm.torch.restore(model), and batchnorm.torch.replace(model) without fuse=True"
+        )
