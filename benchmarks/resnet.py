@@ -3,7 +3,7 @@
     python -m benchmarks.resnet                     # everything; some ten minutes on two cores
     python -m benchmarks.resnet --only time --layout channels-last
 
-The network is `transformers`' own (pip install transformers), randomly initialised; the images are noise.
+The network is `transformers`' own, randomly initialised; the images are noise.
 """
 
 import argparse
@@ -20,6 +20,7 @@ import torch
 from torch import nn
 
 import batchnorm.torch as bnt
+from benchmarks.vision import load_torchvision
 
 BATCH, SIZE, CLASSES = 16, 64, 10
 VARIANTS = ("native", "replaced", "fused")
@@ -27,6 +28,7 @@ VARIANTS = ("native", "replaced", "fused")
 
 def network(variant: str, dtype: torch.dtype, *, is_nudged: bool = False) -> nn.Module:
     """A ResNet-50; `is_nudged` moves one gamma by one unit in the last place."""
+    load_torchvision()  # which transformers imports where it is installed
     from transformers import ResNetConfig, ResNetForImageClassification
 
     torch.manual_seed(0)
@@ -36,7 +38,8 @@ def network(variant: str, dtype: torch.dtype, *, is_nudged: bool = False) -> nn.
         with torch.no_grad():
             gamma[0] = torch.nextafter(gamma[0], torch.tensor(2.0, dtype=dtype))
     if variant != "native":
-        bnt.replace(model, fuse=variant == "fused")
+        example = torch.randn(2, 3, SIZE, SIZE) if variant == "fused" else None
+        bnt.replace(model, fuse=example is not None, example=example)
     return model
 
 

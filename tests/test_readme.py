@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 
 ROOT = Path(__file__).parent.parent
-README, COMING_FROM_TORCH, COMING_FROM_FLAX = (ROOT / name for name in ("README.md", "docs/torch.md", "docs/flax.md"))
+PAGES = ("README.md", "docs/torch.md", "docs/flax.md", "docs/deploying.md")
+README, COMING_FROM_TORCH, COMING_FROM_FLAX, DEPLOYING = (ROOT / name for name in PAGES)
 
 
 def examples(page):
@@ -25,12 +26,17 @@ def test_example_runs(code):
         assert "x" not in names or names["x"].grad.isfinite().all()
 
 
-@pytest.mark.parametrize("code", examples(COMING_FROM_TORCH), ids=["replace", "general"])
+@pytest.mark.parametrize(
+    "code",
+    [*examples(COMING_FROM_TORCH), *examples(DEPLOYING)],
+    ids=["replace", "general", "fusing", "restored"],
+)
 def test_example_of_the_layers_runs(code, capsys):
     names: dict[str, object] = {}
     exec(code, names)
+    printed = capsys.readouterr().out
     for line in re.findall(r"print\(.*\)  # (.*)", code):
-        assert line in capsys.readouterr().out
+        assert line in printed
     assert "y" not in names or names["y"].isfinite().all()
 
 
@@ -41,7 +47,7 @@ def test_example_in_jax_runs(code):
     assert np.isfinite(names["y"]).all()
 
 
-@pytest.mark.parametrize("page", [README, COMING_FROM_TORCH, COMING_FROM_FLAX], ids=lambda page: page.name)
+@pytest.mark.parametrize("page", [README, COMING_FROM_TORCH, COMING_FROM_FLAX, DEPLOYING], ids=lambda page: page.name)
 def test_files_it_links_exist(page):
     for target in re.findall(r"\]\((?!http)([^)#]+)\)", page.read_text()):
         assert (page.parent / target).exists(), target

@@ -20,8 +20,8 @@ GRADIENTS = {"float16": 1e-5, "bfloat16": 1e-5, "float32": 1e-5, "float64": 2e-1
 #: Relative error of a variance.
 VARIANCES = {"float16": 1e-6, "bfloat16": 1e-6, "float32": 1e-6, "float64": 4e-15}
 
-ACTIVATIONS = ("identity", "relu", "leaky_relu", "leaky_relu(0.2)", "silu", "sigmoid", "tanh", "gelu", "relu6", "hardswish")
 LINEAR = ("identity", "relu", "leaky_relu", "leaky_relu(0.2)", None)
+ACTIVATIONS = (*LINEAR[:-1], "silu", "sigmoid", "tanh", "gelu", "relu6", "hardswish")
 
 #: Where the derivative jumps.
 KINKS = {"relu": [0], "leaky_relu": [0], "leaky_relu(0.2)": [0], "relu6": [0, 6], "hardswish": [-3, 3]}

@@ -99,7 +99,7 @@ def test_a_single_remaining_example_joins_the_last_group():
         ({"convention": "pytroch"}, "did you mean 'pytorch'"),
         ({"eps": -1.0}, "eps is -1.0"),
         ({"activation": "rellu"}, "did you mean 'relu'"),
-        ({"momentum": 1.5}, "decay is -0.5"),
+        ({"momentum": float("inf")}, "momentum is inf"),
     ],
     ids=str,
 )

@@ -303,3 +303,42 @@ def test_forked_data_loaders(mode):
         [sys.executable, forked_loader.__file__, mode], capture_output=True, text=True, timeout=120, check=False
     )
     assert done.stdout.strip() == "True True", done.stderr
+
+
+def test_zero_tensors_without_memory():
+    """Autograd makes them where it knows a gradient to be 0."""
+    zeros = torch._efficientzerotensor((6, 5), dtype=torch.float64)
+    results = []
+    for layer in pair("1d"):
+        x = torch.randn(6, 5, dtype=torch.float64, generator=torch.Generator().manual_seed(0)).requires_grad_()
+        y = layer(x)
+        y.backward(zeros)
+        results.append([y, x.grad, layer.weight.grad, layer(zeros)])
+    torch.testing.assert_close(*results)
+
+
+class NoGradient(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, y):
+        return y * 1
+
+    @staticmethod
+    def backward(ctx, dy):
+        return None
+
+
+def test_no_gradient_is_none():
+    for layer in pair("1d"):
+        NoGradient.apply(layer(torch.randn(6, 5, dtype=torch.float64))).sum().backward()
+        assert layer.weight.grad is None
+
+
+def test_a_hook_on_the_input_runs_once_in_second_derivatives():
+    results = []
+    for layer in pair("1d"):
+        x = torch.randn(6, 5, dtype=torch.float64, generator=torch.Generator().manual_seed(0)).requires_grad_()
+        h = x.sin()
+        h.register_hook(lambda dh: 2 * dh)
+        (dx,) = torch.autograd.grad(layer(layer(h).cos()).pow(3).sum(), x, create_graph=True)
+        results.append([dx, *torch.autograd.grad(dx.pow(2).sum(), [x, layer.weight])])
+    torch.testing.assert_close(*results)

@@ -76,6 +76,7 @@ def test_errors_of_modules(info):
             layer(*inputs.args, **inputs.kwargs)
 
 
+@pytest.mark.filterwarnings("ignore:momentum is -1.0:UserWarning")
 @pytest.mark.parametrize("index", range(12))
 def test_samples_of_the_function(index):
     sample = list(OPERATOR.sample_inputs("cpu", torch.float64, requires_grad=True))[index]
@@ -86,10 +87,6 @@ def test_samples_of_the_function(index):
         return function(x, mean, var, *parameters, **sample.kwargs)
 
     parameters = sample.args[2:]
-    if sample.kwargs.get("training") and sample.kwargs.get("momentum", 0) < 0:
-        with pytest.raises(ValueError, match=r"decay is 2\.0"):  # ours: such an average runs away
-            call(bnt.batch_norm, sample.input, *parameters)
-        return
     native = torch.nn.functional.batch_norm
     y, expected = call(bnt.batch_norm, sample.input, *parameters), call(native, sample.input, *parameters)
     torch.testing.assert_close(y, expected)

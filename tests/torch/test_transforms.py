@@ -1,5 +1,7 @@
 """Everything that PyTorch derives from a function: gradients of gradients, forward mode, torch.func."""
 
+import copy
+
 import pytest
 import torch
 from torch import nn
@@ -114,13 +116,16 @@ def test_per_sample_gradients():
         torch.testing.assert_close(gradients["weight"][index], one["weight"])
 
 
-def test_an_ensemble_keeps_a_state_for_each_member():
+@pytest.mark.parametrize("device", ["cpu", "meta"])
+def test_an_ensemble_keeps_a_state_for_each_member(device):
+    """Called through one of its members, or through a copy without numbers, as PyTorch's recipe does."""
     layers = [bnt.BatchNorm1d(3, dtype=torch.float64) for _ in range(4)]
     params, buffers = stack_module_state(layers)
+    base = copy.deepcopy(layers[0]).to(device)
     x = torch.randn(4, 5, 3, dtype=torch.float64)
 
     def call(params, buffers, x):
-        return functional_call(layers[0], (params, buffers), (x,))
+        return functional_call(base, (params, buffers), (x,))
 
     y = vmap(call)(params, buffers, x)
     torch.testing.assert_close(buffers["running_mean"], 0.1 * x.mean(1))
