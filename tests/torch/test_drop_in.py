@@ -237,6 +237,26 @@ def test_distributed_tensors(mesh):
         torch.testing.assert_close(*results)
 
 
+@pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning")
+def test_layers_that_are_sharded(mesh):
+    """`fully_shard` gives a layer a class of its own: named in the report, and kept by `restore`."""
+    from torch.distributed.fsdp import FSDPModule, fully_shard
+
+    before, after = (nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4)) for _ in range(2))
+    fully_shard(before[1], mesh=mesh)
+    report = bnt.replace(before)
+    assert report.replaced == []
+    assert "fully_shard" in report.kept["1"]
+    bnt.replace(after)
+    fully_shard(after[1], mesh=mesh)
+    after(torch.randn(2, 3, 5, 5)).sum().backward()
+    assert bnt.restore(after) == ["1"]
+    assert isinstance(after[1], FSDPModule)
+    assert not isinstance(after[1], bnt.BatchNorm2d)
+    after(torch.randn(2, 3, 5, 5)).sum().backward()
+    assert after[1].num_batches_tracked == 2
+
+
 def test_no_channels_and_no_examples():
     for shape in ((4, 0), (0, 0, 2)):
         assert bnt.BatchNorm1d(0)(torch.ones(shape)).shape == shape

@@ -867,6 +867,19 @@ def test_a_weight_that_is_computed_is_computed_once():
     assert Counted.calls == before + 1
 
 
+def test_what_the_kernels_do_not_take_is_computed_at_once():
+    """With the errors and the results of a layer that is not fused."""
+    network = Block().double()
+    bnt.replace(network, fuse=True, example=images())
+    with pytest.raises(RuntimeError, match="should contain 4 elements not 3"):
+        network.bn(images()[:, :3])
+    with pytest.raises(ValueError, match="more than 1 value per channel"):
+        network.bn(images()[:1, :, :1, :1])
+    network.bn.weight = nn.Parameter(torch.ones(4, 1, 1, dtype=torch.float64))
+    torch.testing.assert_close(network.bn(images()), nn.BatchNorm2d(4).double()(images()))
+    assert network.bn(images()[:0]).shape == (0, 4, 5, 5)
+
+
 def test_nothing_reads_memory_that_is_not_there():
     ours, _ = with_tail(lambda m, x: torch.utils.dlpack.from_dlpack(torch.utils.dlpack.to_dlpack(m.z(x))))
     with pytest.raises(RuntimeError), torch.no_grad():

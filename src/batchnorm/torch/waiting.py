@@ -42,8 +42,11 @@ def can_wait(layer: Layer, inputs: Inputs, state: State | None) -> bool:
     for tensor in tensors:
         if tensor is not None and (not tensor.is_cpu or not tensor.is_floating_point() or tensor.is_inference()):
             return False
-    x = inputs[0]
-    if x.ndim < 2 or x.shape[1] != layer.num_features or (is_single(x, 1) and layer.normalizes_by_batch()):
+    x, *parameters = inputs
+    channels = layer.num_features
+    if x.ndim < 2 or x.shape[1] != channels or any(p is not None and p.shape != (channels,) for p in parameters):
+        return False
+    if is_single(x, 1) and layer.normalizes_by_batch():
         return False
     return not any(statistic is not None and statistic.requires_grad for statistic in statistics)
 
