@@ -871,7 +871,7 @@ def test_what_the_kernels_do_not_take_is_computed_at_once():
     """With the errors and the results of a layer that is not fused."""
     network = Block().double()
     bnt.replace(network, fuse=True, example=images())
-    with pytest.raises(RuntimeError, match="should contain 4 elements not 3"):
+    with pytest.raises(RuntimeError, match="should contain 3 elements not 4"):
         network.bn(images()[:, :3])
     with pytest.raises(ValueError, match="more than 1 value per channel"):
         network.bn(images()[:1, :, :1, :1])
