@@ -956,6 +956,14 @@ def test_second_derivatives_and_transformations():
     assert list(fused_layers(ours).values()).count(None) == 1
 
 
+def test_fusing_again_goes_by_the_new_example():
+    network = Branch().double()
+    assert bnt.replace(network, fuse=True, example=images()).fused == {"bn": "relu"}
+    network.flag = False
+    assert bnt.replace(network, fuse=True, example=images()).fused == {}
+    assert network.bn.fused is None
+
+
 def test_what_is_asked_for_needs_an_example():
     network = Block()
     with pytest.raises(ValueError, match="fuse=True needs example="):

@@ -121,7 +121,8 @@ def replace(model: nn.Module, *, fuse: bool = False, example: Any = None) -> Rep
     report = replaced(model)
     if fusible is not None:
         for name, layer in named_layers(model):
-            if (operation := fusible.fused.get(name)) is not None:
+            operation = fusible.fused.get(name)
+            if layer.fused != operation:
                 layer.fused = operation
         report.fused, report.unfused = fusible.fused, fusible.unfused
     return report
