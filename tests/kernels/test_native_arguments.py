@@ -103,7 +103,7 @@ EITHER = (
     ({"kept": 0b100}, ValueError),
     ({"kept": -1}, TypeError),
     ({"kept": 2**32}, TypeError),
-    ({"activation": 7}, ValueError),
+    ({"activation": 9}, ValueError),
     ({"activation": 256}, TypeError),
     ({"threads": "1"}, TypeError),
 )  # fmt: skip

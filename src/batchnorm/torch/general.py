@@ -217,7 +217,8 @@ class BatchNorm(LazyModuleMixin, Layer):
         if self._eps != find(self.convention).eps:
             own["eps"] = self._eps
         channels = "lazy" if hasattr(self, "_initialize_hook") else str(self.num_features)
-        return ", ".join([channels, *(f"{name}={value}" for name, value in own.items()), *self.own_repr()])
+        usual = find(self.convention).single
+        return ", ".join([channels, *(f"{name}={value}" for name, value in own.items()), *self.own_repr(usual)])
 
 
 class GuardedEps(float):

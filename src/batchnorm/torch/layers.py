@@ -161,13 +161,13 @@ class Layer(nn.Module):
 
     def extra_repr(self) -> str:
         """PyTorch's, and what it does not know of."""
-        return ", ".join([super().extra_repr(), *self.own_repr()])
+        return ", ".join([super().extra_repr(), *self.own_repr("error")])
 
-    def own_repr(self) -> list[str]:
-        """What the layer does otherwise than PyTorch's, where it does."""
+    def own_repr(self, usual: Single) -> list[str]:
+        """What the layer does otherwise than PyTorch's, where it does; `usual` is what `single` is by default."""
         number = 0 if self.skipped is None or self.skipped.is_meta else int(self.skipped)
         shown = {
-            f"single={self.single!r}": self.single != "error",
+            f"single={self.single!r}": self.single != usual,
             "frozen": self.is_frozen,
             f"fused={self.fused}": self.fused is not None,
             f"skipped={number}": number > 0,

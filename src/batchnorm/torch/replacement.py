@@ -111,7 +111,7 @@ def replace(model: nn.Module, *, fuse: bool = False, example: Any = None) -> Rep
         >>> report.replaced, report.fused
         (['1'], {'1': 'relu'})
         >>> model[1]
-        BatchNorm2d(8, eps=1e-05, momentum=0.1, affine=True, track_running_stats=True, bias=True, fused=relu)
+        BatchNorm2d(8, eps=1e-05, momentum=0.1, affine=True, bias=True, track_running_stats=True, fused=relu)
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model is a {type(model).__name__}; it must be a torch.nn.Module")

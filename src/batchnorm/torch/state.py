@@ -83,10 +83,11 @@ def warn_of_skipped(state: State | None) -> None:
     name, skipped = (None, None) if state is None else (state.name, state.skipped)
     if skipped is not None and not skipped.is_meta and skipped:
         return
+    whose = "" if name is None else f" of {name}"
     counted = "; further ones are counted in silence, see batchnorm.torch.report(model)" if skipped is not None else ""
     warnings.warn(
-        f"{name or 'batch_norm'}: the statistics of a batch are not finite (NaN, Inf or overflow in the input): it did "
-        f"not enter the running statistics{counted}",
+        "the statistics of a batch are not finite (NaN, Inf or overflow in the input): it did not enter the running "
+        f"statistics{whose}{counted}",
         RuntimeWarning,
         stacklevel=user_stacklevel(),
     )
