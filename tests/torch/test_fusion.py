@@ -154,6 +154,12 @@ class TwoUses(Block):
         return self.act(z) + z
 
 
+class Gated(Block):
+    def forward(self, x):
+        z = self.bn(self.conv(x))
+        return self.act(z) * z
+
+
 class Square(torch.autograd.Function):
     """An activation that PyTorch's functions are not told of."""
 
@@ -217,6 +223,7 @@ NETWORKS = {
     Branch: {"bn": "relu"},
     SizeOfBatch: {"bn": "relu"},
     TwoUses: {},
+    Gated: {},
     OwnFunction: {"bn": "relu"},
     Reentrant: {"bn": "relu"},
     Plain: {"bn": "relu"},
