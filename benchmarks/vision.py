@@ -2,7 +2,7 @@
 
 from types import ModuleType
 
-import torch
+from torch import library
 
 
 def load_torchvision() -> ModuleType:
@@ -11,7 +11,7 @@ def load_torchvision() -> ModuleType:
         import torchvision
     except RuntimeError:  # operator torchvision::nms does not exist
         for name in ("nms", "qnms"):
-            torch.library.define(f"torchvision::{name}", "(Tensor dets, Tensor scores, float threshold) -> Tensor")
+            library.define(f"torchvision::{name}", "(Tensor dets, Tensor scores, float threshold) -> Tensor")
         import torchvision
     module: ModuleType = torchvision
     return module
