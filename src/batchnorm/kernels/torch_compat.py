@@ -1,4 +1,4 @@
-"""What depends on how PyTorch is made: its private names, with their versions, and where its files lie."""
+"""Access to PyTorch's internals: private names, with the versions they were checked in, and its install folder."""
 
 import os
 import sys

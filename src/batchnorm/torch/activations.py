@@ -28,7 +28,7 @@ def apply_activation(z: Tensor, activation: str | None) -> Tensor:
 
 
 def activation_name(module: nn.Module) -> str | None:
-    """What a kernel calls the activation of a module; None where it knows none."""
+    """The kernels' name for the activation of a module; None for an activation that they do not have."""
     match module:
         case nn.ReLU():
             return "relu"

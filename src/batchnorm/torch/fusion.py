@@ -29,7 +29,7 @@ ROUGH_TOLERANCE = (1e-2, 1e-3)
 
 @dataclass
 class Fusible:
-    """What follows each layer: an operation that joins it, or why none does."""
+    """The layers that can be fused, with the operation that follows each, and the reason for each of the others."""
 
     fused: dict[str, str]
     unfused: dict[str, str]
@@ -97,7 +97,7 @@ def first_run(
 
 @dataclass(frozen=True)
 class Follower:
-    """What the results of one layer were used for."""
+    """The operation that follows a layer in one mode, or the reason why it cannot be fused."""
 
     operation: str | None
     reason: str
@@ -174,7 +174,7 @@ class Trial:
             return [t.detach() for t in (*outputs, *gradients, *buffers) if t is not None]
 
     def followers(self, names: list[str]) -> dict[str, list["Follower | None"]]:
-        """What followed each of these layers in training, and in evaluation."""
+        """The follower of each of these layers in training, and in evaluation."""
         try:
             with self.fusing(names):
                 found = [self.followers_in(mode) for mode in (True, False)]
@@ -185,7 +185,7 @@ class Trial:
         return {name: [followers.get(name) for followers in found] for name in names}
 
     def followers_in(self, mode: bool) -> dict[str, Follower]:
-        """What followed each layer that waited."""
+        """The follower of each layer in one mode; layers whose results did not wait are absent."""
         with self.rewound(mode), recording() as records:
             output = self.call(tree_map(partial(copied, dtype=self.dtype), self.example))
             by_layer = defaultdict(list)
@@ -204,7 +204,7 @@ class Trial:
             return False
 
     def call(self, example: Any) -> Any:
-        """What the model returns for a tensor, a tuple of arguments, or a dictionary of keyword arguments."""
+        """The model's output for a tensor, a tuple of arguments, or a dictionary of keyword arguments."""
         if isinstance(example, dict):
             return self.model(**example)
         return self.model(*example) if isinstance(example, tuple) else self.model(example)

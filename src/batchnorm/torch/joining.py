@@ -1,4 +1,4 @@
-"""What joins a batch norm that waits: the addition of a residual, and activations."""
+"""Operations that can be fused with a waiting batch norm: the addition of a residual, and activations."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ def residual_of(z: Deferred, other: Any) -> Tensor | None:
 
 
 def joining(parse: Callable[..., tuple[str | None, bool]]) -> Callable[..., Tensor | None]:
-    """What computes an activation together with the batch norm; `parse` gives its name and whether it is in place."""
+    """A function that computes an activation fused with the batch norm; `parse` gives its name and if it is in place."""
 
     def join(z: Any, *args: Any, **kwargs: Any) -> Tensor | None:
         try:

@@ -103,7 +103,7 @@ class Layer(nn.Module):
             )  # fmt: skip
 
     def scripted_forward(self, input: Tensor) -> Tensor:
-        """What `torch.jit.script` compiles: PyTorch's own batch norm."""
+        """The forward pass that `torch.jit.script` compiles, by PyTorch's own batch norm."""
         self._check_input_dim(input)
         training = (self.training and not self.is_frozen) or self.running_mean is None
         is_tracked = training and self.track_running_stats and self.running_mean is not None
@@ -164,7 +164,7 @@ class Layer(nn.Module):
         return ", ".join([super().extra_repr(), *self.own_repr("error")])
 
     def own_repr(self, usual: Single) -> list[str]:
-        """What the layer does otherwise than PyTorch's, where it does; `usual` is what `single` is by default."""
+        """Options and state that PyTorch's layers do not have, where set; `usual` is the default of `single`."""
         number = 0 if self.skipped is None or self.skipped.is_meta else int(self.skipped)
         shown = {
             f"single={self.single!r}": self.single != usual,

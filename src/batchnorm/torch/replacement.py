@@ -45,7 +45,7 @@ OWN = ("single", "is_frozen", "thawed_parameters", "fused", "skipped", "_name", 
 
 @dataclass
 class Report:
-    """What `replace` has done.
+    """The outcome of `replace`.
 
     Attributes:
         replaced: Names of the layers that are ours now.

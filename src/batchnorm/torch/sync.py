@@ -83,7 +83,7 @@ class SyncBatchNorm(Layer, _BatchNorm):
 
     @property
     def name(self) -> str | None:
-        """What errors call the layer."""
+        """The layer's name in error messages."""
         return self._name
 
     def spans_processes(self) -> bool:

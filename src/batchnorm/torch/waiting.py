@@ -64,7 +64,7 @@ def has_hooks(module: torch.nn.Module) -> bool:
 
 
 class Record(NamedTuple):
-    """What became of one call: the operations that joined it, and the functions that got the plain result."""
+    """The history of one call: the operations fused with it, and the functions that received the plain result."""
 
     layer: Layer
     joined: list[str]
@@ -166,7 +166,7 @@ class Call:
         return tuple(inputs)
 
     def error(self, what: str) -> RuntimeError:
-        """What cannot be right, and the way out."""
+        """An error that says why the result cannot be correct, and how to avoid it."""
         return RuntimeError(
             f"the fused batch norm {self.layer._name or ''!r}, whose result waits to be used, {what}; call "
             "batchnorm.torch.restore(model), and batchnorm.torch.replace(model) without fuse=True"
