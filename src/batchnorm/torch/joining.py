@@ -57,7 +57,7 @@ def residual_of(z: Deferred, other: Any) -> Tensor | None:
 
 
 def joining(parse: Callable[..., tuple[str | None, bool]]) -> Callable[..., Tensor | None]:
-    """A function that computes an activation fused with the batch norm; `parse` gives its name and if it is in place."""
+    """A function that computes an activation fused with the batch norm; `parse` gives (name, whether in place)."""
 
     def join(z: Any, *args: Any, **kwargs: Any) -> Tensor | None:
         try:
