@@ -54,7 +54,7 @@ def test_record_is_frozen_and_hashable():
 
 def test_names():
     assert set(bn.CONVENTIONS) == {
-        "zygote-seed", "lasagne-seed", "cs231n-seed", "d2l-seed", "returnn-common-seed",
+        "zygote-gist", "lasagne-gist", "cs231n", "d2l", "returnn-common-demo",
         "pytorch", "flax", "keras", "tensorflow-fused", "returnn",
     }  # fmt: skip
     for name, record in bn.CONVENTIONS.items():

@@ -61,7 +61,7 @@ BATCH_NORM = {
     "convention": (
         {"convention": "lasagne"},
         ValueError,
-        "no convention is called 'lasagne'; did you mean 'lasagne-seed'",
+        "no convention is called 'lasagne'; did you mean 'lasagne-gist'",
     ),
     "convention type": ({"convention": 3}, TypeError, "convention is a int; pass a name or a batchnorm.Convention"),
     "single": ({"single": "ignore"}, ValueError, "single is 'ignore'; allowed are 'error', 'clamp', 'identity', 'running'"),

@@ -56,51 +56,51 @@ def cumulative(name: str) -> Convention:
 
 F64, F32 = ("float64",), ("float32",)
 RUNS = [
-    Run("lasagne_theano105_py37", "lasagne-seed", "default", ("d2", "d3", "d4", "d5", *ILL, *CONST, *SINGLE)),
-    Run("lasagne_theano105_py37", "lasagne-seed", "default", ("seq",), {"axis": 1}),
-    Run("lasagne_theano105_py37", "lasagne-seed", "axes0_int", ("d2",), {"axis": 1}),
-    Run("lasagne_theano105_py37", "lasagne-seed", "axes_0tuple", ("d2",), {"axis": 1}),
-    Run("lasagne_theano105_py37", "lasagne-seed", "axes_01", ("d2",), {"axis": ()}),
-    Run("lasagne_theano105_py37", "lasagne-seed", "axes_1", ("d2",), {"axis": 0}),
-    Run("lasagne_theano105_py37", "lasagne-seed", "axes_0", ("d4",), {"axis": (1, 2, 3)}),
-    Run("lasagne_theano105_py37", "lasagne-seed", "axes_01", ("d4",), {"axis": (2, 3)}),
-    Run("lasagne_theano105_py37", "lasagne-seed", "axes_023", ("d4",), {"axis": 1}),
-    Run("lasagne_theano105_py37", "lasagne-seed", "axes_0123", ("d4",), {"axis": ()}),
-    Run("lasagne_theano105_py37", "lasagne-seed", "axes_01", ("seq",), {"axis": 2}),
-    Run("lasagne_theano105_py37", "lasagne-seed", "eps1e-4_alpha0.1", ("d2",), {"eps": 1e-4, "decay": 0.9}),
-    Run("lasagne_theano105_py37", "lasagne-seed", "eps0_alpha1", ("d2",), {"eps": 0.0, "decay": 0.0}),
-    Run("lasagne_theano105_py37", "lasagne-seed", "rectify", ("d2",), {"activation": "relu"}),
-    Run("lasagne_theano105_py37", "lasagne-seed", "tanh", ("d2",), {"activation": "tanh"}),
+    Run("lasagne_theano105_py37", "lasagne-gist", "default", ("d2", "d3", "d4", "d5", *ILL, *CONST, *SINGLE)),
+    Run("lasagne_theano105_py37", "lasagne-gist", "default", ("seq",), {"axis": 1}),
+    Run("lasagne_theano105_py37", "lasagne-gist", "axes0_int", ("d2",), {"axis": 1}),
+    Run("lasagne_theano105_py37", "lasagne-gist", "axes_0tuple", ("d2",), {"axis": 1}),
+    Run("lasagne_theano105_py37", "lasagne-gist", "axes_01", ("d2",), {"axis": ()}),
+    Run("lasagne_theano105_py37", "lasagne-gist", "axes_1", ("d2",), {"axis": 0}),
+    Run("lasagne_theano105_py37", "lasagne-gist", "axes_0", ("d4",), {"axis": (1, 2, 3)}),
+    Run("lasagne_theano105_py37", "lasagne-gist", "axes_01", ("d4",), {"axis": (2, 3)}),
+    Run("lasagne_theano105_py37", "lasagne-gist", "axes_023", ("d4",), {"axis": 1}),
+    Run("lasagne_theano105_py37", "lasagne-gist", "axes_0123", ("d4",), {"axis": ()}),
+    Run("lasagne_theano105_py37", "lasagne-gist", "axes_01", ("seq",), {"axis": 2}),
+    Run("lasagne_theano105_py37", "lasagne-gist", "eps1e-4_alpha0.1", ("d2",), {"eps": 1e-4, "decay": 0.9}),
+    Run("lasagne_theano105_py37", "lasagne-gist", "eps0_alpha1", ("d2",), {"eps": 0.0, "decay": 0.0}),
+    Run("lasagne_theano105_py37", "lasagne-gist", "rectify", ("d2",), {"activation": "relu"}),
+    Run("lasagne_theano105_py37", "lasagne-gist", "tanh", ("d2",), {"activation": "tanh"}),
     Run(
         "lasagne_theano105_py37",
-        "lasagne-seed",
+        "lasagne-gist",
         "eps1e-5_alpha0.9_rectify",
         ("d4",),
         {"eps": 1e-5, "decay": 0.1, "activation": "relu"},
     ),
-    Run("lasagne_theano105_py37", "lasagne-seed", "eps1e-4", ILL, {"eps": 1e-4}),
-    Run("lasagne_theano105_py37", "lasagne-seed", "eps0", ILL, {"eps": 0.0}),
-    Run("lasagne_theano082_py27", "lasagne-seed", "default", ("d2", "d3", "d5"), dtypes=F64),
-    Run("lasagne_theano082_py27", "lasagne-seed", "default", ("seq",), {"axis": 1}, dtypes=F64),
-    Run("cs231n", "cs231n-seed", "default", (*NORMAL, *ILL, *CONST, *SINGLE)),
-    Run("cs231n", "cs231n-seed", "eps1e-3_mom0.5", ("d2", "d4"), {"eps": 1e-3, "decay": 0.5}),
-    Run("cs231n", "cs231n-seed", "eps0", ILL, {"eps": 0.0}),
-    Run("d2l", "d2l-seed", "default", ("d2", *ILL, *CONST, "single")),
-    Run("d2l", "d2l-seed", "func_nchw", ("d4", "single4"), {"axis": 1}),
-    Run("d2l", "d2l-seed", "func_eps1e-3_mom0.5", ("d2",), {"eps": 1e-3, "decay": 0.5}),
-    Run("d2l", "d2l-seed", "func_eps0", ILL, {"eps": 0.0}),
-    Run("returnn_demo_port", "returnn-common-seed", "init0", (*NORMAL, *ILL, *CONST, *SINGLE), dtypes=F64),
+    Run("lasagne_theano105_py37", "lasagne-gist", "eps1e-4", ILL, {"eps": 1e-4}),
+    Run("lasagne_theano105_py37", "lasagne-gist", "eps0", ILL, {"eps": 0.0}),
+    Run("lasagne_theano082_py27", "lasagne-gist", "default", ("d2", "d3", "d5"), dtypes=F64),
+    Run("lasagne_theano082_py27", "lasagne-gist", "default", ("seq",), {"axis": 1}, dtypes=F64),
+    Run("cs231n", "cs231n", "default", (*NORMAL, *ILL, *CONST, *SINGLE)),
+    Run("cs231n", "cs231n", "eps1e-3_mom0.5", ("d2", "d4"), {"eps": 1e-3, "decay": 0.5}),
+    Run("cs231n", "cs231n", "eps0", ILL, {"eps": 0.0}),
+    Run("d2l", "d2l", "default", ("d2", *ILL, *CONST, "single")),
+    Run("d2l", "d2l", "func_nchw", ("d4", "single4"), {"axis": 1}),
+    Run("d2l", "d2l", "func_eps1e-3_mom0.5", ("d2",), {"eps": 1e-3, "decay": 0.5}),
+    Run("d2l", "d2l", "func_eps0", ILL, {"eps": 0.0}),
+    Run("returnn_demo_port", "returnn-common-demo", "init0", (*NORMAL, *ILL, *CONST, *SINGLE), dtypes=F64),
     Run(
         "returnn_demo_port",
-        replace(bn.CONVENTIONS["returnn-common-seed"], initial_spread=1.0),
+        replace(bn.CONVENTIONS["returnn-common-demo"], initial_spread=1.0),
         "init_var1",
         (*NORMAL, *ILL, *CONST, *SINGLE),
         dtypes=F64,
     ),
-    Run("returnn_demo_port", "returnn-common-seed", "masked_init0", ("seq",), dtypes=F64, mask=True),
+    Run("returnn_demo_port", "returnn-common-demo", "masked_init0", ("seq",), dtypes=F64, mask=True),
     Run(
         "returnn_demo_port",
-        replace(bn.CONVENTIONS["returnn-common-seed"], initial_spread=1.0),
+        replace(bn.CONVENTIONS["returnn-common-demo"], initial_spread=1.0),
         "masked_init_var1",
         ("seq",),
         dtypes=F64,
@@ -181,7 +181,7 @@ JAX_CONFIGS = ("default", "init0", "mask", "masked_init0", "fused_default", "bat
 
 
 GRADIENTS = ("dx", "dgamma", "dbeta")
-#: Inputs, counters, and results of other calls; test_golden_seeds and test_golden_limits treat those that matter.
+#: Inputs, counters, and results of other calls; test_golden_origins and test_golden_limits treat those that matter.
 NOT_REPLAYED = (
     "gamma", "beta", "moving_", "num_batches_tracked", "counter_", "output_is_time_major", "y_eval_local_stats",
     "running_mean_after_plain_run", "y_fulldy", "dx_fulldy", "dgamma_fulldy", "dbeta_fulldy",
@@ -259,5 +259,5 @@ def test_equinox_ema_trains_on_its_average():
 
 def test_every_shipped_convention_is_proven():
     proven = {run.convention if isinstance(run.convention, str) else run.convention.name for run in RUNS}
-    assert set(bn.CONVENTIONS) <= proven | {"zygote-seed"}
+    assert set(bn.CONVENTIONS) <= proven | {"zygote-gist"}
     assert all(load(run.system) for run in RUNS)

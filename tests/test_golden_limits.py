@@ -23,10 +23,10 @@ def limits(system, case, config, dtype, convention, **options):
 
 @pytest.mark.parametrize("dtype", ["float64", "float32"])
 @pytest.mark.parametrize(("system", "config", "convention"), [
-    ("lasagne_theano105_py37", "eps0", "lasagne-seed"),
-    ("cs231n", "eps0", "cs231n-seed"),
-    ("d2l", "func_eps0", "d2l-seed"),
-    ("zygote", "eps0", "zygote-seed"),
+    ("lasagne_theano105_py37", "eps0", "lasagne-gist"),
+    ("cs231n", "eps0", "cs231n"),
+    ("d2l", "func_eps0", "d2l"),
+    ("zygote", "eps0", "zygote-gist"),
     ("flax_linen", "eps0", "flax"),
     ("tensorflow", "fused_eps0", "tensorflow-fused"),
 ])  # fmt: skip
@@ -48,9 +48,9 @@ def test_constant_channel_without_eps_has_its_limit(system, config, convention, 
 
 @pytest.mark.parametrize("dtype", ["float64", "float32"])
 @pytest.mark.parametrize("case", ["const", "single"])
-def test_lasagne_seed_gradient_of_a_constant_channel(case, dtype):
+def test_lasagne_gradient_of_a_constant_channel(case, dtype):
     """With eps outside the root the derivative of sqrt at 0 makes its dx NaN; the xhat term's limit is 0."""
-    ours, theirs = limits("lasagne_theano105_py37", case, "default", dtype, "lasagne-seed")
+    ours, theirs = limits("lasagne_theano105_py37", case, "default", dtype, "lasagne-gist")
     inputs = case_inputs(case)
     dy, gamma = inputs["dy"], inputs["gamma"]
     constant = np.isnan(theirs["dx"]).all(axis=0)
@@ -61,9 +61,9 @@ def test_lasagne_seed_gradient_of_a_constant_channel(case, dtype):
     )
 
 
-def test_cs231n_seed_evaluated_without_deviation_and_eps():
+def test_cs231n_evaluated_without_deviation_and_eps():
     """A running variance of 0 without eps divides by 0; ours is xhat = 0."""
-    ours, theirs = limits("cs231n", "ill", "eps0", "float64", "cs231n-seed", eps=0.0)
+    ours, theirs = limits("cs231n", "ill", "eps0", "float64", "cs231n", eps=0.0)
     assert np.isinf(theirs["y_eval_init"]).all()
     np.testing.assert_array_equal(ours["y_eval_init"], np.broadcast_to(case_inputs("ill")["beta"], (32, 3)))
 

@@ -306,7 +306,7 @@ def test_channel_without_elements_keeps_its_estimate(debias):
 
 
 def test_initial_state():
-    state = bn.RunningStatistics.initial((2, 3), "cs231n-seed", like=torch.zeros(1, dtype=torch.bfloat16))
+    state = bn.RunningStatistics.initial((2, 3), "cs231n", like=torch.zeros(1, dtype=torch.bfloat16))
     assert state.mean.shape == state.spread.shape == (2, 3)
     assert state.spread.dtype == torch.float32
     assert float(state.spread.sum()) == 0

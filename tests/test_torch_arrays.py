@@ -7,8 +7,8 @@ import batchnorm as bn
 
 
 @pytest.mark.parametrize("options", [
-    {}, {"activation": "silu"}, {"convention": "lasagne-seed"}, {"convention": "flax", "axis": 1, "masked": True},
-    {"convention": "zygote-seed"},
+    {}, {"activation": "silu"}, {"convention": "lasagne-gist"}, {"convention": "flax", "axis": 1, "masked": True},
+    {"convention": "zygote-gist"},
 ], ids=str)  # fmt: skip
 def test_torch_gradcheck(options):
     options = dict(options)

@@ -220,11 +220,11 @@ def test_the_zygote_layer(case, activation):
     axis = int(inputs["channel_axis"])
     with jax.enable_x64(True):
         x, dy, gamma, beta = (jnp.asarray(inputs[name]) for name in ("x", "dy", "gamma", "beta"))
-        running = initial(x, axis, "zygote-seed")
+        running = initial(x, axis, "zygote-gist")
 
         def layer(x, gamma, beta, running):
             return bnj.implicit_batch_norm(
-                x, gamma, beta, running, axis=axis, convention="zygote-seed", activation=activation
+                x, gamma, beta, running, axis=axis, convention="zygote-gist", activation=activation
             )
 
         y, pull = jax.vjp(layer, x, gamma, beta, running)

@@ -80,7 +80,7 @@ def test_dy_of_another_type_than_x(dtype):
 
 @pytest.mark.parametrize("arrays", [np.array, torch.tensor], ids=["numpy", "torch"])
 @pytest.mark.parametrize("options", [
-    {}, {"activation": "gelu"}, {"convention": "lasagne-seed"}, {"masked_output": "normalized", "masked": True},
+    {}, {"activation": "gelu"}, {"convention": "lasagne-gist"}, {"masked_output": "normalized", "masked": True},
     {"training": False}, {"convention": "flax", "axis": 1, "masked": True},
 ], ids=str)  # fmt: skip
 def test_agnostic_agrees_with_native(arrays, options):

@@ -24,7 +24,7 @@ RULES = {
     "masked by element": {"mask": torch.rand(2, 3, 5, generator=torch.Generator().manual_seed(0)) < 0.7},
     "masked, normalized": {"mask": MASK, "masked_output": "normalized"},
     "lengths": {"lengths": torch.tensor([5, 3]), "activation": "silu"},
-    "eps outside": {"convention": "lasagne-seed", "eps": 0.3},
+    "eps outside": {"convention": "lasagne-gist", "eps": 0.3},
     "corrected": {"convention": replace(PYTORCH, normalize_correction=1)},
     "corrected, eps outside": {
         "convention": replace(PYTORCH, normalize_correction=1, eps=0.1, eps_train="outside"), "mask": MASK,

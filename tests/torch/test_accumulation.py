@@ -114,8 +114,8 @@ class Residual(nn.Module):
     [
         {"activation": "relu"},
         {"activation": torch.tanh},
-        {"convention": "lasagne-seed", "activation": "silu"},  # the inverse deviation is averaged
-        {"convention": "cs231n-seed", "momentum": None},
+        {"convention": "lasagne-gist", "activation": "silu"},  # the inverse deviation is averaged
+        {"convention": "cs231n", "momentum": None},
         {"convention": replace(bn.CONVENTIONS["pytorch"], masked_running_correction=0)},  # 1 without a mask
         {"bias": True, "affine": True, "track_running_stats": False, "eps": 1e-3},
     ],

@@ -92,7 +92,7 @@ class Masked(nn.Module):
     ("module", "arguments", "reason"),
     [
         (Masked(), (torch.randn(3, 4, 5), torch.tensor([5, 2, 3])), "a mask"),
-        (bnt.BatchNorm(4, convention="lasagne-seed"), (torch.randn(3, 4),), "the convention 'lasagne-seed'"),
+        (bnt.BatchNorm(4, convention="lasagne-gist"), (torch.randn(3, 4),), "the convention 'lasagne-gist'"),
         (bnt.BatchNorm(4, convention="flax"), (torch.randn(3, 4),), "the convention 'flax'"),
         (bnt.BatchNorm1d(4, momentum=None), (torch.randn(3, 4),), "momentum=None"),
         (bnt.BatchNorm(4, virtual_batch_size=2), (torch.randn(6, 4),), "ghost batches"),

@@ -367,7 +367,7 @@ def test_folding_by_pytorch_leaves_the_activation_where_it_is():
 
 @pytest.mark.parametrize(
     "layer",
-    [bnt.BatchNorm(4, activation="relu"), bnt.BatchNorm(4, convention="lasagne-seed")],
+    [bnt.BatchNorm(4, activation="relu"), bnt.BatchNorm(4, convention="lasagne-gist")],
     ids=["activation", "convention"],
 )
 def test_folding_what_cannot_be_folded_is_refused(layer):

@@ -45,7 +45,7 @@ def test_compiled_training(momentum):
     "options",
     [
         {"virtual_batch_size": 4},
-        {"virtual_batch_size": 4, "convention": "lasagne-seed", "activation": "silu"},
+        {"virtual_batch_size": 4, "convention": "lasagne-gist", "activation": "silu"},
         *({"convention": name} for name in bn.CONVENTIONS),
         {"convention": replace(bn.CONVENTIONS["flax"], debias="adam")},
         {"convention": replace(bn.CONVENTIONS["pytorch"], normalize_correction=1)},
@@ -102,7 +102,7 @@ def test_compiled_with_a_mask_and_an_activation():
     torch.testing.assert_close(other.running_var, layer.running_var)
 
 
-@pytest.mark.parametrize("options", [{"virtual_batch_size": 2}, {"convention": "lasagne-seed"}], ids=str)
+@pytest.mark.parametrize("options", [{"virtual_batch_size": 2}, {"convention": "lasagne-gist"}], ids=str)
 def test_what_breaks_a_compiled_graph(options):
     torch._dynamo.reset()
     layer, other = (bnt.BatchNorm(4, **options) for _ in range(2))

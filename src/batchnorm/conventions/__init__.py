@@ -8,13 +8,13 @@ from types import MappingProxyType
 from typing import Any
 
 from batchnorm.convention import Convention, MaskedOutput, Single
-from batchnorm.conventions import frameworks, seeds
+from batchnorm.conventions import frameworks, origins
 
 __all__ = ["CONVENTIONS", "find", "resolve"]
 
 #: Every convention known by name. Each is proven against arrays computed by the system itself (`tests/golden`).
 CONVENTIONS: Mapping[str, Convention] = MappingProxyType(
-    {record.name: record for record in (*seeds.RECORDS, *frameworks.RECORDS)}
+    {record.name: record for record in (*origins.RECORDS, *frameworks.RECORDS)}
 )
 
 

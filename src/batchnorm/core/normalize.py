@@ -55,7 +55,7 @@ def square_root(xp: Namespace, value: Array) -> Array:
     """sqrt(value), with derivative 0 where value is 0.
 
     The derivative of sqrt is infinite at 0; with eps outside the root, infinity times a gradient of 0 is how the
-    original of the `lasagne-seed` convention returns NaN for a constant channel.
+    original of the `lasagne-gist` convention returns NaN for a constant channel.
     """
     is_zero = value == 0
     return xp.where(is_zero, 0.0, xp.sqrt(xp.where(is_zero, 1.0, value)))

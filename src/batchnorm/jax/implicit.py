@@ -2,7 +2,7 @@
 
 Called plainly it normalises by the running statistics. Differentiated, it normalises by the batch, and the "gradient"
 of the running statistics is the batch's statistics, for the optimizer to average: `running_average`. The idea is that
-of the Zygote layer whose convention is called `zygote-seed`.
+of the Zygote layer whose convention is called `zygote-gist`.
 """
 
 from dataclasses import replace

@@ -7,7 +7,7 @@ EPS_1E5_FLOAT32 = 9.999999747378752e-06
 
 RECORDS = (
     Convention(
-        name="zygote-seed",
+        name="zygote-gist",
         source="A Zygote layer (Julia) whose statistics come back as gradients; run with Zygote 0.4.20. "
         "Its momentum field (0.1) is never used; decay is what that field means.",
         axis=1,
@@ -21,7 +21,7 @@ RECORDS = (
         names=Names("γ", "β", "μ", "σ"),
     ),
     Convention(
-        name="lasagne-seed",
+        name="lasagne-gist",
         source="BatchNormLayer and batch_norm(layer) for Theano and Lasagne 0.1; run with Theano 0.8.2 and 1.0.5",
         axis=1,
         eps=0.01,
@@ -34,7 +34,7 @@ RECORDS = (
         names=Names("gamma", "beta", "mean", "std"),
     ),
     Convention(
-        name="cs231n-seed",
+        name="cs231n",
         source="batchnorm_forward and batchnorm_backward of a course exercise (CS231n), plain NumPy",
         axis=1,
         eps=1e-5,
@@ -45,7 +45,7 @@ RECORDS = (
         names=Names("gamma", "beta", "running_mean", "running_var"),
     ),
     Convention(
-        name="d2l-seed",
+        name="d2l",
         source="Dive into Deep Learning, chapter convolutional-modern/batch-norm, JAX tab; run with Flax 0.12.8. "
         "The record is what the text means, statistics of each channel; on channels-last images the code takes "
         "those of each row.",
@@ -56,7 +56,7 @@ RECORDS = (
         names=Names("gamma", "beta", "moving_mean", "moving_var"),
     ),
     Convention(
-        name="returnn-common-seed",
+        name="returnn-common-demo",
         source="The BatchNorm of RETURNN-common's issue 89; ported, since it is not valid Python. "
         "gamma and beta are created and never applied; parameters of that time start at 0.",
         axis=-1,
