@@ -3,8 +3,11 @@
 A sub-command imports what it needs when it runs, so that `--help` and usage errors answer at once.
 """
 
+import errno
 import json
+import os
 import shlex
+import shutil
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, NoReturn
@@ -17,6 +20,8 @@ except ModuleNotFoundError:
 import batchnorm
 
 if TYPE_CHECKING:
+    from rich.table import Table
+
     from batchnorm.training.summary import Metrics
 
 BAD_INPUT, FAILURE, INTERRUPTED = 2, 1, 130
@@ -67,12 +72,25 @@ def train(
     images: Annotated[
         int | None, typer.Option(help="Train on the first so many images only.", show_default="all")
     ] = None,
-    output: Annotated[Path, typer.Option(metavar="DIR", help="Where the report and the checkpoint go.")] = Path(
-        "batchnorm-report"
-    ),
+    output: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="DIR",
+            help="Where the report and the checkpoint go. A folder that holds a run is refused without --resume or "
+            "--overwrite; the default is a new one each time.",
+            show_default=f"{DEFAULT_OUTPUT}, then {DEFAULT_OUTPUT}-2, ...",
+        ),
+    ] = None,
     resume: Annotated[
         bool,
-        typer.Option("--resume", help="Continue the checkpoint in the output folder; raise --epochs to extend it."),
+        typer.Option(
+            "--resume",
+            help="Continue the run in the output folder, by default the last one; raise --epochs to extend it.",
+        ),
+    ] = False,
+    overwrite: Annotated[
+        bool,
+        typer.Option("--overwrite", help="Replace the run in the output folder, by default the last one."),
     ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print the results as JSON instead of a table.")] = False,
 ) -> None:
@@ -81,7 +99,7 @@ def train(
     Without options it uses scans of handwritten digits that need no network
     access, and takes under two minutes on two cores. Ctrl-C leaves a report of
     the epochs completed so far; --resume continues to the same numbers as an
-    unbroken run.
+    unbroken run. No earlier run is lost unless --overwrite asks for it.
     """
     from rich.console import Console
 
@@ -108,8 +126,10 @@ def train(
     try:
         from batchnorm.training.download import DownloadError
         from batchnorm.training.run import run
+        from batchnorm.training.summary import count
 
-        metrics = run(options, output, resume=resume, console=console)
+        output = output or _default_output(resume or overwrite)
+        metrics = run(options, output, console=console, resume=resume, overwrite=overwrite)
     except InputError as error:
         _fail(str(error), BAD_INPUT)
     except ModuleNotFoundError as error:
@@ -121,17 +141,39 @@ def train(
         _fail("stopped; no file was left half-written", INTERRUPTED)
     if metrics is None:
         _fail("stopped before the first epoch was complete; nothing was written", INTERRUPTED)
-    _show(metrics, output, as_json)
+    try:
+        _show(metrics, output, as_json)
+    except OSError as error:
+        if error.errno == errno.EPIPE:  # the reader has had enough
+            raise
+        kept = output / "metrics.json"
+        _fail(f"cannot write the results to stdout ({error.strerror or error}); they are in {kept}", FAILURE)
     typer.echo(f"The report is {output / 'report.html'}", err=True)
     if not metrics["complete"]:
-        where = "" if output == DEFAULT_OUTPUT else f" --output {shlex.quote(str(output))}"
-        done = f"stopped after {metrics['epochs_done']} of {options.epochs} epochs"
-        _fail(f"{done}; continue with: {metrics['command']}{where} --resume", INTERRUPTED)
+        arguments = metrics["command"].removeprefix("batchnorm ")
+        done = f"stopped after {metrics['epochs_done']} of {count(options.epochs, 'epoch')}"
+        way_on = f"{_program()} {arguments} --output {shlex.quote(str(output))} --resume"
+        _fail(f"{done}; continue with: {way_on}", INTERRUPTED)
+
+
+def _default_output(is_earlier_run: bool) -> Path:
+    """The last folder with a run where that is what the user is after, else the next free one."""
+    from batchnorm.training.folder import last_folder, next_folder
+
+    return last_folder(DEFAULT_OUTPUT) if is_earlier_run else next_folder(DEFAULT_OUTPUT)
+
+
+def _program() -> str:
+    """The words that start this program from the user's shell: it need not be on the PATH, in a virtual environment."""
+    started, found = sys.argv[0], shutil.which("batchnorm")
+    if Path(started).name == "batchnorm" and os.access(started, os.X_OK):
+        return "batchnorm" if found and os.path.samefile(found, started) else shlex.quote(started)
+    return f"{shlex.quote(sys.executable)} -m batchnorm.cli"
 
 
 def _show(metrics: "Metrics", output: Path, as_json: bool) -> None:
     """Print the results: a table for people, or JSON for programs."""
-    from batchnorm.training.summary import NAMES, finding, percent
+    from batchnorm.training.summary import finding
 
     if as_json:
         results = {
@@ -140,25 +182,41 @@ def _show(metrics: "Metrics", output: Path, as_json: bool) -> None:
             "epochs_done": metrics["epochs_done"],
             "complete": metrics["complete"],
             "summary": metrics["summary"],
+            "comparison": metrics["comparison"],
             "output": str(output),
         }
         typer.echo(json.dumps(results, indent=2))
         return
     from rich.console import Console
+
+    console = Console()
+    console.print(_table(metrics))
+    console.print(finding(metrics), highlight=False)
+
+
+def _table(metrics: "Metrics") -> "Table":
+    """A row for each network; with the epochs to the other's best where one network was sooner."""
     from rich.table import Table
 
-    table = Table(
-        "", "test accuracy", "best (epoch)", "epochs to the plain one's best", "seconds", box=None, pad_edge=False
-    )
+    from batchnorm.training.summary import NAMES, epochs_to_best, percent, percent_between
+
+    comparison = metrics["comparison"]
+    speed = [epochs_to_best(comparison["sooner"])] if comparison["sooner"] else []
+    titles = ("test accuracy", f"{100 * comparison['confidence']:g} % interval", "best (epoch)")
+    table = Table("", *titles, *(title.lower() for title, _ in speed), "seconds", box=None, pad_edge=False)
     for column in table.columns[1:]:
         column.justify = "right"
-    for name, row in metrics["summary"].items():
-        best = f"{percent(row['best_test_accuracy'])} ({row['best_epoch']})"
-        reached = "not reached" if row["reached"] is None else str(row["reached"])
-        table.add_row(NAMES[name], percent(row["test_accuracy"]), best, reached, f"{row['seconds']:.1f}")
-    console = Console()
-    console.print(table)
-    console.print(finding(metrics), highlight=False)
+    for place, name in enumerate(NAMES):
+        row = metrics["summary"][name]
+        table.add_row(
+            NAMES[name],
+            percent(row["test_accuracy"]),
+            percent_between(comparison["intervals"][name]),
+            f"{percent(row['best_test_accuracy'])} ({row['best_epoch']})",
+            *(values[place] for _, values in speed),
+            f"{row['seconds']:.1f}",
+        )
+    return table
 
 
 def _fail(message: str, code: int) -> NoReturn:

@@ -10,11 +10,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from batchnorm.training.comparison import compare
 from batchnorm.training.data import ImageSet, load_digits
 from batchnorm.training.loop import train
-from batchnorm.training.measurements import Epoch
+from batchnorm.training.measurements import BATCH_NORM, PLAIN, Epoch
 from batchnorm.training.options import Options
-from batchnorm.training.summary import Metrics, collect
+from batchnorm.training.summary import Metrics, collect, summarize
 
 
 class Recorder:
@@ -65,6 +66,47 @@ def trained(tiny: ImageSet, tmp_path_factory: pytest.TempPathFactory) -> Metrics
 def metrics(trained: Metrics) -> Metrics:
     """The same for the test to change."""
     return copy.deepcopy(trained)
+
+
+@pytest.fixture
+def made_up(metrics: Metrics) -> Callable[..., Metrics]:
+    """A function that gives the metrics other results: each network's right answers, epoch by epoch, of `n` images.
+
+    The networks err on the same images as far as their numbers allow, but for `apart` more on either side; `diverged`
+    is a network and the epoch from which its losses are not finite.
+    """
+
+    def make(
+        plain: list[int],
+        batch_norm: list[int],
+        *,
+        n: int = 359,
+        apart: int = 0,
+        planned: int | None = None,
+        diverged: tuple[str, int] | None = None,
+    ) -> Metrics:
+        for name, right in ((PLAIN, plain), (BATCH_NORM, batch_norm)):
+            like = metrics["histories"][name]["epochs"][0]
+            metrics["histories"][name]["epochs"] = [
+                {
+                    **like,
+                    "epoch": number,
+                    "test_accuracy": own / n,
+                    "test_only": own - min(p, b) + apart,
+                    "train_loss": None if diverged and name == diverged[0] and number >= diverged[1] else 0.5,
+                    "seconds": 2.0,
+                }
+                for number, (own, p, b) in enumerate(zip(right, plain, batch_norm, strict=True), 1)
+            ]
+            metrics["histories"][name]["probes"] = metrics["histories"][name]["probes"][: len(plain) + 1]
+        metrics["options"]["epochs"], metrics["epochs_done"] = planned or len(plain), len(plain)
+        metrics["complete"] = planned is None
+        metrics["data"]["test_images"] = n
+        metrics["summary"] = summarize(metrics["histories"])
+        metrics["comparison"] = compare(metrics["histories"], n, 0.103)
+        return metrics
+
+    return make
 
 
 @pytest.fixture

@@ -16,13 +16,13 @@ STATES = {
 
 
 def history(epochs=2, **changes):
-    values = {**dict.fromkeys(Epoch.__annotations__, 0.5), "train_loss": None, **changes}
+    values = {**dict.fromkeys(Epoch.__annotations__, 0.5), "train_loss": None, "test_only": 3, **changes}
     return {"epochs": [{**values, "epoch": 1 + number} for number in range(epochs)], "probes": [], "gamma_beta": {}}
 
 
 def run(**changes):
     histories = {"plain": history(), "batch_norm": history()}
-    return {"format": 1, "identity": IDENTITY, "fingerprint": "f", "histories": histories, **changes}
+    return {"format": 2, "identity": IDENTITY, "fingerprint": "f", "histories": histories, **changes}
 
 
 def test_what_is_saved_is_loaded(tmp_path):
@@ -36,7 +36,7 @@ def test_what_is_saved_is_loaded(tmp_path):
         for name, array in arrays.items():
             np.testing.assert_array_equal(states[network][name], array)
             assert states[network][name].dtype == array.dtype
-    assert [path.name for path in tmp_path.iterdir()] == [checkpoint.NAME]
+    assert [path.name for path in tmp_path.iterdir()] == [checkpoint.CHECKPOINT]
 
 
 def test_another_experiment_is_refused_with_the_difference(tmp_path):
@@ -59,14 +59,15 @@ DAMAGED = {
     "no metadata": lambda path: save_file(STATES["plain"], path),
     "not JSON": lambda path: save_file(STATES["plain"], path, {checkpoint.KEY: "{"}),
     "a list": lambda path: save_file(STATES["plain"], path, {checkpoint.KEY: "[]"}),
-    "another format": with_metadata(format=2),
-    "a format that is no number": with_metadata(format="1"),
+    "another format": with_metadata(format=1),
+    "a format that is no number": with_metadata(format="2"),
     "more than known": with_metadata(more=1),
     "no histories": with_metadata(histories={}),
     "no epochs": with_metadata(histories={"plain": history(0), "batch_norm": history(0)}),
     "uneven histories": with_metadata(histories={"plain": history(1), "batch_norm": history(2)}),
     "longer histories": with_metadata(histories={"plain": history(2), "batch_norm": history(1)}),
     "text for a number": with_metadata(histories={"plain": history(), "batch_norm": history(seconds="1")}),
+    "a share for a count": with_metadata(histories={"plain": history(), "batch_norm": history(test_only=0.5)}),
     "no number at all": with_metadata(histories={"plain": history(), "batch_norm": history(seconds=None)}),
     "epochs that are no list": with_metadata(histories={"plain": history(), "batch_norm": {**history(), "epochs": {}}}),
     "empty": lambda path: path.write_bytes(b""),
@@ -79,7 +80,17 @@ DAMAGED = {
 @pytest.mark.parametrize("damage", DAMAGED)
 def test_a_damaged_checkpoint_is_one_clear_line(tmp_path, damage):
     checkpoint.save(tmp_path, run(), STATES)
-    DAMAGED[damage](tmp_path / checkpoint.NAME)
+    DAMAGED[damage](tmp_path / checkpoint.CHECKPOINT)
     with pytest.raises(InputError, match="is not a checkpoint of this program, or it is damaged") as caught:
         checkpoint.load(tmp_path, IDENTITY, "f")
     assert "\n" not in str(caught.value)
+    assert str(caught.value).endswith("; replace --resume by --overwrite to start a new run")
+
+
+def test_the_checkpoint_of_an_earlier_version_is_called_so(tmp_path):
+    earlier = history()
+    for epoch in earlier["epochs"]:
+        del epoch["test_only"]
+    with_metadata(format=1, histories={"plain": earlier, "batch_norm": earlier})(tmp_path / checkpoint.CHECKPOINT)
+    with pytest.raises(InputError, match=r"\(format 1, this version reads 2\)"):
+        checkpoint.load(tmp_path, IDENTITY, "f")

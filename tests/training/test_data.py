@@ -70,9 +70,12 @@ def test_a_single_set_is_split(write_idx, tmp_path, prefix):
 def test_what_disagrees_or_is_missing_is_named(write_idx, tmp_path):
     with pytest.raises(InputError, match="no IDX files; expected train-images-idx3-ubyte"):
         load_folder(tmp_path)
-    with pytest.raises(InputError, match="no such folder"):
+    with pytest.raises(InputError, match="missing: no such folder; pass the folder that holds the IDX files"):
         load_folder(tmp_path / "missing")
     images = write_idx("train-images-idx3-ubyte", PIXELS)
+    with pytest.raises(InputError) as caught:
+        load_folder(images)
+    assert str(caught.value) == f"--data {images}: a file; pass the folder that holds the IDX files, here {tmp_path}"
     with pytest.raises(InputError, match="its labels are missing"):
         load_folder(tmp_path)
     write_idx("train-labels-idx1-ubyte", LABELS[:-1])

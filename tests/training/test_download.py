@@ -1,6 +1,8 @@
+import errno
 import gzip
 import hashlib
 import http.server
+import os
 import struct
 import threading
 from pathlib import Path
@@ -78,7 +80,7 @@ def test_a_failed_download_leaves_nothing(server, tmp_path, name, message):
     target = tmp_path / "cache" / "a"
     with pytest.raises(DownloadError, match=message):
         fetch(server + name, target, MD5, ignore)
-    assert list(target.parent.iterdir()) == []
+    assert not target.parent.exists()
 
 
 def test_an_interrupted_download_leaves_nothing(server, tmp_path):
@@ -90,7 +92,7 @@ def test_an_interrupted_download_leaves_nothing(server, tmp_path):
 
     with pytest.raises(KeyboardInterrupt):
         fetch(server + "a", tmp_path / "cache" / "a", MD5, interrupt)
-    assert list((tmp_path / "cache").iterdir()) == []
+    assert not (tmp_path / "cache").exists()
 
 
 def test_offline_says_what_to_do(tmp_path, monkeypatch):
@@ -102,6 +104,30 @@ def test_offline_says_what_to_do(tmp_path, monkeypatch):
     assert str(tmp_path / "batchnorm" / "fashion-mnist") in message
     assert "--data DIR" in message
     assert "\n" not in message
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES])
+def test_a_file_that_cannot_be_stored_is_named_and_leaves_nothing(server, tmp_path, monkeypatch, number):
+    (tmp_path / "served" / "a").write_bytes(CONTENT)
+    target = tmp_path / "cache" / "deeper" / "a"
+
+    def fail(path, content):
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(Path, "write_bytes", fail)
+    with pytest.raises(DownloadError) as caught:
+        fetch(server + "a", target, MD5, ignore)
+    assert str(caught.value).startswith(f"cannot write {target} ({os.strerror(number)}); nothing was kept")
+    assert "connection" not in str(caught.value)
+    assert not (tmp_path / "cache").exists()
+
+
+def test_a_cache_that_cannot_be_made_is_named(server, tmp_path):
+    (tmp_path / "served" / "a").write_bytes(CONTENT)
+    (tmp_path / "file").write_text("in the way")
+    with pytest.raises(DownloadError, match=r"cannot write .*file/cache/a \(Not a directory\)"):
+        fetch(server + "a", tmp_path / "file" / "cache" / "a", MD5, ignore)
 
 
 def test_all_four_files_become_a_data_set(server, tmp_path, monkeypatch):

@@ -7,6 +7,7 @@ import pytest
 from safetensors.numpy import load_file
 
 from batchnorm.training import checkpoint, loop
+from batchnorm.training.folder import REPORT
 from batchnorm.training.loop import train
 from batchnorm.training.measurements import NETWORKS
 from batchnorm.training.network import LAYERS, Probe, Score, StepResult
@@ -34,7 +35,7 @@ def test_a_continued_run_equals_an_unbroken_one_to_the_bit(tiny, tmp_path, recor
     train(options(framework, 3), tiny, tmp_path / "broken", recorder, resume=True)
     broken = train(options(framework, 4), tiny, tmp_path / "broken", recorder, resume=True)
     assert without_seconds(broken) == without_seconds(unbroken)
-    a, b = (load_file(tmp_path / name / checkpoint.NAME) for name in ("unbroken", "broken"))
+    a, b = (load_file(tmp_path / name / checkpoint.CHECKPOINT) for name in ("unbroken", "broken"))
     assert a.keys() == b.keys()
     for name in a:
         np.testing.assert_array_equal(a[name], b[name], err_msg=name)
@@ -66,7 +67,7 @@ class SeenImages:
         return StepResult(1.0, 1)
 
     def evaluate(self, images, labels, *, training):
-        return Score(1.0, 0.5)
+        return Score(1.0, np.arange(len(labels)) % 2 == 0)
 
     def probe(self, images, labels):
         values = {layer.name: np.zeros((2, 3), np.float32) for layer in LAYERS}
@@ -93,6 +94,39 @@ def test_both_networks_see_the_same_batches_in_an_order_of_their_epoch(tiny, tmp
     assert networks[2].seen != networks[0].seen
 
 
+class Answers(SeenImages):
+    """Right about given test images."""
+
+    def __init__(self, tiny, right):
+        super().__init__(tiny)
+        self.right = {tiny.test_images[number].tobytes() for number in right}
+
+    def evaluate(self, images, labels, *, training):
+        return Score(1.0, np.array([(image.tobytes() in self.right) != training for image in images]))
+
+
+def test_the_records_count_what_only_one_network_got_right(tiny, tmp_path, recorder, monkeypatch):
+    answers = {False: [0, 1, 2, 3, 4], True: [3, 4, 5]}
+    monkeypatch.setattr(loop, "build", lambda options, *, batch_norm: Answers(tiny, answers[batch_norm]))
+    histories = train(options(epochs=1), tiny, tmp_path, recorder)
+    plain, normalized = (histories[name]["epochs"][0] for name in NETWORKS)
+    assert (plain["test_only"], normalized["test_only"]) == (3, 1)
+    assert (plain["test_accuracy"], normalized["test_accuracy"]) == (5 / 22, 3 / 22)
+    assert (plain["test_accuracy_batch"], normalized["test_accuracy_batch"]) == (None, 19 / 22)
+
+
+def test_a_new_run_removes_the_page_of_the_one_it_replaces(tiny, tmp_path, recorder):
+    for name in (*REPORT, "notes.txt"):
+        (tmp_path / name).write_text("earlier")
+    train(options(epochs=5), tiny, tmp_path, recorder, is_stopped=lambda: True)
+    assert {path.name for path in tmp_path.iterdir()} == {*REPORT, "notes.txt"}  # not one epoch: all stays
+    train(options(epochs=1), tiny, tmp_path, recorder)
+    assert {path.name for path in tmp_path.iterdir()} == {checkpoint.CHECKPOINT, "notes.txt"}
+    (tmp_path / "report.html").write_text("of this run")
+    train(options(epochs=2), tiny, tmp_path, recorder, resume=True)
+    assert (tmp_path / "report.html").read_text() == "of this run"
+
+
 def test_the_seed_decides_the_run(tiny, tmp_path, recorder):
     first, again, other = (
         without_seconds(train(options(epochs=1, seed=seed), tiny, tmp_path, recorder)) for seed in (3, 3, 4)
@@ -106,7 +140,7 @@ def test_stopping_gives_up_the_epoch_at_hand_only(tiny, tmp_path, recorder, batc
     histories = train(options(epochs=5), tiny, tmp_path, recorder, is_stopped=lambda: len(recorder.batches) >= batches)
     assert [len(histories[name]["epochs"]) for name in NETWORKS] == [epochs, epochs]
     assert len(recorder.batches) == batches
-    assert (tmp_path / checkpoint.NAME).exists() == (epochs > 0)
+    assert (tmp_path / checkpoint.CHECKPOINT).exists() == (epochs > 0)
 
 
 def test_a_stopped_run_continues_to_the_same_numbers(tiny, tmp_path, recorder):
@@ -142,5 +176,5 @@ def test_a_diverging_run_is_recorded_without_numbers(tiny, tmp_path, recorder):
 
 
 def identity_of(folder):
-    run = json.loads(checkpoint.safe_open(folder / checkpoint.NAME, framework="numpy").metadata()[checkpoint.KEY])
+    run = json.loads(checkpoint.safe_open(folder / checkpoint.CHECKPOINT, framework="numpy").metadata()[checkpoint.KEY])
     return run["identity"], run["fingerprint"]

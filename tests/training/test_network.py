@@ -67,6 +67,9 @@ def test_both_frameworks_take_the_same_steps(tiny, batch_norm):
     for training in (False, True):
         a, b = (network.evaluate(*batch(tiny, 5), training=training) for network in (jax, torch))
         assert a.loss == pytest.approx(b.loss, rel=1e-3)
+        np.testing.assert_array_equal(a.right, b.right)
+        assert a.right.dtype == bool
+        assert a.right.shape == (8,)
 
 
 @EACH

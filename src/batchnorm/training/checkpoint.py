@@ -8,14 +8,13 @@ from typing import Any, TypedDict, cast, get_args, get_origin, get_type_hints, i
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save as to_bytes
 
-from batchnorm.training.folder import write_atomically
+from batchnorm.training.folder import CHECKPOINT, write_atomically
 from batchnorm.training.measurements import NETWORKS, History
 from batchnorm.training.network import Arrays
 from batchnorm.training.options import InputError
 
-NAME = "checkpoint.safetensors"
 KEY = "batchnorm-train"  # of the metadata entry
-FORMAT = 1
+FORMAT = 2
 
 
 class Run(TypedDict):
@@ -31,10 +30,14 @@ class Run(TypedDict):
 
 
 def save(folder: Path, run: Run, states: dict[str, Arrays]) -> None:
-    """Write the checkpoint; the earlier one is replaced in one move."""
+    """Write the checkpoint; the earlier one is replaced in one move.
+
+    Raises:
+        WriteError: it could not be written; the earlier one is unchanged.
+    """
     arrays = {f"{network}/{name}": array for network, state in states.items() for name, array in state.items()}
     metadata = {KEY: json.dumps(run, allow_nan=False)}
-    write_atomically(folder / NAME, lambda path: path.write_bytes(to_bytes(arrays, metadata)))
+    write_atomically(folder / CHECKPOINT, lambda path: path.write_bytes(to_bytes(arrays, metadata)))
 
 
 def load(folder: Path, identity: dict[str, Any], fingerprint: str) -> tuple[Run, dict[str, Arrays]]:
@@ -43,7 +46,7 @@ def load(folder: Path, identity: dict[str, Any], fingerprint: str) -> tuple[Run,
     Raises:
         InputError: there is no checkpoint, it is damaged, or it belongs to other options or images.
     """
-    path = folder / NAME
+    path = folder / CHECKPOINT
     if not path.exists():
         raise InputError(f"--resume: {path} does not exist; leave out --resume to start a new run")
     try:
@@ -53,7 +56,7 @@ def load(folder: Path, identity: dict[str, Any], fingerprint: str) -> tuple[Run,
     except (SafetensorError, OSError, KeyError, TypeError, ValueError) as error:
         raise InputError(
             f"--resume: {path} is not a checkpoint of this program, or it is damaged ({_first_line(error)}); "
-            "leave out --resume to start a new run"
+            "replace --resume by --overwrite to start a new run"
         ) from None
     if differences := [
         f"--{name.replace('_', '-')} is {value}, the checkpoint's is {run['identity'].get(name)}"
@@ -71,10 +74,10 @@ def load(folder: Path, identity: dict[str, Any], fingerprint: str) -> tuple[Run,
 
 
 def _checked_run(run: Any) -> Run:
+    if run["format"] != FORMAT:  # first: the records of another format have another form
+        raise ValueError(f"format {run['format']}, this version reads {FORMAT}")
     if not _conforms(run, Run) or set(run["histories"]) != set(NETWORKS):
         raise ValueError("its metadata has another form")
-    if run["format"] != FORMAT:
-        raise ValueError(f"format {run['format']}, this version reads {FORMAT}")
     numbers = [[epoch["epoch"] for epoch in run["histories"][network]["epochs"]] for network in NETWORKS]
     if any(found != list(range(1, len(numbers[0]) + 1)) for found in numbers) or not numbers[0]:
         raise ValueError("its epochs are not counted from 1, for both networks alike")

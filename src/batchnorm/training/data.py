@@ -76,8 +76,10 @@ def load_folder(folder: Path, name: str | None = None, source: str | None = None
     Raises:
         InputError: the folder or its files are missing, damaged, or disagree with each other.
     """
+    if not folder.exists():
+        raise InputError(f"--data {folder}: no such folder; pass the folder that holds the IDX files")
     if not folder.is_dir():
-        raise InputError(f"--data {folder}: no such folder")
+        raise InputError(f"--data {folder}: a file; pass the folder that holds the IDX files, here {folder.parent}")
     sets = {prefix: _read_pair(folder, prefix) for prefix in ("train", "t10k")}
     found = {prefix: pair for prefix, pair in sets.items() if pair is not None}
     name = name or folder.resolve().name

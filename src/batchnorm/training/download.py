@@ -3,13 +3,13 @@
 import hashlib
 import http.client
 import os
-import tempfile
 import urllib.error
 import urllib.request
 from collections.abc import Callable
 from pathlib import Path
 
 from batchnorm.training.data import ImageSet, load_folder
+from batchnorm.training.folder import WriteError, new_folder, write_atomically
 
 FASHION_MNIST_URL = "http://fashion-mnist.s3-website.eu-central-1.amazonaws.com/"
 
@@ -52,33 +52,38 @@ def load_fashion_mnist(progress: Progress, base_url: str = FASHION_MNIST_URL) ->
 def fetch(url: str, path: Path, md5: str, progress: Progress) -> None:
     """Make `path` hold the file at `url`, unless it already does.
 
-    The bytes go to a temporary name in the same folder and get their own name once the checksum is right, so an
+    Nothing is written, no folder either, before all bytes have arrived (30 MB at most) and the checksum is right: an
     interrupted or falsified download leaves nothing behind. MD5 is what the publisher gives: it tells damage from
     the real file and is no protection against an attacker.
 
     Raises:
         DownloadError: the file cannot be fetched or stored, or its MD5 is another.
     """
-    if path.exists() and _md5(path) == md5:
+    if path.exists() and _md5(path.read_bytes()) == md5:
         return
-    temporary: Path | None = None
+    content = _download(url, path, progress)
+    if (found := _md5(content)) != md5:
+        raise DownloadError(f"{url} has MD5 {found}, the published one is {md5}; nothing was kept, try again later")
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with (
-            urllib.request.urlopen(url, timeout=TIMEOUT) as response,
-            tempfile.NamedTemporaryFile(dir=path.parent, prefix=f".{path.name}.", delete=False) as file,
-        ):
-            temporary = Path(file.name)
+        with new_folder(path.parent):
+            write_atomically(path, lambda temporary: temporary.write_bytes(content))
+    except OSError as error:
+        reason = error if isinstance(error, WriteError) else f"cannot write {path} ({error.strerror or error})"
+        raise DownloadError(
+            f"{reason}; nothing was kept. Make room there, or set XDG_CACHE_HOME to another folder"
+        ) from None
+
+
+def _download(url: str, path: Path, progress: Progress) -> bytes:
+    """The bytes at `url`, which are to become `path`."""
+    content = bytearray()
+    try:
+        with urllib.request.urlopen(url, timeout=TIMEOUT) as response:
             total = int(response.headers.get("Content-Length") or 0) or None
-            done = 0
             while piece := response.read(1 << 16):
-                file.write(piece)
-                done += len(piece)
-                progress(path.name, done, total)
-        if (found := _md5(temporary)) != md5:
-            raise DownloadError(f"{url} has MD5 {found}, the published one is {md5}; nothing was kept, try again later")
-        temporary.replace(path)
-    except (OSError, http.client.HTTPException) as error:  # URLError, timeouts and a full disk are OSErrors
+                content += piece
+                progress(path.name, len(content), total)
+    except (OSError, http.client.HTTPException) as error:  # URLError and timeouts are OSErrors
         if isinstance(error, urllib.error.HTTPError):
             error.close()  # it holds the connection
         reason = error.reason if type(error) is urllib.error.URLError else error
@@ -87,11 +92,8 @@ def fetch(url: str, path: Path, md5: str, progress: Progress) -> None:
             f"{path.parent}, or pass --data DIR with MNIST-like files, or leave out --dataset to train on the bundled "
             "digits"
         ) from None
-    finally:
-        if temporary is not None:
-            temporary.unlink(missing_ok=True)
+    return bytes(content)
 
 
-def _md5(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, lambda: hashlib.md5(usedforsecurity=False)).hexdigest()
+def _md5(content: bytes) -> str:
+    return hashlib.md5(content, usedforsecurity=False).hexdigest()

@@ -23,31 +23,40 @@ Label = tuple[float, str, str]
 
 
 def _accuracy(axes: Axes, metrics: Metrics) -> None:
-    best = metrics["summary"][PLAIN]["best_test_accuracy"]
-    axes.axhline(100 * best, color=WITHOUT, linewidth=1, linestyle=DOTTED)
+    sooner = metrics["comparison"]["sooner"]
     labels = []
     for name, colour in COLOURS.items():
         values = _series(metrics, name, "test_accuracy", scale=100)
         axes.plot(_epochs(metrics, name), values, _point(values), color=colour)
         labels.append((values[-1], f"{NAMES[name]}\n{values[-1]:.1f} %", colour))
-        epoch = metrics["summary"][name]["reached"]
-        if epoch is not None:
-            point = (epoch, values[epoch - 1])
-            axes.plot(*point, "o", markersize=7, markeredgewidth=1.6, color=PAPER, markeredgecolor=colour, zorder=3)
-            axes.vlines(epoch, 0, point[1], color=colour, linewidth=1, linestyle=DOTTED)
-            left = epoch > 0.7 * metrics["epochs_done"]
-            axes.annotate(
-                f"epoch {epoch}",
-                (epoch, 0),
-                (-5 if left else 5, 6),
-                textcoords="offset points",
-                ha="right" if left else "left",
-                color=colour,
-            )
+        if sooner:
+            leads = name == sooner["network"]
+            epoch = sooner["epoch" if leads else "other_epoch"]
+            _mark(axes, (epoch, values[epoch - 1]), colour, row=int(not leads), last=metrics["epochs_done"])
+            if not leads:
+                axes.axhline(values[epoch - 1], color=colour, linewidth=1, linestyle=DOTTED)
     axes.set_ylim(0, 104)
     axes.yaxis.set_major_formatter("{x:.0f} %")
     _epoch_axis(axes, metrics)
     _label_ends(axes, labels)
+
+
+def _mark(axes: Axes, point: tuple[int, float], colour: str, *, row: int, last: int) -> None:
+    """Mark a point and name its epoch at the foot, on a row of its own and on paper that hides the curves below."""
+    epoch, height = point
+    axes.plot(epoch, height, "o", markersize=7, markeredgewidth=1.6, color=PAPER, markeredgecolor=colour, zorder=3)
+    axes.vlines(epoch, 0, height, color=colour, linewidth=1, linestyle=DOTTED)
+    is_left = epoch > 0.7 * last
+    axes.annotate(
+        f"epoch {epoch}",
+        (epoch, 0),
+        (-5 if is_left else 5, 6 + LINE * row),
+        textcoords="offset points",
+        ha="right" if is_left else "left",
+        color=colour,
+        zorder=4,
+        bbox={"facecolor": PAPER, "edgecolor": "none", "pad": 1},
+    )
 
 
 def _loss(axes: Axes, metrics: Metrics) -> None:
@@ -128,6 +137,7 @@ def _modes(axes: Axes, metrics: Metrics) -> None:
         axes.plot(_epochs(metrics, BATCH_NORM), values, style + _point(values), color=colour)
         labels.append((values[-1], f"{text}\n{values[-1]:.1f} %", colour))
     axes.yaxis.set_major_formatter("{x:.0f} %")
+    axes.yaxis.set_major_locator(MaxNLocator(6, integer=True))
     _epoch_axis(axes, metrics)
     _label_ends(axes, labels)
 
@@ -140,6 +150,8 @@ def _mode_gap(axes: Axes, metrics: Metrics) -> None:
     axes.axhline(0, color=MUTED, linewidth=0.9)
     axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:+.0f}".replace("-", "−") if value else "0"))
     axes.yaxis.set_major_locator(MaxNLocator(6, integer=True))
+    # At least a point each way: ticks are whole points, and closer ones would all be called 0.
+    axes.set_ylim(1.1 * min(-1.0, gap.min()), 1.1 * max(1.0, gap.max()))
     _epoch_axis(axes, metrics)
 
 
@@ -178,7 +190,8 @@ def _epoch_axis(axes: Axes, metrics: Metrics, first: int = 1) -> None:
 
 def _log_axis(axes: Axes) -> None:
     axes.set_yscale("log")
-    axes.yaxis.set_major_locator(LogLocator(subs=(1, 3)))
+    low, high = axes.get_ylim()
+    axes.yaxis.set_major_locator(LogLocator(subs=(1, 3) if high > 10 * low else (1, 1.5, 2, 3, 5, 7)))
     axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
     axes.yaxis.set_minor_formatter(NullFormatter())
     axes.minorticks_off()

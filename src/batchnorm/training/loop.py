@@ -7,13 +7,16 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
+from numpy.typing import NDArray
 
 from batchnorm.training import checkpoint
 from batchnorm.training.data import ImageSet
+from batchnorm.training.folder import remove_report
 from batchnorm.training.measurements import (
     BATCH_NORM,
     EVALUATION_BATCH,
     NETWORKS,
+    PLAIN,
     Epoch,
     History,
     evaluate,
@@ -59,10 +62,12 @@ def train(
 
     The order of the images in epoch e depends on (seed, e) alone, so a run that is stopped and continued yields the
     same numbers as an unbroken one, seconds apart. `is_stopped` is asked after every batch; the epoch it interrupts is
-    given up and the histories end with the epoch before. Every complete epoch is in the checkpoint in `folder`.
+    given up and the histories end with the epoch before. Every complete epoch is in the checkpoint in `folder`; the
+    first one of a new run replaces an earlier run there.
 
     Raises:
         InputError: the options do not fit the data, or with `resume` the checkpoint does not fit the options.
+        WriteError: a checkpoint could not be written.
     """
     batches = len(data.train_labels) // options.batch_size  # the rest of each shuffle sits out its epoch
     if not batches:
@@ -76,12 +81,13 @@ def train(
         order = np.random.default_rng([options.seed, epoch]).permutation(len(data.train_labels))
         plan = order[: batches * options.batch_size].reshape(batches, options.batch_size)
         try:
-            records = {
+            results = {
                 name: _epoch(epoch, name, network, data, plan, observer, is_stopped)
                 for name, network in networks.items()
             }
         except Stopped:
             break
+        records = _paired(results)
         for name, network in networks.items():
             history = run["histories"][name]
             history["epochs"].append(records[name])
@@ -89,6 +95,8 @@ def train(
                 history["probes"].append(probe(network, data, epoch))
             history["gamma_beta"] = gamma_beta(network)
         checkpoint.save(folder, run, {name: network.state() for name, network in networks.items()})
+        if epoch == 1:  # a replaced run's page would not belong to this checkpoint
+            remove_report(folder)
         observer.epoch(records)
     return run["histories"]
 
@@ -126,8 +134,11 @@ def _epoch(
     plan: np.ndarray[Any, np.dtype[np.int64]],
     observer: Observer,
     is_stopped: Callable[[], bool],
-) -> Epoch:
-    """Train one network on the batches of `plan` (image indices, a row a batch) and test it."""
+) -> tuple[Epoch, NDArray[np.bool_]]:
+    """Train one network on the batches of `plan` (image indices, a row a batch) and test it.
+
+    The second result says which test images it got right; `test_only` waits for the other network's.
+    """
     start = time.perf_counter()
     loss = 0.0
     correct = seen = 0
@@ -141,19 +152,30 @@ def _epoch(
             raise Stopped
     seconds = time.perf_counter() - start
     test = (data.test_images, data.test_labels)
-    test_loss, test_accuracy = evaluate(network, *test, training=False, batch_size=EVALUATION_BATCH)
+    test_loss, right = evaluate(network, *test, training=False, batch_size=EVALUATION_BATCH)
     batch_accuracy = None
     if name == BATCH_NORM:
-        _, batch_accuracy = evaluate(network, *test, training=True, batch_size=plan.shape[1])
-    return Epoch(
+        _, batch_right = evaluate(network, *test, training=True, batch_size=plan.shape[1])
+        batch_accuracy = float(batch_right.mean())
+    record = Epoch(
         epoch=epoch,
         train_loss=number(loss / seen),
         train_accuracy=correct / seen,
         test_loss=number(test_loss),
-        test_accuracy=test_accuracy,
+        test_accuracy=float(right.mean()),
+        test_only=0,
         test_accuracy_batch=batch_accuracy,
         seconds=seconds,
     )
+    return record, right
+
+
+def _paired(results: dict[str, tuple[Epoch, NDArray[np.bool_]]]) -> dict[str, Epoch]:
+    """Both networks' records, each with the number of test images that it alone got right."""
+    (plain, plain_right), (normalized, normalized_right) = (results[name] for name in (PLAIN, BATCH_NORM))
+    plain["test_only"] = int((plain_right & ~normalized_right).sum())
+    normalized["test_only"] = int((normalized_right & ~plain_right).sum())
+    return {PLAIN: plain, BATCH_NORM: normalized}
 
 
 def _identity(options: Options) -> dict[str, Any]:

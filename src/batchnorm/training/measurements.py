@@ -23,7 +23,8 @@ class Epoch(TypedDict):
     """One epoch of one network; `seconds` is spent on training steps only.
 
     `test_accuracy` is that of inference mode, `test_accuracy_batch` that of training mode on batches of the training's
-    size, which only differs with batch norm.
+    size, which only differs with batch norm. `test_only` counts the test images that this network got right in
+    inference mode and the other did not: what a comparison of two networks on the same images goes by.
     """
 
     epoch: int
@@ -31,6 +32,7 @@ class Epoch(TypedDict):
     train_accuracy: float
     test_loss: float | None
     test_accuracy: float
+    test_only: int
     test_accuracy_batch: float | None
     seconds: float
 
@@ -101,17 +103,18 @@ def is_probed(epoch: int) -> bool:
 
 def evaluate(
     network: Network, images: Floats, labels: Labels, *, training: bool, batch_size: int
-) -> tuple[float, float]:
-    """Mean loss and accuracy, from batches of at least `batch_size` whose sizes differ by one at most.
+) -> tuple[float, NDArray[np.bool_]]:
+    """Mean loss and, for each image, whether the answer is right; batches of `batch_size` or more, nearly equal.
 
     Never smaller: in training mode a batch of a few left-over images would be normalised by itself.
     """
-    loss = accuracy = 0.0
+    loss = 0.0
+    right = np.zeros(len(labels), bool)
     for part in np.array_split(np.arange(len(labels)), max(1, len(labels) // batch_size)):
         score = network.evaluate(images[part], labels[part], training=training)
         loss += score.loss * len(part) / len(labels)
-        accuracy += score.accuracy * len(part) / len(labels)
-    return loss, accuracy
+        right[part] = score.right
+    return loss, right
 
 
 def probe(network: Network, data: ImageSet, epoch: int) -> ProbeRecord:

@@ -55,10 +55,10 @@ class StepResult(NamedTuple):
 
 
 class Score(NamedTuple):
-    """Mean loss and share of right answers of a set of images."""
+    """Mean loss of a set of images `(B,)`, and for each image whether the answer is right."""
 
     loss: float
-    accuracy: float
+    right: NDArray[np.bool_]
 
 
 class Probe(NamedTuple):

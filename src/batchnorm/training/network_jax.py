@@ -103,21 +103,21 @@ def _compiled(graph: nnx.GraphDef[LeNet], learning_rate: float) -> Compiled:
         model = nnx.merge(graph, parameters, running, copy=True)  # a variable cannot be set under two traces
         logits, before, after = model(images, training=training)
         value = optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean()
-        correct = (logits.argmax(-1) == labels).sum()
-        return value, (correct, nnx.state(model, nnx.BatchStat), before, after)
+        right = logits.argmax(-1) == labels
+        return value, (right, nnx.state(model, nnx.BatchStat), before, after)
 
     @jax.jit
     def step(state: TrainState, images: jax.Array, labels: jax.Array) -> Any:
         gradient = jax.value_and_grad(loss, has_aux=True)
         (value, aux), dparameters = gradient(state.parameters, state.running, images, labels, True)
-        correct, running, _, _ = aux
+        right, running, _, _ = aux
         updates, moments = adam.update(dparameters, state.adam, state.parameters)
-        return TrainState(optax.apply_updates(state.parameters, updates), running, moments), value, correct
+        return TrainState(optax.apply_updates(state.parameters, updates), running, moments), value, right.sum()
 
     @partial(jax.jit, static_argnames="training")
     def evaluate(state: TrainState, images: jax.Array, labels: jax.Array, training: bool) -> Any:
-        value, (correct, *_) = loss(state.parameters, state.running, images, labels, training)
-        return value, correct
+        value, (right, *_) = loss(state.parameters, state.running, images, labels, training)
+        return value, right
 
     @jax.jit
     def probe(state: TrainState, images: jax.Array, labels: jax.Array) -> Any:
@@ -144,8 +144,8 @@ class JaxNetwork:
 
     def evaluate(self, images: Floats, labels: Labels, *, training: bool) -> Score:
         """See `Network`."""
-        loss, correct = self.compiled.evaluate(self.train_state, images, labels, training=training)
-        return Score(float(loss), int(correct) / len(labels))
+        loss, right = self.compiled.evaluate(self.train_state, images, labels, training=training)
+        return Score(float(loss), np.asarray(right))
 
     def probe(self, images: Floats, labels: Labels) -> Probe:
         """See `Network`."""

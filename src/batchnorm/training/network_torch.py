@@ -5,6 +5,7 @@ from functools import partial
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -84,14 +85,14 @@ class TorchNetwork:
         self.optimizer.zero_grad()
         loss.backward()  # type: ignore[no-untyped-call]
         self.optimizer.step()
-        return StepResult(loss.item(), _correct(logits, labels))
+        return StepResult(loss.item(), int(_right(logits, labels).sum()))
 
     def evaluate(self, images: Floats, labels: Labels, *, training: bool) -> Score:
         """See `Network`."""
         self.model.train(training)
         with no_update(self.model), torch.no_grad():
             logits, loss = self._loss(images, labels)
-        return Score(loss.item(), _correct(logits, labels) / len(labels))
+        return Score(loss.item(), _right(logits, labels))
 
     def probe(self, images: Floats, labels: Labels) -> Probe:
         """See `Network`."""
@@ -149,8 +150,9 @@ def _targets(labels: Labels) -> Tensor:
     return torch.from_numpy(labels.astype(np.int64))  # what cross_entropy takes
 
 
-def _correct(logits: Tensor, labels: Labels) -> int:
-    return int((logits.argmax(1).numpy() == labels).sum())
+def _right(logits: Tensor, labels: Labels) -> NDArray[np.bool_]:
+    right: NDArray[np.bool_] = logits.argmax(1).numpy() == labels
+    return right
 
 
 def _channels_last(tensor: Tensor) -> Floats:

@@ -1,13 +1,43 @@
 """What a run shows while it trains: a progress bar for each network in a terminal, a line an epoch elsewhere."""
 
+from collections.abc import Iterable
 from types import TracebackType
 from typing import Self
 
 from rich.console import Console
-from rich.progress import BarColumn, DownloadColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    DownloadColumn,
+    Progress,
+    ProgressColumn,
+    Task,
+    TaskID,
+    TextColumn,
+    TimeRemainingColumn,
+)
+from rich.table import Table
 
 from batchnorm.training.measurements import NETWORKS, Epoch
 from batchnorm.training.summary import NAMES, percent
+
+Layouts = dict[int, tuple[ProgressColumn, ...]]
+
+
+class FittingProgress(Progress):
+    """Bars with the columns that fit the terminal, chosen at every redraw, as a window can be resized.
+
+    `layouts` maps the least width of a terminal to its columns; 0 is among them. Where the columns need more than there
+    is, Rich takes it from the bars first, until nothing is left of them.
+    """
+
+    def __init__(self, console: Console, layouts: Layouts, disable: bool = False) -> None:
+        self.terminal, self.layouts = console, layouts
+        super().__init__(console=console, disable=disable)  # draws already
+
+    def make_tasks_table(self, tasks: Iterable[Task]) -> Table:
+        """See `Progress`."""
+        self.columns = self.layouts[max(least for least in self.layouts if least <= self.terminal.width)]
+        return super().make_tasks_table(tasks)
 
 
 class Bars:
@@ -30,14 +60,14 @@ class TrainingProgress(Bars):
 
     def __init__(self, console: Console) -> None:
         self.console = console
-        self.bars = Progress(
-            TextColumn("{task.description:>10}"),
-            BarColumn(bar_width=24),
-            TextColumn("epoch {task.fields[epoch]}/{task.fields[epochs]}  {task.fields[figures]}"),
-            TimeRemainingColumn(),
-            console=console,
-            disable=not console.is_terminal,
-        )
+        name, bar, remaining = TextColumn("{task.description:>10}"), BarColumn(bar_width=24), TimeRemainingColumn()
+        epochs = "{task.fields[epoch]}/{task.fields[epochs]}"
+        layouts: Layouts = {
+            104: (name, bar, TextColumn(f"epoch {epochs}  {{task.fields[figures]}}"), remaining),
+            72: (name, bar, TextColumn(f"epoch {epochs}  {{task.fields[tested]}}"), remaining),
+            0: (name, BarColumn(bar_width=8), TextColumn(f"{epochs} {{task.fields[tested]}}")),
+        }
+        self.bars = FittingProgress(console, layouts, disable=not console.is_terminal)
         self.tasks: dict[str, TaskID] = {}
         self.trained = dict.fromkeys(NETWORKS, "")
         self.tested = dict.fromkeys(NETWORKS, "")
@@ -48,7 +78,13 @@ class TrainingProgress(Bars):
         self.done, self.epochs = done, epochs
         for name in NETWORKS:
             self.tasks[name] = self.bars.add_task(
-                NAMES[name], total=epochs * batches, completed=done * batches, epoch=done, epochs=epochs, figures=""
+                NAMES[name],
+                total=epochs * batches,
+                completed=done * batches,
+                epoch=done,
+                epochs=epochs,
+                figures="",
+                tested="",
             )
 
     def batch(self, network: str, loss: float, accuracy: float) -> None:
@@ -61,7 +97,7 @@ class TrainingProgress(Bars):
         self.done += 1
         self.tested = {name: f"test {percent(record['test_accuracy']):>7}" for name, record in records.items()}
         for network, task in self.tasks.items():
-            self.bars.update(task, figures=self.figures(network))
+            self.bars.update(task, figures=self.figures(network), tested=self.tested[network])
         if not self.console.is_terminal:
             figures = "; ".join(
                 f"{NAMES[name]}: loss {_loss(record)}, test {percent(record['test_accuracy'])}"
@@ -78,15 +114,17 @@ class DownloadProgress(Bars):
     """A bar for each file that is being fetched, as a context manager that is called with each file's progress."""
 
     def __init__(self, console: Console) -> None:
-        self.bars = Progress(
-            TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TimeRemainingColumn(), console=console
-        )
+        layouts: Layouts = {
+            88: (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TimeRemainingColumn()),
+            0: (TextColumn("{task.fields[short]}"), BarColumn(bar_width=8), DownloadColumn()),
+        }
+        self.bars = FittingProgress(console, layouts)
         self.tasks: dict[str, TaskID] = {}
 
     def __call__(self, name: str, done: int, total: int | None) -> None:
         """See `download.Progress`."""
         if name not in self.tasks:
-            self.tasks[name] = self.bars.add_task(name, total=total)
+            self.tasks[name] = self.bars.add_task(name, total=total, short=name.partition("-idx")[0])
         self.bars.update(self.tasks[name], completed=done)
 
 

@@ -7,15 +7,13 @@ from itertools import zip_longest
 from typing import Any
 
 from batchnorm.training import charts, figures
+from batchnorm.training.comparison import Comparison
 from batchnorm.training.measurements import BATCH_NORM, PLAIN, ProbeRecord
 from batchnorm.training.network import DECAY, HIDDEN, LAYERS
-from batchnorm.training.summary import NAMES, Metrics, count, finding, percent
+from batchnorm.training.summary import NAMES, Metrics, count, epochs_to_best, finding, percent, percent_between
 
-LEARNING_CAPTIONS = (
-    "Share of the test images each network gets right. Dotted: the plain network’s best, and the epochs at which "
-    "the networks reached it.",
-    "Mean loss over each epoch, on a logarithmic scale: equal steps down are equal ratios.",
-)
+ACCURACY = "Share of the test images each network gets right."
+LOSS = "Mean loss over each epoch, on a logarithmic scale: equal steps down are equal ratios."
 SIGNAL_CAPTIONS = (
     "Standard deviation of a channel’s values over images and positions, ahead of the activation (root mean square "
     "over the layer’s channels; logarithmic).",
@@ -36,8 +34,8 @@ LEARNED = (
 MODE_CAPTIONS = (
     "Accuracy on the test images with running averages (blue) and with the statistics of test batches of the "
     "training’s size (grey). The scale does not start at zero.",
-    "Blue minus grey, in percentage points. A bar that points down means that the running averages lagged behind "
-    "weights still on the move; a gap that stays is the sign of stale statistics.",
+    "Blue minus grey, in percentage points; {image}. Running averages lag behind weights that still move, which can "
+    "pull the first bars down; statistics that are stale for another reason would keep a gap open.",
 )
 SCALE = "Pixels are divided by the largest value their format can hold, so that they lie between 0 and 1."
 
@@ -45,11 +43,11 @@ SCALE = "Pixels are divided by the largest value their format can hold, so that 
 def render(metrics: Metrics) -> str:
     """The report as HTML: the finding, then curves, reasons, parameters, modes, and how it was run."""
     sections = (
-        _section("What happened", _happened(metrics), figures.LEARNING, metrics, LEARNING_CAPTIONS),
-        _section("Why", _why(metrics), figures.SIGNAL, metrics, SIGNAL_CAPTIONS),
+        _section("What happened", _happened(metrics), figures.LEARNING, metrics, (_accuracy_caption(metrics), LOSS)),
+        _section("What reaches the layers", _signal(metrics), figures.SIGNAL, metrics, SIGNAL_CAPTIONS),
         _section("Inside each layer", INSIDE, figures.DISTRIBUTIONS, metrics),
         _section("What batch norm learned", LEARNED, figures.GAMMA_BETA, metrics),
-        _section("Training mode and inference mode", _modes(metrics), figures.MODES, metrics, MODE_CAPTIONS),
+        _section("Training mode and inference mode", _modes(metrics), figures.MODES, metrics, _mode_captions(metrics)),
         _how(metrics),
     )
     style = files("batchnorm.training").joinpath("report.css").read_text("utf-8")
@@ -84,22 +82,39 @@ def _stopped(metrics: Metrics) -> str:
 
 
 def _table(metrics: Metrics) -> str:
-    summary = metrics["summary"]
-    rows = (
+    summary, comparison = metrics["summary"], metrics["comparison"]
+    level = f"{100 * comparison['confidence']:g} % interval"
+    rows = [
         ("Test accuracy", [percent(summary[name]["test_accuracy"]) for name in NAMES]),
+        (f"Its {level}", [percent_between(comparison["intervals"][name]) for name in NAMES]),
         (
             "Best, at epoch",
             [f"{percent(summary[name]['best_test_accuracy'])}, {summary[name]['best_epoch']}" for name in NAMES],
         ),
-        ("Epochs to the plain network’s best", [str(summary[name]["reached"] or "not reached") for name in NAMES]),
+        *([epochs_to_best(comparison["sooner"])] if comparison["sooner"] else []),
         ("Seconds of training", [f"{summary[name]['seconds']:.1f}" for name in NAMES]),
-    )
+    ]
     head = "".join(f'<th scope="col" class="{name}">{NAMES[name]}</th>' for name in NAMES)
     body = "".join(
         f'<tr><th scope="row">{label}</th>{"".join(f"<td>{cell}</td>" for cell in cells)}</tr>\n'
         for label, cells in rows
     )
-    return f"<table>\n<thead><tr><td></td>{head}</tr></thead>\n<tbody>\n{body}</tbody>\n</table>\n"
+    return f"<table>\n<thead><tr><td></td>{head}</tr></thead>\n<tbody>\n{body}</tbody>\n</table>\n{_noise(metrics)}"
+
+
+def _noise(metrics: Metrics) -> str:
+    """The note that says how the intervals were made and what they are about."""
+    comparison, histories = metrics["comparison"], metrics["histories"]
+    plain, normalized = (histories[name]["epochs"][-1]["test_only"] for name in (PLAIN, BATCH_NORM))
+    return (
+        f'<p class="note">Of the {count(comparison["test_images"], "test image")}, {normalized} '
+        f"{'was' if normalized == 1 else 'were'} right with batch norm only and {plain} without it only. Intervals at "
+        f"{100 * comparison['confidence']:g} %: Wilson’s for an accuracy, Newcombe’s for the difference on the same "
+        "images (1998, method 10). One network counts as sooner where it reached the other’s best before the other did "
+        "and was ahead by more than noise just then, by an interval widened for the number of epochs (Bonferroni). The "
+        "intervals are about which images the test happens to have; they leave out that another seed gives other "
+        "networks.</p>\n"
+    )
 
 
 def _happened(metrics: Metrics) -> str:
@@ -111,17 +126,45 @@ def _happened(metrics: Metrics) -> str:
     )
 
 
-def _why(metrics: Metrics) -> str:
+def _accuracy_caption(metrics: Metrics) -> str:
+    sooner = metrics["comparison"]["sooner"]
+    if sooner is None:
+        return ACCURACY
+    other = "the plain network’s best" if sooner["network"] == BATCH_NORM else "batch norm’s best"
+    return f"{ACCURACY} Dotted: {other}, and the epochs at which the networks reached it."
+
+
+def _signal(metrics: Metrics) -> str:
+    """The section on what arrives at the layers before training, with what it says about this run's outcome."""
     plain, normalized = (metrics["histories"][name]["probes"][0] for name in (PLAIN, BATCH_NORM))
     first, last = HIDDEN[0].name, HIDDEN[-1].name
-    restored = " and ".join(dict.fromkeys(_variation(normalized, layer) for layer in (first, last)))
+    restored = " and ".join(dict.fromkeys(_number(_variation(normalized, layer)) for layer in (first, last)))
     return (
-        "A layer can only learn from what differs between images. Before training, the values on their way into the "
-        f"plain network’s activations vary by {_variation(plain, first)} in the first layer and by "
-        f"{_variation(plain, last)} in the last hidden one; with batch norm by {restored}. The gradient that reaches "
-        f"the first layer’s weights has the norm {_number(plain['gradients'][first])} in the plain network and "
-        f"{_number(normalized['gradients'][first])} with batch norm."
-    )
+        "A layer can only learn from what differs between images. Before training, the variation of the values on "
+        f"their way into the activations is {_number(_variation(plain, first))} in the plain network’s first layer and "
+        f"{_number(_variation(plain, last))} in its last hidden one; with batch norm it is {restored}. The norm of the "
+        f"gradient that reaches the first layer’s weights is {_number(plain['gradients'][first])} in the plain network "
+        f"and {_number(normalized['gradients'][first])} with batch norm. "
+        f"{_outcome(metrics['comparison'], _variation(plain, last), _variation(normalized, last))}"
+    ).rstrip()
+
+
+def _outcome(comparison: Comparison, plain: float | None, normalized: float | None) -> str:
+    """The sentence that sets the variation in the last hidden layer beside the outcome, for factors of 2 and more."""
+    sooner = comparison["sooner"]
+    leader = comparison["better"] or (sooner["network"] if sooner else None)
+    if not plain or not normalized or any(comparison["diverged"].values()):
+        return ""
+    if max(plain, normalized) < 2 * min(plain, normalized):
+        return "In the last hidden layer the two differ by less than a factor of 2."
+    if leader is None:
+        return "By the end of this run that difference left no trace in the accuracy beyond noise."
+    did = "did better" if comparison["better"] else "was sooner"
+    return f"The network whose last hidden layer varied {_more_or_less(leader, plain, normalized)} {did}."
+
+
+def _more_or_less(leader: str, plain: float, normalized: float) -> str:
+    return "more" if (normalized > plain) == (leader == BATCH_NORM) else "less"
 
 
 def _modes(metrics: Metrics) -> str:
@@ -132,6 +175,12 @@ def _modes(metrics: Metrics) -> str:
         f"network gets {percent(last['test_accuracy'])} of the test images right with running averages and "
         f"{_percent_or_dash(last['test_accuracy_batch'])} with the statistics of the test batches themselves."
     )
+
+
+def _mode_captions(metrics: Metrics) -> tuple[str, ...]:
+    images = metrics["comparison"]["test_images"]
+    image = f"one image of {images:,} is {100 / images:.2g}"
+    return tuple(caption.format(image=image) for caption in MODE_CAPTIONS)
 
 
 def _how(metrics: Metrics) -> str:
@@ -155,7 +204,7 @@ def _how(metrics: Metrics) -> str:
             "Training",
             f"{metrics['epochs_done']} of {count(options['epochs'], 'epoch')}, Adam at {options['learning_rate']:g}, "
             f"batches of {options['batch_size']}, seed {options['seed']}. Seconds count training steps and their "
-            "compilation, not testing. One seed is one draw: another gives figures a point or two apart.",
+            "compilation, not testing. One seed is one draw: another gives other figures.",
         ),
         ("Versions", html.escape(", ".join(f"{name} {value}" for name, value in _versions(metrics)))),
         (
@@ -171,8 +220,8 @@ def _versions(metrics: Metrics) -> list[tuple[str, Any]]:
     return [(name, value) for name, value in metrics["environment"].items() if name not in {"system", "cores"}]
 
 
-def _variation(record: ProbeRecord, layer: str) -> str:
-    return _number(record["layers"][layer]["after"]["variation"])
+def _variation(record: ProbeRecord, layer: str) -> float | None:
+    return record["layers"][layer]["after"]["variation"]
 
 
 def _number(value: float | None) -> str:

@@ -1,6 +1,7 @@
 """One experiment from options to files: images, output folder, training, report."""
 
 import json
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
@@ -9,36 +10,48 @@ from rich.console import Console
 from batchnorm.training import charts, figures, report
 from batchnorm.training.data import ImageSet, load_digits, load_folder
 from batchnorm.training.download import load_fashion_mnist
-from batchnorm.training.folder import output_folder, write_atomically
+from batchnorm.training.folder import METRICS, PAGE, WriteError, earlier_files, output_folder, write_together
 from batchnorm.training.interruption import noting_interrupts
 from batchnorm.training.loop import train
 from batchnorm.training.measurements import PLAIN
-from batchnorm.training.options import Options
+from batchnorm.training.options import InputError, Options
 from batchnorm.training.progress import DownloadProgress, TrainingProgress
-from batchnorm.training.summary import Metrics, collect
+from batchnorm.training.summary import Metrics, collect, count
 
 
-def run(options: Options, output: Path, *, resume: bool, console: Console) -> Metrics | None:
+def run(
+    options: Options, output: Path, *, console: Console, resume: bool = False, overwrite: bool = False
+) -> Metrics | None:
     """Train, and leave `report.html`, its PNG files, `metrics.json` and the checkpoint in `output`.
 
     Progress goes to `console`. After Ctrl-C the epochs completed so far are reported, and `Metrics.complete` is false;
-    the result is None where there are none, and then nothing was written.
+    the result is None where there are none, and then nothing was written. An earlier run in `output` is continued with
+    `resume` and replaced with `overwrite`, after the first epoch.
 
     Raises:
-        InputError: options, images, checkpoint or output folder cannot be used; nothing was written.
+        InputError: options, images, checkpoint or output folder cannot be used, or the folder holds an earlier run and
+            neither `resume` nor `overwrite` was asked for; nothing was written.
         DownloadError: a data set could not be fetched.
-        OSError: a file could not be written, for want of space for example.
+        WriteError: a file could not be written, for want of space for example; the message says what was kept.
     """
-    data = load_images(options, console).limited(options.images)
-    counts = f"{len(data.train_labels):,} images to train on, {len(data.test_labels):,} to test"
-    console.print(f"{data.name}: {counts}", highlight=False, markup=False, soft_wrap=True)
+    if resume and overwrite:
+        raise InputError("--resume and --overwrite exclude each other; pass --resume to continue the run that is there")
     with output_folder(output) as folder:
-        with noting_interrupts() as is_stopped, TrainingProgress(console) as progress:
-            histories = train(options, data, folder, progress, resume=resume, is_stopped=is_stopped)
-        if not histories[PLAIN]["epochs"]:
-            return None
-        metrics = collect(options, data, histories)
-        write_report(folder, metrics)
+        if not resume and not overwrite:
+            _refuse_earlier_run(folder)
+        data = load_images(options, console).limited(options.images)
+        counts = f"{len(data.train_labels):,} images to train on, {len(data.test_labels):,} to test"
+        console.print(f"{data.name}: {counts}", highlight=False, markup=False, soft_wrap=True)
+        progress = TrainingProgress(console)
+        try:
+            with noting_interrupts() as is_stopped, progress:
+                histories = train(options, data, folder, progress, resume=resume, is_stopped=is_stopped)
+            if not histories[PLAIN]["epochs"]:
+                return None
+            metrics = collect(options, data, histories)
+            write_report(folder, metrics)
+        except WriteError as error:
+            raise WriteError(f"{error}; {_kept(folder, progress.done)}") from None
     return metrics
 
 
@@ -57,10 +70,35 @@ def load_images(options: Options, console: Console) -> ImageSet:
 
 
 def write_report(folder: Path, metrics: Metrics) -> None:
-    """Write the metrics, the pictures and the page that show them, each file whole or not at all."""
+    """Write the metrics, the pictures and the page that show them: all of them, or none.
+
+    Raises:
+        WriteError: a file could not be written; the earlier ones are unchanged.
+    """
     text = json.dumps(metrics, indent=1, allow_nan=False)
-    write_atomically(folder / "metrics.json", lambda path: path.write_text(text, "utf-8"))
-    for figure in figures.FIGURES:
-        write_atomically(folder / f"{figure.name}.png", partial(charts.write_png, figure, metrics))
     page = report.render(metrics)
-    write_atomically(folder / "report.html", lambda path: path.write_text(page, "utf-8"))
+    writers: dict[str, Callable[[Path], object]] = {
+        METRICS: lambda path: path.write_text(text, "utf-8"),
+        **{f"{figure.name}.png": partial(charts.write_png, figure, metrics) for figure in figures.FIGURES},
+        PAGE: lambda path: path.write_text(page, "utf-8"),
+    }
+    write_together(folder, writers)
+
+
+def _refuse_earlier_run(folder: Path) -> None:
+    if found := earlier_files(folder):
+        more = f" and {len(found) - 1} more" if len(found) > 1 else ""
+        raise InputError(
+            f"--output {folder}: holds an earlier run ({found[0]}{more}); continue it with --resume, keep it and "
+            "choose another --output, or replace it with --overwrite"
+        )
+
+
+def _kept(folder: Path, epochs: int) -> str:
+    """What is left after a file could not be written: the checkpoint of that many epochs, or all that was there."""
+    if not epochs:
+        return "the earlier run there is unchanged" if earlier_files(folder) else "nothing was left behind"
+    return (
+        f"the checkpoint of {count(epochs, 'epoch')} is kept: make {folder} writable or free some space, and continue "
+        "with --resume"
+    )

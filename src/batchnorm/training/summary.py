@@ -1,16 +1,21 @@
-"""What a run found: the few numbers of the table, and the sentence that opens the report."""
+"""Summary of a run: the few numbers of the table, and the sentences that open the report."""
 
 import os
 import platform
+from collections.abc import Iterator, Sequence
 from importlib.metadata import version
 from typing import Any, TypedDict
 
+import numpy as np
+
 import batchnorm
-from batchnorm.training.data import CLASSES, ImageSet
+from batchnorm.training.comparison import Comparison, Sooner, best, compare, first_reaching
+from batchnorm.training.data import ImageSet
 from batchnorm.training.measurements import BATCH_NORM, NETWORKS, PLAIN, History
 from batchnorm.training.options import Options
 
 NAMES = {PLAIN: "plain", BATCH_NORM: "batch norm"}  # as the table and the charts call them
+SUBJECTS = {PLAIN: "The plain network", BATCH_NORM: "The network with batch norm"}  # as sentences do
 
 
 class NetworkSummary(TypedDict):
@@ -34,6 +39,7 @@ class Metrics(TypedDict):
     data: dict[str, Any]
     environment: dict[str, Any]
     summary: dict[str, NetworkSummary]
+    comparison: Comparison
     histories: dict[str, History]
 
 
@@ -41,8 +47,9 @@ def collect(options: Options, data: ImageSet, histories: dict[str, History]) -> 
     """The metrics of a run of at least one epoch."""
     done = len(histories[PLAIN]["epochs"])
     arguments = options.arguments()
+    chance = float(np.bincount(data.test_labels).max() / len(data.test_labels))
     return Metrics(
-        format=1,
+        format=2,
         options={name: getattr(options, name) for name in options.__dataclass_fields__},
         command=f"batchnorm train {arguments}".strip(),
         epochs_done=done,
@@ -57,40 +64,76 @@ def collect(options: Options, data: ImageSet, histories: dict[str, History]) -> 
         },
         environment=environment(options.framework),
         summary=summarize(histories),
+        comparison=compare(histories, len(data.test_labels), chance),
         histories=histories,
     )
 
 
 def summarize(histories: dict[str, History]) -> dict[str, NetworkSummary]:
     """Each network's row of the table."""
-    target = max(epoch["test_accuracy"] for epoch in histories[PLAIN]["epochs"])
+    target = best(histories[PLAIN]["epochs"])["test_accuracy"]
     rows = {}
     for name in NETWORKS:
         epochs = histories[name]["epochs"]
-        best = max(epochs, key=lambda epoch: epoch["test_accuracy"])  # the first of equals
+        top = best(epochs)
         rows[name] = NetworkSummary(
             test_accuracy=epochs[-1]["test_accuracy"],
-            best_test_accuracy=best["test_accuracy"],
-            best_epoch=best["epoch"],
-            reached=next((epoch["epoch"] for epoch in epochs if epoch["test_accuracy"] >= target), None),
+            best_test_accuracy=top["test_accuracy"],
+            best_epoch=top["epoch"],
+            reached=first_reaching(epochs, target),
             seconds=sum(epoch["seconds"] for epoch in epochs),
         )
     return rows
 
 
 def finding(metrics: Metrics) -> str:
-    """One sentence: both networks' accuracy, and how soon batch norm was as good as the plain network ever was."""
-    plain, normalized = metrics["summary"][PLAIN], metrics["summary"][BATCH_NORM]
-    accuracies = (
-        f"With batch norm LeNet gets {percent(normalized['test_accuracy'])} of the test images right, without it "
-        f"{percent(plain['test_accuracy'])}"
-    )
-    if plain["best_test_accuracy"] < 2 / CLASSES:  # the epochs to such a best would mean nothing
-        return f"{accuracies}; the plain network has hardly left chance, {percent(1 / CLASSES)}."
-    if normalized["reached"] is None:
-        return f"{accuracies}; it never reached the plain network’s best of {percent(plain['best_test_accuracy'])}."
-    epochs = f"{count(normalized['reached'], 'epoch')} instead of {plain['best_epoch']}"
-    return f"{accuracies}; it reached the plain network’s best in {epochs}."
+    """The conclusion in a few sentences: accuracies and their difference, and what else the numbers bear.
+
+    A network is called better or sooner only where `compare` says so.
+    """
+    plain, normalized = (percent(metrics["summary"][name]["test_accuracy"]) for name in (PLAIN, BATCH_NORM))
+    comparison = metrics["comparison"]
+    asked = metrics["options"]["epochs"]
+    when = "" if metrics["complete"] else f" after {metrics['epochs_done']} of {count(asked, 'epoch')}"
+    return (
+        f"With batch norm LeNet gets {normalized} of the {count(comparison['test_images'], 'test image')} right{when}, "
+        f"without it {plain}: {_verdict(comparison)}. {' '.join(_remarks(metrics))}"
+    ).rstrip()
+
+
+def epochs_to_best(sooner: Sooner) -> tuple[str, list[str]]:
+    """The table's row on speed: its name, and its values by network in the order of `NAMES`."""
+    leads = sooner["network"]
+    label = f"Epochs to {'the plain network’s' if leads == BATCH_NORM else 'batch norm’s'} best"
+    return label, [str(sooner["epoch" if name == leads else "other_epoch"]) for name in NAMES]
+
+
+def _verdict(comparison: Comparison) -> str:
+    interval = f"{100 * comparison['confidence']:g} % interval {points_between(comparison['difference_interval'])}"
+    if comparison["better"] is None:
+        return f"equal within noise (difference {points(comparison['difference'])} points, {interval})"
+    amount = f"{100 * abs(comparison['difference']):.1f} points"
+    return f"{amount} {'better' if comparison['better'] == BATCH_NORM else 'worse'} ({interval})"
+
+
+def _remarks(metrics: Metrics) -> Iterator[str]:
+    """The sentences on divergence, chance and speed."""
+    comparison = metrics["comparison"]
+    for name, epoch in comparison["diverged"].items():
+        if epoch is not None:
+            yield f"{SUBJECTS[name]} diverged: its loss was not finite in epoch {epoch}."
+    chance = f"the {percent(comparison['chance'])} of one answer for all images"
+    if len(comparison["at_chance"]) == len(NETWORKS):
+        yield f"Neither network has measurably left chance, {chance}."
+    elif comparison["at_chance"]:
+        yield f"{SUBJECTS[comparison['at_chance'][0]]} has not measurably left chance, {chance}."
+    if sooner := comparison["sooner"]:
+        leader = sooner["network"]
+        best = "the plain network’s best" if leader == BATCH_NORM else "the best of the one with batch norm"
+        epochs = f"{count(sooner['epoch'], 'epoch')} instead of {sooner['other_epoch']}"
+        yield f"{SUBJECTS[leader]} reached {best} in {epochs}."
+    elif metrics["epochs_done"] > 1 and not comparison["at_chance"] and not any(comparison["diverged"].values()):
+        yield "Neither network was sooner by more than noise."
 
 
 def environment(framework: str) -> dict[str, Any]:
@@ -113,6 +156,38 @@ def percent(share: float) -> str:
         '97.1 %'
     """
     return f"{100 * share:.1f} %"
+
+
+def percent_between(interval: Sequence[float]) -> str:
+    """An interval of a share for people.
+
+    Example:
+        >>> percent_between((0.9489, 0.985))
+        '94.9 to 98.5 %'
+    """
+    low, high = interval
+    return f"{100 * low:.1f} to {percent(high)}"
+
+
+def points(difference: float) -> str:
+    """A difference of two shares in percentage points, with its sign.
+
+    Example:
+        >>> points(0.0167), points(-0.0038), points(-0.0001)
+        ('+1.7', '−0.4', '0.0')
+    """
+    text = f"{100 * difference:+.1f}".replace("-", "−")
+    return "0.0" if text[1:] == "0.0" else text
+
+
+def points_between(interval: Sequence[float]) -> str:
+    """An interval of a difference in percentage points.
+
+    Example:
+        >>> points_between((-0.0038, 0.0398))
+        '−0.4 to +4.0'
+    """
+    return " to ".join(map(points, interval))
 
 
 def count(number: int, noun: str) -> str:
