@@ -4,7 +4,7 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
-INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable
+INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 export PIP_ROOT_USER_ACTION := ignore
 
 .DEFAULT_GOAL := help
@@ -38,7 +38,7 @@ format: $(VENV)/.dev ## Rewrite the code in the project's style
 	$(BIN)/ruff format .
 
 clean: ## Remove the environment and everything made
-	rm -rf $(VENV) build dist batchnorm-report bench-report .coverage .hypothesis .mypy_cache .pytest_cache .ruff_cache
+	rm -rf $(VENV) build dist batchnorm-report* bench-report .coverage .hypothesis .mypy_cache .pytest_cache .ruff_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 $(BIN)/python:
@@ -46,15 +46,26 @@ $(BIN)/python:
 		{ echo "make: $(PYTHON) is older than Python 3.11; choose another with PYTHON=..."; exit 1; }
 	$(PYTHON) -m venv $(VENV)
 
-# The stamps are newer than pyproject.toml once installed, so that a second run starts at once.
-SOURCES := pyproject.toml constraints.txt CMakeLists.txt $(wildcard cpp/*)
+# The build requirements of pyproject.toml; of CMake and Ninja those that the system lacks, which the second step adds.
+REQUIREMENTS := import tomllib; print(*tomllib.load(open("pyproject.toml", "rb"))["build-system"]["requires"])
+ALL_REQUIREMENTS := $(REQUIREMENTS); import scikit_build_core.build as build; print(*build.get_requires_for_build_editable())
 
-$(VENV)/.train: $(SOURCES) | $(BIN)/python
-	@echo "Installing what the demo needs into $(VENV) (once)"
-	$(INSTALL) '.[train]'
+# Without isolation: pip's isolated builds lie in a new temporary folder each, and scikit-build-core, seeing that it has
+# moved, would delete what is compiled. The extension by itself, and its dependencies after it: without isolation pip
+# could not build one that has no wheel. Stamps are newer than pyproject.toml, so that a second run starts at once.
+$(VENV)/.native: pyproject.toml constraints.txt CMakeLists.txt $(wildcard cpp/*) | $(BIN)/python
+	@echo "Building the extension (some minutes the first time)"
+	$(INSTALL) $$($(BIN)/python -c '$(REQUIREMENTS)')
+	$(INSTALL) $$($(BIN)/python -c '$(ALL_REQUIREMENTS)')
+	$(INSTALL) --no-build-isolation --no-deps --editable .
 	@touch $@
 
-$(VENV)/.dev: $(SOURCES) | $(BIN)/python
+$(VENV)/.train: $(VENV)/.native
+	@echo "Installing what the demo needs into $(VENV) (once)"
+	$(INSTALL) 'batchnorm[train]'
+	@touch $@
+
+$(VENV)/.dev: $(VENV)/.native
 	@echo "Installing what the tests need into $(VENV) (once)"
-	$(INSTALL) '.[dev]'
+	$(INSTALL) 'batchnorm[dev]'
 	@touch $@ $(VENV)/.train

@@ -49,7 +49,7 @@ bool forward(handle x_, handle y_, handle gamma_, handle beta_, handle residual_
 bool backward(handle dy_, handle x_, handle dx_, handle gamma_, handle beta_, handle residual_, handle dgamma_,
               handle dbeta_, handle dresidual_, handle mean_, handle mean_lo_, handle rstd_, handle count_,
               handle factor_, handle keep_, handle lengths_, uint32_t kept, bool through_statistics,
-              uint8_t activation, double slope, int threads) {
+              uint8_t activation, double slope, bool normalized_padding, int threads) {
   const Array x("x", x_), dy("dy", dy_), dx("dx", dx_, true), gamma("gamma", gamma_), beta("beta", beta_);
   const Array residual("residual", residual_), dgamma("dgamma", dgamma_, true), dbeta("dbeta", dbeta_, true);
   const Array dresidual("dresidual", dresidual_, true), mean("mean", mean_), mean_lo("mean_lo", mean_lo_);
@@ -81,6 +81,7 @@ bool backward(handle dy_, handle x_, handle dx_, handle gamma_, handle beta_, ha
   problem.dbeta = channels(dbeta, problem.C);
   problem.measure = false;
   problem.through_statistics = through_statistics;
+  problem.normalized_padding = normalized_padding;
   return compute_unlocked(Operation::backward, problem);
 }
 
@@ -106,6 +107,20 @@ int get_buffer(PyObject* object, Py_buffer* view, int flags) {
   return PyBuffer_FillInfo(view, object, block->data, block->bytes, false, flags);
 }
 
+// How this was compiled and what it is limited to, for `show_config`.
+nb::dict build_facts() {
+  nb::dict facts;
+#ifdef __clang__
+  facts["compiler"] = "Clang " __clang_version__;
+#else
+  facts["compiler"] = "GCC " __VERSION__;
+#endif
+  facts["instruction_sets"] = nb::str(BATCHNORM_INSTRUCTION_SETS).attr("split")();
+  facts["most_waiting_bytes"] = most_waiting;
+  facts["longest_wait_seconds"] = longest_wait;
+  return facts;
+}
+
 PyType_Slot block_slots[] = {{Py_bf_getbuffer, reinterpret_cast<void*>(get_buffer)}, {0, nullptr}};
 
 }  // namespace
@@ -125,7 +140,7 @@ NB_MODULE(_native, m) {
         optional("residual"), optional("dgamma"), optional("dbeta"), optional("dresidual"), nb::arg("mean"),
         nb::arg("mean_lo"), nb::arg("rstd"), optional("count"), optional("factor"), optional("mask"),
         optional("lengths"), nb::arg("kept"), nb::arg("through_statistics"), nb::arg("activation"), nb::arg("slope"),
-        nb::arg("threads"));
+        nb::arg("normalized_padding"), nb::arg("threads"));
   m.def("forward_plain", &forward_plain, nb::arg("x"), optional("gamma"), optional("beta"), optional("residual"), optional("out"),
         nb::arg("axis"), nb::arg("eps"), nb::arg("activation"), nb::arg("slope"), nb::arg("threads"),
         nb::arg("empty_like"), optional("statistic_like"), optional("count_like"), optional("running_mean"),
@@ -150,7 +165,8 @@ NB_MODULE(_native, m) {
     targets["batchnorm_backward"] = nb::capsule(reinterpret_cast<void*>(xla_backward));
     return targets;
   });
-  m.attr("xla_version") = nb::make_tuple(xla_version().first, xla_version().second);
+  m.attr("build") = build_facts();
+  m.attr("xla_version") = nb::make_tuple(xla::major_version, xla::minor_version);
   m.def("num_threads", &num_threads);
   m.def("set_num_threads", &set_num_threads);
   m.def("instruction_set", [] { return chosen_kernels().name; });

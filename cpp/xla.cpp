@@ -1,184 +1,314 @@
 // The kernels as targets of XLA's foreign function interface on the CPU: arrays are viewed here, and nothing is computed.
 //
 // Arrays are dense and row-major: those of the shape of x are (L, N, C, S) or (L, N, C), with L lanes that are batch norms of
-// their own, and those with a number for each channel (L, C). What is not there has one dimension. Nothing is checked that the
-// primitives in kernels/jax.py have put together, but for what would read or write out of bounds.
+// their own, and those with a number for each channel (L, C). An absent operand has one dimension. Nothing is checked that the
+// primitives in kernels/jax_primitives.py have put together, but for what would read or write out of bounds.
 #include "xla.hpp"
 
 #include <algorithm>
+#include <cstring>
+#include <exception>
 #include <new>
+#include <string>
 #include <vector>
 
 #include "dispatch.hpp"
-#include "xla/ffi/api/ffi.h"
-
-namespace ffi = xla::ffi;
 
 namespace batchnorm {
 namespace {
 
-using Buffer = ffi::AnyBuffer;
-using Result = ffi::Result<ffi::AnyBuffer>;
+using xla::Buffer, xla::DataType, xla::ErrorCode;
 
-bool is_there(const Buffer& buffer) { return buffer.dimensions().size() > 1; }
+// ---- a call of XLA's ----------------------------------------------------------------------------------------------
 
-bool dtype_of(const Buffer& buffer, Dtype& dtype) {
-  switch (buffer.element_type()) {
-    case ffi::F32: dtype = Dtype::float32; return true;
-    case ffi::F64: dtype = Dtype::float64; return true;
-    case ffi::F16: dtype = Dtype::float16; return true;
-    case ffi::BF16: dtype = Dtype::bfloat16; return true;
-    default: return false;
+// Thrown and caught within one call: XLA is told by a code and a message.
+struct Failure {
+  ErrorCode code;
+  std::string message;
+};
+
+[[noreturn]] void refuse(const std::string& message) { throw Failure{ErrorCode::invalid_argument, "batchnorm: " + message}; }
+
+xla::Error* error_of(const xla::Api& api, ErrorCode code, const char* message) {
+  // Through `code`, not sizeof: a later version may put a field into the padding behind it.
+  xla::ErrorCreate arguments{offsetof(xla::ErrorCreate, code) + sizeof code, nullptr, message, code};
+  return api.error_create(&arguments);
+}
+
+// Other sizes than these would mean other places of the fields. What only ends with known fields may have more of them.
+void check_layout(const xla::CallFrame& frame) {
+  const bool is_known = frame.struct_size >= sizeof frame && frame.args.struct_size == sizeof frame.args &&
+                        frame.rets.struct_size == sizeof frame.rets && frame.attrs.struct_size == sizeof frame.attrs;
+  const xla::Api& api = *frame.api;
+  if (is_known && api.version.major == xla::major_version && api.struct_size >= sizeof api) return;
+  refuse("compiled for version " + std::to_string(xla::major_version) + "." + std::to_string(xla::minor_version) +
+         " of XLA's interface, and called by " + std::to_string(api.version.major) + "." +
+         std::to_string(api.version.minor) + ", which lays out its calls in another way");
+}
+
+// The operands and attributes of one call. Constructed, the layout and the numbers of them are those that a target takes.
+class Call {
+ public:
+  Call(const xla::CallFrame& frame, int64_t args, int64_t rets, int64_t attrs) : frame_(frame) {
+    check_layout(frame);
+    if (frame.stage != xla::Stage::execute) refuse("called in another stage than that of execution");
+    check_number("operands", frame.args.size, args);
+    check_number("results", frame.rets.size, rets);
+    check_number("attributes", frame.attrs.size, attrs);
+    for (int64_t i = 0; i < args; ++i) check_buffer(frame.args.types[i] == xla::ArgType::buffer, arg(i));
+    for (int64_t i = 0; i < rets; ++i) check_buffer(frame.rets.types[i] == xla::RetType::buffer, ret(i));
   }
+
+  const Buffer& arg(int64_t i) const { return *static_cast<const Buffer*>(frame_.args.args[i]); }
+  const Buffer& ret(int64_t i) const { return *static_cast<const Buffer*>(frame_.rets.rets[i]); }
+
+  double float64(const char* name) const { return *static_cast<const double*>(scalar(name, DataType::f64)); }
+  int64_t int64(const char* name) const { return *static_cast<const int64_t*>(scalar(name, DataType::s64)); }
+  bool boolean(const char* name) const { return *static_cast<const bool*>(scalar(name, DataType::pred)); }
+
+ private:
+  static void check_number(const char* what, int64_t number, int64_t expected) {
+    if (number != expected)
+      refuse("takes " + std::to_string(expected) + " " + what + ", not " + std::to_string(number) +
+             "; was the program exported by another version?");
+  }
+
+  // In this order: what is no buffer has no size to read.
+  static void check_buffer(bool is_buffer, const Buffer& buffer) {
+    if (!is_buffer || buffer.struct_size < sizeof buffer) refuse("an operand or a result is not an array");
+  }
+
+  const void* scalar(const char* name, DataType dtype) const {
+    const xla::Attrs& attrs = frame_.attrs;
+    for (int64_t i = 0; i < attrs.size; ++i) {
+      if (attrs.names[i]->size != std::strlen(name) || std::memcmp(attrs.names[i]->data, name, attrs.names[i]->size)) continue;
+      const auto* value = static_cast<const xla::Scalar*>(attrs.attrs[i]);
+      if (attrs.types[i] == xla::AttrType::scalar && value->dtype == dtype) return value->value;
+      refuse(std::string("the attribute ") + name + " has another type than it was declared with");
+    }
+    refuse(std::string("the attribute ") + name + " is absent");
+  }
+
+  const xla::CallFrame& frame_;
+};
+
+// XLA's own threads.
+class ThreadPool {
+ public:
+  explicit ThreadPool(const xla::CallFrame& frame) : api_(*frame.api), context_(frame.context) {}
+
+  // 1 without a pool.
+  int64_t size() const {
+    int64_t threads = 1;
+    xla::ThreadPoolNumThreads arguments{sizeof arguments, nullptr, context_, &threads};
+    if (discard(api_.thread_pool_num_threads(&arguments))) return 1;
+    return std::max<int64_t>(threads, 1);
+  }
+
+  // On this thread where the pool takes no task: one that is never run would be waited for.
+  void schedule(void (*task)(void*), void* data) const {
+    xla::ThreadPoolSchedule arguments{sizeof arguments, nullptr, context_, task, data};
+    if (discard(api_.thread_pool_schedule(&arguments))) task(data);
+  }
+
+ private:
+  bool discard(xla::Error* error) const {
+    if (!error) return false;
+    xla::ErrorDestroy arguments{sizeof arguments, nullptr, error};
+    api_.error_destroy(&arguments);
+    return true;
+  }
+
+  const xla::Api& api_;
+  xla::ExecutionContext* const context_;
+};
+
+// ---- the problem of a call ----------------------------------------------------------------------------------------
+
+bool is_present(const Buffer& buffer) { return buffer.rank > 1; }
+
+int64_t elements_of(const Buffer& buffer) {
+  int64_t elements = 1;
+  for (int64_t i = 0; i < buffer.rank; ++i) elements *= buffer.dims[i];
+  return elements;
+}
+
+void check(bool holds) {
+  if (!holds) refuse("operands that do not go together");
+}
+
+Dtype dtype_of(const Buffer& buffer) {
+  switch (buffer.dtype) {
+    case DataType::f32: return Dtype::float32;
+    case DataType::f64: return Dtype::float64;
+    case DataType::f16: return Dtype::float16;
+    case DataType::bf16: return Dtype::bfloat16;
+    default: refuse("an operand is not of float64, float32, float16 or bfloat16");
+  }
+}
+
+Activation activation_of(const Call& call) {
+  const int64_t number = call.int64("activation");
+  check(number >= 0 && number <= static_cast<int64_t>(Activation::hardswish));
+  return static_cast<Activation>(number);
 }
 
 // The problem of one lane after the other.
 class Lanes {
  public:
   explicit Lanes(const Buffer& x) {
-    const auto sizes = x.dimensions();
-    is_valid_ = (sizes.size() == 3 || sizes.size() == 4) && dtype_of(x, problem.dtype);
-    if (!is_valid_) return;
-    count = sizes[0];
-    problem.N = sizes[1], problem.C = sizes[2], problem.S = sizes.size() == 4 ? sizes[3] : 1;
+    check(x.rank == 3 || x.rank == 4);
+    problem.dtype = dtype_of(x);
+    count_ = x.dims[0];
+    problem.N = x.dims[1], problem.C = x.dims[2], problem.S = x.rank == 4 ? x.dims[3] : 1;
     is_double_ = problem.dtype == Dtype::float64;
   }
 
   Problem problem = {};
-  int64_t count = 0;
-
-  bool is_valid() const { return is_valid_; }
 
   void large(const Buffer& buffer, Tensor& tensor) {
-    if (!is_there(buffer)) return;
-    Dtype dtype;
-    check(dtype_of(buffer, dtype) && dtype == problem.dtype && static_cast<int64_t>(buffer.element_count()) == count * size());
-    tensor = {buffer.untyped_data(), problem.C * problem.S, problem.S, 1};
+    if (!is_present(buffer)) return;
+    check(dtype_of(buffer) == problem.dtype && elements_of(buffer) == count_ * size());
+    tensor = {buffer.data, problem.C * problem.S, problem.S, 1};
     strides_.push_back({&tensor.data, size() * size_of(problem.dtype)});
   }
 
-  // A mask broadcasts over the channels, or has one byte for each element.
+  // A mask broadcasts over the channels, or has one byte for each element; or it is the lengths of each n, int32.
   void mask(const Buffer& buffer) {
-    if (!is_there(buffer)) return;
-    const auto sizes = buffer.dimensions();
-    check(buffer.element_type() == ffi::PRED && sizes.size() >= 3 && sizes[0] == count && sizes[1] == problem.N);
-    if (!is_valid_) return;
-    const int64_t channels = sizes[2];
-    check((channels == 1 || channels == problem.C) &&
-          static_cast<int64_t>(buffer.element_count()) == count * problem.N * channels * problem.S);
+    if (!is_present(buffer)) return;
+    if (buffer.rank == 2) {
+      check(buffer.dtype == DataType::s32 && buffer.dims[0] == count_ && buffer.dims[1] == problem.N);
+      lengths_ = static_cast<const int32_t*>(buffer.data);
+      wide_lengths_.resize(problem.N);
+      problem.mask.lengths = wide_lengths_.data();
+      return;
+    }
+    check(buffer.dtype == DataType::pred && buffer.rank >= 3 && buffer.dims[0] == count_ && buffer.dims[1] == problem.N);
+    const int64_t channels = buffer.dims[2];
+    check(channels == 1 || channels == problem.C);
+    check(elements_of(buffer) == count_ * problem.N * channels * problem.S);
     Tensor& keep = problem.mask.keep;
-    keep = {buffer.untyped_data(), channels * problem.S, channels == 1 ? 0 : problem.S, 1};
+    keep = {buffer.data, channels * problem.S, channels == 1 ? 0 : problem.S, 1};
     strides_.push_back({&keep.data, channels * problem.N * problem.S});
   }
 
   void parameter(const Buffer& buffer, Channels& channels) {
-    if (!is_there(buffer)) return;
-    channels.stride = 1;
-    check(dtype_of(buffer, channels.dtype) && static_cast<int64_t>(buffer.element_count()) == count * problem.C);
-    channels.data = buffer.untyped_data();
+    if (!is_present(buffer)) return;
+    channels = {buffer.data, dtype_of(buffer), 1};
+    check(elements_of(buffer) == count_ * problem.C);
     strides_.push_back({&channels.data, problem.C * size_of(channels.dtype)});
   }
 
   void statistic(const Buffer& buffer, void*& table) {
-    check(buffer.element_type() == (is_double_ ? ffi::F64 : ffi::F32) && static_cast<int64_t>(buffer.element_count()) == count * problem.C);
-    table = buffer.untyped_data();
+    check(buffer.dtype == (is_double_ ? DataType::f64 : DataType::f32) && elements_of(buffer) == count_ * problem.C);
+    table = buffer.data;
     strides_.push_back({&table, problem.C * (is_double_ ? 8 : 4)});
   }
 
   // Counts are int32 there and int64 here.
   void counts(const Buffer& buffer) {
-    if (!is_there(buffer)) return;
-    check(buffer.element_type() == ffi::S32 && static_cast<int64_t>(buffer.element_count()) == count * problem.C);
-    counts_ = static_cast<int32_t*>(buffer.untyped_data());
+    if (!is_present(buffer)) return;
+    check(buffer.dtype == DataType::s32 && elements_of(buffer) == count_ * problem.C);
+    counts_ = static_cast<int32_t*>(buffer.data);
     wide_counts_.resize(problem.C);
     problem.count = wide_counts_.data();
   }
 
-  ffi::Error compute(Operation operation, ffi::ThreadPool pool) {
-    const auto schedule = [](void* pool, void (*task)(void*), void* data) {
-      static_cast<ffi::ThreadPool*>(pool)->Schedule([task, data] { task(data); });
-    };
+  void compute(Operation operation, ThreadPool pool) {
+    const auto schedule = [](void* to, void (*task)(void*), void* data) { static_cast<ThreadPool*>(to)->schedule(task, data); };
     const Helpers helpers{schedule, &pool};
     problem.helpers = &helpers;
     problem.has_new_results = true;
-    const int threads = static_cast<int>(std::min<int64_t>(num_threads(), pool.num_threads()));
-    if (!is_valid_) return ffi::Error::InvalidArgument("batchnorm: operands that do not go together");
-    try {
-      for (int64_t lane = 0; lane < count; ++lane) {
-        int32_t* const counts = counts_ ? counts_ + lane * problem.C : nullptr;
-        if (counts && operation == Operation::backward) std::copy(counts, counts + problem.C, wide_counts_.begin());
-        problem.threads = threads;  // `compute` lowers it to what the size is worth
-        if (!batchnorm::compute(operation, problem)) return ffi::Error::Internal("batchnorm: no kernel walks such strides");
-        if (counts && operation == Operation::forward)
-          std::transform(wide_counts_.begin(), wide_counts_.end(), counts, [](int64_t n) { return static_cast<int32_t>(n); });
-        for (const auto& [data, bytes] : strides_) *data = static_cast<char*>(*data) + bytes;
-      }
-    } catch (const std::bad_alloc&) {
-      return ffi::Error(ffi::ErrorCode::kResourceExhausted, "batchnorm: out of memory");
+    const int threads = static_cast<int>(std::min<int64_t>(num_threads(), pool.size()));
+    for (int64_t lane = 0; lane < count_; ++lane) {
+      int32_t* const counts = counts_ ? counts_ + lane * problem.C : nullptr;
+      if (counts && operation == Operation::backward) std::copy(counts, counts + problem.C, wide_counts_.begin());
+      if (lengths_)  // which nobody has checked where they were traced
+        std::transform(lengths_ + lane * problem.N, lengths_ + (lane + 1) * problem.N, wide_lengths_.begin(),
+                       [S = problem.S](int64_t length) { return std::clamp<int64_t>(length, 0, S); });
+      problem.threads = threads;  // `compute` lowers it to what the size is worth
+      if (!batchnorm::compute(operation, problem)) refuse("no kernel walks such strides");
+      if (counts && operation == Operation::forward)
+        std::transform(wide_counts_.begin(), wide_counts_.end(), counts, [](int64_t n) { return static_cast<int32_t>(n); });
+      for (const auto& [data, bytes] : strides_) *data = static_cast<char*>(*data) + bytes;
     }
-    return ffi::Error::Success();
   }
 
  private:
   int64_t size() const { return problem.N * problem.C * problem.S; }
-  void check(bool holds) { is_valid_ = is_valid_ && holds; }
 
   struct Stride { void** data; int64_t bytes; };  // from one lane to the next
   std::vector<Stride> strides_;
-  std::vector<int64_t> wide_counts_;
+  std::vector<int64_t> wide_counts_, wide_lengths_;
+  const int32_t* lengths_ = nullptr;
   int32_t* counts_ = nullptr;
-  bool is_valid_, is_double_ = false;
+  int64_t count_ = 0;
+  bool is_double_ = false;
 };
 
-ffi::Error forward(Buffer x, Buffer gamma, Buffer beta, Buffer residual, Buffer keep, Result y, Result mean, Result mean_lo,
-                   Result m2, Result rstd, Result count, double eps, int64_t activation, double slope,
-                   bool normalized_padding, ffi::ThreadPool pool) {
-  Lanes lanes(x);
-  if (lanes.is_valid()) {
-    Problem& problem = lanes.problem;
-    lanes.large(x, problem.x), lanes.large(residual, problem.residual), lanes.large(*y, problem.y);
-    lanes.mask(keep), lanes.parameter(gamma, problem.gamma), lanes.parameter(beta, problem.beta);
-    lanes.statistic(*mean, problem.mean), lanes.statistic(*mean_lo, problem.mean_lo);
-    lanes.statistic(*m2, problem.m2), lanes.statistic(*rstd, problem.rstd), lanes.counts(*count);
-    problem.eps = eps, problem.slope = slope, problem.normalized_padding = normalized_padding;
-    problem.activation = static_cast<Activation>(activation);
-  }
-  return lanes.compute(Operation::forward, pool);
+// ---- the targets --------------------------------------------------------------------------------------------------
+
+void forward(const xla::CallFrame& frame) {
+  enum { x, gamma, beta, residual, keep, args };
+  enum { y, mean, mean_lo, m2, rstd, count, rets };
+  const Call call(frame, args, rets, 4);
+  Lanes lanes(call.arg(x));
+  Problem& problem = lanes.problem;
+  lanes.large(call.arg(x), problem.x), lanes.large(call.arg(residual), problem.residual), lanes.large(call.ret(y), problem.y);
+  lanes.mask(call.arg(keep)), lanes.parameter(call.arg(gamma), problem.gamma), lanes.parameter(call.arg(beta), problem.beta);
+  lanes.statistic(call.ret(mean), problem.mean), lanes.statistic(call.ret(mean_lo), problem.mean_lo);
+  lanes.statistic(call.ret(m2), problem.m2), lanes.statistic(call.ret(rstd), problem.rstd), lanes.counts(call.ret(count));
+  problem.eps = call.float64("eps"), problem.slope = call.float64("slope");
+  problem.normalized_padding = call.boolean("normalized_padding");
+  problem.activation = activation_of(call);
+  lanes.compute(Operation::forward, ThreadPool(frame));
 }
 
-ffi::Error backward(Buffer dy, Buffer x, Buffer gamma, Buffer beta, Buffer residual, Buffer keep, Buffer count, Buffer mean,
-                    Buffer mean_lo, Buffer rstd, Result dx, Result dgamma, Result dbeta, Result dresidual,
-                    int64_t activation, double slope, ffi::ThreadPool pool) {
-  Lanes lanes(x);
-  if (lanes.is_valid()) {
-    Problem& problem = lanes.problem;
-    lanes.large(x, problem.x), lanes.large(dy, problem.dy), lanes.large(residual, problem.residual);
-    lanes.large(*dx, problem.dx), lanes.large(*dresidual, problem.dresidual), lanes.mask(keep);
-    lanes.parameter(gamma, problem.gamma), lanes.parameter(beta, problem.beta);
-    lanes.parameter(*dgamma, problem.dgamma), lanes.parameter(*dbeta, problem.dbeta);
-    lanes.statistic(mean, problem.mean), lanes.statistic(mean_lo, problem.mean_lo), lanes.statistic(rstd, problem.rstd);
-    lanes.counts(count);
-    problem.measure = false, problem.slope = slope, problem.activation = static_cast<Activation>(activation);
+void backward(const xla::CallFrame& frame) {
+  enum { dy, x, gamma, beta, residual, keep, count, mean, mean_lo, rstd, args };
+  enum { dx, dgamma, dbeta, dresidual, rets };
+  const Call call(frame, args, rets, 3);
+  Lanes lanes(call.arg(x));
+  Problem& problem = lanes.problem;
+  lanes.large(call.arg(x), problem.x), lanes.large(call.arg(dy), problem.dy), lanes.large(call.arg(residual), problem.residual);
+  lanes.large(call.ret(dx), problem.dx), lanes.large(call.ret(dresidual), problem.dresidual), lanes.mask(call.arg(keep));
+  lanes.parameter(call.arg(gamma), problem.gamma), lanes.parameter(call.arg(beta), problem.beta);
+  lanes.parameter(call.ret(dgamma), problem.dgamma), lanes.parameter(call.ret(dbeta), problem.dbeta);
+  lanes.statistic(call.arg(mean), problem.mean), lanes.statistic(call.arg(mean_lo), problem.mean_lo);
+  lanes.statistic(call.arg(rstd), problem.rstd), lanes.counts(call.arg(count));
+  problem.measure = false, problem.slope = call.float64("slope");
+  problem.normalized_padding = call.boolean("normalized_padding");
+  problem.activation = activation_of(call);
+  lanes.compute(Operation::backward, ThreadPool(frame));
+}
+
+// XLA asks each target for the version that it is compiled for, and registers none of a version that it does not support.
+bool answer_metadata(const xla::CallFrame& frame) {
+  if (!frame.extensions || frame.extensions->type != xla::ExtensionType::metadata) return false;
+  xla::Metadata& metadata = *reinterpret_cast<xla::MetadataExtension*>(frame.extensions)->metadata;
+  if (metadata.struct_size < offsetof(xla::Metadata, traits) + sizeof metadata.traits) refuse("XLA's metadata are too small");
+  metadata.version = {sizeof metadata.version, nullptr, xla::major_version, xla::minor_version};
+  metadata.traits = 0;
+  metadata.state_type = 0;  // behind what the size counts, but part of the struct since version 0.1
+  return true;
+}
+
+template <void (*target)(const xla::CallFrame&)> xla::Error* run(const xla::CallFrame& frame) {
+  try {
+    if (!answer_metadata(frame)) target(frame);
+    return nullptr;
+  } catch (const Failure& failure) {
+    return error_of(*frame.api, failure.code, failure.message.c_str());
+  } catch (const std::bad_alloc&) {
+    return error_of(*frame.api, ErrorCode::resource_exhausted, "batchnorm: out of memory");
+  } catch (const std::exception& error) {
+    return error_of(*frame.api, ErrorCode::internal, error.what());
   }
-  return lanes.compute(Operation::backward, pool);
 }
 
 }  // namespace
 
-std::pair<int, int> xla_version() { return {XLA_FFI_API_MAJOR, XLA_FFI_API_MINOR}; }
-
-XLA_FFI_DEFINE_HANDLER_SYMBOL(xla_forward, forward,
-                              ffi::Ffi::Bind()
-                                  .Arg<Buffer>().Arg<Buffer>().Arg<Buffer>().Arg<Buffer>().Arg<Buffer>()
-                                  .Ret<Buffer>().Ret<Buffer>().Ret<Buffer>().Ret<Buffer>().Ret<Buffer>().Ret<Buffer>()
-                                  .Attr<double>("eps").Attr<int64_t>("activation").Attr<double>("slope")
-                                  .Attr<bool>("normalized_padding").Ctx<ffi::ThreadPool>());
-
-XLA_FFI_DEFINE_HANDLER_SYMBOL(xla_backward, backward,
-                              ffi::Ffi::Bind()
-                                  .Arg<Buffer>().Arg<Buffer>().Arg<Buffer>().Arg<Buffer>().Arg<Buffer>()
-                                  .Arg<Buffer>().Arg<Buffer>().Arg<Buffer>().Arg<Buffer>().Arg<Buffer>()
-                                  .Ret<Buffer>().Ret<Buffer>().Ret<Buffer>().Ret<Buffer>()
-                                  .Attr<int64_t>("activation").Attr<double>("slope").Ctx<ffi::ThreadPool>());
+extern "C" xla::Error* xla_forward(xla::CallFrame* frame) { return run<forward>(*frame); }
+extern "C" xla::Error* xla_backward(xla::CallFrame* frame) { return run<backward>(*frame); }
 
 }  // namespace batchnorm

@@ -1,6 +1,7 @@
 """Named activations: values in both tails, and derivatives."""
 
 import math
+import re
 
 import numpy as np
 import pytest
@@ -8,6 +9,7 @@ import torch
 from array_api_compat import array_namespace
 from libraries import LIBRARIES
 
+import batchnorm as bn
 from batchnorm.core import activations
 
 everywhere = pytest.mark.parametrize("library", LIBRARIES.values(), ids=lambda library: library.name)
@@ -62,3 +64,67 @@ def test_derivative_at_the_kink():
     assert activations.find("relu6").derivative(xp, zero) == activations.find("relu6").derivative(xp, zero + 6) == 0
     assert activations.find("hardswish").derivative(xp, zero - 3) == 0
     assert activations.find("hardswish").derivative(xp, zero + 3) == 1
+
+
+# ---- second names -------------------------------------------------------------------------------------------------
+
+X = np.random.default_rng(5).normal(size=(8, 3)).astype(np.float32)
+
+
+def by_layer(activation):
+    import batchnorm.torch as bnt
+
+    return bnt.BatchNorm(3, activation=activation)(torch.from_numpy(X)).detach()
+
+
+def by_insertion(activation):
+    import batchnorm.torch as bnt
+
+    layer = torch.nn.Linear(3, 3, bias=False)
+    torch.nn.init.eye_(layer.weight)
+    return bnt.with_batch_norm(layer, activation)(torch.from_numpy(X)).detach()
+
+
+def by_jax(activation):
+    import batchnorm.jax as bnj
+
+    return bnj.batch_norm(X, training=True, activation=activation)[0]
+
+
+def by_linen(activation):
+    import jax
+
+    from batchnorm.flax import linen
+
+    layer = linen.BatchNorm(use_running_average=False, activation=activation)
+    return layer.init_with_output(jax.random.key(0), X)[0]
+
+
+def by_nnx(activation):
+    from flax import nnx as flax_nnx
+
+    from batchnorm.flax import nnx
+
+    return nnx.BatchNorm(3, rngs=flax_nnx.Rngs(0), activation=activation)(X)
+
+
+def by_gradient(activation):
+    return bn.backward(X, bn.forward(X, activation=activation)[1]).dx
+
+
+@pytest.mark.parametrize("compute", [
+    lambda name: bn.forward(X, activation=name)[0], lambda name: bn.forward(X, activation=name, kernel="agnostic")[0],
+    lambda name: bn.batch_norm(torch.from_numpy(X), activation=name)[0], by_gradient, by_jax, by_layer, by_insertion,
+    by_linen, by_nnx,
+], ids=["native", "agnostic", "torch", "gradient", "jax", "layer", "insertion", "linen", "nnx"])  # fmt: skip
+def test_swish_is_silu(compute):
+    by_first_name, by_second_name = (np.asarray(compute(name)) for name in ("silu", "swish"))
+    np.testing.assert_array_equal(by_second_name, by_first_name)
+    assert not np.array_equal(by_first_name, np.asarray(compute(None)))
+
+
+def test_second_names_are_listed_beside_the_first():
+    assert activations.parse("swish") == ("silu", 0.0)
+    message = "did you mean 'swish'? Known are identity, relu, leaky_relu, silu (or swish), "
+    with pytest.raises(ValueError, match=re.escape(message)):
+        bn.forward(X, activation="Swish")

@@ -52,6 +52,7 @@ def backward(
     through_statistics: bool,
     activation: int,
     slope: float,
+    normalized_padding: bool,
     threads: int,
 ) -> bool: ...
 def forward_plain(
@@ -128,6 +129,8 @@ class Block:
     def __buffer__(self, flags: int, /) -> memoryview: ...
 
 smallest_block: int
+
+build: dict[str, Any]  # how the extension was compiled, and limits; for `show_config`
 
 xla_version: tuple[int, int]
 

@@ -129,6 +129,9 @@ ACTIVATIONS = {
     "hardswish": Activation(lambda xp, z: z * relu6(xp, z + 3) / 6, hardswish_derivative),
 }
 
+#: Second names of activations, which are taken wherever the first are.
+ALIASES = {"swish": "silu"}
+
 
 def find(name: str) -> Activation:
     """The activation called `name`.
@@ -141,7 +144,7 @@ def find(name: str) -> Activation:
 
 
 def parse(name: str) -> tuple[str, float]:
-    """The activation's own name and its slope: `leaky_relu(0.2)` sets it, which is 0.01 by default, 0 for the others.
+    """The activation's first name and its slope: `leaky_relu(0.2)` sets it, which is 0.01 by default, 0 for the others.
 
     Raises:
         ValueError: No activation has that name; the message names the nearest.
@@ -154,12 +157,15 @@ def parse(name: str) -> tuple[str, float]:
         if not math.isfinite(slope):
             raise ValueError(f"the slope of {name!r} is not a finite number; write leaky_relu(0.2)")
         return "leaky_relu", slope
+    name = ALIASES.get(name, name)
     if name not in ACTIVATIONS:
-        nearest = difflib.get_close_matches(name.lower(), ACTIVATIONS, n=1)
+        nearest = difflib.get_close_matches(name.lower(), [*ACTIVATIONS, *ALIASES], n=1)
         hint = f"did you mean {nearest[0]!r}? " if nearest else ""
+        aliases = {first: f"{first} (or {second})" for second, first in ALIASES.items()}
+        known = ", ".join(aliases.get(first, first) for first in ACTIVATIONS)
         raise ValueError(
-            f"no activation is called {name!r}; {hint}Known are {', '.join(ACTIVATIONS)}, leaky_relu(slope), or pass "
-            "any callable on the array"
+            f"no activation is called {name!r}; {hint}Known are {known}, leaky_relu(slope), or pass any callable on "
+            "the array"
         )
     return name, DEFAULT_SLOPE if name == "leaky_relu" else 0.0
 

@@ -1,5 +1,12 @@
 """Batch norm for Flax: `linen.BatchNorm` and `nnx.BatchNorm`, as Flax's own are made, called and stored."""
 
-from batchnorm.flax import linen, nnx
+from batchnorm.configuration import import_error
 
-__all__ = ["linen", "nnx"]
+if error := import_error(__name__, "jax") or import_error(__name__, "flax"):
+    raise error
+
+from batchnorm.flax import linen, nnx
+from batchnorm.flax.insertion import with_batch_norm
+from batchnorm.flax.replacement import Report, replace, replaced, restore
+
+__all__ = ["Report", "linen", "nnx", "replace", "replaced", "restore", "with_batch_norm"]

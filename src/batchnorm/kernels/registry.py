@@ -1,6 +1,10 @@
 """Which kernel computes: the C++ where it serves the arrays, array code for all others."""
 
+import os
+import sys
+import warnings
 from functools import cache
+from pathlib import Path
 from types import ModuleType
 
 import array_api_compat
@@ -55,7 +59,21 @@ def select(
             return module
     if name is not None:
         raise ValueError(f"kernel 'native' does not serve this call: {reason}; pass kernel=None or 'agnostic'")
+    if module is None and reason == native_for_numpy()[1]:
+        warn_of_missing_extension(reason)
     return agnostic
+
+
+@cache
+def warn_of_missing_extension(reason: str) -> None:
+    """The warning, once in a process, that calls that the kernels would serve take array code."""
+    level, frame = 1, sys._getframe(0)
+    while frame.f_back is not None and frame.f_code.co_filename.startswith(PACKAGE):
+        level, frame = level + 1, frame.f_back
+    warnings.warn(f"batchnorm computes by array code, which is slower: {reason}", RuntimeWarning, level)
+
+
+PACKAGE = os.path.join(Path(__file__).parents[1], "")
 
 
 def native_module(x: Array) -> tuple[ModuleType | None, str]:
@@ -75,7 +93,10 @@ def native_for_numpy() -> tuple[ModuleType | None, str]:
     try:
         from batchnorm.kernels import native
     except ImportError as error:
-        return None, f"the compiled extension cannot be loaded ({error})"
+        return None, (
+            f"the compiled extension cannot be loaded ({error}); install batchnorm again (`pip install .` in its "
+            "source tree compiles the extension), and see `python -m batchnorm`"
+        )
     return native, ""
 
 
@@ -100,6 +121,8 @@ def native_for_jax() -> tuple[ModuleType | None, str]:
         from batchnorm.kernels import jax
     except ImportError as error:
         return None, str(error)
+    except FileNotFoundError as error:
+        return None, f"the version of XLA's interface is unknown: jaxlib has no {error.filename}"
     return jax, ""
 
 

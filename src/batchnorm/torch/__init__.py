@@ -1,5 +1,10 @@
 """Batch norm for PyTorch: the layers of `torch.nn`, faster on a CPU, and what those cannot do."""
 
+from batchnorm.configuration import import_error
+
+if error := import_error(__name__, "torch", needs_extension=True):
+    raise error
+
 from batchnorm.torch.accumulation import accumulate
 from batchnorm.torch.control import freeze, no_update, unfreeze
 from batchnorm.torch.functional import batch_norm
