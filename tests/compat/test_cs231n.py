@@ -1,0 +1,215 @@
+"""`compat.cs231n` against the arrays of the original, and where it is meant to differ."""
+
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from golden import case_inputs, relative_error, results, tolerance
+
+import batchnorm as bn
+from batchnorm.compat.cs231n import batchnorm_backward, batchnorm_forward
+
+DTYPES = ["float64", "float32"]
+
+
+def rows(array, channel_axis):
+    """(N, D): the other cases than the two-dimensional ones were given to the original in this form."""
+    return np.moveaxis(array, channel_axis, -1).reshape(-1, array.shape[channel_axis])
+
+
+def case(name, dtype):
+    """x of three steps, dy, gamma and beta, and the running statistics of `y_eval_r0`."""
+    inputs, axis = case_inputs(name), int(case_inputs(name)["channel_axis"])
+    steps = [rows(x, axis).astype(dtype) for x in inputs["x_steps"]]
+    vectors = (inputs[key].astype(dtype) for key in ("gamma", "beta", "rmean0", "rvar0"))
+    return steps, rows(inputs["dy"], axis).astype(dtype), *vectors
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("name", "config", "options"), [
+    *((name, "default", {}) for name in ("d2", "d3", "d4", "d5", "seq", "const", "single", "single4", "ill")),
+    *((name, "eps1e-3_mom0.5", {"eps": 1e-3, "momentum": 0.5}) for name in ("d2", "d4")),
+])  # fmt: skip
+def test_original(name, config, options, dtype):
+    """Every array of three training steps, the gradients of the first, and test mode."""
+    theirs = results("cs231n", dtype, name, config)
+    steps, dy, gamma, beta, mean, var = case(name, dtype)
+    bn_param, ours = {"mode": "train", **options}, {}
+    for number, x in enumerate(steps, start=1):
+        y, cache = batchnorm_forward(x, gamma, beta, bn_param)
+        if number == 1:
+            ours["y"], (ours["dx"], ours["dgamma"], ours["dbeta"]) = y, batchnorm_backward(dy, cache)
+        ours[f"running_mean_{number}"] = bn_param["running_mean"]
+        ours[f"running_var_{number}"] = bn_param["running_var"]
+    for result, stored in (
+        ("y_eval_3", bn_param), ("y_eval_init", {}), ("y_eval_r0", {"running_mean": mean, "running_var": var}),
+    ):  # fmt: skip
+        ours[result], _ = batchnorm_forward(steps[0], gamma, beta, {**stored, **options, "mode": "test"})
+    assert set(ours) == set(theirs)
+    axis = int(case_inputs(name)["channel_axis"])
+    for result, value in ours.items():
+        expected = theirs[result] if theirs[result].ndim < 2 else rows(theirs[result], axis)
+        assert value.dtype == dtype, result
+        # float32 holds this case's mean to 5 % of its deviation only, in the original and in the state
+        bound = 0.1 if (name, dtype) == ("ill", "float32") else tolerance("cs231n", dtype, name, result)
+        assert relative_error(value, expected) <= bound, result
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_ill_conditioned_training_is_exact(dtype):
+    """The cache keeps what float32 cannot hold of the mean: out and the gradients are those of `forward`."""
+    (x, *_), dy, gamma, beta, *_ = case("ill", dtype)
+    out, cache = batchnorm_forward(x, gamma, beta, {"mode": "train"})
+    expected, own = bn.forward(x, gamma, beta, eps=1e-5)
+    bound = 1e-12 if dtype == "float64" else 1e-6
+    np.testing.assert_allclose(out, expected, rtol=bound, atol=bound)
+    for ours, theirs in zip(batchnorm_backward(dy, cache), bn.backward(dy, own)[:3], strict=True):
+        assert relative_error(ours, theirs) <= (1e-9 if dtype == "float64" else 1e-6)
+
+
+def test_one_measurement(monkeypatch):
+    """Training goes through x once: one call of `batch_norm` gives out, the cache and the running statistics."""
+    import batchnorm.compat.cs231n as module
+
+    calls = []
+    for name in ("batch_norm", "forward"):
+        function = getattr(module, name)
+        monkeypatch.setattr(module, name, lambda *a, _f=function, _n=name, **o: calls.append(_n) or _f(*a, **o))
+    (x, *_), dy, gamma, beta, *_ = case("d2", "float64")
+    _, cache = batchnorm_forward(x, gamma, beta, {"mode": "train"})
+    batchnorm_backward(dy, cache)
+    assert calls == ["batch_norm"]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_backward_of_test_mode(dtype):
+    """Against central differences in float64; the original's cache of test mode is None."""
+    (x, *_), dy, gamma, beta, mean, var = case("d2", dtype)
+    bn_param = {"mode": "test", "eps": 0.1, "running_mean": mean, "running_var": var}
+    _, cache = batchnorm_forward(x, gamma, beta, bn_param)
+    arguments = [x.astype(float), gamma.astype(float), beta.astype(float)]
+    stored = {**bn_param, "running_mean": mean.astype(float), "running_var": var.astype(float)}
+    gradients = batchnorm_backward(dy, cache)
+    assert [g.dtype for g in gradients] == [dtype] * 3
+    for which, gradient in enumerate(gradients):
+        assert gradient.shape == arguments[which].shape
+        for index in np.ndindex(gradient.shape):
+            change = np.zeros_like(arguments[which])
+            change[index] = 1e-4
+            ends = [
+                batchnorm_forward(*(a + sign * change if i == which else a for i, a in enumerate(arguments)), stored)[0]
+                for sign in (1, -1)
+            ]
+            difference = np.sum((ends[0] - ends[1]) * dy) / 2e-4
+            np.testing.assert_allclose(gradient[index], difference, rtol=1e-5, atol=1e-5)
+
+
+def test_dictionary_is_updated_in_place():
+    """Both modes set the running statistics, as there; the caller's arrays are not written to."""
+    (x, *_), _, gamma, beta, mean, var = case("d2", "float64")
+    for array in (x, gamma, beta, mean, var):
+        array.flags.writeable = False
+    bn_param = {"mode": "train", "running_mean": mean, "running_var": var, "momentum": 0.75}
+    batchnorm_forward(x, gamma, beta, bn_param)
+    np.testing.assert_allclose(bn_param["running_mean"], 0.75 * mean + 0.25 * x.mean(axis=0), rtol=1e-12)
+    np.testing.assert_allclose(bn_param["running_var"], 0.75 * var + 0.25 * x.var(axis=0), rtol=1e-12)
+    bn_param = {"mode": "test"}
+    batchnorm_forward(x, gamma, beta, bn_param)
+    np.testing.assert_array_equal([bn_param["running_mean"], bn_param["running_var"]], np.zeros((2, 5)))
+
+
+def test_half_precision_keeps_statistics_in_float32():
+    (x, *_), dy, gamma, beta, *_ = case("d2", "float16")
+    bn_param = {"mode": "train"}
+    out, cache = batchnorm_forward(x, gamma, beta, bn_param)
+    assert out.dtype == np.float16
+    assert bn_param["running_var"].dtype == np.float32
+    np.testing.assert_allclose(bn_param["running_var"], 0.1 * x.astype(float).var(axis=0), rtol=1e-6)
+    theirs = results("cs231n", "float64", "d2", "default")
+    assert relative_error(batchnorm_backward(dy, cache)[0], theirs["dx"]) <= 5e-3
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_constant_channel_without_eps(dtype):
+    """0/0 in the original; ours is the limit, xhat = 0, in both modes."""
+    theirs = results("cs231n", dtype, "const", "eps0")
+    assert not np.isfinite(theirs["y"]).all()
+    (x, *_), dy, gamma, beta, *_ = case("const", dtype)
+    out, cache = batchnorm_forward(x, gamma, beta, {"mode": "train", "eps": 0.0})
+    np.testing.assert_array_equal(out[:, 1:], np.broadcast_to(beta[1:], (8, 3)))
+    np.testing.assert_array_equal(batchnorm_backward(dy, cache)[0][:, 1:], 0)
+    assert relative_error(out[:, 0], theirs["y"][:, 0]) <= tolerance("cs231n", dtype)
+    out, _ = batchnorm_forward(x, gamma, beta, {"mode": "test", "eps": 0.0})
+    np.testing.assert_array_equal(out, np.broadcast_to(beta, (8, 4)))
+
+
+def test_batch_that_is_not_finite():
+    """It is reported and stays out of the running statistics; its gradients are NaN in its own channel alone."""
+    (x, *_), dy, gamma, beta, mean, var = case("d2", "float64")
+    x = x.copy()
+    x[3, 2] = np.nan
+    bn_param = {"mode": "train", "running_mean": mean, "running_var": var}
+    with pytest.warns(RuntimeWarning, match="not finite"):
+        out, cache = batchnorm_forward(x, gamma, beta, bn_param)
+    np.testing.assert_array_equal(bn_param["running_mean"], mean)
+    np.testing.assert_array_equal(bn_param["running_var"], var)
+    dx, dgamma, _ = batchnorm_backward(dy, cache)
+    theirs = results("cs231n", "float64", "d2", "default")
+    for ours, expected in ((out, theirs["y"]), (dx, theirs["dx"]), (dgamma, theirs["dgamma"])):
+        assert np.isnan(ours[..., 2]).all()
+        np.testing.assert_allclose(np.delete(ours, 2, -1), np.delete(expected, 2, -1), rtol=1e-11, atol=1e-12)
+
+
+def test_empty_batch_changes_nothing():
+    bn_param = {"mode": "train", "running_mean": np.ones(5), "running_var": np.full(5, 2.0)}
+    out, cache = batchnorm_forward(np.zeros((0, 5)), np.ones(5), np.zeros(5), bn_param)
+    assert out.shape == (0, 5)
+    np.testing.assert_array_equal(bn_param["running_mean"], 1)
+    np.testing.assert_array_equal(bn_param["running_var"], 2)
+    assert [g.shape for g in batchnorm_backward(out, cache)] == [(0, 5), (5,), (5,)]
+
+
+X, GAMMA, BETA = np.arange(10.0).reshape(2, 5), np.ones(5), np.zeros(5)
+
+
+@pytest.mark.parametrize(("arguments", "error", "message"), [
+    ((X, GAMMA, BETA, {}), KeyError, "mode"),
+    ((X, GAMMA, BETA, {"mode": "eval"}), ValueError, "'eval'; it must be 'train' or 'test'"),
+    ((X.reshape(1, 2, 5), GAMMA, BETA, {"mode": "train"}), ValueError, r"\(1, 2, 5\); it must be \(N, D\)"),
+    ((X.tolist(), GAMMA, BETA, {"mode": "train"}), TypeError, "x is a list; it must be a NumPy array"),
+    ((X, None, BETA, {"mode": "train"}), TypeError, "gamma is a NoneType"),
+    ((X.astype(int), GAMMA, BETA, {"mode": "train"}), TypeError, "x has dtype int64"),
+    ((X, GAMMA[:3], BETA, {"mode": "test"}), ValueError, r"gamma has shape \(3,\)"),
+    ((X, GAMMA, BETA, {"mode": "train", "eps": -1.0}), ValueError, "eps is -1.0"),
+    ((X, GAMMA, BETA, {"mode": "train", "momentum": 1.5}), ValueError, r"momentum'\] is 1.5; it weighs"),
+    ((X, GAMMA, BETA, {"mode": "train", "running_mean": np.ones(1)}), ValueError, r"running.mean has shape \(1,\)"),
+])  # fmt: skip
+def test_refusals_change_nothing(arguments, error, message):
+    bn_param = arguments[3]
+    before = dict(bn_param)
+    with pytest.raises(error, match=message):
+        batchnorm_forward(*arguments)
+    assert bn_param == before
+
+
+@pytest.mark.parametrize("mode", ["train", "test"])
+def test_dout_must_fit(mode):
+    _, cache = batchnorm_forward(X, GAMMA, BETA, {"mode": mode})
+    with pytest.raises(ValueError, match=r"\(5,\); it must be that of x, \(2, 5\)"):
+        batchnorm_backward(np.ones(5), cache)
+    with pytest.raises(TypeError, match=r"(dout|dy) is a list"):
+        batchnorm_backward(X.tolist(), cache)
+
+
+def test_numpy_alone():
+    """Neither `batchnorm.compat` nor this module loads a framework, in use as well."""
+    program = (
+        "import sys, numpy as np, batchnorm.compat\n"
+        "from batchnorm.compat.cs231n import batchnorm_backward, batchnorm_forward\n"
+        "_, cache = batchnorm_forward(np.ones((2, 3)), np.ones(3), np.ones(3), {'mode': 'train'})\n"
+        "batchnorm_backward(np.ones((2, 3)), cache)\n"
+        "print({'torch', 'jax', 'flax', 'optax', 'xarray'} & set(sys.modules))"
+    )
+    result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert result.stdout.strip() == "set()"
