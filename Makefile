@@ -25,7 +25,7 @@ test: $(VENV)/.dev ## Run the tests; PYTEST="-k golden" passes options
 bench: $(VENV)/.dev ## Measure the speed against memory and every peer (an hour); BENCH=--quick takes a minute
 	$(BIN)/python -m benchmarks $(BENCH)
 
-sanitize: ## Run the kernels under AddressSanitizer, UndefinedBehaviorSanitizer and ThreadSanitizer (two minutes)
+sanitize: $(VENV)/.dev ## Run the kernels, and the extension, under three sanitizers and with hostile calls (eight minutes)
 	tests/kernels/sanitize.sh
 
 lint: $(VENV)/.dev ## Check style (ruff) and types (mypy --strict)

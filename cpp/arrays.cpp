@@ -153,10 +153,14 @@ bool Array::read_buffer(nb::handle object, bool is_written) {
   }
   data = view.buf;
   ndim = view.ndim;
-  for (int i = 0; i < ndim; ++i) {
+  int64_t packed = 1;
+  for (int i = ndim - 1; i >= 0; --i) {
     shape[i] = view.shape[i];
-    strides[i] = view.strides[i] / view.itemsize;
-    has_whole_strides &= shape[i] <= 1 || strides[i] * view.itemsize == view.strides[i];
+    // NumPy's datetime64 and timedelta64 scalars have no strides though they are asked for them.
+    const int64_t bytes = view.strides ? view.strides[i] : packed * view.itemsize;
+    strides[i] = bytes / view.itemsize;
+    has_whole_strides &= shape[i] <= 1 || strides[i] * view.itemsize == bytes;
+    packed *= shape[i];
   }
   return true;
 }

@@ -26,7 +26,8 @@ template <class T> class BackwardJob : public Job<T> {
  private:
   template <Form form> void run() {
     const bool has_map = problem.dx.data || problem.dresidual.data;
-    const bool are_dots = form == Form::plain && this->can_dot() && problem.N * problem.S > 1 && is_near_zero();
+    const bool are_dots = form == Form::plain && this->can_dot() && !options.normalized_padding &&
+                          problem.N * problem.S > 1 && is_near_zero();
     Base::run(true, [&](const Scope& scope) {
       this->for_channels(scope, [&](Range mine) {
         for (int64_t c = mine.begin; c < mine.end; ++c) this->fill_tables(c);
@@ -54,17 +55,18 @@ template <class T> class BackwardJob : public Job<T> {
   // Whether sums of dy * x do not cancel, as no mean lies far from zero, and coefficients of x stay in the range of floats.
   // Of all channels: which of them a thread takes together must not decide.
   bool is_near_zero() const {
-    const F *mean = static_cast<const F*>(problem.mean), *rstd = static_cast<const F*>(problem.rstd);
-    for (int64_t c = 0; c < problem.C; ++c)
-      if (!(__builtin_fabs(mean[c] * rstd[c]) < 4 && rstd[c] > 1e-3 && rstd[c] < 1e3)) return false;
+    for (int64_t c = 0; c < problem.C; ++c) {
+      const F mean = element_at<F>(problem.mean, c), rstd = element_at<F>(problem.rstd, c);
+      if (!(__builtin_fabs(mean * rstd) < 4 && rstd > 1e-3 && rstd < 1e3)) return false;
+    }
     return true;
   }
 
   // dx = gamma * rstd * (dz - E[dz] - xhat * E[dz * xhat]) = a * (dz - c + b * d), with d = x - hi and
   // xhat = rstd * (d - lo); about zero multiplied out, a * dy + b * x + c.
   template <class Terms> void finish(int64_t c, const Terms& terms, bool is_about_zero) {
-    const double rstd = static_cast<const F*>(problem.rstd)[c], lo = static_cast<const F*>(problem.mean_lo)[c];
-    const double n = static_cast<double>(max(problem.count ? problem.count[c] : problem.N * problem.S, 1));
+    const double rstd = element_at<F>(problem.rstd, c), lo = element_at<F>(problem.mean_lo, c);
+    const double n = static_cast<double>(max(problem.count ? element_at<int64_t>(problem.count, c) : problem.N * problem.S, 1));
     double dbeta, product;
     this->total_of(c, dbeta, product);
     if (is_about_zero) product -= tables.hi[c] * dbeta;
@@ -73,24 +75,43 @@ template <class T> class BackwardJob : public Job<T> {
     const bool is_out_of_range = !(product - product == 0) || (is_tiny && __builtin_fabs(product) < n * 1e-32);
     if (sizeof(F) == 4 && is_out_of_range) product = product_in_double(c, terms);
     const double dgamma = rstd * (product - lo * dbeta), b = -dgamma / n * rstd * read(problem.factor, c, 1);
-    write(problem.dgamma, c, dgamma);
-    write(problem.dbeta, c, dbeta);
+    write(problem.dgamma, c, with_one_nan(dgamma));
+    write(problem.dbeta, c, with_one_nan(dbeta + unread_in_double(c, terms)));
     const double a = read(problem.gamma, c, 1) * rstd, shift = dbeta / n + b * lo;
-    tables.a[c] = static_cast<F>(a);
-    tables.b[c] = static_cast<F>(is_about_zero ? a * b : b);
-    tables.c[c] = static_cast<F>(is_about_zero ? -a * (shift + b * tables.hi[c]) : shift);
+    tables.a[c] = static_cast<F>(with_one_nan(a));
+    tables.b[c] = static_cast<F>(with_one_nan(is_about_zero ? a * b : b));
+    tables.c[c] = static_cast<F>(with_one_nan(is_about_zero ? -a * (shift + b * tables.hi[c]) : shift));
+  }
+
+  // The sum of dz over padding that is not finite, where any is: its y = activation(beta + residual) depends on beta alone.
+  template <class Terms> double unread_in_double(int64_t c, const Terms& terms) const {
+    if (!__atomic_load_n(options.has_unread, __ATOMIC_RELAXED)) return 0;
+    const auto padding = this->padding_of(terms, tables);
+    const auto k = padding.template coefficients<by_channel<typename Base::V>>(c);
+    const T* x = Base::template at<const T>(problem.x, 0, c, 0);
+    double sum = 0;
+    for (int64_t n = 0; n < problem.N; ++n)
+      for (int64_t s = 0; s < problem.S; ++s) {
+        const F d = static_cast<F>(scalar(x + n * problem.x.n + s * problem.x.s)) - tables.hi[c];
+        if (this->counts(n, c, s) || d - d == 0) continue;
+        sum += first_lane(padding.dz(this->row(n, c, s), 0, broadcast<typename Base::V>(d), k, First{1}));
+      }
+    return sum;
   }
 
   template <class Terms> double product_in_double(int64_t c, Terms terms) const {
     terms.tables = tables;
-    const auto k = terms.template coefficients<by_channel<typename Base::V>>(c);
+    const auto padding = this->padding_of(terms, tables);
+    const auto of = [&](const auto& pass, int64_t n, int64_t s) {
+      typename Base::V p, q;
+      pass.terms(this->row(n, c, s), 0, pass.template coefficients<by_channel<typename Base::V>>(c), First{1}, p, q);
+      return static_cast<double>(first_lane(p)) * static_cast<double>(first_lane(q));
+    };
     double sum = 0;
     for (int64_t n = 0; n < problem.N; ++n)
       for (int64_t s = 0; s < problem.S; ++s) {
-        if (!this->counts(n, c, s)) continue;
-        typename Base::V p, q;
-        terms.terms(this->row(n, c, s), 0, k, First{1}, p, q);
-        sum += static_cast<double>(first_lane(p)) * static_cast<double>(first_lane(q));
+        if (this->counts(n, c, s)) sum += of(terms, n, s);
+        else if (options.normalized_padding) sum += of(padding, n, s);
       }
     return sum;
   }

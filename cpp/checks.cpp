@@ -32,11 +32,11 @@ void* statistic(const Array& array, int64_t C, Dtype dtype) {
   return array.data;
 }
 
-int64_t* integers(const Array& array, int64_t length) {
+void* integers(const Array& array, int64_t length) {
   if (!array) return nullptr;
   if (array.element != Element::int64 || array.size() != length || !array.is_contiguous())
     refuse(array, "must be int64, contiguous and of the right length");
-  return static_cast<int64_t*>(array.data);
+  return array.data;
 }
 
 Extent extent(const Array& array) {
@@ -82,12 +82,13 @@ bool prepare(Call& call, const Array& x, uint32_t kept, const Array& keep, const
     for (int axis = 0; axis < x.ndim && found < 2; ++axis)
       if (!(kept >> axis & 1)) reduced[found++] = axis;
     if (found < 2) refuse(lengths, "need a batch axis and a time axis");
-    const int64_t* given = integers(lengths, x.shape[reduced[0]]);
+    const void* const given = integers(lengths, x.shape[reduced[0]]);
     const int64_t steps = x.shape[reduced[1]];
     prefixes.reset(new int64_t[problem.N + 1]);
     for (int64_t n = 0; x.size() && n < problem.N; ++n) {
-      if (given[n] < 0 || given[n] > steps) refuse(lengths, "must lie between 0 and the size of the time axis");
-      prefixes[n] = steps ? given[n] * (problem.S / steps) : 0;
+      const int64_t length = element_at<int64_t>(given, n);
+      if (length < 0 || length > steps) refuse(lengths, "must lie between 0 and the size of the time axis");
+      prefixes[n] = steps ? length * (problem.S / steps) : 0;
     }
     problem.mask.lengths = prefixes.get();
   }

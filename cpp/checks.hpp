@@ -21,7 +21,7 @@ Channels channels(const Array& array, int64_t C);
 // The same in the dtype of the statistics of x, contiguous.
 void* statistic(const Array& array, int64_t C, Dtype dtype);
 
-int64_t* integers(const Array& array, int64_t length);
+void* integers(const Array& array, int64_t length);
 
 // The addresses that an array spans.
 struct Extent { const char *begin, *end; };

@@ -79,9 +79,28 @@ int num_threads() {
 
 void set_num_threads(int threads) { default_threads = threads; }
 
-bool compute(Operation operation, Problem& problem) {
-  if (is_forked_child || omp_in_parallel()) problem.threads = 1;
-  if (problem.C == 0) return true;
+// A mask of leading elements, the same for all channels, as lengths, and one of all elements as none: the kernels then
+// walk over whole rows. It costs a read of the mask, which is as large as a channel.
+void simplify(Mask& mask, int64_t N, int64_t S, std::unique_ptr<int64_t[]>& lengths) {
+  const Tensor& keep = mask.keep;
+  if (!keep.data || keep.c != 0) return;
+  lengths.reset(new int64_t[N]);
+  bool is_whole = true;
+  for (int64_t n = 0; n < N; ++n) {
+    const uint8_t* const row = static_cast<const uint8_t*>(keep.data) + n * keep.n;
+    int64_t length = 0;
+    while (length < S && row[length * keep.s]) ++length;
+    for (int64_t s = length; s < S; ++s)
+      if (row[s * keep.s]) return;
+    lengths[n] = length;
+    is_whole = is_whole && length == S;
+  }
+  if (S == 1 && !is_whole) return;  // rows of one element are walked over in runs as they are
+  mask.keep = {};
+  mask.lengths = is_whole ? nullptr : lengths.get();
+}
+
+bool compute_simplified(Operation operation, Problem& problem) {
   const int64_t elements = problem.N * problem.C * problem.S;
   problem.threads = static_cast<int>(std::clamp<int64_t>(elements / elements_for_a_thread, 1, problem.threads));
   Plan plan;
@@ -95,6 +114,17 @@ bool compute(Operation operation, Problem& problem) {
   }
   (operation == Operation::forward ? chosen->forward : chosen->backward)(problem, plan, workspace);
   return true;
+}
+
+bool compute(Operation operation, Problem& problem) {
+  if (is_forked_child || omp_in_parallel()) problem.threads = 1;
+  if (problem.C == 0) return true;
+  std::unique_ptr<int64_t[]> lengths;
+  const Mask mask = problem.mask;
+  simplify(problem.mask, problem.N, problem.S, lengths);
+  const bool is_done = compute_simplified(operation, problem);
+  problem.mask = mask;  // lanes of XLA step through it
+  return is_done;
 }
 
 }  // namespace batchnorm

@@ -14,6 +14,8 @@
 
 namespace batchnorm::BATCHNORM_ISA {
 
+// `Padding` is the pass over elements that do not count where these are normalised; void where they take no part in it.
+
 // Which lanes of a vector hold elements: all, or the first n.
 struct All {};
 struct First { int n; };
@@ -57,13 +59,19 @@ struct Options {
   Activation activation;
   double slope;
   bool has_mask;            // rows carry `keep`
-  bool is_padding;          // forward: no element counts, all come out normalised
-  bool normalized_padding;  // forward: those that do not count come out normalised
+  bool is_padding;          // no element counts, all are normalised
+  bool normalized_padding;  // those that do not count are normalised, and have gradients, like the rest
   bool through_statistics;  // backward
+  bool* has_unread;             // backward: set where padding is not finite
+  bool has_short_runs = false;  // sums are folded into doubles after every addition or two
 };
 
-// The passes are compiled for the common forms and once for everything else, which is decided at run time.
-enum class Form : uint8_t { plain, relu, relu_residual, general };
+// The passes are compiled for the common forms, for the padding beside the plain one, where it is normalised, and once for
+// everything else, which is decided at run time.
+enum class Form : uint8_t { plain, relu, relu_residual, plain_padding, general };
+
+// The form of the padding beside a form.
+constexpr Form padding_of(Form form) { return form == Form::plain ? Form::plain_padding : Form::general; }
 
 // A coefficient for the lanes of a vector: `by_channel` for the rows family, `by_column` for the other.
 template <class V> BATCHNORM_INLINE V by_channel(const ScalarOf<V>* table, int64_t channel) {
@@ -81,6 +89,7 @@ template <class V> BATCHNORM_INLINE V by_column(const ScalarOf<V>* table, int64_
 template <class T, bool is_masked> struct Deviations {
   using V = typename Compute<T>::V;
   using Sum = V;
+  using Padding = void;
   Tables<ScalarOf<V>> tables;
   Options options;
 
@@ -105,6 +114,7 @@ template <bool has_dy> struct Dots<bfloat16, has_dy> {
   using T = bfloat16;
   using V = Pair;
   using Sum = Vf;
+  using Padding = void;
   Tables<float> tables;
 
   static constexpr bool is_dots = true;
@@ -138,6 +148,21 @@ template <bool has_dy> struct Dots<bfloat16, has_dy> {
 };
 #endif
 
+// Which elements count.
+template <class V, class T, class L> BATCHNORM_INLINE MaskOf<V> kept(const Row<T>& row, int64_t j, const Options& options, L lanes) {
+  if (options.is_padding) return MaskOf<V>{};
+  return options.has_mask ? keep_lanes<V>(row.keep + j, lanes) : ~MaskOf<V>{};
+}
+
+// z where some elements may be padding: NaN there comes out as xhat = 0, and as 0 in the residual.
+template <class T, class V, class K, class L>
+BATCHNORM_INLINE V padded_z(const Row<T>& row, int64_t j, V d, const K& k, MaskOf<V> keep, L lanes) {
+  const V z = select(keep | is_finite(d), fma(k.scale, d, k.offset), k.beta);
+  if (!row.residual) return z;
+  const V residual = load(row.residual + j, lanes);
+  return z + select(keep | is_finite(residual), residual, V{});
+}
+
 template <class T> struct Normalized {  // what both directions share
   using V = typename Compute<T>::V;
 
@@ -150,11 +175,12 @@ template <class T> struct Normalized {  // what both directions share
 // y = activation(z + residual).
 template <class T, Form form> struct Forward {
   using V = typename Compute<T>::V;
+  using Padding = Forward<T, padding_of(form)>;
   Tables<ScalarOf<V>> tables;
   Options options;
 
   static constexpr int arrays = form == Form::relu_residual ? 3 : 2;
-  static constexpr unsigned reads = HI | SCALE | OFFSET | (form == Form::general ? BETA : 0u);
+  static constexpr unsigned reads = HI | SCALE | OFFSET | (form >= Form::plain_padding ? BETA : 0u);
   BATCHNORM_COEFFICIENTS(hi, scale, offset, beta) {
     return {fetch(tables.hi, i), fetch(tables.scale, i), fetch(tables.offset, i), fetch(tables.beta, i)};
   }
@@ -162,19 +188,14 @@ template <class T, Form form> struct Forward {
   template <class L> BATCHNORM_INLINE void apply(const Row<T>& row, int64_t j, const Coefficients& k, L lanes, bool is_streaming)
       const {
     const V d = load(row.x + j, lanes) - k.hi;
-    if constexpr (form != Form::general) {
+    if constexpr (form == Form::plain_padding)
+      return put(row.out + j, select(is_finite(d), fma(k.scale, d, k.offset), k.beta), lanes, is_streaming);
+    if constexpr (form < Form::plain_padding) {
       const V z = Normalized<T>::z(row, j, d, k.scale, k.offset, form == Form::relu_residual, lanes);
       return put(row.out + j, form == Form::plain ? z : select(z <= V{}, V{}, z), lanes, is_streaming);
     }
-    MaskOf<V> keep = ~MaskOf<V>{};
-    if (options.is_padding) keep = ~keep;
-    else if (options.has_mask) keep = keep_lanes<V>(row.keep + j, lanes);
-    // NaN in padding comes out as xhat = 0, and as 0 in the residual.
-    V z = select(keep | is_finite(d), fma(k.scale, d, k.offset), k.beta);
-    if (row.residual) {
-      const V residual = load(row.residual + j, lanes);
-      z += select(keep | is_finite(residual), residual, V{});
-    }
+    const MaskOf<V> keep = kept<V>(row, j, options, lanes);
+    const V z = padded_z(row, j, d, k, keep, lanes);
     V y = activate(options.activation, z, broadcast<V>(static_cast<ScalarOf<V>>(options.slope)));
     if (!options.normalized_padding) y = select(keep, y, V{});
     put(row.out + j, y, lanes, is_streaming);
@@ -190,28 +211,36 @@ template <class T, Form form> struct Backward {
 
   template <class K, class L> BATCHNORM_INLINE V dz(const Row<T>& row, int64_t j, V d, const K& k, L lanes) const {
     const V dy = load(row.dy + j, lanes);
-    if constexpr (form == Form::plain) return dy;
+    if constexpr (form == Form::plain || form == Form::plain_padding) return dy;
     V z = fma(k.scale, d, k.offset);
     if constexpr (form == Form::relu) return select(z <= V{}, V{}, dy);
     if constexpr (form == Form::relu_residual) return select(z + load(row.residual + j, lanes) <= V{}, V{}, dy);
-    if (row.residual) z += load(row.residual + j, lanes);
-    const V slope = broadcast<V>(static_cast<ScalarOf<V>>(options.slope));
-    const V dz = dy * activation_slope(options.activation, z, slope);
-    return options.has_mask ? select(keep_lanes<V>(row.keep + j, lanes), dz, V{}) : dz;
+    if constexpr (form == Form::general) {
+      const MaskOf<V> keep = kept<V>(row, j, options, lanes);
+      if (options.normalized_padding) z = padded_z(row, j, d, k, keep, lanes);
+      else if (row.residual) z += load(row.residual + j, lanes);
+      const V slope = broadcast<V>(static_cast<ScalarOf<V>>(options.slope));
+      z = dy * activation_slope(options.activation, z, slope);
+      if (!options.normalized_padding) z = select(keep, z, V{});
+    }
+    return z;
   }
 };
 
-// p = dz and q = x - hi: the sums of p and p * q give dbeta and dgamma.
+// p = dz and q = x - hi: the sums of p and p * q give dbeta and dgamma. Padding that is normalised but not finite takes no
+// part: the statistics do not reach its y. That there is some is noted, as its dz belongs to dbeta.
 template <class T, Form form> struct BackwardTerms : Backward<T, form> {
   using V = typename Compute<T>::V;
   using Sum = V;
+  using Padding = BackwardTerms<T, padding_of(form)>;
 
   static constexpr bool is_dots = false;
   static constexpr int arrays = form == Form::relu_residual ? 3 : 2;
-  static constexpr unsigned reads = HI | (form == Form::plain ? 0u : SCALE | OFFSET);
-  BATCHNORM_COEFFICIENTS(hi, scale, offset) {
+  static constexpr unsigned reads =
+      HI | (form == Form::plain || form == Form::plain_padding ? 0u : SCALE | OFFSET) | (form == Form::general ? BETA : 0u);
+  BATCHNORM_COEFFICIENTS(hi, scale, offset, beta) {
     const auto& t = this->tables;
-    return {fetch(t.hi, i), fetch(t.scale, i), fetch(t.offset, i)};
+    return {fetch(t.hi, i), fetch(t.scale, i), fetch(t.offset, i), fetch(t.beta, i)};
   }
 
   template <class L> BATCHNORM_INLINE void terms(const Row<T>& row, int64_t j, const Coefficients& k, L lanes, V& p, V& q)
@@ -219,14 +248,24 @@ template <class T, Form form> struct BackwardTerms : Backward<T, form> {
     const V d = load(row.x + j, lanes) - k.hi;
     p = only(this->dz(row, j, d, k, lanes), lanes);
     q = only(d, lanes);
-    if constexpr (form == Form::general)
-      if (this->options.has_mask) q = select(keep_lanes<V>(row.keep + j, lanes), q, V{});
+    if constexpr (form >= Form::plain_padding) {
+      const MaskOf<V> keep = kept<V>(row, j, this->options, lanes);
+      if (this->options.normalized_padding) {
+        const MaskOf<V> is_read = keep | is_finite(d);
+        p = select(is_read, p, V{});
+        q = select(is_read, q, V{});
+        if (any(~is_read)) __atomic_store_n(this->options.has_unread, true, __ATOMIC_RELAXED);
+      } else {
+        q = select(keep, q, V{});
+      }
+    }
   }
 };
 
 // dx = a * dy + b * x + c, where no mean lies so far from zero that the terms cancel to less than two bytes need.
 template <class T> struct FoldedGradient {
   using V = typename Compute<T>::V;
+  using Padding = void;
   Tables<ScalarOf<V>> tables;
 
   static constexpr int arrays = 3;
@@ -239,26 +278,34 @@ template <class T> struct FoldedGradient {
   }
 };
 
-// dx = a * (dz - c + b * (x - hi)), and dresidual = dz.
+// dx = a * (dz - c + b * (x - hi)), a * dz of padding, on which the statistics do not depend; and dresidual = dz.
 template <class T, Form form> struct Gradient : Backward<T, form> {
   using V = typename Compute<T>::V;
+  using Padding = Gradient<T, padding_of(form)>;
 
   static constexpr int arrays = form == Form::relu_residual ? 5 : 3;
   static constexpr unsigned reads = BackwardTerms<T, form>::reads | A | B | C;
-  BATCHNORM_COEFFICIENTS(hi, scale, offset, a, b, c) {
+  BATCHNORM_COEFFICIENTS(hi, scale, offset, beta, a, b, c) {
     const auto& t = this->tables;
-    return {fetch(t.hi, i), fetch(t.scale, i), fetch(t.offset, i), fetch(t.a, i), fetch(t.b, i), fetch(t.c, i)};
+    return {fetch(t.hi, i), fetch(t.scale, i), fetch(t.offset, i), fetch(t.beta, i),
+            fetch(t.a, i), fetch(t.b, i), fetch(t.c, i)};
   }
 
   template <class L> BATCHNORM_INLINE void apply(const Row<T>& row, int64_t j, const Coefficients& k, L lanes, bool is_streaming)
       const {
     const V d = load(row.x + j, lanes) - k.hi;
-    const V dz = this->dz(row, j, d, k, lanes);
+    V dz = this->dz(row, j, d, k, lanes);
+    if constexpr (form == Form::plain_padding)
+      return put(row.out + j, select(is_finite(d), k.a * dz, V{}), lanes, is_streaming);
     V dx = k.a * fma(k.b, d, dz - k.c);
     if constexpr (form == Form::general) {
-      if (!this->options.through_statistics) dx = k.a * dz;
-      if (this->options.has_mask) dx = select(keep_lanes<V>(row.keep + j, lanes), dx, V{});
+      const Options& options = this->options;
+      const MaskOf<V> keep = kept<V>(row, j, options, lanes);
+      if (!options.through_statistics) dx = k.a * dz;
+      dx = select(keep, dx, options.normalized_padding ? select(is_finite(d), k.a * dz, V{}) : V{});
       if (row.out) put(row.out + j, dx, lanes, is_streaming);
+      if (options.normalized_padding && row.residual)
+        dz = select(keep | is_finite(load(row.residual + j, lanes)), dz, V{});
       if (row.dresidual) put(row.dresidual + j, dz, lanes, is_streaming);
     } else {
       put(row.out + j, dx, lanes, is_streaming);

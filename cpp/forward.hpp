@@ -20,7 +20,7 @@ template <class T> class ForwardJob : public Job<T> {
   }
 
   void run() {
-    const bool is_simple = !options.has_mask && !options.normalized_padding;
+    const bool is_simple = !options.has_mask;
     const Activation activation = problem.activation;
     if (is_simple && activation == Activation::identity && !problem.residual.data) return run<Form::plain>();
     if (is_simple && activation == Activation::relu)
@@ -61,8 +61,10 @@ template <class T> class ForwardJob : public Job<T> {
   void take_sums(const Scope& scope, bool is_repeated) {
     if constexpr (has_dots<T>)
       if (can_dot_ && !is_repeated) return this->reduce(scope, Dots<T, false>{});
-    if (options.has_mask) this->reduce(scope, Deviations<T, true>{{}, options});
-    else this->reduce(scope, Deviations<T, false>{{}, options});
+    Options chosen = options;
+    chosen.has_short_runs = is_repeated && sizeof(F) == 4;  // doubles are folded into no wider type
+    if (options.has_mask) this->reduce(scope, Deviations<T, true>{{}, chosen});
+    else this->reduce(scope, Deviations<T, false>{{}, chosen});
   }
 
   // ---- a value near the mean ----
@@ -128,6 +130,13 @@ template <class T> class ForwardJob : public Job<T> {
     for (int i = 0; i < taken; ++i) {
       is_wanted[i] = !is_repeated || this->again[begin + i];
       if (!is_wanted[i]) continue;
+      // m2 = square - sum * delta, with r = delta^2 / var: relative errors e of the two sums come out as e * (1 + r) and
+      // 2 * e * r of m2, and that of `sum` as e * sqrt(r) of the deviation in the mean. Eight samples of independent
+      // elements have r > 4 once in 10^8 channels, and their rounding errors are as independent: e is then a small part
+      // of a unit. Where outliers are among the samples and most terms are equal, so are their errors, and e comes to
+      // some 10 units: m2 is then off by up to 13 * e, 1e-5 in float and 1e-13 in double (which chunks add to). Taken
+      // again r is 0, and e is a unit or two, as runs are short then. A limit of 1/4 would hold m2 of any x to 1e-6,
+      // and cost one ordinary channel in six a second pass.
       const bool has_cancelled = sum[i] * delta[i] > 4 * m2[i] && sum[i] - sum[i] == 0;
       if (!is_repeated) this->again[begin + i] = has_cancelled;
       // Squares of floats beyond 1e19 overflow, and those below 1e-18 lose digits, though the variance is a float.
@@ -150,13 +159,13 @@ template <class T> class ForwardJob : public Job<T> {
       set(problem.mean_lo, c, lo);
       set(problem.m2, c, m2[i]);
       set(problem.rstd, c, rstd[i]);
-      if (problem.count) problem.count[c] = count[i];
+      if (problem.count) set_element<int64_t>(problem.count, c, count[i]);
       this->fill_tables(c, mean[i], lo, rstd[i]);  // by rstd before it is rounded
     }
   }
 
   static void set(void* table, int64_t c, double value) {
-    if (table) static_cast<F*>(table)[c] = static_cast<F>(value);
+    if (table) set_element(table, c, static_cast<F>(with_one_nan(value)));
   }
 
   // 0 where the deviation is 0: x - mean is 0 as well there, and 0 is the limit of xhat.

@@ -27,8 +27,9 @@ template <class T> class Geometry {
     const Tensor& keep = problem.mask.keep;
     const Tensor& out = problem.y.data ? problem.y : problem.dx;
     const bool has_mask = keep.data && (plan.family == Family::rows ? keep.s : keep.c) != 0;
-    options = {problem.activation, problem.slope, has_mask, false, problem.normalized_padding,
-               problem.through_statistics};
+    const bool is_masked = keep.data || problem.mask.lengths;
+    options = {problem.activation, problem.slope, has_mask, false, is_masked && problem.normalized_padding,
+               problem.through_statistics, &has_unread_};
     const auto is_there = [](const void* data) { return static_cast<int64_t>(data != nullptr); };
     element_ = {1, is_there(problem.residual.data), is_there(problem.dy.data), is_there(out.data),
                 is_there(problem.dresidual.data), has_mask};
@@ -131,6 +132,7 @@ template <class T> class Geometry {
   }
 
   Step element_, step_;  // to the next element of a row, and to the next row of a run
+  bool has_unread_ = false;
 };
 
 }  // namespace batchnorm::BATCHNORM_ISA

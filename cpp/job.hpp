@@ -29,6 +29,19 @@ inline void write(const Channels& channels, int64_t c, double value) {
   }
 }
 
+// Every NaN as one of them. Which of two NaN a sum or a product passes on is the compiler's choice wherever the formula
+// is compiled, and one thread runs other copies of it than several: what is stored for a channel has to be told apart by
+// no more than being NaN.
+inline double with_one_nan(double value) { return value == value ? value : __builtin_nan(""); }
+
+// For the functions that store elements: compiled once for each pass, so that it is the same instructions that choose
+// among an element's NaN for any number of threads.
+#ifdef __clang__
+#define BATCHNORM_COMPILED_ONCE __attribute__((noinline))
+#else
+#define BATCHNORM_COMPILED_ONCE __attribute__((noinline, noclone))
+#endif
+
 template <class T> class Job : public Geometry<T> {
  public:
   using Base = Geometry<T>;
@@ -77,20 +90,20 @@ template <class T> class Job : public Geometry<T> {
 
   // The sums of `pass` over each chunk.
   template <class Pass> void reduce(const Scope& scope, Pass pass) const {
-    spread(scope, Pass::reads);
+    spread(scope, reads<Pass>());
     pass.tables = tables_of(scope);
     for_tiles(scope, plan.chunks, false, [&](int64_t k, Range block) {
       plan.family == Family::rows ? reduce_rows(pass, k, block) : reduce_columns_of(scope, pass, k, block);
     });
   }
 
-  // The results of `pass`, and of `padding` (or zeros) where nothing counts.
+  // The results of `pass`, and of its padding (or zeros) where nothing counts.
   template <class Pass> void map(const Scope& scope, Pass pass) const {
-    spread(scope, Pass::reads | (options.normalized_padding ? BETA | SCALE | OFFSET : 0));
+    spread(scope, reads<Pass>());
     pass.tables = tables_of(scope);
     if (plan.family == Family::rows)
       for_tiles(scope, problem.N * plan.chunks_per_row, true,
-                [&](int64_t part, Range block) { map_rows(scope, pass, part, block); });
+                [&](int64_t part, Range block) { map_rows(pass, part, block); });
     else
       for_tiles(scope, plan.chunks, true, [&](int64_t k, Range block) { map_columns_of(scope, pass, k, block); });
   }
@@ -130,22 +143,40 @@ template <class T> class Job : public Geometry<T> {
 
   // The coefficients of z, from statistics and parameters.
   void fill_tables(int64_t c) const {
-    const auto statistic = [c](const void* table) { return static_cast<double>(static_cast<const F*>(table)[c]); };
+    const auto statistic = [c](const void* table) { return static_cast<double>(element_at<F>(table, c)); };
     fill_tables(c, statistic(problem.mean), statistic(problem.mean_lo), statistic(problem.rstd));
   }
   void fill_tables(int64_t c, double mean, double mean_lo, double rstd) const {
     const double scale = read(problem.gamma, c, 1) * rstd, beta = read(problem.beta, c, 0);
-    tables.hi[c] = static_cast<F>(mean);
-    tables.scale[c] = static_cast<F>(scale);
-    tables.beta[c] = static_cast<F>(beta);
-    tables.offset[c] = static_cast<F>(beta - scale * mean_lo);
+    tables.hi[c] = static_cast<F>(with_one_nan(mean));
+    tables.scale[c] = static_cast<F>(with_one_nan(scale));
+    tables.beta[c] = static_cast<F>(with_one_nan(beta));
+    tables.offset[c] = static_cast<F>(with_one_nan(beta - scale * mean_lo));
   }
 
  protected:
   using Base::row;
 
+  // The pass over the padding beside `pass`.
+  template <class Pass> static typename Pass::Padding padding_of(const Pass& pass, const Tables<F>& tables) {
+    typename Pass::Padding padding{};
+    padding.tables = tables;
+    padding.options = pass.options;
+    padding.options.is_padding = true;
+    return padding;
+  }
+
  private:
   using Base::element_, Base::step_, Base::kept;
+
+  template <class Pass> static constexpr bool has_padding = !__is_same(typename Pass::Padding, void);
+
+  // The coefficients of a pass and of its padding.
+  template <class Pass> unsigned reads() const {
+    if constexpr (has_padding<Pass>)
+      if (options.normalized_padding) return Pass::reads | Pass::Padding::reads;
+    return Pass::reads;
+  }
 
   // ---- workspace ----
 
@@ -228,10 +259,15 @@ template <class T> class Job : public Geometry<T> {
     const int64_t n = k / plan.chunks_per_row * plan.chunk_n;
     for (int64_t i = n; i < min(problem.N, n + plan.chunk_n); ++i)
       for (int64_t c = channels.begin; c < channels.end; ++c) {
-        const int64_t length = min(kept(i, c), end) - s;
-        if (length > 0)
-          reduce_row(pass, row(i, c, s), pass.template coefficients<by_channel<V>>(c), length,
-                     sums[c - channels.begin]);
+        const int64_t counting = max(0, min(kept(i, c), end) - s), rest = end - s - counting;
+        const Row<T> here = row(i, c, s);
+        Sums<typename Pass::Sum>& sum = sums[c - channels.begin];
+        if (counting) reduce_row(pass, here, pass.template coefficients<by_channel<V>>(c), counting, sum);
+        if constexpr (has_padding<Pass>)
+          if (rest && options.normalized_padding) {
+            const auto padding = padding_of(pass, pass.tables);
+            reduce_row(padding, here.advanced(element_, counting), padding.template coefficients<by_channel<V>>(c), rest, sum);
+          }
       }
     for (int64_t c = channels.begin; c < channels.end; ++c) {
       first_[c * plan.chunks + k] = sums[c - channels.begin].total_first();
@@ -239,14 +275,14 @@ template <class T> class Job : public Geometry<T> {
     }
   }
 
-  template <class Pass> void map_rows(const Scope& scope, const Pass& pass, int64_t part, Range channels) const {
+  template <class Pass> BATCHNORM_COMPILED_ONCE void map_rows(const Pass& pass, int64_t part, Range channels) const {
     const int64_t n = part / plan.chunks_per_row, s = part % plan.chunks_per_row * plan.chunk_s;
     const int64_t end = min(problem.S, s + plan.chunk_s);
     for (int64_t c = channels.begin; c < channels.end; ++c) {
       const int64_t counting = max(0, min(kept(n, c), end) - s), rest = end - s - counting;
       const Row<T> here = row(n, c, s), beyond = here.advanced(element_, counting);
       if (counting) map_row(pass, here, pass.template coefficients<by_channel<V>>(c), counting, plan.is_streaming);
-      if (rest) pad(scope, beyond, rest, [&](const auto& padding) {
+      if (rest) pad(pass, beyond, rest, [&](const auto& padding) {
         map_row(padding, beyond, padding.template coefficients<by_channel<V>>(c), rest, false);
       });
     }
@@ -261,7 +297,7 @@ template <class T> class Job : public Geometry<T> {
   template <class Pass>
   void reduce_columns_of(const Scope& scope, const Pass& pass, int64_t k, Range columns) const {
     constexpr int64_t widest = widest_block + width<Pair>;
-    constexpr int longest_run = 64;  // rows that are summed in the element's own precision
+    const int longest_run = 4 * run_of(pass);  // rows that are summed in the element's own precision
     const int64_t width = columns.end - columns.begin;
     alignas(64) F runs[2][widest];
     alignas(64) double sums[2][widest];
@@ -285,15 +321,20 @@ template <class T> class Job : public Geometry<T> {
     int run = 0;
     this->for_runs(scope, k, [&](Row<T> row, int64_t rows, int64_t length, bool is_kept) {
       const int64_t end = min(columns.end, length);
-      if (!is_kept || end <= columns.begin) return;
-      while (rows) {
-        const int taken = plan.has_groups && rows >= group<Pass> ? group<Pass> : 1;
-        if (taken > 1) reduce_columns<group<Pass>>(pass, row, step_, columns.begin, end, runs[0], runs[1]);
-        else reduce_columns<1>(pass, row, step_, columns.begin, end, runs[0], runs[1]);
-        row = row.advanced(step_, taken);
-        rows -= taken;
-        if ((run += taken) >= longest_run) fold(), run = 0;
-      }
+      if (end <= columns.begin) return;
+      const auto take = [&](const auto& taking) {
+        while (rows) {
+          const int taken = plan.has_groups && rows >= group<Pass> ? group<Pass> : 1;
+          if (taken > 1) reduce_columns<group<Pass>>(taking, row, step_, columns.begin, end, runs[0], runs[1]);
+          else reduce_columns<1>(taking, row, step_, columns.begin, end, runs[0], runs[1]);
+          row = row.advanced(step_, taken);
+          rows -= taken;
+          if ((run += taken) >= longest_run) fold(), run = 0;
+        }
+      };
+      if (is_kept) return take(pass);
+      if constexpr (has_padding<Pass>)
+        if (options.normalized_padding) take(padding_of(pass, pass.tables));
     });
     if (run) fold();
     const int64_t first_channel = is_short ? scope.channels.begin + columns.begin / problem.S : columns.begin;
@@ -303,7 +344,7 @@ template <class T> class Job : public Geometry<T> {
   }
 
   template <class Pass>
-  void map_columns_of(const Scope& scope, const Pass& pass, int64_t k, Range columns) const {
+  BATCHNORM_COMPILED_ONCE void map_columns_of(const Scope& scope, const Pass& pass, int64_t k, Range columns) const {
     this->for_runs(scope, k, [&](Row<T> row, int64_t rows, int64_t length, bool is_kept) {
       const int64_t begin = columns.begin, end = min(columns.end, length);
       if (end <= begin) return;
@@ -311,21 +352,18 @@ template <class T> class Job : public Geometry<T> {
         map_columns<group<Pass>>(pass, row, step_, begin, end, plan.is_streaming);
       for (; rows; --rows, row = row.advanced(step_, 1)) {
         if (is_kept) map_columns<1>(pass, row, step_, begin, end, plan.is_streaming);
-        else pad(scope, row.advanced(element_, begin), end - begin, [&](const auto& padding) {
+        else pad(pass, row.advanced(element_, begin), end - begin, [&](const auto& padding) {
           map_columns<1>(padding, row, step_, begin, end, false);
         });
       }
     });
   }
 
-  // What comes out where no element of (a part of) a row counts: zeros, or what `normalize(pass)` stores.
-  template <class Normalize>
-  void pad(const Scope& scope, const Row<T>& row, int64_t length, const Normalize& normalize) const {
-    if (options.normalized_padding && problem.y.data) {
-      Forward<T, Form::general> padding{tables_of(scope), options};
-      padding.options.is_padding = true;
-      return normalize(padding);
-    }
+  // What comes out where no element of (a part of) a row counts: zeros, or what `normalize(padding)` stores.
+  template <class Pass, class Normalize>
+  void pad(const Pass& pass, const Row<T>& row, int64_t length, const Normalize& normalize) const {
+    if constexpr (has_padding<Pass>)
+      if (options.normalized_padding) return normalize(padding_of(pass, pass.tables));
     if (row.out) __builtin_memset(row.out, 0, length * sizeof(T));
     if (row.dresidual) __builtin_memset(row.dresidual, 0, length * sizeof(T));
   }

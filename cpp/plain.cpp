@@ -55,7 +55,10 @@ class KeptStatistics {
   }
 
  private:
-  static nb::object item(handle tuple, size_t i) { return nb::borrow(nb::cast<nb::tuple>(tuple)[i]); }
+  static nb::object item(handle tuple, Py_ssize_t i) {
+    if (PyTuple_GET_SIZE(tuple.ptr()) != 3) throw nb::value_error("statistics must be a table or mean, mean_lo and rstd");
+    return nb::borrow(PyTuple_GET_ITEM(tuple.ptr(), i));
+  }
 
   bool is_table_;
   Array mean_, mean_lo_, rstd_;
@@ -85,19 +88,18 @@ bool is_state(const Array& array, int64_t C) {
 }
 
 double statistic_at(const Problem& problem, const void* statistic, int64_t c) {
-  return problem.dtype == Dtype::float64 ? static_cast<const double*>(statistic)[c] : static_cast<const float*>(statistic)[c];
+  return problem.dtype == Dtype::float64 ? element_at<double>(statistic, c) : element_at<float>(statistic, c);
 }
 
 double value_at(const Array& array, int64_t c) {
   const int64_t i = c * array.strides[0];
-  return array.element == Element::float64 ? static_cast<const double*>(array.data)[i]
-                                           : static_cast<const float*>(array.data)[i];
+  return array.element == Element::float64 ? element_at<double>(array.data, i) : element_at<float>(array.data, i);
 }
 
 void set_value(const Array& array, int64_t c, double value) {
   const int64_t i = c * array.strides[0];
-  if (array.element == Element::float64) static_cast<double*>(array.data)[i] = value;
-  else static_cast<float*>(array.data)[i] = static_cast<float>(value);
+  if (array.element == Element::float64) set_element(array.data, i, value);
+  else set_element(array.data, i, static_cast<float>(value));
 }
 
 bool is_finite(const Array& array, double value) {
@@ -115,8 +117,8 @@ bool advance(const Running& running, const Problem& problem) {
   const auto var = [&](int64_t c) { return statistic_at(problem, problem.m2, c) / divisor; };
   for (int64_t c = 0; c < C; ++c)
     if (!is_finite(running.mean, mean(c)) || !is_finite(running.var, var(c))) return false;
-  int64_t* steps = static_cast<int64_t*>(running.steps.data);
-  const double momentum = running.momentum < 0 ? 1.0 / static_cast<double>(*steps + 1) : running.momentum;
+  const int64_t steps = running.steps ? element_at<int64_t>(running.steps.data, 0) : 0;
+  const double momentum = running.momentum < 0 ? 1.0 / static_cast<double>(steps + 1) : running.momentum;
   const auto move = [&](const Array& array, int64_t c, double batch) {
     const double old = value_at(array, c);
     set_value(array, c, old + momentum * (batch - old));
@@ -125,7 +127,7 @@ bool advance(const Running& running, const Problem& problem) {
     move(running.mean, c, mean(c));
     move(running.var, c, var(c));
   }
-  if (steps) ++*steps;
+  if (running.steps) set_element(running.steps.data, 0, steps + 1);
   return true;
 }
 

@@ -17,7 +17,7 @@ struct Tensor {
   int64_t n = 0, c = 0, s = 0;
 };
 
-// One number for each channel, of any element type.
+// One number for each channel, of any element type; no alignment is assumed.
 struct Channels {
   void* data = nullptr;
   Dtype dtype = Dtype::float32;
@@ -44,13 +44,13 @@ struct Problem {
 
   Activation activation = Activation::identity;
   double slope = 0;                 // of leaky_relu
-  bool normalized_padding = false;  // forward: masked elements come out normalised like the rest, not as 0
+  bool normalized_padding = false;  // masked elements are normalised like the rest, and have gradients: y is not 0 there
   Channels gamma = {}, beta = {};   // null: 1 and 0
 
-  // One for each channel, contiguous; float, or double for float64. Forward writes them if it measures and reads
-  // mean, mean_lo and rstd if not; backward reads those.
+  // One for each channel, contiguous, of any alignment; float, or double for float64. Forward writes them if it measures
+  // and reads mean, mean_lo and rstd if not; backward reads those.
   void *mean = nullptr, *mean_lo = nullptr, *m2 = nullptr, *rstd = nullptr;
-  int64_t* count = nullptr;  // null: N * S for every channel
+  void* count = nullptr;  // int64; null: N * S for every channel
 
   // Forward only.
   bool measure = true;  // normalise by the moments of x, which are returned, rather than by given statistics
@@ -74,7 +74,7 @@ struct Kernels {
   void (*forward)(const Problem&, const Plan&, void* workspace);
 
   // dz = dy * activation'(z); dbeta = sum(dz), dgamma = sum(dz * xhat), dresidual = dz, and dx, which is also
-  // J(dy), the forward-mode derivative: the Jacobian with respect to x is symmetric.
+  // J(dy), the forward-mode derivative: the Jacobian with respect to x is symmetric (not with normalised padding).
   void (*backward)(const Problem&, const Plan&, void* workspace);
 };
 

@@ -121,6 +121,14 @@ template <class V> BATCHNORM_INLINE MaskOf<V> load_mask(const uint8_t* p, int n)
   return load_mask<V>(bytes);
 }
 
+// Whether any lane holds.
+template <class M> BATCHNORM_INLINE bool any(M mask) {
+  uint64_t words[sizeof mask / 8], all = 0;
+  __builtin_memcpy(words, &mask, sizeof mask);
+  for (uint64_t word : words) all |= word;
+  return all != 0;
+}
+
 template <class V> BATCHNORM_INLINE MaskOf<V> is_finite(V v) { return (v - v) == V{}; }
 
 // The sum of all lanes, pairwise in a fixed order.

@@ -85,14 +85,22 @@ BATCHNORM_INLINE void accumulate_rows(const Pass& pass, const Row<T>& row, const
   }
 }
 
+// Additions to each lane before it is folded.
+template <class Pass> BATCHNORM_INLINE int run_of(const Pass& pass) {
+  if constexpr (!Pass::is_dots)
+    if (pass.options.has_short_runs) return 1;
+  return 16;
+}
+
 // The sums over `length` elements of a row of one channel.
 template <class Pass, class T>
 inline void reduce_row(const Pass pass, const Row<T> row, const typename Pass::Coefficients k, int64_t length,
                        Sums<typename Pass::Sum>& sums) {
   using V = typename Pass::Sum;
   constexpr int W = width<typename Pass::V>, unroll = 4 * vector_bytes / sizeof(V);
-  // 16 additions to each lane before it is folded: less than a unit in the last place of the sum.
-  constexpr int64_t run_length = 16 * unroll * W;
+  // After 16 additions the rounding errors of a lane are less than a unit in the last place of the sum, unless the terms
+  // are equal and the errors with them.
+  const int64_t run_length = run_of(pass) * unroll * W;
   for (int64_t begin = 0; begin < length; begin += run_length) {
     const int64_t end = length - begin < run_length ? length : begin + run_length;
     V first[unroll] = {}, second[unroll] = {};

@@ -160,7 +160,9 @@ class Lanes {
     check(x.rank == 3 || x.rank == 4);
     problem.dtype = dtype_of(x);
     count_ = x.dims[0];
-    problem.N = x.dims[1], problem.C = x.dims[2], problem.S = x.rank == 4 ? x.dims[3] : 1;
+    // Channels last, the rows are along S, as where NumPy's arrays are viewed: the kernels take them in runs.
+    is_last_ = x.rank == 3;
+    problem.N = is_last_ ? 1 : x.dims[1], problem.C = x.dims[2], problem.S = is_last_ ? x.dims[1] : x.dims[3];
     is_double_ = problem.dtype == Dtype::float64;
   }
 
@@ -169,7 +171,7 @@ class Lanes {
   void large(const Buffer& buffer, Tensor& tensor) {
     if (!is_present(buffer)) return;
     check(dtype_of(buffer) == problem.dtype && elements_of(buffer) == count_ * size());
-    tensor = {buffer.data, problem.C * problem.S, problem.S, 1};
+    tensor = view(buffer, problem.C);
     strides_.push_back({&tensor.data, size() * size_of(problem.dtype)});
   }
 
@@ -177,18 +179,20 @@ class Lanes {
   void mask(const Buffer& buffer) {
     if (!is_present(buffer)) return;
     if (buffer.rank == 2) {
-      check(buffer.dtype == DataType::s32 && buffer.dims[0] == count_ && buffer.dims[1] == problem.N);
+      check(buffer.dtype == DataType::s32 && !is_last_ && buffer.dims[0] == count_ && buffer.dims[1] == problem.N);
       lengths_ = static_cast<const int32_t*>(buffer.data);
       wide_lengths_.resize(problem.N);
       problem.mask.lengths = wide_lengths_.data();
       return;
     }
-    check(buffer.dtype == DataType::pred && buffer.rank >= 3 && buffer.dims[0] == count_ && buffer.dims[1] == problem.N);
+    check(buffer.dtype == DataType::pred && buffer.rank >= 3 && buffer.dims[0] == count_);
+    check(buffer.dims[1] == (is_last_ ? problem.S : problem.N));
     const int64_t channels = buffer.dims[2];
     check(channels == 1 || channels == problem.C);
     check(elements_of(buffer) == count_ * problem.N * channels * problem.S);
     Tensor& keep = problem.mask.keep;
-    keep = {buffer.data, channels * problem.S, channels == 1 ? 0 : problem.S, 1};
+    keep = view(buffer, channels);
+    if (channels == 1) keep.c = 0;
     strides_.push_back({&keep.data, channels * problem.N * problem.S});
   }
 
@@ -235,6 +239,10 @@ class Lanes {
   }
 
  private:
+  Tensor view(const Buffer& buffer, int64_t channels) const {
+    if (is_last_) return {buffer.data, channels * problem.S, 1, channels};
+    return {buffer.data, channels * problem.S, problem.S, 1};
+  }
   int64_t size() const { return problem.N * problem.C * problem.S; }
 
   struct Stride { void** data; int64_t bytes; };  // from one lane to the next
@@ -243,7 +251,7 @@ class Lanes {
   const int32_t* lengths_ = nullptr;
   int32_t* counts_ = nullptr;
   int64_t count_ = 0;
-  bool is_double_ = false;
+  bool is_double_ = false, is_last_ = false;
 };
 
 // ---- the targets --------------------------------------------------------------------------------------------------

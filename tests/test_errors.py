@@ -3,6 +3,7 @@
 import pickle
 import re
 
+import array_api_strict
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -79,6 +80,20 @@ BATCH_NORM = {
     "lengths large": ({"lengths": [1, 2, 3, 6]}, ValueError, "each must lie in 0 to 5, the size of axis 2 of x"),
     "lengths negative": ({"lengths": [1, 2, 3, -1]}, ValueError, "each must lie in 0 to 5"),
     "lengths floats": ({"lengths": [1.0, 2.0, 3.0, 4.0]}, TypeError, "lengths has dtype float64; it must hold integers"),
+    "mask of strings": ({"mask": ["a", "b", "c", "d", "e"]}, TypeError, "mask is a list of strings; it must be boolean"),
+    "mask of objects": ({"mask": [None] * 5}, TypeError, "mask is a list of objects; it must be boolean"),
+    "mask of a list of integers": (
+        {"mask": [[[1, 0, 1, 1, 1]]]},
+        TypeError,
+        "mask has dtype int64; it must be boolean, True where x counts: pass numpy.asarray(mask) != 0",
+    ),
+    "mask of a list of floats": ({"mask": [1.0] * 5}, TypeError, "mask has dtype float64; it must be boolean"),
+    "mask ragged": ({"mask": [[True], [True, False]]}, TypeError, "mask is a list whose parts differ in shape; it must be bool"),
+    "mask string": ({"mask": "all"}, TypeError, "mask is a str of strings; it must be boolean"),
+    "lengths booleans": ({"lengths": [True] * 4}, TypeError, "lengths has dtype bool; it must hold integers, one for each"),
+    "lengths strings": ({"lengths": ["1"] * 4}, TypeError, "lengths is a list of strings; it must hold integers"),
+    "lengths ragged": ({"lengths": [[1], [2, 3]]}, TypeError, "lengths is a list whose parts differ in shape; it must hold"),
+    "lengths nested": ({"lengths": [[1, 2, 3, 4]]}, ValueError, "lengths has shape (1, 4); it must be (4,)"),
     "lengths rank": ({"x": np.ones((4, 3)), "lengths": [1] * 4}, ValueError, "lengths needs a batch axis and a time axis"),
     "activation": ({"activation": "reluu"}, ValueError, "no activation is called 'reluu'; did you mean 'relu'?"),
     "activation slope": ({"activation": "leaky_relu(x)"}, ValueError, "slope of 'leaky_relu(x)' is not a finite number"),
@@ -113,6 +128,31 @@ def test_batch_norm_refuses(arguments, error, message):
     assert pickle.dumps(RUNNING) == state
     if isinstance(arguments.get("out"), np.ndarray):
         assert (arguments["out"] == 1).all()
+
+
+@pytest.mark.parametrize("like", [torch.tensor, jnp.asarray, array_api_strict.asarray])
+def test_lists_of_a_wrong_type_beside_any_array(like):
+    """The same errors, and not those of the library that the list would have been given to."""
+    x = like(X.astype(np.float32))
+    for mask in (["a"] * 5, [[True], [True, False]], [1, 0, 1, 1, 1], [0.5] * 5):
+        for call in (bn.batch_norm, bn.forward, bn.moments):
+            with pytest.raises(TypeError, match=r"^mask .* it must be boolean, True where x counts: pass numpy"):
+                call(x, mask=mask)
+    for lengths in (["a"] * 4, [[1], [2, 3]], [1.5] * 4, [True] * 4):
+        for call in (bn.batch_norm, bn.forward):
+            with pytest.raises(TypeError, match=r"^lengths .* it must hold integers, one for each sequence of x"):
+                call(x, lengths=lengths)
+
+
+def test_lists_of_a_right_type_are_taken():
+    y, _ = bn.forward(X, mask=[[[True, True, False, True, False]]])
+    expected, _ = bn.forward(X, mask=np.array([[[True, True, False, True, False]]]))
+    np.testing.assert_array_equal(y, expected)
+    y, _ = bn.forward(X, lengths=(1, 2, 3, 0))
+    expected, _ = bn.forward(X, lengths=np.array([1, 2, 3, 0]))
+    np.testing.assert_array_equal(y, expected)
+    assert bn.forward(X[:0], lengths=[])[0].shape == (0, 3, 5)
+    assert bn.forward(X[..., :0], mask=[])[0].shape == (4, 3, 0)
 
 
 def test_out_is_untouched_by_an_error():

@@ -49,6 +49,26 @@ def test_several_channel_axes_keep_each_combination(library):
 
 
 @everywhere
+@pytest.mark.parametrize("axis", [[1], [-2], (1,), range(1, 2), np.array([1]), np.int64(1), np.array(1), [np.int32(1)]])
+def test_an_axis_in_any_form(library, axis):
+    """In every function that takes one, also where running statistics normalise."""
+    with library.context("float64"):
+        x, dy = (library.array(RNG.normal(size=(4, 3, 5))) for _ in range(2))
+        running = bn.RunningStatistics.initial(3, like=x)
+        calls = (
+            lambda axis: bn.batch_norm(x, axis=axis)[0],
+            lambda axis: bn.batch_norm(x, axis=axis, running=running)[1].spread,
+            lambda axis: bn.batch_norm(x, axis=axis, running=running, training=False)[0],
+            lambda axis: bn.forward(x, axis=axis)[0],
+            lambda axis: bn.forward(x, axis=axis, running=running)[0],
+            lambda axis: bn.backward(dy, bn.forward(x, axis=axis)[1]).dx,
+            lambda axis: bn.moments(x, axis=axis).mean,
+        )
+        for call in calls:
+            np.testing.assert_array_equal(library.numpy(call(axis)), library.numpy(call(1)))
+
+
+@everywhere
 def test_no_channel_axis_is_one_statistic(library):
     x = RNG.normal(size=(4, 3))
     with library.context("float64"):
@@ -116,8 +136,8 @@ def test_affine_folds_inference(library):
     var = RNG.random(size=3) + 0.5
     with library.context("float64"):
         arrays = [library.array(values) for values in (x, gamma, beta)]
-        for convention in bn.CONVENTIONS:
-            running = bn.RunningStatistics(library.array(mean), library.array(var))
+        for convention, record in bn.CONVENTIONS.items():
+            running = bn.RunningStatistics(library.array(mean), library.array(var), tracked=record.tracked)
             y, _ = bn.batch_norm(*arrays, running, training=False, convention=convention, axis=1)
             scale, offset = bn.affine(*arrays[1:], running, convention=convention)
             folded = library.numpy(scale) * x + library.numpy(offset)

@@ -1,9 +1,12 @@
 """Running statistics: every way to keep them, what is refused, and what is left alone."""
 
+import copy
 import math
+import pickle
 import warnings
 from dataclasses import replace
 
+import flax.serialization
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -65,7 +68,8 @@ def test_tracked_quantity(library, tracked, correction_on, correction):
         state = run(convention, BATCHES[:1], library)[1]
         np.testing.assert_allclose(library.numpy(state.spread), 0.9 + 0.1 * expected, rtol=1e-13)
         # inference divides by the standard deviation that the tracked quantity stands for
-        known = bn.RunningStatistics(library.array(np.zeros(4)), library.array(TRACKED[tracked](var, 0.1)))
+        spread = library.array(TRACKED[tracked](var, 0.1))
+        known = bn.RunningStatistics(library.array(np.zeros(4)), spread, tracked=tracked)
         y, _ = bn.batch_norm(library.array(BATCHES[0]), running=known, training=False, convention=convention)
         np.testing.assert_allclose(library.numpy(y), BATCHES[0] / np.sqrt(var + 0.1), rtol=1e-12)
 
@@ -325,3 +329,55 @@ def test_state_taken_from_a_layer():
     torch.testing.assert_close(y, expected, atol=1e-12, rtol=0)
     torch.testing.assert_close(after.spread, layer.running_var, atol=1e-12, rtol=0)
     assert (after.steps, after.steps.dtype) == (3, torch.float64)
+
+
+# --- the tracked quantity --------------------------------------------------------------------------------------------
+
+
+@everywhere
+def test_a_state_of_another_quantity_is_refused(library):
+    """Lasagne's deviations read as variances made the deviation of y 1.377 in place of 0.995, and nothing was said."""
+    with library.context("float64"):
+        x = library.array(BATCHES[0])
+        _, deviations = bn.batch_norm(x, convention="lasagne-gist")
+        assert deviations.tracked == "std"
+        message = "running holds averages of 'std', but convention 'pytorch' tracks 'var'"
+        for call in (
+            lambda: bn.batch_norm(x, running=deviations, training=False),
+            lambda: bn.batch_norm(x, running=deviations),
+            lambda: bn.affine(None, None, deviations),
+            lambda: bn.forward(x, running=deviations),
+            lambda: bn.advance(deviations, bn.moments(x)),
+        ):
+            with pytest.raises(ValueError, match=message):
+                call()
+        by_hand = bn.RunningStatistics(deviations.mean, deviations.spread, tracked="std")
+        y, _ = bn.batch_norm(x, running=by_hand, training=False, convention="lasagne-gist")
+        expected, _ = bn.batch_norm(x, running=deviations, training=False, convention="lasagne-gist")
+        np.testing.assert_array_equal(library.numpy(y), library.numpy(expected))
+
+
+@pytest.mark.parametrize("tracked", TRACKED)
+def test_the_quantity_is_part_of_the_structure(tracked):
+    """Copies, pickles, pytrees of JAX and PyTorch, scans and Flax's checkpoints preserve it; `repr` shows it."""
+    state = bn.RunningStatistics(np.ones(2, np.float32), np.full(2, 3, np.float32), tracked=tracked)
+    assert f"tracked={tracked!r}" in repr(state)
+    other = bn.RunningStatistics(*state, tracked="var" if tracked == "std" else "std")
+    assert jax.tree.structure(state) != jax.tree.structure(other)
+    restored = flax.serialization.from_bytes(state, flax.serialization.to_bytes(state))
+    mapped = torch.utils._pytree.tree_map(lambda value: value, state)
+    scanned, _ = jax.jit(lambda s: jax.lax.scan(lambda c, _: (jax.tree.map(lambda v: v * 1.0, c), None), s, length=2))(
+        state
+    )
+    for made in (
+        copy.deepcopy(state), pickle.loads(pickle.dumps(state)), state._replace(steps=2.0), state.map(np.copy),
+        jax.tree.map(np.copy, state), restored, mapped, scanned,
+    ):  # fmt: skip
+        assert type(made) is type(state)
+        assert made.tracked == tracked
+        np.testing.assert_array_equal(made.spread, state.spread)
+
+
+def test_an_unknown_quantity():
+    with pytest.raises(ValueError, match="tracked is 'sigma'; allowed are 'var', 'std'"):
+        bn.RunningStatistics(0.0, 1.0, tracked="sigma")

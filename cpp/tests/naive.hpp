@@ -99,7 +99,7 @@ inline std::vector<double> kinks_of(Activation activation) {
 struct Results {
   std::vector<double> mean, var, rstd, dgamma, dbeta;  // by channel
   std::vector<int64_t> count;
-  std::vector<double> y, z, dx, dresidual;  // [n][c][s]
+  std::vector<double> y, z, dz, dx, dresidual;  // [n][c][s]
 };
 
 inline bool counts(const Problem& p, int64_t n, int64_t c, int64_t s) {
@@ -118,7 +118,7 @@ inline Results results(const Problem& p) {
     return a.data ? get(a.data, a.dtype, c * a.stride) : absent;
   };
   const Dtype statistic = p.dtype == Dtype::float64 ? Dtype::float64 : Dtype::float32;
-  r.y.resize(p.N * p.C * p.S), r.z = r.dx = r.dresidual = r.y;
+  r.y.resize(p.N * p.C * p.S), r.z = r.dz = r.dx = r.dresidual = r.y;
   for (int64_t c = 0; c < p.C; ++c) {
     const auto each = [&](const auto& body) {
       for (int64_t n = 0; n < p.N; ++n)
@@ -136,22 +136,24 @@ inline Results results(const Problem& p) {
     double rstd = std == 0 ? 0 : 1 / std;
     if (!p.measure) mean = get(p.mean, statistic, c) + get(p.mean_lo, statistic, c), rstd = get(p.rstd, statistic, c);
     const double gamma = parameter(p.gamma, c, 1), beta = parameter(p.beta, c, 0);
-    double dgamma = 0, dbeta = 0;
+    double dgamma = 0, dbeta = 0, dshift = 0;  // dshift: of what the statistics reach
     each([&](int64_t n, int64_t s, int64_t i, bool is_kept) {
       const double x = at(p.x, n, c, s), residual = p.residual.data ? at(p.residual, n, c, s) : 0;
       const bool is_read = is_kept || p.normalized_padding;
       const double xhat = is_read && (is_kept || std::isfinite(x)) ? (x - mean) * rstd : 0;
       r.z[i] = gamma * xhat + beta + (is_kept || std::isfinite(residual) ? residual : 0);
       r.y[i] = is_read ? value_of(p.activation, p.slope, r.z[i]) : 0;
-      if (!p.dy.data || !is_kept) return;
-      r.dresidual[i] = at(p.dy, n, c, s) * slope_of(p.activation, p.slope, r.z[i]);
-      dbeta += r.dresidual[i], dgamma += r.dresidual[i] * xhat;
+      if (!p.dy.data || !is_read) return;
+      const double dz = at(p.dy, n, c, s) * slope_of(p.activation, p.slope, r.z[i]);
+      dbeta += dz, dgamma += dz * xhat, dshift += is_kept || std::isfinite(x) ? dz : 0;
+      r.dz[i] = dz, r.dresidual[i] = is_kept || std::isfinite(residual) ? dz : 0;
     });
     const double factor = parameter(p.factor, c, 1);
     if (p.dy.data) each([&](int64_t n, int64_t s, int64_t i, bool is_kept) {
-      if (!is_kept) return;
-      const double xhat = (at(p.x, n, c, s) - mean) * rstd, dz = r.dresidual[i];
-      r.dx[i] = gamma * rstd * (p.through_statistics ? dz - dbeta / n_kept - factor * xhat * dgamma / n_kept : dz);
+      const double x = at(p.x, n, c, s), xhat = (x - mean) * rstd, dz = r.dz[i];
+      if (!is_kept && !(p.normalized_padding && std::isfinite(x))) return;
+      const bool is_through = is_kept && p.through_statistics;
+      r.dx[i] = gamma * rstd * (is_through ? dz - dshift / n_kept - factor * xhat * dgamma / n_kept : dz);
     });
     r.mean.push_back(mean), r.var.push_back(m2 / n_kept), r.rstd.push_back(rstd), r.count.push_back(count);
     r.dgamma.push_back(dgamma), r.dbeta.push_back(dbeta);

@@ -1,5 +1,6 @@
 """What the public functions accept: every argument is checked here, once, before anything is computed or changed."""
 
+import math
 from typing import Any, NamedTuple
 
 import array_api_compat
@@ -17,16 +18,20 @@ from batchnorm.core.dtypes import (
     full,
     is_floating,
     namespace,
+    placement,
     statistics_dtype,
 )
 from batchnorm.core.masks import Lengths, Mask, counts
+from batchnorm.core.moments import Moments
 from batchnorm.core.running import RunningStatistics
 from batchnorm.named import Axis, may_be_named, numbered_axis, unnamed, unnamed_like
 
 
 def known(condition: Any) -> bool | None:
-    """A condition's value; None where it is being traced, or lies on a device that it would have to be fetched from."""
+    """A condition's value; None where it is traced, lazy, or on a device that it would have to be fetched from."""
     if array_api_compat.is_torch_array(condition) and condition.device.type != "cpu":
+        return None
+    if array_api_compat.is_dask_array(condition):  # its value would take the whole computation, for this alone
         return None
     try:
         return bool(condition)
@@ -47,22 +52,62 @@ def check_array(name: str, value: Any) -> Namespace:
         raise TypeError(f"{name} is a masked array; pass {name}.data, and mask=~{name}.mask for x")
     if not is_floating(value.dtype):
         raise TypeError(f"{name} has dtype {value.dtype}; it must be one of {', '.join(FLOATS)}: convert it first")
+    if not is_familiar(type(value)):
+        check_standard(xp)
+        check_sizes(name, value)
     return xp
+
+
+def is_familiar(kind: type) -> bool:
+    """Whether arrays of this type are NumPy's, PyTorch's or JAX's: of known shape, and with numbers taken anywhere."""
+    return issubclass(kind, numpy.ndarray) or kind.__module__.partition(".")[0] in ("torch", "jax", "jaxlib")
+
+
+#: The first version of the array API whose `where` and `maximum` take Python numbers.
+OLDEST_STANDARD = "2024.12"
+
+
+def check_standard(xp: Namespace) -> None:
+    """Raise where a namespace says that it follows a version of the array API that is too old."""
+    version = getattr(xp, "__array_api_version__", OLDEST_STANDARD)
+    if version < OLDEST_STANDARD:
+        raise ValueError(
+            f"{xp.__name__} follows version {version} of the array API; {OLDEST_STANDARD} or newer is needed: choose "
+            "that (array_api_strict: set_array_api_strict_flags(api_version=...)), or pass NumPy arrays"
+        )
+
+
+def check_sizes(name: str, value: Array) -> None:
+    """Raise where a size is unknown: counts, and with them all statistics, would be wrong."""
+    if any(size is None or math.isnan(size) for size in value.shape):
+        raise ValueError(
+            f"{name} has shape {tuple(value.shape)}, with sizes that are not known yet; statistics need all of them: "
+            f"of a dask array call {name}.compute_chunk_sizes() first"
+        )
 
 
 def check_axes(given: Any, x: Array, axis: Axis) -> Axes:
     """The split of the axes of x, whose rank must be at least 1."""
     if x.ndim == 0:
         raise ValueError("x is a scalar; batch normalization needs at least one dimension")
-    return split(axis if type(axis) is int else numbered_axis(given, axis), x.ndim)
+    return split(axis if type(axis) is int else numbered_axis(given, as_axis(axis)), x.ndim)
 
 
-def check_same_library(name: str, value: Array, x: Array) -> None:
+def as_axis(axis: Any) -> Any:
+    """A list, a range or an array of axes as a tuple, and NumPy's integers as Python's; anything else as it is."""
+    if isinstance(axis, numpy.ndarray):
+        axis = axis.tolist()
+    if isinstance(axis, (tuple, list, range)):
+        return tuple(as_axis(one) for one in axis)
+    return int(axis) if isinstance(axis, numpy.integer) else axis
+
+
+def check_same_library(name: str, value: Array, x: Array, name_of_x: str = "x") -> None:
     """Raise unless both arrays belong to one library."""
     if type(value) is not type(x) and namespace(value) is not namespace(x):
         raise TypeError(
-            f"{name} is a {type(value).__module__}.{type(value).__name__}, but x is a "
-            f"{type(x).__module__}.{type(x).__name__}; convert {name} to the library of x"
+            f"{name} is a {type(value).__module__}.{type(value).__name__}, but {name_of_x} is a "
+            f"{type(x).__module__}.{type(x).__name__}; convert {name} to the library of {name_of_x}"
         )
 
 
@@ -87,12 +132,18 @@ def check_statistics_shape(name: str, value: Array, x: Array, axes: Axes) -> Non
         )
 
 
-def check_running(running: Any, x: Array, axes: Axes) -> RunningStatistics:
-    """Running statistics that fit x, in float32 or wider, with every field an array of the library of x."""
+def check_running(running: Any, x: Array, axes: Axes, convention: Convention) -> RunningStatistics:
+    """Running statistics that fit x and the convention, float32 or wider, every field an array of the library of x."""
     if not isinstance(running, RunningStatistics):
         raise TypeError(
             f"running is a {type(running).__name__}; it must be a batchnorm.RunningStatistics, for example "
             "RunningStatistics(mean, spread) or RunningStatistics.initial(channels, convention, like=x)"
+        )
+    if running.tracked != convention.tracked:
+        raise ValueError(
+            f"running holds averages of {running.tracked!r}, but convention {convention.name!r} tracks "
+            f"{convention.tracked!r}; pass the convention that the state belongs to, or, if spread does hold averages "
+            f"of {convention.tracked!r}, RunningStatistics(mean, spread, tracked={convention.tracked!r})"
         )
     for name in ("mean", "spread"):
         value = getattr(running, name)
@@ -111,11 +162,44 @@ def check_running(running: Any, x: Array, axes: Axes) -> RunningStatistics:
         check_same_library(f"running.{name}", value, x)
         return cast(xp, value, dtype)
 
-    return RunningStatistics(
-        cast(xp, running.mean, dtype),
-        cast(xp, running.spread, dtype),
-        *(scalar(name) for name in ("steps", "weight", "skipped")),
+    return running._replace(
+        mean=cast(xp, running.mean, dtype),
+        spread=cast(xp, running.spread, dtype),
+        **{name: scalar(name) for name in ("steps", "weight", "skipped")},
     )
+
+
+def check_state(running: Any, convention: Convention) -> RunningStatistics:
+    """As `check_running`, for running statistics without an x."""
+    if not isinstance(running, RunningStatistics):
+        raise TypeError(f"running is a {type(running).__name__}; it must be a batchnorm.RunningStatistics")
+    check_array("running.mean", running.mean)
+    return check_running(running, running.mean, Axes(tuple(range(running.mean.ndim)), ()), convention)
+
+
+def check_moments(moments: Any, running: RunningStatistics) -> Moments:
+    """The moments of a batch, one for each channel of a checked state, in float32 or wider."""
+    if not isinstance(moments, Moments):
+        raise TypeError(
+            f"moments is a {type(moments).__name__}; it must be a batchnorm.Moments, as batchnorm.moments(x) returns"
+        )
+    xp, shape = namespace(running.mean), tuple(running.mean.shape)
+    for name, value in zip(moments._fields, moments, strict=True):
+        if name != "count":
+            check_array(f"moments.{name}", value)
+        elif not array_api_compat.is_array_api_obj(value) or not dtype_name(value.dtype).startswith(("int", "uint")):
+            raise TypeError(f"moments.count is {value!r}; it must be an array of integers, one for each channel")
+        check_same_library(f"moments.{name}", value, running.mean, "running.mean")
+        if tuple(value.shape) != shape:
+            raise ValueError(
+                f"moments.{name} has shape {tuple(value.shape)}, but running.mean has {shape}; pass moments along the "
+                "axis whose statistics the state holds"
+            )
+    for name in ("count", "m2"):
+        if known(xp.any(getattr(moments, name) < 0)):
+            raise ValueError(f"moments.{name} is {getattr(moments, name)}; it cannot be negative")
+    dtype = statistics_dtype(xp, *moments[1:])
+    return Moments(moments.count, *(cast(xp, value, dtype) for value in moments[1:]))
 
 
 def check_training(training: Any) -> Any:
@@ -197,6 +281,8 @@ def check_mask(mask: Any, lengths: Any, x: Array, axes: Axes) -> Mask:
     if mask is None:
         return None
     xp = namespace(x)
+    if not array_api_compat.is_array_api_obj(mask):
+        mask = check_list("mask", mask, "b", "it must be boolean, True where x counts: pass numpy.asarray(mask) != 0")
     mask = as_array_like(x, mask)
     if dtype_name(mask.dtype) != "bool":
         raise TypeError(f"mask has dtype {mask.dtype}; it must be boolean, True where x counts: pass mask != 0")
@@ -222,6 +308,8 @@ def check_lengths(lengths: Any, x: Array, axes: Axes) -> Lengths:
         )
     batch, time = axes.reduced[:2]
     xp = namespace(x)
+    if not array_api_compat.is_array_api_obj(lengths):
+        lengths = check_list("lengths", lengths, "iu", "it must hold integers, one for each sequence of x")
     lengths = as_array_like(x, lengths)
     if not dtype_name(lengths.dtype).startswith(("int", "uint")):
         raise TypeError(f"lengths has dtype {lengths.dtype}; it must hold integers")
@@ -236,21 +324,35 @@ def check_lengths(lengths: Any, x: Array, axes: Axes) -> Lengths:
 
 def as_array_like(x: Array, values: Any) -> Array:
     """`values` (nested lists, a NumPy array or one of the library of x) as an array beside x."""
-    xp = namespace(x)
     if not array_api_compat.is_array_api_obj(values):
         values = numpy.asarray(values)
-    if array_api_compat.is_torch_array(x):
-        return xp.asarray(values, device=x.device)
-    return xp.asarray(values)
+    return namespace(x).asarray(values, **placement(x))
+
+
+def check_list(name: str, values: Any, kinds: str, requirement: str) -> numpy.ndarray[Any, Any]:
+    """Nested lists as an array of NumPy, of one of the `kinds` of dtypes (by NumPy's letters) unless it is empty."""
+    try:
+        array = numpy.asarray(values)
+    except ValueError:  # ragged
+        raise TypeError(
+            f"{name} is a {type(values).__name__} whose parts differ in shape; {requirement}, and all parts alike"
+        ) from None
+    if array.size == 0:
+        return array.astype("bool" if kinds == "b" else "int64")
+    if array.dtype.kind not in kinds:
+        words = {"U": "strings", "S": "bytes", "O": "objects"}
+        what = (
+            f"is a {type(values).__name__} of {words[array.dtype.kind]}"
+            if array.dtype.kind in words
+            else (f"has dtype {array.dtype}")
+        )
+        raise TypeError(f"{name} {what}; {requirement}")
+    return array
 
 
 def check_trainable(x: Array, axes: Axes, mask: Mask, convention: Convention) -> None:
     """Raise where the convention refuses to train on this batch."""
-    if convention.eps == 0 and convention.zero_eps == "error":
-        raise ValueError(
-            f"eps must be positive in training, but is 0: {convention.name} refuses it, as a constant channel would "
-            "divide by 0; pass eps > 0"
-        )
+    check_positive_eps(convention)
     allowed = convention.single != "error" or (mask is not None and convention.masked_running_correction == 0)
     if allowed or 0 in x.shape:
         return
@@ -264,6 +366,27 @@ def check_trainable(x: Array, axes: Axes, mask: Mask, convention: Convention) ->
             f"x of shape {tuple(x.shape)} has one element per channel{' after masking' * (mask is not None)}, "
             f"which has no variance, and {convention.name} refuses it in training; use a larger batch, or pass "
             "single='running' (normalise by the running statistics), 'clamp' (y = beta) or 'identity' (y = x)"
+        )
+
+
+def check_positive_eps(convention: Convention) -> None:
+    """Raise where the convention refuses to train without eps, and there is none."""
+    if convention.zero_eps == "error" and known(convention.eps == 0):
+        raise ValueError(
+            f"eps must be positive in training, but is 0: {convention.name} refuses it, as a constant channel would "
+            "divide by 0; pass eps > 0"
+        )
+
+
+def check_enterable(batch: Moments, convention: Convention, *, masked: bool) -> None:
+    """Raise where the convention refuses to train on a batch with these moments."""
+    check_positive_eps(convention)
+    if convention.single != "error" or (masked and convention.masked_running_correction == 0):
+        return
+    if known(namespace(batch.mean).any(batch.count == 1)):
+        raise ValueError(
+            f"moments.count is {batch.count}: one element per channel has no variance, and {convention.name} refuses "
+            "it in training; use a larger batch, or pass dataclasses.replace(convention, single='clamp') or 'running'"
         )
 
 

@@ -3,7 +3,7 @@
 import math
 from dataclasses import dataclass, fields, replace
 from numbers import Real
-from typing import Literal, NamedTuple, get_args, get_origin
+from typing import Any, Literal, NamedTuple, get_args, get_origin
 
 EpsPlacement = Literal["inside", "outside", "absent"]
 Tracked = Literal["var", "std", "std_eps", "rstd", "var_eps", "log10_std"]
@@ -127,8 +127,14 @@ def with_any_decay(convention: Convention, decay: float | None) -> Convention:
     """The record with another decay, which may lie outside [0, 1]: PyTorch takes any finite momentum."""
     if decay is None or 0 <= decay <= 1:
         return replace(convention, decay=decay)
+    return with_traced(convention, decay=decay)
+
+
+def with_traced(convention: Convention, **values: Any) -> Convention:
+    """The record with other values, which are not validated: of a value that is being traced nothing is known."""
     record = replace(convention)
-    object.__setattr__(record, "decay", decay)
+    for name, value in values.items():
+        object.__setattr__(record, name, value)
     return record
 
 

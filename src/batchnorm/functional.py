@@ -6,16 +6,22 @@ from dataclasses import replace
 from functools import partial
 from typing import Any
 
+import array_api_compat
+
 from batchnorm.arguments import (
+    Operands,
     check_activation,
     check_array,
     check_axes,
+    check_enterable,
     check_mask,
+    check_moments,
     check_operands,
     check_out,
     check_parameter,
     check_running,
     check_same_library,
+    check_state,
     check_trainable,
     check_training,
     known,
@@ -23,11 +29,12 @@ from batchnorm.arguments import (
 from batchnorm.convention import Convention, MaskedOutput, Single, check_eps
 from batchnorm.conventions import resolve
 from batchnorm.core.axes import Axes
-from batchnorm.core.dtypes import Array, cast
+from batchnorm.core.dtypes import Array, cast, namespace
 from batchnorm.core.moments import Moments
-from batchnorm.core.normalize import effective_beta, effective_gamma
+from batchnorm.core.normalize import effective_beta, effective_gamma, gradient_of_gamma
 from batchnorm.core.running import RunningStatistics, statistics_of_state
-from batchnorm.kernels.agnostic import Cache, Gradients
+from batchnorm.kernels import agnostic
+from batchnorm.kernels.agnostic import Cache, Gradients, Plan
 from batchnorm.kernels.registry import MODULES, select
 from batchnorm.named import Axis, is_named, renamed, unnamed_like
 
@@ -61,7 +68,8 @@ def batch_norm(
         both        y = activation(gamma * xhat + beta + residual)
 
     where the convention says otherwise (eps outside the root, another running statistic, ...), as it says. PyTorch
-    differentiates the result; JAX differentiates, compiles and vectorises the function.
+    differentiates the result; JAX differentiates, compiles and vectorises the function. Dask arrays stay lazy: compute
+    y and the state together; what depends on values (the warning, single elements under a mask) is not looked at.
 
     Args:
         x: float16, bfloat16, float32 or float64, of any rank >= 1; or an `xarray.DataArray`.
@@ -156,7 +164,7 @@ def checked_batch_norm(
     check_activation(activation)
     check_out(out, x, operands.residual)
     if running is not None:
-        running = check_running(running, x, axes)
+        running = check_running(running, x, axes, convention)
     elif training is not False:
         running = RunningStatistics.initial(axes.statistics_shape(x.shape), convention, like=x)
     else:
@@ -188,22 +196,29 @@ def forward(
     gamma: Array | None = None,
     beta: Array | None = None,
     *,
-    axis: Axis = 1,
-    eps: float = 1e-5,
+    axis: Axis | None = None,
+    eps: float | None = None,
     mask: Array | None = None,
     lengths: Array | None = None,
     activation: Activation | None = None,
     residual: Array | None = None,
+    running: RunningStatistics | None = None,
+    convention: str | Convention = "pytorch",
     kernel: str | None = None,
     out: Array | None = None,
 ) -> tuple[Array, Cache]:
-    """Normalise a batch by its own statistics, and keep what the gradients need.
+    """Normalise a batch, by its own statistics or by running ones, and keep what the gradients need.
 
-        y = activation(gamma * (x - mean) / sqrt(var + eps) + beta + residual)
+        running=None    y = activation(gamma * (x - mean) / sqrt(var + eps) + beta + residual)
+        otherwise       y of `batch_norm(..., running, training=False, convention=convention)`
 
     var is the mean squared deviation. Masked elements of y are 0. The cache refers to x, which must not change before
     `backward`; nothing of the size of x is stored besides. Arguments, dtypes and errors as in `batch_norm`; one
-    element per channel gives xhat = 0.
+    element per channel gives xhat = 0. `axis` and `eps` are 1 and 1e-5 unless given.
+
+    With `running` the state normalises, which is constant to `backward`: inference as the convention has it, its axis,
+    its eps and what its masked elements hold included. Without, a convention is refused, and so is one that updates its
+    state at inference.
 
     Returns:
         y in the dtype of x, and the cache for `backward`.
@@ -218,8 +233,16 @@ def forward(
         array([-1.3516, -0.4258,  3.2775])
         >>> bn.backward(dy, cache).dx.ravel().round(4)
         array([ 0.3527, -0.4409,  0.0882])
+        >>> y, cache = bn.forward(x, running=bn.RunningStatistics(np.array([2.0]), np.array([4.0])), eps=0.0)
+        >>> bn.backward(dy, cache).dx.ravel()
+        array([0.5, 0. , 0. ])
     """
-    if mask is None and lengths is None and kernel is None and type(x) in MODULES:
+    record = None if running is None and convention == "pytorch" else check_inference(running, convention, eps)
+    if record is None:
+        axis, eps = 1 if axis is None else axis, 1e-5 if eps is None else eps
+    else:
+        axis, eps = record.axis if axis is None else axis, record.eps
+    if record is None and mask is None and lengths is None and kernel is None and type(x) in MODULES:
         done: tuple[Array, Cache] | None
         done = MODULES[type(x)].forward_plain(x, gamma, beta, axis, eps, activation, residual, out)
         if done is not None:
@@ -231,22 +254,52 @@ def forward(
     operands = check_operands(x, gamma, beta, mask, lengths, residual, axes, given)
     check_activation(activation)
     check_out(out, x, operands.residual)
-    compute = select(kernel, (x, operands.residual), (operands.gamma, operands.beta), axes, activation)
-    y, cache = compute.forward(
-        x,
-        operands.gamma,
-        operands.beta,
-        axes=axes,
-        eps=eps,
-        mask=operands.mask,
-        activation=activation,
-        residual=operands.residual,
-        out=out,
-    )
+    small = [operands.gamma, operands.beta]
+    if record is not None:
+        running = check_running(running, x, axes, record)
+        small += [running.mean, running.spread]
+    compute = select(kernel, (x, operands.residual), tuple(small), axes, activation)
+    if running is not None:
+        plan = Plan(axes, activation, eps, by_state=record)
+        y, cache = forward_by_state(compute, x, operands, running, plan, out)
+    else:
+        y, cache = compute.forward(
+            x, operands.gamma, operands.beta, axes=axes, eps=eps, mask=operands.mask, activation=activation,
+            residual=operands.residual, out=out,
+        )  # fmt: skip
     if is_named(given):
         cache = cache._replace(plan=replace(cache.plan, dims=given.dims))
         y = renamed(y, given)
     return y, cache
+
+
+def check_inference(running: RunningStatistics | None, convention: str | Convention, eps: float | None) -> Convention:
+    """The record by whose inference `forward` normalises."""
+    record = resolve(convention, eps, None, None, None)
+    if running is None:
+        raise ValueError(
+            f"convention is {record.name!r}, but running is None: forward normalises a batch by its own statistics in "
+            "one way for all; drop convention, pass the state as running=, or use batch_norm"
+        )
+    if record.update == "always":
+        raise ValueError(
+            f"convention {record.name!r} updates its state at inference too, which forward does not return; use "
+            "batch_norm, or pass dataclasses.replace(convention, update='training')"
+        )
+    return record
+
+
+def forward_by_state(
+    compute: Any, x: Array, operands: Operands, running: RunningStatistics, plan: Plan, out: Array | None
+) -> tuple[Array, Cache]:
+    """`forward` by running statistics, with everything resolved."""
+    (gamma, beta, mask, residual), convention = operands, plan.by_state
+    assert convention is not None
+    y, _ = compute.batch_norm(
+        x, gamma, beta, running, training=False, axes=plan.axes, convention=convention, mask=mask,
+        activation=plan.activation, residual=residual, out=out,
+    )  # fmt: skip
+    return y, Cache(x, gamma, beta, residual, mask, agnostic.constants_of_state(x, running, convention), None, plan)
 
 
 def backward(dy: Array, cache: Cache) -> Gradients:
@@ -254,9 +307,10 @@ def backward(dy: Array, cache: Cache) -> Gradients:
 
         dz = dy * activation'(z)        dbeta = sum(dz)     dgamma = sum(dz * xhat)     dresidual = dz
         dx = gamma * rstd * (dz - dbeta / count - xhat * dgamma / count)
+        dx = gamma * rstd * dz                                              for the cache of a `forward` with `running`
 
     Args:
-        dy: Gradient of the loss with respect to y; the shape of y. What it holds where masked is not read.
+        dy: Gradient of the loss with respect to y; the shape of y. What it holds where y is masked is not read.
         cache: What `forward` returned.
 
     Returns:
@@ -287,13 +341,34 @@ def backward(dy: Array, cache: Cache) -> Gradients:
     check_same_library("dy", dy, cache.x)
     if dy.shape != cache.x.shape:
         raise ValueError(f"dy has shape {tuple(dy.shape)}; it must be that of x, {tuple(cache.x.shape)}")
-    large, small = (dy, cache.x, cache.residual), (cache.gamma, cache.beta)
-    compute = select(None, large, small, cache.plan.axes, cache.plan.activation)
-    computed: Gradients = compute.backward(dy, cache)
+    record = cache.plan.by_state
+    computed = checked_backward(dy, cache) if record is None else backward_by_state(dy, cache, record)
     if is_named(given):
         dresidual = None if computed.dresidual is None else renamed(computed.dresidual, given)
         return computed._replace(dx=renamed(computed.dx, given), dresidual=dresidual)
     return computed
+
+
+def checked_backward(dy: Array, cache: Cache) -> Gradients:
+    """`backward` by the best kernel."""
+    large, small = (dy, cache.x, cache.residual), (cache.gamma, cache.beta)
+    computed: Gradients = select(None, large, small, cache.plan.axes, cache.plan.activation).backward(dy, cache)
+    return computed
+
+
+def backward_by_state(dy: Array, cache: Cache, convention: Convention) -> Gradients:
+    """`backward` of a `forward` by running statistics."""
+    xp, gamma, beta = namespace(dy), cache.gamma, cache.beta
+    effective = cache._replace(
+        gamma=effective_gamma(xp, gamma, convention, cache.x), beta=effective_beta(beta, convention)
+    )
+    # The kernels of the other libraries have only the gradients through the batch's own statistics.
+    has_kernel = array_api_compat.is_numpy_array(dy)
+    computed = checked_backward(dy, effective) if has_kernel else agnostic.backward(dy, effective)
+    return computed._replace(
+        dgamma=None if gamma is None else gradient_of_gamma(xp, gamma, computed.dgamma, convention),
+        dbeta=xp.zeros_like(beta) if beta is not None and computed.dbeta is None else computed.dbeta,
+    )
 
 
 def moments(x: Array, axis: Axis = 1, mask: Array | None = None) -> Moments:
@@ -323,6 +398,65 @@ def moments(x: Array, axis: Axis = 1, mask: Array | None = None) -> Moments:
     mask = check_mask(unnamed_like("mask", mask, given), None, x, axes)
     measured: Moments = select(None, (x,), (), axes).moments(x, axes, mask)
     return measured
+
+
+def advance(
+    running: RunningStatistics,
+    moments: Moments,
+    convention: str | Convention = "pytorch",
+    *,
+    masked: bool = False,
+    eps: float | None = None,
+    decay: float | None = None,
+) -> RunningStatistics:
+    """The state after one more batch, known by its moments: what `batch_norm` returns as the state in training.
+
+        mean   <- decay * mean   + (1 - decay) * mean_batch
+        spread <- decay * spread + (1 - decay) * tracked(var_batch)
+
+    with the convention's corrections and weights. A batch that is spread over files, processes or time is measured by
+    `moments` part by part, merged by `Moments.merge`, and enters once.
+
+    Args:
+        running: The state so far.
+        moments: Those of the batch, as `batchnorm.moments` returns them, of the library of the state.
+        convention: Whose rule; it must track what the state holds.
+        masked: Whether a mask has left elements out, for conventions that estimate differently then.
+        eps: None is the convention's.
+        decay: Weight of the old value; None is the convention's.
+
+    Returns:
+        A new state, in the dtype of `running` or float32. A batch without elements changes nothing.
+
+    Raises:
+        ValueError: A shape that does not fit, another tracked quantity, a negative count or m2, or a batch on which the
+            convention refuses to train.
+        TypeError: Not a state, not moments, or arrays of different libraries.
+
+    Warns:
+        RuntimeWarning: The moments are not finite; the batch did not enter and is counted in `skipped`.
+
+    Source: Ioffe & Szegedy 2015, algorithm 2.
+
+    Example:
+        >>> import numpy as np, batchnorm as bn
+        >>> running, x = bn.RunningStatistics.initial(1), np.array([[1.0], [2.0], [6.0]])
+        >>> running = bn.advance(running, bn.moments(x[:2]).merge(bn.moments(x[2:])), decay=0.5)
+        >>> running.mean, running.spread, float(running.steps)
+        (array([1.5], dtype=float32), array([4.], dtype=float32), 1.0)
+    """
+    record = resolve(convention, eps, decay, None, None)
+    running = check_state(running, record)
+    if not isinstance(masked, bool):
+        raise TypeError(
+            f"masked is a {type(masked).__name__}; it must be True or False: whether a mask left elements out"
+        )
+    batch = check_moments(moments, running)
+    check_enterable(batch, record, masked=masked)
+    updated = agnostic.advance_by_moments(running, batch, record, masked=masked)
+    if known(updated.skipped > running.skipped):
+        warn_of_skipped(stacklevel=3)
+    return updated
 
 
 def affine(
@@ -357,14 +491,11 @@ def affine(
         (array([0.5]), array([-0.5]))
     """
     convention = resolve(convention, eps, None, None, None)
-    if not isinstance(running, RunningStatistics):
-        raise TypeError(f"running is a {type(running).__name__}; it must be a batchnorm.RunningStatistics")
-    xp = check_array("running.mean", running.mean)
-    axes = Axes(tuple(range(running.mean.ndim)), ())
-    running = check_running(running, running.mean, axes)
+    running = check_state(running, convention)
+    xp, axes = namespace(running.mean), Axes(tuple(range(running.mean.ndim)), ())
     gamma = check_parameter("gamma", gamma, running.mean, axes)
     beta = check_parameter("beta", beta, running.mean, axes)
     mean, _, rstd = statistics_of_state(xp, running, convention, running.mean.dtype)
-    gamma, beta = effective_gamma(xp, gamma, convention), effective_beta(beta, convention)
+    gamma, beta = effective_gamma(xp, gamma, convention, running.mean), effective_beta(beta, convention)
     scale = rstd if gamma is None else cast(xp, gamma, rstd.dtype) * rstd
     return scale, -scale * mean if beta is None else cast(xp, beta, rstd.dtype) - scale * mean

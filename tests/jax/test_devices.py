@@ -112,6 +112,82 @@ def test_explicit_sharding(devices):
             step(x, GAMMA, BETA, kernel="native")
 
 
+@pytest.mark.parametrize("masked", [{}, {"mask": np.arange(5)[None, :, None] < 3}, {"lengths": np.arange(16) % 6}])
+@pytest.mark.parametrize("spec", [P(None, None, "d"), P("d", None, None), P("d", None, "e")])
+def test_explicit_sharding_of_channels(spec, masked):
+    """Parameters and state may lie anywhere; the state keeps its place, so that it can be carried."""
+    mesh = jax.make_mesh((2, 2), ("d", "e"), axis_types=(AxisType.Explicit,) * 2, devices=jax.devices()[:4])
+    x, dy = X[..., :2], DY[..., :2]
+    gamma, beta, running = GAMMA[:2], BETA[:2], RUNNING._replace(mean=RUNNING.mean[:2], spread=RUNNING.spread[:2])
+
+    def of(x, gamma, beta, running, dy):
+        y, after = bnj.batch_norm(x, gamma, beta, running, training=True, **masked)
+        return jnp.sum(y * dy) + jnp.sum(after.spread), after
+
+    expected, gradients = jax.value_and_grad(of, argnums=ALL, has_aux=True)(x, gamma, beta, running, dy)
+    with jax.set_mesh(mesh):
+        x, dy = (jax.device_put(array, NamedSharding(mesh, spec)) for array in (x, dy))
+        results = jax.jit(jax.value_and_grad(of, argnums=ALL, has_aux=True))(x, gamma, beta, running, dy)
+        after = results[0][1]
+        assert jax.typeof(after.mean).sharding.spec == P(None)
+        y, _ = bnj.batch_norm(x, gamma, beta, after, training=False, **masked)
+        carried, _ = jax.lax.scan(lambda r, _: (of(x, gamma, beta, r, dy)[1], None), running, length=3)
+    check(results, (expected, gradients), 1e-4)
+    assert jax.typeof(y).sharding.spec == spec
+    assert float(carried.steps) == 3
+
+
+def test_reductions_over_devices_are_kernels():
+    """With `axis_name` as without: moments forward, two sums backward; no reduction of x is left to XLA."""
+    mesh = mesh_of(4)
+
+    def loss(x, gamma, beta, dy):
+        return jax.lax.psum(total(x, gamma, beta, dy, axis_name="d"), "d")
+
+    specs = (P("d"), P(), P(), P("d"))
+    gradients = jax.shard_map(jax.grad(loss, argnums=ALL), mesh=mesh, in_specs=specs, out_specs=specs[:3])
+    text = jax.jit(gradients).lower(X, GAMMA, BETA, DY).as_text()
+    assert text.count("@batchnorm_forward") == 1
+    assert text.count("@batchnorm_backward") == 1
+
+
+@pytest.mark.parametrize("kernel", [None, "agnostic"])
+@pytest.mark.parametrize("masked_output", ["zero", "normalized"])
+def test_second_derivatives_over_lanes(kernel, masked_output):
+    """Hessian-vector products through the merged statistics, and the gradient of the state."""
+    mask = jnp.asarray(RNG.random((16, 5, 1)) < 0.7)
+
+    def whole(x, gamma, beta):
+        y, after = bnj.batch_norm(
+            x,
+            gamma,
+            beta,
+            RUNNING,
+            training=True,
+            activation="silu",
+            mask=mask,
+            masked_output=masked_output,
+            kernel="agnostic",
+        )
+        return jnp.sum(y**3) + jnp.sum(after.spread**2)
+
+    def lanes(x, gamma, beta):
+        def part(x, mask):
+            return bnj.batch_norm(
+                x, gamma, beta, RUNNING, training=True, activation="silu", mask=mask, masked_output=masked_output,
+                axis_name="lanes", kernel=kernel,
+            )  # fmt: skip
+
+        y, after = jax.vmap(part, axis_name="lanes")(x.reshape(4, 4, 5, 3), mask.reshape(4, 4, 5, 1))
+        return jnp.sum(y**3) + jnp.sum(after.spread[0] ** 2)
+
+    with jax.enable_x64(True):
+        arguments = tuple(jnp.asarray(array, jnp.float64) for array in (X, GAMMA, BETA))
+        tangents = tuple(jnp.cos(array) for array in arguments)
+        results = [jax.jvp(jax.grad(of, argnums=ALL), arguments, tangents) for of in (lanes, whole)]
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-9, atol=1e-9), *results)
+
+
 @pytest.mark.parametrize("devices", [2, 8])
 def test_pmap(devices):
     x, dy = (array.reshape(devices, -1, 5, 3) for array in (X, DY))

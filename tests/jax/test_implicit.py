@@ -18,7 +18,10 @@ import batchnorm.jax as bnj
 RNG = np.random.default_rng(13)
 
 
-WEIGHTED = replace(bn.CONVENTIONS["flax"], debias="adam")
+WEIGHTED, COPIED, ALWAYS = (
+    replace(bn.CONVENTIONS["flax"], **fields)
+    for fields in ({"debias": "adam"}, {"debias": "first_batch"}, {"update": "always"})
+)
 
 
 def initial(x, axis=-1, convention="flax"):
@@ -64,7 +67,7 @@ def test_differentiated_it_trains(options):
             np.testing.assert_allclose(ours, theirs, rtol=1e-4, atol=1e-4)
         np.testing.assert_allclose(dstate.mean, after.mean, rtol=1e-6)
         np.testing.assert_allclose(dstate.spread, after.spread, rtol=1e-6)
-        assert (float(dstate.steps), float(dstate.weight), float(dstate.skipped)) == (1, 0, 0)
+        assert (float(dstate.steps), float(dstate.skipped)) == (1, 0)
 
 
 def loss_of(parameters, x, t, implicit):
@@ -147,11 +150,11 @@ def test_sums_of_gradients(decay):
     transform = bnj.running_average(decay)
     updates, _ = transform.update({"layer": total}, transform.init({"layer": running}), {"layer": running})
     after = optax.apply_updates({"layer": running}, updates)["layer"]
-    weight = 0.1 if decay else 8 / 11
+    weight = 0.1 if decay else 1 / 4
     spread = np.mean([np.var(part, 0) for part in parts], 0)
     np.testing.assert_allclose(after.mean, (1 - weight) * running.mean, atol=1e-6)  # those of x and -x cancel
     np.testing.assert_allclose(after.spread, (1 - weight) * running.spread + weight * spread, rtol=1e-5)
-    assert (float(after.steps), float(after.weight)) == (11, 1)
+    assert (float(after.steps), float(after.weight)) == (4, 1)
 
 
 def test_no_batch_changes_nothing():
@@ -209,6 +212,84 @@ def test_other_transformations():
         jax.jvp(lambda x: bnj.implicit_batch_norm(x, GAMMA, BETA, running), (X,), (X,))
 
 
+@pytest.mark.parametrize("options", [{}, {"activation": "silu"}, {"mask": jnp.arange(12)[:, None] < 7}])
+def test_frozen_is_the_derivative_of_inference(options):
+    """What saliency maps and adversarial examples differentiate, in both modes; the state receives nothing."""
+    running = initial(X)._replace(mean=jnp.asarray([1.0, 2, 3]), spread=jnp.asarray([4.0, 1, 9]))
+
+    def implicit(x, gamma, beta, running):
+        return jnp.sum(bnj.implicit_batch_norm(x, gamma, beta, running, frozen=True, **options) ** 2)
+
+    def explicit(x, gamma, beta):
+        return jnp.sum(bnj.batch_norm(x, gamma, beta, running, training=False, **options)[0] ** 2)
+
+    *gradients, dstate = jax.jit(jax.grad(implicit, argnums=(0, 1, 2, 3)))(X, GAMMA, BETA, running)
+    for ours, theirs in zip(gradients, jax.grad(explicit, argnums=(0, 1, 2))(X, GAMMA, BETA), strict=True):
+        np.testing.assert_allclose(ours, theirs, rtol=1e-4, atol=1e-5)
+    assert all(not np.any(value) for value in dstate)
+    tangent = jax.jvp(lambda x: implicit(x, GAMMA, BETA, running), (X,), (BETA - X,))[1]
+    np.testing.assert_allclose(tangent, jnp.sum(gradients[0] * (BETA - X)), rtol=1e-3)
+
+
+def test_a_frozen_layer_in_a_network_that_trains():
+    """The other layer's statistics arrive, the frozen one's do not."""
+    running = {"frozen": initial(X), "trained": initial(X)}
+
+    def loss(running):
+        h = bnj.implicit_batch_norm(X, None, None, running["frozen"], frozen=True)
+        return jnp.sum(bnj.implicit_batch_norm(h, None, None, running["trained"]))
+
+    received = jax.grad(loss)(running)
+    assert (float(received["frozen"].steps), float(received["trained"].steps)) == (0, 1)
+    optimizer = bnj.running_average(0.9)
+    updates, _ = optimizer.update(received, optimizer.init(running), running)
+    assert not np.any(updates["frozen"].mean)
+    np.testing.assert_allclose(updates["trained"].mean, 0.1 * X.mean(0) / np.sqrt(1 + 1e-5), rtol=1e-4)
+
+
+@pytest.mark.parametrize("transformation", [lambda f: f, jax.jit, jax.checkpoint])
+@pytest.mark.parametrize("masked", [False, True])
+def test_an_activation_that_closes_over_a_parameter(transformation, masked):
+    """PReLU: its slope has a gradient, of training and of inference."""
+    running, slope, mask = initial(X), jnp.float32(0.3), jnp.arange(12)[:, None] < 7 if masked else None
+
+    def prelu(slope):
+        return lambda z: jnp.where(z > 0, z, slope * z)
+
+    def implicit(slope, x, running, frozen):
+        y = bnj.implicit_batch_norm(
+            x, GAMMA, BETA, running, activation=prelu(slope), frozen=frozen, mask=mask, convention="pytorch"
+        )
+        return jnp.sum(y**2)
+
+    def explicit(slope, x, training):
+        y, after = bnj.batch_norm(
+            x, GAMMA, BETA, running, training=training, activation=prelu(slope), mask=mask, convention="pytorch"
+        )
+        return jnp.sum(y**2), after
+
+    for frozen in (False, True):
+        ours = transformation(partial(jax.grad(implicit, argnums=(0, 1)), frozen=frozen))(slope, X, running)
+        theirs, _ = jax.grad(explicit, argnums=(0, 1), has_aux=True)(slope, X, not frozen)
+        np.testing.assert_allclose(ours[0], theirs[0], rtol=1e-4)
+        np.testing.assert_allclose(ours[1], theirs[1], rtol=1e-4, atol=1e-4)
+
+
+def test_millions_of_steps():
+    """A float32 of 2**24 steps is the same after one more; the gradient counts from 0."""
+    running = initial(X)._replace(steps=jnp.float32(2**24))
+    received = jax.grad(lambda r: jnp.sum(bnj.implicit_batch_norm(X, None, None, r)))(running)
+    assert float(received.steps) == 1
+    np.testing.assert_allclose(received.mean, X.mean(0), rtol=1e-6)
+
+
+def test_the_axis_is_the_convention_s():
+    x = jnp.asarray(RNG.normal(size=(4, 3, 5)), jnp.float32)
+    running = bn.RunningStatistics.initial(3, "pytorch", like=x)
+    received = jax.grad(lambda r: jnp.sum(bnj.implicit_batch_norm(x, None, None, r, convention="pytorch")))(running)
+    np.testing.assert_allclose(received.mean, x.mean((0, 2)), atol=1e-6)
+
+
 @pytest.mark.parametrize(
     ("case", "activation"),
     [(case, None) for case in ("d2", "d3", "d4", "d5")]
@@ -241,11 +322,17 @@ def test_the_zygote_layer(case, activation):
         (lambda: bnj.running_average(1.5), "decay is 1.5"),
         (lambda: bnj.running_average(0.9).update({"w": X}, None, {"w": X}), "give the other parameters another"),
         (lambda: bnj.running_average(0.9).update(initial(X), None), "needs the parameters"),
-        (
-            lambda: bnj.implicit_batch_norm(X, None, None, initial(X), convention=WEIGHTED),
-            "leaves averaging to the optimizer",
+        *(
+            (
+                partial(bnj.implicit_batch_norm, X, None, None, initial(X), convention=c),
+                "leaves averaging to the optimizer",
+            )
+            for c in (WEIGHTED, COPIED, ALWAYS)
         ),
         (lambda: bnj.implicit_batch_norm(X, jnp.ones(4), None, initial(X)), r"gamma has shape \(4,\)"),
+        (lambda: bnj.implicit_batch_norm(X, None, None, initial(X), frozen=1), "frozen is 1; it must be True or False"),
+        (lambda: bnj.implicit_batch_norm(X, None, None, (X, X)), "running is a tuple"),
+        (lambda: bnj.implicit_batch_norm(X, None, None, initial(X, 1, "lasagne-gist")), "'std', but convention 'flax'"),
     ],
 )
 def test_errors(call, message):

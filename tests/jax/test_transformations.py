@@ -6,9 +6,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import linen
+from jax.experimental.jet import jet
 
 import batchnorm as bn
 import batchnorm.jax as bnj
+from batchnorm.flax import linen as flax_layers
 
 RNG = np.random.default_rng(5)
 X, DY = (jnp.asarray(RNG.normal(1, 2, (8, 5, 3)), jnp.float32) for _ in range(2))
@@ -177,19 +180,199 @@ def test_traced_flag_computes_one_branch():
     assert "batchnorm_forward" in text
 
 
-def test_export():
-    def step(x):
-        return bnj.batch_norm(x, GAMMA, BETA, training=True)[0]
+@pytest.mark.parametrize("platforms", [None, ("cpu", "cuda", "tpu")])
+def test_export(platforms):
+    """A training step with its gradients; as array code, since the program may run without this library."""
+    step = jax.jit(jax.value_and_grad(loss, argnums=ALL))
+    exported = jax.export.export(step, platforms=platforms)(*ARGUMENTS)
+    assert "stablehlo.custom_call @batchnorm" not in exported.mlir_module()
+    for ours, theirs in zip(jax.tree.leaves(exported.call(*ARGUMENTS)), jax.tree.leaves(step(*ARGUMENTS)), strict=True):
+        np.testing.assert_allclose(ours, theirs, rtol=1e-4, atol=1e-5)
 
-    def agnostic(x):
-        return bnj.batch_norm(x, GAMMA, BETA, training=True, kernel="agnostic")[0]
 
-    clean = jax.export.export(jax.jit(agnostic), platforms=("cpu", "cuda", "tpu"))(X)
-    np.testing.assert_allclose(clean.call(X), step(X), atol=2e-6)
-    with pytest.raises(ValueError, match="no compatibility guarantees"):
-        jax.export.export(jax.jit(step))(X)
-    allowed = jax.export.DisabledSafetyCheck.custom_call("batchnorm_forward")
-    np.testing.assert_array_equal(jax.export.export(jax.jit(step), disabled_checks=[allowed])(X).call(X), step(X))
+def test_export_of_a_state():
+    """The state of every tracked quantity crosses the boundary as a part of the structure."""
+    for convention in ("flax", "lasagne-gist", "zygote-gist"):
+        running = bn.RunningStatistics.initial(3, convention, like=X)
+        step = jax.jit(lambda r, c=convention: bnj.batch_norm(X, running=r, training=True, convention=c, axis=-1)[1])
+        np.testing.assert_allclose(
+            jax.export.export(step)(running).call(running).spread, step(running).spread, rtol=1e-6
+        )
+
+
+def test_disable_jit():
+    """What is printed and stepped through while debugging."""
+    expected = jax.value_and_grad(loss, argnums=ALL)(*ARGUMENTS)
+    with jax.disable_jit():
+        results = jax.value_and_grad(loss, argnums=ALL)(*ARGUMENTS)
+        assert isinstance(bnj.batch_norm(X, training=jnp.bool_(True))[0], jax.Array)
+    for ours, theirs in zip(jax.tree.leaves(results), jax.tree.leaves(expected), strict=True):
+        np.testing.assert_allclose(ours, theirs, rtol=1e-6)
+
+
+@pytest.mark.parametrize("masked", [False, True])
+def test_taylor_mode(masked):
+    """`jet`: the derivatives along a line are those of nested forward mode."""
+    mask = jnp.arange(8)[:, None, None] < 5 if masked else None
+
+    def y(x):
+        return bnj.batch_norm(x, GAMMA, BETA, training=True, activation="tanh", mask=mask)[0]
+
+    def along(function):
+        return lambda x: jax.jvp(function, (x,), (DY,))[1]
+
+    with jax.enable_x64(True):
+        _, series = jet(y, (X,), ((DY, jnp.zeros_like(X), jnp.zeros_like(X)),))
+        for number, (ours, theirs) in enumerate(
+            zip(series, (along(y), along(along(y)), along(along(along(y)))), strict=True)
+        ):
+            np.testing.assert_allclose(ours, theirs(X), atol=1e-3, err_msg=str(number))
+
+
+STATE = {
+    "plain": {}, "masked": {"mask": jnp.asarray(RNG.random((8, 5, 1)) < 0.6)},
+    "lengths": {"lengths": jnp.arange(8) % 6}, "deviations": {"convention": "lasagne-gist", "axis": -1},
+    "replaced": {"decay": 0.0},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", STATE)
+def test_derivatives_of_the_state(name):
+    """Losses on the statistics (DeepInversion's): both modes and second order, as of array code and by differences."""
+    options = STATE[name]
+    convention = options.get("convention", "flax")
+
+    def statistics_loss(x, running, kernel):
+        _, after = bnj.batch_norm(x, running=running, training=True, kernel=kernel, **options)
+        return jnp.sum((after.mean - 1) ** 2) + jnp.sum(jnp.cos(after.spread) * GAMMA)
+
+    with jax.enable_x64(True):
+        x = jnp.asarray(X, jnp.float64)
+        running = bn.RunningStatistics.initial(3, convention, like=x)
+        results = []
+        for kernel in ("native", "agnostic"):
+            of = partial(statistics_loss, kernel=kernel)
+            gradient = jax.grad(of, argnums=(0, 1))
+            hessian = jax.jvp(gradient, (x, running), (x, running))[1]
+            results.append((gradient(x, running), jax.jvp(of, (x, running), (x, running)), hessian))
+        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-9, atol=1e-12), *results)
+        step = 1e-4 * (1 + jnp.cos(x * 7))
+        difference = of(x + step, running) - of(x - step, running)
+        np.testing.assert_allclose(jnp.sum(results[0][0][0] * step), difference / 2, rtol=1e-4)
+        assert abs(difference) > 1e-7
+
+
+def test_derivatives_of_the_state_equal_flax_s():
+    """Through `batch_stats`, where Flax has them."""
+    theirs, ours = linen.BatchNorm(momentum=0.7), flax_layers.BatchNorm(momentum=0.7)
+    variables = theirs.init(jax.random.key(0), X, use_running_average=False)
+
+    def of(layer):
+        def statistics_loss(x):
+            y, updated = layer.apply(variables, x, use_running_average=False, mutable=["batch_stats"])
+            return (
+                jnp.sum(updated["batch_stats"]["mean"] ** 2) + jnp.sum(updated["batch_stats"]["var"] ** 3) + y[0, 0, 0]
+            )
+
+        return jax.grad(statistics_loss)(X)
+
+    np.testing.assert_allclose(of(ours), of(theirs), rtol=1e-3, atol=1e-6)
+    assert np.abs(of(theirs)).max() > 1e-3
+
+
+@pytest.mark.parametrize("masked_output", ["zero", "normalized"])
+@pytest.mark.parametrize("kind", ["mask", "by element", "lengths", "channels first"])
+def test_derivatives_with_padding(kind, masked_output):
+    """Of padding that comes out normalized as well, which is Flax's behaviour: by the kernels, as by array code."""
+    x = X.at[1, 3:].set(jnp.nan) if kind != "by element" else X
+    options = {
+        "mask": {"mask": jnp.arange(5)[None, :, None] < jnp.asarray([5, 3, 0, 1, 2, 5, 4, 3])[:, None, None]},
+        "by element": {"mask": jnp.asarray(RNG.random(X.shape) < 0.6)},
+        "lengths": {"lengths": jnp.asarray([5, 3, 0, 1, 2, 5, 4, 3])},
+        "channels first": {"lengths": jnp.asarray([5, 3, 0, 1, 2, 5, 4, 3]), "axis": 1},
+    }[kind]
+    x = jnp.moveaxis(x, -1, 1) if kind == "channels first" else x
+    residual = jnp.cos(3 * jnp.nan_to_num(x))
+
+    def of(x, gamma, beta, residual, kernel):
+        y, _ = bnj.batch_norm(
+            x, gamma, beta, training=True, residual=residual, activation="silu", masked_output=masked_output,
+            kernel=kernel, **options,
+        )  # fmt: skip
+        return jnp.sum(y**3)
+
+    arguments = (x, GAMMA, BETA, residual)
+    ours, theirs = (
+        jax.jit(jax.value_and_grad(partial(of, kernel=kernel), argnums=(0, 1, 2, 3)))(*arguments)
+        for kernel in ("native", "agnostic")
+    )
+    for a, b in zip(jax.tree.leaves(ours), jax.tree.leaves(theirs), strict=True):
+        np.testing.assert_allclose(a, b, rtol=2e-4, atol=2e-4)
+    assert np.isfinite(ours[1][0]).all()
+    text = jax.jit(jax.grad(partial(of, kernel=None))).lower(*arguments).as_text()
+    assert "batchnorm_forward" in text
+    assert "batchnorm_backward" in text
+
+
+def test_lengths_are_not_expanded():
+    """Channels first, no mask of them is made; traced values beyond the time axis count as its end."""
+    x = jnp.moveaxis(X, -1, 1)
+    call = jax.jit(lambda x, lengths: bnj.batch_norm(x, training=True, axis=1, lengths=lengths)[0])
+    lengths = jnp.asarray([5, 3, 0, 1, 2, 5, 4, 3])
+    text = call.lower(x, lengths).as_text()
+    assert "tensor<8x1x1x5xi1>" not in text
+    assert "tensor<1x8x1x5xi1>" not in text
+    np.testing.assert_array_equal(call(x, lengths.at[0].set(9)), call(x, lengths))
+    lanes = jax.vmap(call, in_axes=(None, 0))(x, jnp.stack([lengths, lengths[::-1]]))
+    np.testing.assert_array_equal(lanes[1], call(x, lengths[::-1]))
+
+
+NUMBERS = [np.float32, np.float64, jnp.asarray, lambda value: np.asarray(value)]
+
+
+@pytest.mark.parametrize("number", NUMBERS)
+def test_eps_and_decay_as_arrays(number):
+    y, after = bnj.batch_norm(X, GAMMA, BETA, RUNNING, training=True, eps=number(0.25), decay=number(0.75))
+    expected, other = bnj.batch_norm(X, GAMMA, BETA, RUNNING, training=True, eps=0.25, decay=0.75)
+    np.testing.assert_array_equal(y, expected)
+    np.testing.assert_array_equal(after.mean, other.mean)
+
+
+def test_traced_eps_and_decay():
+    """A schedule under jit, a sweep under vmap, and derivatives; the carry of a scan keeps its type."""
+    step = jax.jit(lambda eps, decay: bnj.batch_norm(X, GAMMA, BETA, RUNNING, training=True, eps=eps, decay=decay))
+    expected = bnj.batch_norm(X, GAMMA, BETA, RUNNING, training=True, eps=0.25, decay=0.75)
+    check = partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-6)
+    jax.tree.map(check, step(0.25, 0.75), expected)
+    swept = jax.vmap(step)(jnp.asarray([0.1, 0.25]), jnp.asarray([0.5, 0.75]))
+    jax.tree.map(lambda a, b: check(a[1], b), swept, expected)
+    text = jax.jit(lambda decay: bnj.batch_norm(X, training=True, decay=decay)).lower(0.5).as_text()
+    assert "batchnorm_forward" in text  # by the kernels: decay is none of their business
+    gradient = jax.grad(lambda eps: jnp.sum(step(eps, 0.5)[0] ** 2))(0.25)
+    difference = (jnp.sum(step(0.26, 0.5)[0] ** 2) - jnp.sum(step(0.24, 0.5)[0] ** 2)) / 0.02
+    np.testing.assert_allclose(gradient, difference, rtol=1e-2)
+    with jax.enable_x64(True):
+        carried, _ = jax.lax.scan(
+            lambda r, d: (bnj.batch_norm(X, running=r, training=True, decay=d)[1], None), RUNNING, jnp.linspace(0, 1, 3)
+        )
+    assert carried.mean.dtype == jnp.float32
+
+
+def test_the_axis_is_the_convention_s():
+    """As in `batchnorm.batch_norm`, and of whatever kind."""
+    x = jnp.moveaxis(X, -1, 1)
+    expected = bn.batch_norm(x, convention="pytorch")[0]
+    for options in ({}, {"axis": [1]}, {"axis": range(1, 2)}, {"axis": np.int64(1)}, {"axis": -2}):
+        np.testing.assert_allclose(
+            bnj.batch_norm(x, training=True, convention="pytorch", **options)[0], expected, atol=2e-6
+        )
+    assert bnj.batch_norm(x, training=True)[1].mean.shape == (5,)  # Flax's
+
+
+def test_numpy_parameters():
+    """Whatever JAX's own functions take."""
+    y, _ = bnj.batch_norm(X, np.asarray(GAMMA), np.asarray(BETA), training=True, mask=np.ones((8, 5, 1), bool))
+    np.testing.assert_allclose(y, bnj.batch_norm(X, GAMMA, BETA, training=True)[0], atol=2e-6)
 
 
 @pytest.mark.parametrize("platform", ["cuda", "tpu"])

@@ -1,12 +1,16 @@
 #!/usr/bin/env bash
 # The kernels under AddressSanitizer with UndefinedBehaviorSanitizer, for each instruction set that this machine has,
-# and under ThreadSanitizer, with threads in place of OpenMP, whose synchronisation it does not see. Two minutes.
+# and under ThreadSanitizer, with threads in place of OpenMP, whose synchronisation it does not see. Then random calls from
+# Python, proper and hostile, of the whole extension under AddressSanitizer and UndefinedBehaviorSanitizer, for any
+# x86-64 or ARM, by the Python in $PYTHON (.venv's), which needs nanobind, NumPy and PyTorch. Four minutes.
 #
-#     sanitize.sh [folder for the programs] [problems]
+#     sanitize.sh [folder for the programs] [problems] [calls]
 set -euo pipefail
 cd "$(dirname "$0")/../.."
 folder=${1:-build/sanitize}
 problems=${2:-4000}
+calls=${3:-20000}
+python=${PYTHON:-.venv/bin/python}
 mkdir -p "$folder"
 
 flags=(-std=c++20 -O1 -g1 -ffp-contract=off -Wall -Wextra -Wno-psabi -Wno-uninitialized -Wno-maybe-uninitialized)
@@ -23,6 +27,17 @@ build() {
   local name=$1 isa=$2
   shift 2
   "${CXX:-c++}" "${flags[@]}" -DBATCHNORM_ISA="$isa" "$@" cpp/tests/drive.cpp cpp/plan.cpp cpp/memory.cpp cpp/helpers.cpp -o "$folder/$name"
+}
+
+# The extension with the baseline's kernels alone.
+build_extension() {
+  local of_nanobind of_python
+  of_nanobind=$("$python" -m nanobind --include_dir)
+  of_python=$("$python" -c 'import sysconfig; print(sysconfig.get_path("include"))')
+  "${CXX:-c++}" "${flags[@]}" -DBATCHNORM_ISA=baseline '-DBATCHNORM_INSTRUCTION_SETS="baseline"' -DNDEBUG "${memory[@]}" \
+    -fPIC -shared -fvisibility=hidden -fno-strict-aliasing -isystem "$of_python" -isystem "$of_nanobind" \
+    -isystem "$of_nanobind/../ext/robin_map/include" "$of_nanobind/../src/nb_combined.cpp" \
+    cpp/{bindings,plain,checks,arrays,layout,dispatch,helpers,memory,plan,xla,kernels}.cpp -o "$folder/_native.so"
 }
 
 # has NAMES...: whether the processor has all of these.
@@ -59,3 +74,11 @@ done
 # Addresses are not randomised: ThreadSanitizer before GCC 14 does not start where they are by more than 28 bits.
 echo -n "baseline, threads: "
 setarch -R "$folder/threads" "$((problems / 4))"
+
+# The interpreter is not compiled for AddressSanitizer, whose library has to be there before it, and the library of C++
+# before that looks for what throws. Freed memory is soon used again: what grows is a leak.
+build_extension
+echo "extension, calls from Python:"
+library() { "${CXX:-c++}" -print-file-name="$1"; }
+LD_PRELOAD="$(library libasan.so) $(library libstdc++.so)" ASAN_OPTIONS=detect_leaks=0:quarantine_size_mb=8:allocator_may_return_null=1 \
+  PYTHONPATH=src "$python" -X faulthandler tests/kernels/fuzz_native.py --extension "$folder/_native.so" --calls "$calls"

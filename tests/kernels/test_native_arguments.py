@@ -6,6 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
+from layouts import placed
 from oracle import check_gradients, check_within, expected
 
 import batchnorm as bn
@@ -36,7 +37,7 @@ def backward(**changes):
         "dresidual": None,
         "mean": np.zeros(3, np.float32), "mean_lo": np.zeros(3, np.float32), "rstd": np.ones(3, np.float32),
         "count": np.full(3, 5), "factor": None, "mask": None, "lengths": None, "kept": 0b10, "through_statistics": True,
-        "activation": 0, "slope": 0.0, "threads": 1, **changes,
+        "normalized_padding": False, "activation": 0, "slope": 0.0, "threads": 1, **changes,
     }  # fmt: skip
     return _native.backward(**arguments), arguments
 
@@ -219,3 +220,53 @@ def test_unknown_instruction_set():
     with pytest.raises(ValueError, match=r"the instruction set sse9 is not one of .*baseline"):
         _native.set_instruction_set("sse9")
     assert _native.instruction_set() == before
+
+
+#: What each operation writes.
+WRITTEN = {
+    forward: ("y", "mean", "mean_lo", "m2", "rstd", "count"),
+    backward: ("dx", "dgamma", "dbeta", "dresidual"),
+}
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64", "float16"])
+@pytest.mark.parametrize("operation", WRITTEN)
+def test_arrays_between_two_elements(operation, dtype):
+    """All arguments at once; `sanitize.sh` runs the extension where misaligned loads are reported."""
+    wide = "float64" if dtype == "float64" else "float32"
+    large = ("x", "residual", "y") if operation is forward else ("x", "dy", "residual", "dx", "dresidual")
+    extra = {"m2": np.zeros(3, wide)} if operation is forward else {"factor": np.ones(3)}
+    done, aligned = operation(
+        **{name: floats(4, 3, 21, dtype=dtype) for name in large},
+        **{name: np.full(3, 0.5, wide) for name in ("mean", "mean_lo", "rstd")},
+        **extra,
+        lengths=np.array([21, 3, 0, 20]),
+    )
+    assert done
+    arrays = {name: value for name, value in aligned.items() if isinstance(value, np.ndarray)}
+    misaligned = {
+        name: placed(np.full_like(value, 3) if name in WRITTEN[operation] else value, "bytes", 0)
+        for name, value in arrays.items()
+    }
+    assert not any(value.flags.aligned for value in misaligned.values())
+    assert operation(**{**aligned, **misaligned})[0]
+    for name, value in arrays.items():
+        np.testing.assert_array_equal(misaligned[name], value, err_msg=name)
+
+
+def test_a_buffer_without_strides():
+    """NumPy's scalars of dates have none, though they are asked for."""
+    for value in (np.datetime64("2020-01-01"), np.timedelta64(3, "s")):
+        with pytest.raises(TypeError, match="must be float16, bfloat16, float32 or float64"):
+            _native.result_like(value)
+
+
+@pytest.mark.parametrize("statistics", [(), (floats(3),), (floats(3),) * 2, (floats(3),) * 4])
+def test_statistics_that_are_no_three(statistics):
+    arguments = {
+        "dy": floats(5, 3), "x": floats(5, 3), "gamma": None, "beta": None, "residual": None, "count": None, "kept": 2,
+        "activation": 0, "slope": 0.0, "threads": 1, "empty_like": np.empty_like, "has_dx": True,
+        "through_statistics": True,
+    }  # fmt: skip
+    assert _native.backward_plain(**arguments, statistics=(floats(3),) * 3) is not None
+    assert _native.backward_plain(**arguments, statistics=statistics) is None

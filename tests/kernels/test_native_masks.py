@@ -2,6 +2,7 @@
 
 import numpy as np
 import pytest
+import torch
 from layouts import DTYPES, placed, tensor
 from oracle import activated, check_gradients, check_within, check_y, expected, wide
 
@@ -86,3 +87,41 @@ def test_nothing_counts(instruction_set):
         moments = bn.moments(x, axis=axis, mask=np.zeros((4, 1, 1), bool))
         for values in (y, *bn.backward(x, cache)[:2], *moments):
             np.testing.assert_array_equal(values, 0)
+
+
+@pytest.mark.parametrize("activation", [None, "relu", "gelu"])
+@pytest.mark.parametrize("has_residual", [False, True])
+@pytest.mark.parametrize("case", CASES)
+def test_gradients_of_normalized_padding(instruction_set, case, has_residual, activation):
+    """By autograd, against array code: of padding too, whose NaN and Inf leave its y to beta and the residual alone."""
+    x, residual, gamma, beta, _, counting, axis = sample(case, "float64")
+    arrays = (x, gamma.astype(float), beta.astype(float), residual if has_residual else None)
+    options = {"axis": axis, "activation": activation, "single": "clamp", "masked_output": "normalized"}
+    options |= {name: tensor(value) for name, value in counting.items()}
+    dy, results = tensor(RNG.normal(size=x.shape)), []
+    for kernel in ("native", "agnostic"):
+        leaves = [None if a is None else tensor(a).requires_grad_() for a in arrays]
+        y, _ = bn.batch_norm(*leaves[:3], residual=leaves[3], kernel=kernel, **options)
+        assert ("NormalizationBackward" in y.grad_fn.name()) == (kernel == "native")
+        y.backward(dy)
+        results.append([y, *(leaf.grad for leaf in leaves if leaf is not None)])
+    for ours, exact in zip(*results, strict=True):
+        torch.testing.assert_close(ours, exact, rtol=1e-10, atol=1e-10)
+    assert results[0][1].isfinite().all()
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_masks_of_leading_elements_are_lengths(instruction_set, dtype):
+    """Channels first, to the bit; and a mask of everything is none."""
+    x, _, gamma, beta, mask, counting, axis = sample("rows, lengths", dtype)
+    by_lengths, by_mask = (
+        bn.forward(x, gamma, beta, axis=axis, kernel="native", **options) for options in (counting, {"mask": mask})
+    )
+    assert by_lengths[0].tobytes() == by_mask[0].tobytes()
+    dy = RNG.normal(size=x.shape).astype(x.dtype)
+    gradients = [bn.backward(dy, cache) for _, cache in (by_lengths, by_mask)]
+    assert gradients[0].dx.tobytes() == gradients[1].dx.tobytes()
+    x = np.where(np.isfinite(wide(x)), wide(x), 0).astype(x.dtype)
+    whole, unmasked = bn.forward(x, axis=axis, mask=np.ones((1, 1, 37), bool)), bn.forward(x, axis=axis)
+    assert whole[0].tobytes() == unmasked[0].tobytes()
+    assert (whole[1].count == unmasked[1].count).all()

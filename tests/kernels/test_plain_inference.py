@@ -23,7 +23,7 @@ def state(channels=3, convention="pytorch", dtype=np.float32, library=np.asarray
         mean=RNG.normal(size=channels).astype(dtype), spread=RNG.uniform(0.5, 2, channels).astype(dtype),
         steps=np.asarray(3, dtype), weight=np.asarray(running.weight + np.asarray(0.25, dtype)),
     )  # fmt: skip
-    return bn.RunningStatistics(*(library(np.asarray(value)) for value in running))
+    return running.map(lambda value: library(np.asarray(value)))
 
 
 @pytest.fixture

@@ -107,7 +107,7 @@ class Replay:
         return self.arrays.array(values, self.dtype)
 
     def state(self, mean: np.ndarray, spread: np.ndarray) -> bn.RunningStatistics:
-        return bn.RunningStatistics(self.array(mean), self.array(spread))
+        return bn.RunningStatistics(self.array(mean), self.array(spread), tracked=self.convention.tracked)
 
     def initial(self) -> bn.RunningStatistics:
         axis = self.options["axis"]

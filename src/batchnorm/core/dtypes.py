@@ -53,9 +53,11 @@ def statistics_dtype(xp: Namespace, *arrays: Array) -> DType:
     return xp.float64 if any(dtype_name(array.dtype) == "float64" for array in arrays) else xp.float32
 
 
-def accumulation_dtype(xp: Namespace) -> DType:
-    """The dtype of sums: float64 wherever the library has it (JAX only in its x64 mode)."""
-    known = xp.__array_namespace_info__().dtypes(kind="real floating")
+def accumulation_dtype(xp: Namespace, like: Array | None = None) -> DType:
+    """The dtype of sums: float64 wherever the library, or the device of `like`, has it (JAX only in its x64 mode)."""
+    # PyTorch would find out by allocating an array of each dtype.
+    device = {} if like is None or array_api_compat.is_torch_array(like) else placement(like)
+    known = xp.__array_namespace_info__().dtypes(kind="real floating", **device)
     return xp.float64 if "float64" in known else xp.float32
 
 
@@ -66,6 +68,10 @@ def cast(xp: Namespace, array: Array, dtype: DType) -> Array:
 
 def full(xp: Namespace, shape: tuple[int, ...], value: float, *, dtype: DType, like: Array | None = None) -> Array:
     """A constant array, on the device of `like` where the library places arrays by hand."""
-    if like is not None and array_api_compat.is_torch_array(like):
-        return xp.full(shape, value, dtype=dtype, device=like.device)
-    return xp.full(shape, value, dtype=dtype)
+    return xp.full(shape, value, dtype=dtype, **({} if like is None else placement(like)))
+
+
+def placement(like: Array) -> dict[str, Any]:
+    """The arguments that make a new array on the device of `like`; none where the library does not place by hand."""
+    libraries = (array_api_compat.is_numpy_array, array_api_compat.is_jax_array, array_api_compat.is_dask_array)
+    return {} if any(is_of_library(like) for is_of_library in libraries) else {"device": like.device}

@@ -36,7 +36,7 @@ def gradients(
         dx, dgamma, dbeta in the dtype of the statistics.
     """
     mean, mean_lo, rstd = (axes.spread_out(xp, statistic) for statistic in statistics)
-    wide = accumulation_dtype(xp)
+    wide = accumulation_dtype(xp, x)
 
     def total(values: Array) -> Array:
         return cast(xp, axes.total(xp, values, wide), rstd.dtype)
@@ -54,4 +54,40 @@ def gradients(
     dx = a * dy + (b * deviation + c)
     if mask is not None:
         dx = xp.where(mask, dx, 0.0)
+    return dx, axes.gather(xp, dgamma), axes.gather(xp, dbeta)
+
+
+def gradients_by_state(
+    xp: Namespace,
+    dy: Array,
+    x: Array,
+    axes: Axes,
+    statistics: Statistics,
+    gamma: Array | None = None,
+    is_read: Array | None = None,
+) -> tuple[Array, Array, Array]:
+    """Gradients of the normalisation by statistics that do not depend on x.
+
+        dbeta = sum(dy)     dgamma = sum(dy * xhat)     dx = gamma * rstd * dy
+
+    Args:
+        xp: Namespace of the arrays.
+        dy: Gradient of y; already zero where y is.
+        x: The input.
+        axes: The split of its axes.
+        statistics: What normalised it.
+        gamma: Factor, or None for 1.
+        is_read: Booleans that broadcast to x; elsewhere xhat was 0 and dx is 0. None is everywhere.
+
+    Returns:
+        dx, dgamma, dbeta in the dtype of the statistics.
+    """
+    mean, mean_lo, rstd = (axes.spread_out(xp, statistic) for statistic in statistics)
+    wide = accumulation_dtype(xp, x)
+    dy = cast(xp, dy, rstd.dtype)
+    xhat = ((cast(xp, x, rstd.dtype) - mean) - mean_lo) * rstd
+    dx = dy * (rstd if gamma is None else axes.spread_out(xp, cast(xp, gamma, rstd.dtype)) * rstd)
+    if is_read is not None:
+        xhat, dx = xp.where(is_read, xhat, 0.0), xp.where(is_read, dx, 0.0)
+    dgamma, dbeta = (cast(xp, axes.total(xp, values, wide), rstd.dtype) for values in (dy * xhat, dy))
     return dx, axes.gather(xp, dgamma), axes.gather(xp, dbeta)

@@ -3,10 +3,8 @@
 import math
 from typing import NamedTuple
 
-import array_api_compat
-
 from batchnorm.core.axes import Axes
-from batchnorm.core.dtypes import Array, Namespace, cast, full
+from batchnorm.core.dtypes import Array, Namespace, cast, full, placement
 
 
 class Lengths(NamedTuple):
@@ -23,8 +21,7 @@ def elementwise(xp: Namespace, mask: Mask, x: Array, axes: Axes) -> Array | None
     if not isinstance(mask, Lengths):
         return mask
     batch, time = axes.reduced[:2]
-    device = {"device": x.device} if array_api_compat.is_torch_array(x) else {}
-    positions = xp.arange(x.shape[time], **device)
+    positions = xp.arange(x.shape[time], **placement(x))
     along_time = tuple(-1 if axis == time else 1 for axis in range(x.ndim))
     along_batch = tuple(-1 if axis == batch else 1 for axis in range(x.ndim))
     return xp.reshape(positions, along_time) < xp.reshape(mask.values, along_batch)
@@ -35,13 +32,13 @@ def counts(xp: Namespace, x: Array, axes: Axes, mask: Mask) -> Array:
 
     Cost: a sum over the mask's own elements, never over x.
     """
-    integer = xp.asarray(0).dtype  # int32 in JAX's default mode, int64 elsewhere
+    integer = xp.asarray(0, **placement(x)).dtype  # int32 in JAX's default mode, int64 elsewhere
     shape = axes.statistics_shape(x.shape)
     if mask is None:
         return full(xp, shape, axes.elements(x.shape), dtype=integer, like=x)
     if isinstance(mask, Lengths):
         of_a_step = math.prod(x.shape[axis] for axis in axes.reduced[2:])
-        return xp.broadcast_to(xp.sum(cast(xp, mask.values, integer)) * of_a_step, shape)
+        return xp.broadcast_to(xp.sum(cast(xp, mask.values, integer), dtype=integer) * of_a_step, shape)
     repeats = math.prod(x.shape[axis] for axis in axes.reduced if mask.shape[axis] == 1)
-    kept = xp.sum(cast(xp, mask, integer), axis=axes.reduced, keepdims=True) * repeats
+    kept = xp.sum(cast(xp, mask, integer), axis=axes.reduced, keepdims=True, dtype=integer) * repeats
     return xp.broadcast_to(axes.gather(xp, kept), shape)

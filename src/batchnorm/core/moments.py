@@ -72,7 +72,7 @@ def moments(xp: Namespace, x: Array, axes: Axes, mask: Array | None = None) -> M
     Returns:
         Statistics-shaped moments, float32 or (for float64) float64.
     """
-    dtype, wide = statistics_dtype(xp, x), accumulation_dtype(xp)
+    dtype, wide = statistics_dtype(xp, x), accumulation_dtype(xp, x)
     x = cast(xp, x, dtype)
     count = counts(xp, x, axes, mask)
     divisor = axes.spread_out(xp, xp.maximum(cast(xp, count, wide), full(xp, (), 1.0, dtype=wide, like=x)))

@@ -1,35 +1,79 @@
 """Running statistics: what a layer remembers of its batches, and how a batch enters."""
 
 import math
-from typing import NamedTuple
+from collections.abc import Callable
+from numbers import Real
+from typing import ClassVar, NamedTuple
 
 import array_api_compat
 import numpy
 
-from batchnorm.convention import Convention
+from batchnorm.convention import Convention, Tracked
 from batchnorm.conventions import find
 from batchnorm.core.dtypes import Array, DType, Namespace, cast, full, statistics_dtype
 from batchnorm.core.moments import Moments
 from batchnorm.core.normalize import Statistics, reciprocal, rstd_of_std, rstd_of_var, square_root
 
 
-class RunningStatistics(NamedTuple):
-    """The state of a batch-norm layer. A pytree of floating arrays, float32 or wider whatever the type of x.
-
-    Attributes:
-        mean: Average of the batches' means, one for each channel; to be divided by `weight`.
-        spread: Average of what the convention tracks (`var`, `std`, `rstd`, ...); to be divided by `weight`.
-        steps: Number of batches that entered; a scalar.
-        weight: Sum of the weights in the averages; a scalar, always 1 unless the convention's `debias` is `adam` or
-            `weight_sum`.
-        skipped: Number of batches that were refused because their statistics were not finite; a scalar.
-    """
+class Averages(NamedTuple):
+    """The arrays of `RunningStatistics`."""
 
     mean: Array
     spread: Array
     steps: Array = 0.0
     weight: Array = 1.0
     skipped: Array = 0.0
+
+
+class RunningStatistics(Averages):
+    """The state of a batch-norm layer. A pytree of floating arrays, float32 or wider whatever the type of x.
+
+    The tracked quantity is the static part of the pytree: states of two quantities have different structures, and a
+    function that is given a state of another quantity than its convention's refuses it. It is part of the type (there
+    is a subclass for each quantity), which every library that walks through named tuples preserves.
+
+    Args:
+        mean: Average of the batches' means, one for each channel; to be divided by `weight`.
+        spread: Average of the tracked quantity; to be divided by `weight`.
+        steps: Number of batches that entered; a scalar.
+        weight: Sum of the weights in the averages; a scalar, always 1 unless the convention's `debias` is `adam` or
+            `weight_sum`.
+        skipped: Number of batches that were refused because their statistics were not finite; a scalar.
+        tracked: What `spread` averages: `var` (the default), `std`, `std_eps`, `rstd`, `var_eps` or `log10_std`, as in
+            `Convention.tracked`.
+
+    Raises:
+        ValueError: No quantity is called `tracked`.
+
+    Example:
+        >>> import batchnorm as bn
+        >>> bn.RunningStatistics(0.5, 2.0, tracked="std")
+        RunningStatistics(mean=0.5, spread=2.0, steps=0.0, weight=1.0, skipped=0.0, tracked='std')
+    """
+
+    __slots__ = ()
+    tracked: ClassVar[Tracked] = "var"
+
+    def __new__(
+        cls,
+        mean: Array,
+        spread: Array,
+        steps: Array = 0.0,
+        weight: Array = 1.0,
+        skipped: Array = 0.0,
+        *,
+        tracked: Tracked | None = None,
+    ) -> "RunningStatistics":
+        """A state of the class that belongs to `tracked`; None is that of the class itself."""
+        return tuple.__new__(cls if tracked is None else kind_of(tracked), (mean, spread, steps, weight, skipped))
+
+    def map(self, function: Callable[[Array], Array]) -> "RunningStatistics":
+        """The state with the function applied to each of its arrays."""
+        return self._replace(**{name: function(value) for name, value in self._asdict().items()})
+
+    def __repr__(self) -> str:
+        fields = ", ".join(f"{name}={value!r}" for name, value in zip(self._fields, self, strict=True))
+        return f"RunningStatistics({fields}, tracked={self.tracked!r})"
 
     @classmethod
     def initial(
@@ -67,7 +111,61 @@ class RunningStatistics(NamedTuple):
             steps=constant((), 0.0),
             weight=constant((), weight),
             skipped=constant((), 0.0),
+            tracked=convention.tracked,
         )
+
+
+class RunningStd(RunningStatistics):
+    """Averages of the standard deviation, sqrt(var)."""
+
+    __slots__ = ()
+    tracked = "std"
+
+
+class RunningStdEps(RunningStatistics):
+    """Averages of sqrt(var + eps)."""
+
+    __slots__ = ()
+    tracked = "std_eps"
+
+
+class RunningRstd(RunningStatistics):
+    """Averages of 1/sqrt(var + eps)."""
+
+    __slots__ = ()
+    tracked = "rstd"
+
+
+class RunningVarEps(RunningStatistics):
+    """Averages of var + eps."""
+
+    __slots__ = ()
+    tracked = "var_eps"
+
+
+class RunningLog10Std(RunningStatistics):
+    """Averages of log10(sqrt(var))."""
+
+    __slots__ = ()
+    tracked = "log10_std"
+
+
+#: The class of the states of each tracked quantity.
+KINDS = {
+    kind.tracked: kind
+    for kind in (RunningStatistics, RunningStd, RunningStdEps, RunningRstd, RunningVarEps, RunningLog10Std)
+}
+
+
+def kind_of(tracked: Tracked) -> type[RunningStatistics]:
+    """The class of the states of a tracked quantity.
+
+    Raises:
+        ValueError: There is no such quantity.
+    """
+    if tracked not in KINDS:
+        raise ValueError(f"tracked is {tracked!r}; allowed are {', '.join(map(repr, KINDS))}")
+    return KINDS[tracked]
 
 
 def tracked_value(xp: Namespace, var: Array, convention: Convention) -> Array:
@@ -89,7 +187,7 @@ def tracked_value(xp: Namespace, var: Array, convention: Convention) -> Array:
 
 def statistics_of_state(xp: Namespace, running: RunningStatistics, convention: Convention, dtype: DType) -> Statistics:
     """The statistics that normalise at inference, computed in `dtype`."""
-    running = RunningStatistics(*(cast(xp, value, dtype) for value in running))
+    running = running.map(lambda value: cast(xp, value, dtype))
     mean, spread = estimates(xp, running, convention)
     eps, placement = convention.eps, convention.eps_eval
     match convention.tracked:
@@ -125,7 +223,7 @@ def advance(
     nothing; a channel without elements (or with one, where `single` says so) keeps its estimates.
     """
     dtype = running.mean.dtype
-    count = cast(xp, batch.count, batch.m2.dtype)
+    count = cast(xp, batch.count, batch.m2.dtype) + xp.zeros_like(batch.m2)  # sharded as the statistics are
     correction = convention.correction(masked=masked)
     divisor = count - correction
     if convention.single == "clamp":
@@ -140,6 +238,7 @@ def advance(
     mean = cast(xp, batch.mean, dtype) + cast(xp, batch.mean_lo, dtype)
     spread = cast(xp, spread, dtype)
     enters = count > (1 if convention.single in ("identity", "running") else 0)
+    # Not by sums or maxima: XLA takes longer for those of 64 channels than for the moments of a small batch.
     is_finite = xp.all(~enters | (xp.isfinite(mean) & xp.isfinite(spread)))
     accepted = xp.any(enters) & is_finite
     old_mean, old_spread = estimates(xp, running, convention)
@@ -151,13 +250,15 @@ def advance(
         new = xp.where(accepted, new, old)
         if convention.decay is None:
             return old + (new - old) / (running.steps + 1)
+        if isinstance(convention.decay, Real) and convention.decay == 0 and convention.debias == "none":
+            return new  # exactly, whatever the old value was
         if convention.debias == "weight_sum":
             return xp.where(accepted, convention.decay * old + new, old)
         if convention.debias == "first_batch":
             old = xp.where(running.steps == 0, new, old)
         return old + (1 - convention.decay) * (new - old)
 
-    return RunningStatistics(
+    return running._replace(
         mean=average(running.mean, mean),
         spread=average(running.spread, spread),
         steps=running.steps + cast(xp, accepted, dtype),

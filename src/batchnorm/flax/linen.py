@@ -1,17 +1,38 @@
 """The batch norm of `flax.linen`."""
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 from flax import linen
-from flax.linen.dtypes import canonicalize_dtype
 from flax.linen.module import compact, merge_param
 
-from batchnorm.flax.layer import evaluated, normalized_axes
+from batchnorm.convention import Convention
+from batchnorm.flax.implicit_linen import ImplicitBatchNorm
+from batchnorm.flax.layer import (
+    Arrays,
+    Call,
+    Own,
+    apply_batch_norm,
+    as_groups,
+    canonical_dtype,
+    check_complex,
+    checked_axis,
+    checked_options,
+    initial_value,
+    is_complex,
+    normalized_axes,
+    split_number,
+    variable_names,
+    with_numbers,
+)
 from batchnorm.functional import Activation
+
+__all__ = ["BatchNorm", "ImplicitBatchNorm"]
 
 
 class BatchNorm(linen.BatchNorm):
-    """`flax.linen.BatchNorm`, several times faster on a CPU, with an activation, a residual and lengths.
+    """`flax.linen.BatchNorm`, several times faster on a CPU, with an activation, a residual, lengths, any convention.
 
         y = activation(scale * (x - mean) / sqrt(var + epsilon) + bias + residual)
 
@@ -23,10 +44,26 @@ class BatchNorm(linen.BatchNorm):
     - With `axis_name` parts of the batch are weighted by what their masks leave of them.
     - NaN in padding reaches no gradient.
 
+    Another convention changes what its record says. `batch_stats` then holds what it tracks, by the name of that:
+    `std`, `std_eps`, `rstd`, `var_eps` or `log10_std` in place of `var`; and `steps` and `weight` where it needs them.
+    Complex input is computed by Flax; an option of ours is refused there.
+
     Args:
+        axis: The axis of the channels, or several; None is the convention's, the last one for `flax`.
+        momentum: Weight of the old value in the running statistics, a number or an array; None is the convention's,
+            0.99 for `flax`.
+        epsilon: Added to the variance, a number or an array; None is the convention's, 1e-5 for `flax`. The attributes
+            hold the numbers, so that `clone(convention=...)` keeps them.
         activation: A name that `batchnorm.jax.batch_norm` knows, or a callable.
+        convention: Whose behaviour: a name in `batchnorm.CONVENTIONS` or a `Convention`.
+        kernel: `native`, the C++, or `agnostic`, array code; None is the best available.
+        count_skipped: Whether `batch_stats` has the number of skipped batches, `skipped`.
 
     The others are those of `flax.linen.BatchNorm`.
+
+    Raises:
+        ValueError, TypeError: At construction, for an activation, a convention or a kernel that does not exist, or an
+            axis that is no integer.
 
     Example:
         >>> import jax, jax.numpy as jnp
@@ -38,7 +75,20 @@ class BatchNorm(linen.BatchNorm):
         ([[0.0, 0.0], [1.0, 1.0]], [0.20000000298023224, 2.0])
     """
 
+    axis: Any = None
+    momentum: Any = None
+    epsilon: Any = None
     activation: Activation | None = None
+    convention: str | Convention = "flax"
+    kernel: str | None = None
+    count_skipped: bool = False
+
+    def __post_init__(self) -> None:
+        convention = options_of(self).convention
+        self.axis = checked_axis(convention.axis if self.axis is None else self.axis)
+        self.momentum = convention.decay if self.momentum is None else self.momentum
+        self.epsilon = convention.eps if self.epsilon is None else self.epsilon
+        super().__post_init__()
 
     @compact
     def __call__(
@@ -54,21 +104,74 @@ class BatchNorm(linen.BatchNorm):
 
         While the layer is being initialised its statistics are not updated, and `axis_name` need not exist.
         """
-        use_running_average = merge_param("use_running_average", self.use_running_average, use_running_average)
-        axes = normalized_axes(self.axis, x.ndim)
-        shape = [x.shape[axis] for axis in axes]
-        dtype = jnp.float32 if self.force_float32_reductions else self.param_dtype
-        mean = self.variable("batch_stats", "mean", jnp.zeros, shape, dtype)
-        var = self.variable("batch_stats", "var", jnp.ones, shape, dtype)
-        scale = self.param("scale", self.scale_init, shape, self.param_dtype) if self.use_scale else None
-        bias = self.param("bias", self.bias_init, shape, self.param_dtype) if self.use_bias else None
-        given = [array for array in (x, scale, bias) if array is not None]
-        y, statistics = evaluated(
-            x, scale, bias, (mean.value, var.value), training=not use_running_average, axes=axes,
-            momentum=self.momentum, epsilon=self.epsilon, dtype=canonicalize_dtype(*given, dtype=self.dtype),
-            axis_name=None if self.is_initializing() else self.axis_name, axis_index_groups=self.axis_index_groups,
-            mask=mask, lengths=lengths, activation=self.activation, residual=residual,
-        )  # fmt: skip
-        if not use_running_average and not self.is_initializing():
-            mean.value, var.value = statistics
-        return y
+        if has_complex_numbers(self, x):
+            check_complex(options_of(self), lengths=lengths, residual=residual)
+            y: jax.Array = super().__call__(x, use_running_average, mask=mask)
+            return y
+        return normalize(self, x, use_running_average, mask=mask, lengths=lengths, residual=residual)
+
+
+def options_of(layer: linen.BatchNorm) -> Own:
+    """The options that Flax's layer does not have, checked; Flax's own has their defaults."""
+    if not isinstance(layer, BatchNorm):
+        return Own()
+    return checked_options(layer.activation, layer.convention, layer.kernel, layer.count_skipped)
+
+
+def has_complex_numbers(layer: linen.BatchNorm, x: jax.Array) -> bool:
+    """Whether a call computes with complex numbers."""
+    mean: Any = layer.get_variable("batch_stats", "mean")
+    own = None if mean is None else mean.dtype
+    return is_complex(jnp.result_type(x), layer.dtype, layer.param_dtype, own)
+
+
+def normalize(
+    layer: linen.BatchNorm,
+    x: jax.Array,
+    use_running_average: bool | None,
+    *,
+    mask: jax.Array | None = None,
+    lengths: jax.Array | None = None,
+    residual: jax.Array | None = None,
+) -> jax.Array:
+    """The call of a batch norm of linen, ours or Flax's own, on its variables."""
+    training = not merge_param("use_running_average", layer.use_running_average, use_running_average)
+    x = jnp.asarray(x)
+    axes = normalized_axes(layer.axis, x.ndim)
+    shape = tuple(x.shape[axis] for axis in axes)
+    (epsilon, epsilon_array), (momentum, momentum_array) = split_number(layer.epsilon), split_number(layer.momentum)
+    own = with_numbers(options_of(layer), epsilon, momentum)
+    is_initializing = layer.is_initializing()
+
+    stored_dtype = jnp.float32 if layer.force_float32_reductions else layer.param_dtype
+    variables = {
+        field: layer.variable("batch_stats", name, initial_value, own, field, shape, stored_dtype)
+        for name, field in variable_names(own).items()
+    }
+    state = {field: variable.value for field, variable in variables.items()}
+    scale = layer.param("scale", layer.scale_init, shape, layer.param_dtype) if layer.use_scale else None
+    bias = layer.param("bias", layer.bias_init, shape, layer.param_dtype) if layer.use_bias else None
+
+    given = [array for array in (x, scale, bias) if array is not None]
+    call = Call(
+        training, axes, canonical_dtype(layer.dtype, *given),
+        updated_dtype(layer, x, state["mean"], momentum_array), own,
+        axis_name=None if is_initializing else layer.axis_name,
+        axis_index_groups=None if is_initializing else as_groups(layer.axis_index_groups),
+        single="clamp" if is_initializing and own.convention.single == "error" else None,
+    )  # fmt: skip
+    y, updated = apply_batch_norm(
+        call, Arrays(x, scale, bias, state, mask, lengths, residual, epsilon_array, momentum_array)
+    )
+    if (training or own.convention.update == "always") and not is_initializing:
+        for field, variable in variables.items():
+            variable.value = updated[field]
+    return y
+
+
+def updated_dtype(layer: linen.BatchNorm, x: jax.Array, mean: jax.Array, momentum: jax.Array | None) -> Any:
+    """The dtype of Flax's running update: that of the old value and of the batch's statistics together."""
+    computed = x.dtype if layer.dtype is None else layer.dtype
+    if layer.force_float32_reductions or not jnp.issubdtype(computed, jnp.inexact):
+        computed = jnp.promote_types(computed, jnp.float32)
+    return jnp.result_type(mean.dtype, computed, *(() if momentum is None else (momentum,)))

@@ -1,29 +1,87 @@
 """The batch norm of `flax.nnx`."""
 
+import inspect
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from flax import nnx
 from flax.nnx.module import first_from
-from flax.nnx.nn.dtypes import canonicalize_dtype
+from flax.nnx.nn.dtypes import promote_dtype
 
-from batchnorm.flax.layer import evaluated, normalized_axes
+from batchnorm.convention import Convention
+from batchnorm.flax.implicit_nnx import ImplicitBatchNorm
+from batchnorm.flax.layer import (
+    Arrays,
+    Call,
+    Own,
+    apply_batch_norm,
+    as_groups,
+    canonical_dtype,
+    check_complex,
+    checked_axis,
+    checked_options,
+    initial_value,
+    is_complex,
+    normalized_axes,
+    split_number,
+    variable_names,
+    with_numbers,
+)
 from batchnorm.functional import Activation
+
+__all__ = ["BatchNorm", "ImplicitBatchNorm"]
+
+#: Whether `variable[...] = value` keeps the variable's dtype, as from Flax 0.12.1 on, or takes the value's.
+KEEPS_DTYPE = hasattr(nnx.Variable, "set_value")
+
+
+class OwnSignature:
+    """`__signature__` of a class: that of its constructor, where the metaclass of nnx would show *args, **kwargs."""
+
+    def __get__(self, instance: Any, owner: type) -> inspect.Signature:
+        """The signature of the class, or of a subclass by its own constructor."""
+        signature = inspect.signature(owner.__init__)  # type: ignore[misc]
+        return signature.replace(parameters=list(signature.parameters.values())[1:])
+
+
+def with_options_of(base: Callable[..., None]) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """A decorator for a constructor whose `**options` are those of another: its signature shows them all."""
+
+    def decorate(constructor: Callable[..., None]) -> Callable[..., None]:
+        inherited = inspect.signature(base).parameters
+        own = inspect.signature(constructor).parameters.values()
+        added = [one for one in own if one.name not in inherited and one.kind is inspect.Parameter.KEYWORD_ONLY]
+        constructor.__signature__ = inspect.Signature([*inherited.values(), *added])  # type: ignore[attr-defined]
+        return constructor
+
+    return decorate
 
 
 class BatchNorm(nnx.BatchNorm):
-    """`flax.nnx.BatchNorm`, several times faster on a CPU, with an activation, a residual and lengths.
+    """`flax.nnx.BatchNorm`, several times faster on a CPU, with an activation, a residual, lengths and any convention.
 
         y = activation(scale * (x - mean) / sqrt(var + epsilon) + bias + residual)
 
     Attributes, variables (`Param`: scale, bias; `BatchStat`: mean, var) and results are those of Flax's layer, so that
     checkpoints load either way. What differs is what differs in `batchnorm.flax.linen.BatchNorm`, and one thing more:
-    running statistics are used as float32 in evaluation whatever `dtype` is.
+    running statistics are used as float32 in evaluation whatever `dtype` is. The variables of other conventions are
+    described there.
 
     Args:
         num_features: Channels.
         activation: A name that `batchnorm.jax.batch_norm` knows, or a callable.
-        **options: Those of `flax.nnx.BatchNorm`, `rngs` among them.
+        convention: Whose behaviour: a name in `batchnorm.CONVENTIONS` or a `Convention`.
+        kernel: `native`, the C++, or `agnostic`, array code; None is the best available.
+        count_skipped: Whether there is a `BatchStat` with the number of skipped batches, `skipped`.
+        **options: Those of `flax.nnx.BatchNorm`, `rngs` among them. `momentum` and `epsilon` may be arrays, and are the
+            convention's where they are None or left out; as is `axis`.
+
+    Raises:
+        ValueError, TypeError: At construction, for an activation, a convention or a kernel that does not exist, or an
+            axis that is no integer.
 
     Example:
         >>> import jax.numpy as jnp
@@ -34,9 +92,34 @@ class BatchNorm(nnx.BatchNorm):
         ([[-1.0, -1.0], [1.0, 1.0]], [0.20000000298023224, 2.0])
     """
 
-    def __init__(self, num_features: int, *, activation: Activation | None = None, **options: Any) -> None:
+    __signature__ = OwnSignature()
+
+    # Those of a layer of Flax's that `batchnorm.flax.replace` has made one of ours.
+    activation: Activation | None = None
+    convention: str | Convention = "flax"
+    kernel: str | None = None
+    count_skipped: bool = False
+
+    @with_options_of(nnx.BatchNorm.__init__)
+    def __init__(
+        self,
+        num_features: int,
+        *,
+        activation: Activation | None = None,
+        convention: str | Convention = "flax",
+        kernel: str | None = None,
+        count_skipped: bool = False,
+        **options: Any,
+    ) -> None:
+        own = checked_options(activation, convention, kernel, count_skipped)
+        defaults = {"momentum": own.convention.decay, "epsilon": own.convention.eps, "axis": own.convention.axis}
+        for name, default in defaults.items():
+            options[name] = default if options.get(name) is None else options[name]
+        options["axis"] = checked_axis(options["axis"])
         super().__init__(num_features, **options)
-        self.activation = activation
+        self.activation, self.convention, self.kernel = activation, convention, kernel
+        self.count_skipped = own.count_skipped
+        make_statistics(self)
 
     def __call__(
         self,
@@ -48,21 +131,85 @@ class BatchNorm(nnx.BatchNorm):
         residual: jax.Array | None = None,
     ) -> jax.Array:
         """y; see the class, and `batchnorm.jax.batch_norm` for mask, lengths and residual."""
-        use_running_average = first_from(
+        training = not first_from(
             use_running_average, self.use_running_average,
             error_msg="use_running_average is None: pass it to the constructor or the call, or call train() or eval()",
         )  # fmt: skip
-        axes = normalized_axes(self.axis, x.ndim)
-        statistics = self.mean[...], self.var[...]
-        scale, bias = (None if parameter is None else parameter[...] for parameter in (self.scale, self.bias))
-        promoted = self.promote_dtype((x, *statistics, scale, bias), dtype=self.dtype)
-        given = [array for array in (promoted[0], *promoted[3:]) if array is not None]
-        y, updated = evaluated(
-            x, scale, bias, statistics, training=not use_running_average, axes=axes, momentum=self.momentum,
-            epsilon=self.epsilon, dtype=canonicalize_dtype(*given, dtype=self.dtype), axis_name=self.axis_name,
-            axis_index_groups=self.axis_index_groups, mask=mask, lengths=lengths, activation=self.activation,
-            residual=residual,
-        )  # fmt: skip
-        if not use_running_average:
-            self.mean[...], self.var[...] = updated
-        return y
+        x = jnp.asarray(x)
+        if is_complex(x.dtype, self.dtype, self.param_dtype, self.mean.dtype):
+            check_complex(options_of(self), lengths=lengths, residual=residual)
+            y: jax.Array = super().__call__(x, use_running_average, mask=mask)
+            return y
+        return normalize(self, x, training=training, mask=mask, lengths=lengths, residual=residual)
+
+
+def options_of(layer: BatchNorm) -> Own:
+    """The options that Flax's layer does not have."""
+    return checked_options(layer.activation, layer.convention, layer.kernel, layer.count_skipped)
+
+
+def make_statistics(layer: BatchNorm) -> None:
+    """Give a new layer the variables of its convention, in place of Flax's."""
+    own = with_numbers(options_of(layer), None, split_number(layer.momentum)[0])
+    shape, names = layer.mean.shape, variable_names(own)
+    if "var" not in names:
+        del layer.var
+    for name, field in names.items():
+        setattr(layer, name, nnx.BatchStat(initial_value(own, field, shape, jnp.float32)))
+
+
+def normalize(
+    layer: BatchNorm,
+    x: jax.Array,
+    *,
+    training: bool,
+    mask: jax.Array | None,
+    lengths: jax.Array | None,
+    residual: jax.Array | None,
+) -> jax.Array:
+    """The call of a layer on its variables."""
+    (epsilon, epsilon_array), (momentum, momentum_array) = split_number(layer.epsilon), split_number(layer.momentum)
+    own = with_numbers(options_of(layer), epsilon, momentum)
+    variables = {field: getattr(layer, name) for name, field in variable_names(own).items()}
+    state = {field: variable[...] for field, variable in variables.items()}
+    scale, bias = (None if parameter is None else parameter[...] for parameter in (layer.scale, layer.bias))
+    dtype, state_dtype = dtypes_of(layer, x, state["mean"], scale, bias)
+    call = Call(
+        training, normalized_axes(layer.axis, x.ndim), dtype, state_dtype, own, layer.axis_name,
+        as_groups(layer.axis_index_groups),
+    )  # fmt: skip
+    y, updated = apply_batch_norm(
+        call, Arrays(x, scale, bias, state, mask, lengths, residual, epsilon_array, momentum_array)
+    )
+    if training or own.convention.update == "always":
+        for field, variable in variables.items():
+            variable[...] = updated[field] if has_gradient(variable) else jax.lax.stop_gradient(updated[field])
+    return y
+
+
+def dtypes_of(
+    layer: BatchNorm, x: jax.Array, mean: jax.Array, scale: jax.Array | None, bias: jax.Array | None
+) -> tuple[Any, Any]:
+    """The dtypes of y, and of the running statistics after the call: those of Flax's layer in the installed version."""
+    parameters = [array for array in (scale, bias) if array is not None]
+    promote = getattr(layer, "promote_dtype", None)  # from Flax 0.12.1 on
+    if promote is promote_dtype:
+        computed = dtype = canonical_dtype(layer.dtype, x, mean, *parameters)
+    else:
+        if promote is not None:
+            promoted = jax.eval_shape(partial(promote, dtype=layer.dtype), (x, mean, mean, scale, bias))
+            x, *parameters = (promoted[i] for i in (0, 3, 4) if promoted[i] is not None)
+        computed, dtype = layer.dtype or x.dtype, canonical_dtype(layer.dtype, x, *parameters)
+    if KEEPS_DTYPE or is_reference(layer.mean):
+        return dtype, mean.dtype
+    return dtype, jnp.result_type(mean.dtype, computed, jnp.float32)
+
+
+def is_reference(variable: Any) -> bool:
+    """Whether a variable of Flax 0.12.0 is a reference, which is written to in its own dtype."""
+    return bool(variable.has_ref)
+
+
+def has_gradient(variable: Any) -> bool:
+    """Whether Flax lets gradients through the running update: in 0.12.0, unless the variable is a reference."""
+    return not (KEEPS_DTYPE or is_reference(variable))

@@ -2,21 +2,25 @@
 
 from collections.abc import Callable, Hashable, Sequence
 from functools import partial
+from types import SimpleNamespace
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy
 
-from batchnorm.arguments import check_array
-from batchnorm.convention import Convention, MaskedOutput, Single
+from batchnorm.arguments import as_axis, check_array
+from batchnorm.convention import Convention, MaskedOutput, Single, with_traced
 from batchnorm.conventions import resolve
 from batchnorm.core.running import RunningStatistics
 from batchnorm.functional import Activation, checked_batch_norm
+from batchnorm.jax.placement import channel_spec, place, place_like, place_mask
 from batchnorm.kernels.jax_formulas import Across
 from batchnorm.kernels.registry import select
 
 AxisName = Hashable | tuple[Hashable, ...]
+Axis = int | Sequence[int]
+Scalar = float | jax.Array
 
 
 def batch_norm(
@@ -26,7 +30,7 @@ def batch_norm(
     running: RunningStatistics | None = None,
     *,
     training: bool | jax.Array,
-    axis: int | tuple[int, ...] = -1,
+    axis: Axis | None = None,
     axis_name: AxisName | None = None,
     axis_index_groups: Sequence[Sequence[int]] | None = None,
     mask: jax.Array | None = None,
@@ -34,8 +38,8 @@ def batch_norm(
     activation: Activation | None = None,
     residual: jax.Array | None = None,
     convention: str | Convention = "flax",
-    eps: float | None = None,
-    decay: float | None = None,
+    eps: Scalar | None = None,
+    decay: Scalar | None = None,
     single: Single | None = None,
     masked_output: MaskedOutput | None = None,
     kernel: str | None = None,
@@ -48,8 +52,8 @@ def batch_norm(
 
     On a CPU the C++ kernels compute training in one call each for y and for all gradients; on other devices, and where
     XLA partitions the program over several, it is array code that XLA compiles. Works under `jit`, `grad`, `jvp`,
-    `linearize`, `hessian`, `vmap`, `scan`, `remat`, `shard_map`, `pmap` and automatic sharding. The state has no
-    derivative.
+    `linearize`, `hessian`, `vmap`, `scan`, `remat`, `shard_map`, `pmap`, automatic and explicit sharding and `export`.
+    The state is differentiated as well, through the statistics of the batch.
 
     Args:
         x: float16, bfloat16, float32 or float64, of any rank >= 1.
@@ -58,7 +62,7 @@ def batch_norm(
         running: The state so far. None in training starts from `batchnorm.RunningStatistics.initial`.
         training: Normalise by the batch and update the state, or normalise by the state. Where it is traced, only the
             branch that it chooses is computed.
-        axis: The axis with statistics of its own, or several.
+        axis: The axis with statistics of its own, or several; None is the convention's.
         axis_name: Name of an axis of `shard_map`, `pmap` or `vmap`, or several, along which the batch is spread: its
             parts are normalised as one, whatever their masks leave of each.
         axis_index_groups: Groups of indices along it that are batches of their own.
@@ -69,11 +73,13 @@ def batch_norm(
             callable on the array.
         residual: Added before the activation; the shape of x.
         convention: Whose behaviour: a name in `batchnorm.CONVENTIONS` or a `Convention`.
-        eps: Added to the variance; None is the convention's.
-        decay: Weight of the old value in the running update; None is the convention's.
+        eps: Added to the variance; a number, a scalar array, or traced (then array code computes); None is the
+            convention's.
+        decay: Weight of the old value in the running update; a number, a scalar array, or traced (a schedule, a sweep
+            under `vmap`); None is the convention's.
         single: What one element per channel does in training; None is the convention's.
         masked_output: What masked elements of y hold, `zero` or `normalized`; None is the convention's.
-        kernel: `native` or `agnostic` array code, which `jax.export` takes as it is; None is the best available.
+        kernel: `native` or `agnostic` array code; None is the best available.
 
     Returns:
         y in the dtype of x, and the state after this batch, in float32 or wider.
@@ -90,21 +96,66 @@ def batch_norm(
     """
     x, gamma, beta, mask, lengths, residual = map(in_jax, (x, gamma, beta, mask, lengths, residual))
     if isinstance(running, RunningStatistics):
-        running = RunningStatistics(*map(in_jax, running))
+        running = running.map(in_jax)
     check_array("x", x)
+    record = convention_of(convention, x, eps=eps, decay=decay, single=single, masked_output=masked_output)
     choose: Callable[..., Any] = partial(select, kernel)
     if axis_name is not None and training is not False:
-        across = Across(axis_name, axis_index_groups)
-        choose = lambda *_: across  # noqa: E731
+        choose = partial(select_across, Across(axis_name, axis_index_groups), kernel)
     elif axis_index_groups is not None and axis_name is None:
         raise ValueError("axis_index_groups are groups along axis_name, which is None; pass both or neither")
+    axis = record.axis if axis is None else as_axis(axis)
+    spec, state = channel_spec(x, axis), running
+    if spec is not None:
+        gamma, beta = place(gamma, spec), place(beta, spec)
+        mask, lengths = place_mask(mask, lengths, x, axis), None
+        if isinstance(running, RunningStatistics):
+            state = running.map(partial(place, spec=spec))
     y, updated = checked_batch_norm(
-        x, gamma, beta, running, training=training, convention=resolve(convention, eps, decay, single, masked_output),
-        axis=axis, mask=mask, lengths=lengths, activation=activation, residual=residual, out=None, choose=choose,
+        x, gamma, beta, state, training=training, convention=record, axis=axis, mask=mask, lengths=lengths,
+        activation=activation, residual=residual, out=None, choose=choose,
     )  # fmt: skip
-    return y, RunningStatistics(*(jax.lax.stop_gradient(value) for value in updated))
+    if spec is not None and running is not None:
+        mean, spread = place_like(updated.mean, running.mean), place_like(updated.spread, running.spread)
+        updated = updated._replace(mean=mean, spread=spread)
+    return y, updated
+
+
+def convention_of(
+    convention: str | Convention,
+    x: jax.Array,
+    *,
+    eps: Scalar | None = None,
+    decay: Scalar | None = None,
+    single: Single | None = None,
+    masked_output: MaskedOutput | None = None,
+) -> Convention:
+    """The record of a call, whose eps and decay may be arrays, or traced."""
+    values: dict[str, Any] = {"eps": scalar("eps", eps, x), "decay": scalar("decay", decay, x)}
+    traced = {name: value for name, value in values.items() if isinstance(value, jax.Array)}
+    known = {name: None if name in traced else value for name, value in values.items()}
+    record = resolve(convention, known["eps"], known["decay"], single, masked_output)
+    return with_traced(record, **traced) if traced else record
+
+
+def select_across(across: Across, kernel: str | None, *arrays: Any) -> SimpleNamespace:
+    """The kernel that `select` chooses, for a batch that is spread over devices."""
+    return SimpleNamespace(batch_norm=partial(select(kernel, *arrays).batch_norm, across=across))
+
+
+def scalar(name: str, value: Any, x: jax.Array) -> Any:
+    """A Python number where the value of an array is known; in the dtype of the statistics where it is traced."""
+    if not isinstance(value, (numpy.ndarray, numpy.generic, jax.Array)):
+        return value
+    if value.ndim or not jnp.issubdtype(value.dtype, jnp.number):
+        raise TypeError(
+            f"{name} is an array of shape {value.shape} and dtype {value.dtype}; it must be a scalar number"
+        )
+    if isinstance(value, jax.core.Tracer):
+        return value.astype(jnp.promote_types(x.dtype, jnp.float32))
+    return float(value)
 
 
 def in_jax(array: Any) -> Any:
     """NumPy's arrays as JAX's own functions take them, anything else as it is."""
-    return jnp.asarray(array) if isinstance(array, numpy.ndarray) else array
+    return jnp.asarray(array) if isinstance(array, (numpy.ndarray, numpy.generic)) else array

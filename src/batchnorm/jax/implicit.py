@@ -1,24 +1,29 @@
 """Batch norm without a training flag: to differentiate it is to train.
 
-Called plainly it normalises by the running statistics. Differentiated, it normalises by the batch, and the "gradient"
-of the running statistics is the batch's statistics, for the optimizer to average: `running_average`. The idea is that
-of the Zygote layer whose convention is called `zygote-gist`.
+Called plainly it normalizes by the running statistics. Differentiated, it normalizes by the batch, and the "gradient"
+of the running statistics is the batch's statistics, for the optimizer to average: see `averaging`. The idea is that of
+the Zygote layer whose convention is called `zygote-gist`.
 """
 
+import math
+from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import optax
 
+from batchnorm.arguments import known
 from batchnorm.convention import Convention
 from batchnorm.conventions import resolve
 from batchnorm.core.running import RunningStatistics
 from batchnorm.functional import Activation
-from batchnorm.jax.functional import batch_norm
+from batchnorm.jax.averaging import checksum
+from batchnorm.jax.functional import Axis, batch_norm
 from batchnorm.kernels.jax_formulas import varying
+
+UNTOUCHED = 1e-3  # what rounding, and averages of parameters, may take from a weight of 1
 
 
 def implicit_batch_norm(
@@ -27,7 +32,8 @@ def implicit_batch_norm(
     beta: jax.Array | None,
     running: RunningStatistics,
     *,
-    axis: int | tuple[int, ...] = -1,
+    frozen: bool = False,
+    axis: Axis | None = None,
     convention: str | Convention = "flax",
     eps: float | None = None,
     mask: jax.Array | None = None,
@@ -35,36 +41,38 @@ def implicit_batch_norm(
     activation: Activation | None = None,
     residual: jax.Array | None = None,
 ) -> jax.Array:
-    """Batch normalization that normalises by the state, or, where reverse mode differentiates it, by the batch.
+    """Batch normalization that normalizes by the state, or, where reverse mode differentiates it, by the batch.
 
         plainly          y = activation(gamma * (x - running mean) / sqrt(running var + eps) + beta + residual)
         differentiated   y and the gradients of training; the "gradient" of `running` is
-                         RunningStatistics(mean(x), var(x), steps=1)
+                         RunningStatistics(mean(x), var(x), steps=1, weight=checksum)
 
-    whatever the loss is. These gradients add up, over calls and micro-batches, and their `steps` say of how many
-    batches they are the sum: `running_average` divides by that. A batch whose statistics are not finite contributes
-    nothing but `skipped=1`.
+    whatever the loss is. These gradients add up, over calls and micro-batches, and may be scaled: `running_average`
+    divides by their `steps`. A batch whose statistics are not finite contributes nothing but `skipped=1`.
 
     Args:
         x: float16, bfloat16, float32 or float64, of any rank >= 1.
         gamma: Scale, one for each channel; None is 1.
         beta: Shift, one for each channel; None is 0.
         running: The state, whose fields are all floating arrays (`batchnorm.RunningStatistics.initial`).
-        axis: The axis with statistics of its own, or several.
-        convention: Whose behaviour; that decides what the running statistics are, and their correction. Their decay is
-            the optimizer's.
+        frozen: The derivatives are those of inference, and the gradient of `running` is 0: for saliency maps,
+            adversarial examples and layers that are not to be trained. Forward mode works as well.
+        axis: The axis with statistics of its own, or several; None is the convention's.
+        convention: The convention by name or record; it defines the running statistics and their correction. Their
+            decay is the optimizer's.
         eps: Added to the variance; None is the convention's.
-        mask: As in `batchnorm.jax.batch_norm`, as are the following.
-        lengths: Likewise.
-        activation: Likewise.
-        residual: Likewise.
+        mask: As in `batchnorm.jax.batch_norm`.
+        lengths: As in `batchnorm.jax.batch_norm`.
+        activation: As in `batchnorm.jax.batch_norm`; a callable may close over parameters that are differentiated.
+        residual: As in `batchnorm.jax.batch_norm`.
 
     Returns:
-        y in the dtype of x.
+        y in the dtype of x. NaN, under `jit`, where a state has been changed by something other than `running_average`;
+        a ValueError where its values are known.
 
     Raises:
-        ValueError, TypeError: As `batchnorm.batch_norm`; TypeError also under forward mode, which has no place for what
-            the state receives.
+        ValueError, TypeError: As `batchnorm.batch_norm`; TypeError also under forward mode unless `frozen`: it has no
+            place for what the state receives.
 
     Example:
         >>> import jax, jax.numpy as jnp, batchnorm as bn, batchnorm.jax as bnj
@@ -74,30 +82,74 @@ def implicit_batch_norm(
         (3.99997..., [2.0])
     """
     record = resolve(convention, eps, None, None, None)
-    if record.debias in ("adam", "weight_sum") or record.normalize_with != "batch":
+    if (record.debias, record.normalize_with, record.update) != ("none", "batch", "training"):
         raise ValueError(
-            f"convention {record.name!r} weights its averages (debias={record.debias!r}) or trains by them; "
-            "implicit_batch_norm leaves averaging to the optimizer: use one with debias='none'"
+            f"convention {record.name!r} has debias={record.debias!r}, normalize_with={record.normalize_with!r} and "
+            f"update={record.update!r}; implicit_batch_norm leaves averaging to the optimizer: use one with 'none', "
+            "'batch' and 'training'"
         )
+    if not isinstance(frozen, bool):
+        raise TypeError(f"frozen is {frozen!r}; it must be True or False, which is known when the call is traced")
+    if not isinstance(running, RunningStatistics):
+        raise TypeError(f"running is a {type(running).__name__}; it must be a batchnorm.RunningStatistics")
+    dtype = jnp.promote_types(jnp.float32, jnp.result_type(running.mean))
+    running = checked_weight(running.map(lambda value: jnp.asarray(value, dtype)))
     options = Options(axis, record, activation)
-    fields = (jnp.asarray(value, jnp.promote_types(jnp.float32, jnp.result_type(running.mean))) for value in running)
-    return normalized(options, x, gamma, beta, residual, RunningStatistics(*fields), (mask, lengths))  # type: ignore[no-any-return]
+    if frozen:
+        state = running.map(jax.lax.stop_gradient)
+        inferred: jax.Array = evaluated(options, x, gamma, beta, residual, state, (mask, lengths), training=False)[0]
+        return inferred
+    constants: list[Any] = []
+    if callable(activation):
+        # A custom rule may not close over what is differentiated: it becomes an argument.
+        example = jax.ShapeDtypeStruct(jnp.shape(x), jnp.promote_types(jnp.float32, jnp.result_type(x)))
+        function, constants = jax.closure_convert(activation, example)
+        options = options._replace(activation=function)
+    y: jax.Array = normalized(options, x, gamma, beta, residual, running, constants, (mask, lengths))
+    return y
+
+
+def checked_weight(running: RunningStatistics) -> RunningStatistics:
+    """The state, if its weight is still 1: any optimizer but `running_average` moves it, by the checksum."""
+    is_untouched = abs(running.weight - 1) < UNTOUCHED
+    if known(jnp.all(is_untouched)) is False:
+        raise ValueError(
+            f"running.weight is {running.weight}, and not 1: another optimizer than running_average has changed the "
+            "state; use batchnorm.jax.partition(optimizer, decay), and start from RunningStatistics.initial"
+        )
+    return running._replace(mean=jnp.where(is_untouched, running.mean, math.nan))
 
 
 class Options(NamedTuple):
-    """What is not an array; hashable."""
+    """The arguments that are not arrays; hashable."""
 
-    axis: int | tuple[int, ...]
+    axis: Axis | None
     convention: Convention
-    activation: Activation | None
+    activation: str | Callable[..., jax.Array] | None
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
 def normalized(
-    options: Options, x: Any, gamma: Any, beta: Any, residual: Any, running: RunningStatistics, masks: Any
+    options: Options,
+    x: Any,
+    gamma: Any,
+    beta: Any,
+    residual: Any,
+    running: RunningStatistics,
+    constants: list[Any],
+    masks: Any,
 ) -> Any:
     """y by the state."""
+    options = with_constants(options, constants)
     return evaluated(options, x, gamma, beta, residual, running, masks, training=False)[0]
+
+
+def with_constants(options: Options, constants: list[Any]) -> Options:
+    """The options with a callable activation that is given what it closed over."""
+    if not callable(options.activation):
+        return options
+    function = options.activation
+    return options._replace(activation=lambda z: function(z, *constants))
 
 
 def evaluated(
@@ -120,27 +172,37 @@ def evaluated(
 
 
 def forward(
-    options: Options, x: Any, gamma: Any, beta: Any, residual: Any, running: RunningStatistics, masks: Any
+    options: Options,
+    x: Any,
+    gamma: Any,
+    beta: Any,
+    residual: Any,
+    running: RunningStatistics,
+    constants: list[Any],
+    masks: Any,
 ) -> Any:
-    """y by the batch, and what `backward` needs."""
+    """y by the batch, and the residuals of `backward`."""
+    # Counted from 0: a float32 of 2**24 steps does not change by one more.
+    before = running._replace(steps=jnp.zeros_like(running.steps), skipped=jnp.zeros_like(running.skipped))
     of_batch = options._replace(convention=replace(options.convention, decay=0.0, debias="none"))
 
-    def train(x: Any, gamma: Any, beta: Any, residual: Any) -> Any:
-        return evaluated(of_batch, x, gamma, beta, residual, running, masks, training=True)
+    def train(x: Any, gamma: Any, beta: Any, residual: Any, constants: list[Any]) -> Any:
+        with_own = with_constants(of_batch, constants)
+        return evaluated(with_own, x, gamma, beta, residual, before, masks, training=True)
 
-    y, pull, batch = jax.vjp(train, x, gamma, beta, residual, has_aux=True)
-    accepted = batch.steps - running.steps
-    mean, spread = (jnp.where(accepted > 0, value, 0.0) for value in batch[:2])
-    skipped = batch.skipped - running.skipped
-    statistics = RunningStatistics(mean, spread, accepted, jnp.zeros_like(batch.weight), skipped)
-    return y, (pull, statistics, (x, gamma, beta, residual, running), masks)
+    y, pull, batch = jax.vjp(train, x, gamma, beta, residual, constants, has_aux=True)
+    mean, spread = (jnp.where(batch.steps > 0, value, 0.0) for value in batch[:2])
+    statistics = batch._replace(mean=mean, spread=spread)
+    statistics = statistics._replace(weight=checksum(statistics))
+    return y, (pull, statistics, (x, gamma, beta, residual, running, constants), masks)
 
 
 def backward(options: Options, kept: Any, dy: Any) -> tuple[Any, ...]:
     """The gradients, and the statistics of the batch as that of the state."""
     pull, statistics, primals, masks = kept
-    *gradients, dstate = jax.tree.map(summed_like, (*pull(dy), statistics), primals)
-    return (*gradients, dstate, jax.tree.map(lambda _: None, masks))
+    *gradients, dconstants = pull(dy)
+    results = jax.tree.map(summed_like, (*gradients, statistics, dconstants), primals)
+    return (*results, jax.tree.map(lambda _: None, masks))
 
 
 def summed_like(gradient: Any, primal: Any) -> Any:
@@ -150,62 +212,3 @@ def summed_like(gradient: Any, primal: Any) -> Any:
 
 
 normalized.defvjp(forward, backward)
-
-
-def running_average(decay: float | None) -> optax.GradientTransformation:
-    """An Optax transformation that turns the "gradients" of `implicit_batch_norm` into the running update.
-
-        batch   = gradient / gradient.steps          the mean over the batches that it is the sum of
-        running <- decay * running + (1 - decay) * batch,      steps <- steps + gradient.steps
-
-    For `optax.partition`, with any other transformation for the other parameters.
-
-    Args:
-        decay: Weight of the old value, 0 to 1; None is the cumulative average over all batches.
-
-    Raises:
-        ValueError: decay is out of range; a gradient has no `RunningStatistics`.
-
-    Example:
-        >>> import jax, jax.numpy as jnp, optax, batchnorm as bn, batchnorm.jax as bnj
-        >>> parameters = {"gamma": jnp.ones(1), "running": bn.RunningStatistics.initial(1, "flax", like=jnp.zeros(1))}
-        >>> optimizer = optax.partition(
-        ...     {"gamma": optax.sgd(0.1), "running": bnj.running_average(0.9)}, {"gamma": "gamma", "running": "running"}
-        ... )
-        >>> state = optimizer.init(parameters)
-        >>> x = jnp.asarray([[1.0], [3.0]])
-        >>> loss = lambda p: (bnj.implicit_batch_norm(x, p["gamma"], None, p["running"]) ** 2).sum()
-        >>> updates, state = optimizer.update(jax.grad(loss)(parameters), state, parameters)
-        >>> parameters = optax.apply_updates(parameters, updates)
-        >>> parameters["running"].mean.round(3).tolist(), float(parameters["running"].steps)
-        ([0.20000000298023224], 1.0)
-    """
-    if decay is not None and not 0 <= decay <= 1:
-        raise ValueError(f"decay is {decay}; it must lie in 0 to 1, or be None for the cumulative average")
-
-    def update(gradients: Any, state: Any, parameters: Any = None) -> tuple[Any, Any]:
-        if parameters is None:
-            raise ValueError("running_average needs the parameters: pass them to update(gradients, state, parameters)")
-        return jax.tree.map(step, gradients, parameters, is_leaf=is_state), state
-
-    def step(gradient: Any, running: Any) -> Any:
-        if not is_state(gradient):
-            raise ValueError(
-                f"running_average received the gradient of a {type(gradient).__name__}; it is for RunningStatistics: "
-                "give the other parameters another transformation, with optax.partition"
-            )
-        batches = gradient.steps
-        number = jnp.maximum(batches, 1)
-        weight = 1.0 - decay if decay is not None else batches / jnp.maximum(running.steps + batches, 1)
-        mean, spread = (
-            jnp.where(batches > 0, weight * (value / number - old), 0.0)
-            for value, old in zip(gradient[:2], running[:2], strict=True)
-        )
-        return RunningStatistics(mean, spread, batches, jnp.zeros_like(running.weight), gradient.skipped)
-
-    return optax.GradientTransformation(lambda parameters: optax.EmptyState(), update)
-
-
-def is_state(value: Any) -> bool:
-    """Whether a part of a pytree is the state of a batch norm."""
-    return isinstance(value, RunningStatistics)

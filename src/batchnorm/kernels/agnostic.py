@@ -7,7 +7,7 @@ functions too. Arguments are checked by `functional`; nothing is checked here.
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
-from typing import NamedTuple, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import array_api_compat
 import numpy
@@ -15,8 +15,8 @@ import numpy
 from batchnorm.convention import Convention, MaskedOutput
 from batchnorm.core import activations
 from batchnorm.core.axes import Axes
-from batchnorm.core.dtypes import Array, Namespace, cast, statistics_dtype
-from batchnorm.core.gradients import gradients
+from batchnorm.core.dtypes import Array, Namespace, accumulation_dtype, cast, statistics_dtype
+from batchnorm.core.gradients import gradients, gradients_by_state
 from batchnorm.core.masks import Mask, elementwise
 from batchnorm.core.moments import Moments
 from batchnorm.core.moments import moments as measure
@@ -40,6 +40,12 @@ class Plan:
     activation: ActivationLike
     eps: float
     dims: tuple[str, ...] | None = None  # names of the dimensions of x, where it had names
+    by_state: Convention | None = None  # whose state normalised; None where the batch's own statistics did
+
+    @property
+    def masked_output(self) -> MaskedOutput:
+        """What masked elements of y hold."""
+        return "zero" if self.by_state is None else self.by_state.masked_output
 
 
 class Cache(NamedTuple):
@@ -82,19 +88,19 @@ def batch_norm(
     activation: ActivationLike,
     residual: Array | None,
     out: Array | None = None,
-    whole: Callable[[Moments], Moments] | None = None,
+    across: Any = None,
 ) -> tuple[Array, RunningStatistics]:
     """`functional.batch_norm`, with everything resolved; `training` may be a traced boolean.
 
-    `whole` makes the moments of x those of the batch that x is a part of.
+    `across.merged` makes the moments of x those of the batch that x is a part of.
     """
     xp = array_api_compat.array_namespace(x)
     mask = elementwise(xp, mask, x, axes)
-    gamma, beta = effective_gamma(xp, gamma, convention), effective_beta(beta, convention)
+    gamma, beta = effective_gamma(xp, gamma, convention, x), effective_beta(beta, convention)
     batch, updated = None, running
     if training is not False or convention.update == "always":
         batch = measure(xp, x, axes, mask)
-        batch = batch if whole is None else whole(batch)
+        batch = batch if across is None else across.merged(batch)
         updated = advance(xp, running, batch, convention, masked=mask is not None)
         if convention.update == "training":
             updated = choose(xp, training, updated, running)
@@ -145,17 +151,23 @@ def backward(dy: Array, cache: Cache) -> Gradients:
     """`functional.backward`: the gradients of `forward`, with the pre-activation computed again from x."""
     xp = array_api_compat.array_namespace(dy)
     x, gamma, beta, residual, mask, statistics, count, plan = cache
-    mask = elementwise(xp, mask, x, plan.axes)
+    mask, masked_output = elementwise(xp, mask, x, plan.axes), plan.masked_output
     dtype = statistics.rstd.dtype
     dz = cast(xp, dy, dtype)
-    if mask is not None:
+    if mask is not None and masked_output == "zero":
         dz = xp.where(mask, dz, 0.0)
     if isinstance(plan.activation, str) and plan.activation != "identity":
-        z = normalized(xp, x, plan.axes, statistics, gamma, beta, mask, "zero")
+        z = normalized(xp, x, plan.axes, statistics, gamma, beta, mask, masked_output)
         if residual is not None:
-            z = z + cast(xp, read(xp, residual, mask, "zero"), dtype)
+            z = z + cast(xp, read(xp, residual, mask, masked_output), dtype)
         dz = dz * activations.find(plan.activation).derivative(xp, z)
-    dx, dgamma, dbeta = gradients(xp, dz, x, plan.axes, statistics, count, gamma, mask)
+    if plan.by_state is None:
+        dx, dgamma, dbeta = gradients(xp, dz, x, plan.axes, statistics, count, gamma, mask)
+    else:
+        is_read = None if mask is None else readable(xp, x, mask, masked_output)
+        dx, dgamma, dbeta = gradients_by_state(xp, dz, x, plan.axes, statistics, gamma, is_read)
+    if residual is not None and mask is not None and masked_output == "normalized":
+        dz = xp.where(readable(xp, residual, mask, masked_output), dz, 0.0)
     return Gradients(
         cast(xp, dx, x.dtype),
         None if gamma is None else cast(xp, dgamma, gamma.dtype),
@@ -171,6 +183,27 @@ def moments(x: Array, axes: Axes, mask: Mask) -> Moments:
     return measure(xp, x, axes, elementwise(xp, mask, x, axes))
 
 
+@quietly
+def constants_of_state(x: Array, running: RunningStatistics, convention: Convention) -> Statistics:
+    """The statistics of a state as `backward` needs them: computed in the widest floats, the mean in two numbers."""
+    xp = array_api_compat.array_namespace(x)
+    if array_api_compat.is_jax_array(x):
+        register_plan_with_jax()
+    mean, _, rstd = statistics_of_state(xp, running, convention, accumulation_dtype(xp, x))
+    dtype = statistics_dtype(xp, x)
+    hi = cast(xp, mean, dtype)
+    return Statistics(hi, cast(xp, mean - hi, dtype), cast(xp, rstd, dtype))
+
+
+@quietly
+def advance_by_moments(
+    running: RunningStatistics, batch: Moments, convention: Convention, *, masked: bool
+) -> RunningStatistics:
+    """`functional.advance`, with everything resolved."""
+    xp = array_api_compat.array_namespace(running.mean)
+    return detached(advance(xp, running, batch, convention, masked=masked))
+
+
 @cache
 def register_plan_with_jax() -> None:
     """Make `Plan` a part of a cache's structure rather than a leaf, so that a cache can cross `jax.jit`."""
@@ -183,7 +216,7 @@ def detached(running: RunningStatistics) -> RunningStatistics:
     """The state outside PyTorch's graph: kept from step to step, it would keep every step's graph alive."""
     if not array_api_compat.is_torch_array(running.mean):
         return running
-    return RunningStatistics(*(value.detach() for value in running))
+    return running.map(lambda value: value.detach())
 
 
 def deliver(y: Array, out: Array | None) -> Array:

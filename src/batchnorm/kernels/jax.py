@@ -2,6 +2,7 @@
 
 import math
 from functools import partial
+from numbers import Real
 
 import jax
 import jax.numpy as jnp
@@ -10,13 +11,14 @@ from jax import lax
 from batchnorm.convention import Convention
 from batchnorm.core.axes import Axes
 from batchnorm.core.dtypes import FLOATS, Array, cast, dtype_name
-from batchnorm.core.masks import Mask, elementwise
+from batchnorm.core.masks import Lengths, Mask, elementwise
 from batchnorm.core.moments import Moments
 from batchnorm.core.normalize import Statistics, effective_beta, effective_gamma
 from batchnorm.core.running import RunningStatistics, advance
 from batchnorm.kernels import agnostic, jax_primitives, launch
 from batchnorm.kernels.agnostic import ActivationLike, Cache, Gradients
-from batchnorm.kernels.jax_formulas import Outputs, Rule, aligned, given, stand_in
+from batchnorm.kernels.jax_devices import normalize_across
+from batchnorm.kernels.jax_formulas import Across, Rule, aligned, stand_in
 from batchnorm.kernels.jax_primitives import backward_p
 from batchnorm.kernels.operands import has_members
 
@@ -50,35 +52,38 @@ def batch_norm(
     activation: str | None,
     residual: Array | None,
     out: Array | None = None,
+    across: Across | None = None,
 ) -> tuple[Array, RunningStatistics]:
-    """`functional.batch_norm`, with everything resolved; of a traced `training`, only the branch that it chooses."""
+    """`functional.batch_norm`, with everything resolved; of a traced `training`, only the branch that it chooses.
+
+    `across` is the axis of devices, or of lanes, along which the batch is spread.
+    """
     if not isinstance(training, bool):  # both branches return a state that varies over devices as x does
-        *fields, _ = aligned(*running, x)
-        running = RunningStatistics(*fields)
+        running = running._replace(**dict(zip(running._fields, aligned(*running, x), strict=False)))
     compute = partial(
         batch_norm, x, gamma, beta, running, axes=axes, convention=convention, mask=mask, activation=activation,
-        residual=residual, out=out,
+        residual=residual, out=out, across=across,
     )  # fmt: skip
     if not isinstance(training, bool):
         y, updated = lax.cond(training, partial(compute, training=True), partial(compute, training=False))
-        return y, RunningStatistics(*updated)
-    is_plain = (convention.normalize_with, convention.eps_train, convention.normalize_correction) == (
-        "batch",
-        "inside",
-        0,
-    )
+        return y, updated
+    normalization = (convention.normalize_with, convention.eps_train, convention.normalize_correction)
+    is_plain = normalization == ("batch", "inside", 0) and isinstance(
+        convention.eps, Real
+    )  # a traced eps is no constant
     if not training or not is_plain or launch.leaves_single_elements(x, axes, mask, training, convention):
         return agnostic.batch_norm(*compute.args, **compute.keywords, training=training)
-    keep = elementwise(jnp, mask, x, axes)
-    rule = Rule(convention.eps, activation, convention.masked_output == "normalized")
-    gamma, beta = effective_gamma(jnp, gamma, convention), effective_beta(beta, convention)
-    results = forward_of(x, gamma, beta, residual, keep, axes, rule)
-    shape = axes.statistics_shape(x.shape)
-    mean, m2, mean_lo, count = (jnp.reshape(results[i], shape) for i in (1, 3, 2, 5))
-    if keep is None:  # known to XLA as well, which then leaves out what depends on it
-        count = jnp.full(shape, x.size // count.size, count.dtype)
-    updated = advance(jnp, running, Moments(count, mean, m2, mean_lo), convention, masked=mask is not None)
-    return agnostic.deliver(results.y.reshape(x.shape), out), updated
+    rule = Rule(convention.eps, named(activation), convention.masked_output == "normalized")
+    gamma, beta = effective_gamma(jnp, gamma, convention, x), effective_beta(beta, convention)
+    operands = views(x, gamma, beta, residual, mask, axes)
+    y, batch = normalize_batch(operands, rule) if across is None else normalize_across(across, operands, rule)
+    if not varies_by_channel(operands[4]):  # known to XLA as well, which then asks once whether a batch enters
+        batch = batch._replace(count=jnp.broadcast_to(batch.count[:, :1], batch.count.shape))
+    batch = Moments(*(jnp.reshape(value, axes.statistics_shape(x.shape)) for value in batch))
+    if mask is None and across is None:  # known to XLA as well, which then leaves out what depends on it
+        batch = batch._replace(count=jnp.full_like(batch.count, x.size // batch.count.size))
+    updated = advance(jnp, running, batch, convention, masked=mask is not None)
+    return agnostic.deliver(y.reshape(x.shape), out), updated
 
 
 def forward(
@@ -95,8 +100,8 @@ def forward(
 ) -> tuple[Array, Cache]:
     """`functional.forward`, with everything resolved."""
     agnostic.register_plan_with_jax()
-    keep = elementwise(jnp, mask, x, axes)
-    results = forward_of(x, gamma, beta, residual, keep, axes, Rule(eps, activation, False))
+    operands = views(x, gamma, beta, residual, mask, axes)
+    results = jax_primitives.forward(operands, Rule(eps, named(activation), False))
     shape = axes.statistics_shape(x.shape)
     mean, mean_lo, rstd, count = (jnp.reshape(results[i], shape) for i in (1, 2, 4, 5))
     cache = Cache(
@@ -109,8 +114,7 @@ def backward(dy: Array, cache: Cache) -> Gradients:
     """`functional.backward`."""
     x, gamma, beta, residual, mask, statistics, count, plan = cache
     axes = plan.axes
-    keep = elementwise(jnp, mask, x, axes)
-    operands = views(x, gamma, beta, residual, keep, axes)
+    operands = views(x, gamma, beta, residual, mask, axes)
     channels = (operands[0].shape[0], operands[0].shape[2])
     per_channel = (jnp.reshape(array, channels) for array in (count, *statistics))
     dy = cast(jnp, dy, x.dtype).reshape(operands[0].shape)
@@ -124,20 +128,15 @@ def moments(x: Array, axes: Axes, mask: Mask) -> Moments:
     return agnostic.moments(x, axes, mask)
 
 
-def forward_of(
-    x: Array,
-    gamma: Array | None,
-    beta: Array | None,
-    residual: Array | None,
-    keep: Array | None,
-    axes: Axes,
-    rule: Rule,
-) -> Outputs:
-    """The forward pass of arrays of any rank."""
-    view, *others = views(x, gamma, beta, residual, keep, axes)
-    scale, shift, addend, mask = map(given, others)
-    rule = rule._replace(activation=named(rule.activation))
-    return jax_primitives.forward(view, scale, shift, addend, mask, rule)
+def varies_by_channel(keep: Array) -> bool:
+    """Whether a mask, an operand of a primitive, may leave different numbers of elements of the channels."""
+    return bool(keep.ndim > 2 and keep.shape[2] > 1)
+
+
+def normalize_batch(operands: list[Array], rule: Rule) -> tuple[Array, Moments]:
+    """y, and the moments (L, C) of the batch."""
+    y, mean, mean_lo, m2, _, count = jax_primitives.forward(operands, rule)
+    return y, Moments(count, mean, m2, mean_lo)
 
 
 def named(activation: ActivationLike) -> str | None:
@@ -147,21 +146,25 @@ def named(activation: ActivationLike) -> str | None:
 
 
 def views(
-    x: Array, gamma: Array | None, beta: Array | None, residual: Array | None, keep: Array | None, axes: Axes
+    x: Array, gamma: Array | None, beta: Array | None, residual: Array | None, mask: Mask, axes: Axes
 ) -> list[Array]:
-    """The operands of a primitive: (L, N, C, S) or (L, N, C), and (L, C)."""
-    shape, kept = x.shape, axes.kept
-    lanes = shape[0] if has_members(axes) else 1
-    own = kept[1:] if has_members(axes) else kept
+    """The operands of a primitive: (L, N, C, S) or (L, N, C), (L, C), and the mask."""
+    shape, begin = x.shape, 1 if has_members(axes) else 0
+    own = axes.kept[begin:]
     first, last = (own[0], own[-1] + 1) if own else (len(shape), len(shape))
-    begin = 1 if has_members(axes) else 0
+    lanes = shape[0] if begin else 1
     L, N, C, S = (lanes, *(math.prod(shape[a:b]) for a, b in ((begin, first), (first, last), (last, len(shape)))))
     inner = () if S == 1 else (S,)
-    if keep is not None:
-        # As large as x, but for the channels where it is the same for all of them.
-        per_channel = any(keep.shape[axis] != 1 for axis in own)
-        expanded = tuple(1 if axis in own and not per_channel else size for axis, size in enumerate(shape))
-        keep = jnp.broadcast_to(keep, expanded).reshape(L, N, C if per_channel else 1, *inner)
+    if isinstance(mask, Lengths) and axes.reduced[:2] == (begin, last) and first == begin + 1 and inner:
+        # The batch is N, and time leads S.
+        keep: Array | None = jnp.broadcast_to(mask.values.astype(jnp.int32) * (S // shape[last]), (L, N))
+    else:
+        keep = elementwise(jnp, mask, x, axes)
+        if keep is not None:
+            # As large as x, but for the channels where it is the same for all of them.
+            per_channel = any(keep.shape[axis] != 1 for axis in own)
+            expanded = tuple(1 if axis in own and not per_channel else size for axis, size in enumerate(shape))
+            keep = jnp.broadcast_to(keep, expanded).reshape(L, N, C if per_channel else 1, *inner)
     parameters = (None if array is None else array.reshape(L, C) for array in (gamma, beta))
     x, residual = (None if array is None else array.reshape(L, N, C, *inner) for array in (x, residual))
     return [stand_in(array) for array in (x, *parameters, residual, keep)]

@@ -2,7 +2,8 @@
 
 On other devices than the CPU, for arrays that XLA cuts up over several, and for derivatives of derivatives. Arrays of
 the shape of x are (L, N, C, S), or (L, N, C) where S is 1, with L lanes that are batch norms of their own; those with a
-number for each channel are (L, C); what is not there has one dimension and no elements.
+number for each channel are (L, C). The mask `keep` holds booleans that broadcast to x, or the lengths (L, N), int32, of
+the leading elements along S that count. An operand that is absent has one dimension and no elements.
 """
 
 from collections.abc import Callable
@@ -15,11 +16,10 @@ from jax import lax
 
 from batchnorm.core import activations
 from batchnorm.core.axes import split
-from batchnorm.core.dtypes import Array, cast
+from batchnorm.core.dtypes import Array, accumulation_dtype, cast
 from batchnorm.core.moments import Moments, two_sum
 from batchnorm.core.moments import moments as measure
 from batchnorm.core.normalize import Statistics, statistics_of_batch
-from batchnorm.core.running import RunningStatistics
 from batchnorm.kernels import agnostic
 from batchnorm.kernels.agnostic import Cache, Plan
 
@@ -31,7 +31,8 @@ class Rule(NamedTuple):
 
     eps: float
     activation: str | None
-    normalizes_padding: bool  # masked elements come out normalised rather than as 0
+    normalizes_padding: bool  # masked elements come out normalized rather than as 0
+    has_output: bool = True  # y, or dx, is computed as well, not the sums over channels alone
 
 
 class Outputs(NamedTuple):
@@ -45,13 +46,13 @@ class Outputs(NamedTuple):
     count: Array
 
 
-def absent() -> Array:
-    """What stands for an operand that is not there."""
-    return jnp.zeros((0,), jnp.float32)
+def absent(dtype: Any = jnp.float32) -> Array:
+    """The placeholder of an operand or a result that is absent."""
+    return jnp.zeros((0,), dtype)
 
 
 def given(array: Array) -> Array | None:
-    """An operand, None if it is not there."""
+    """An operand, None if it is absent."""
     return array if array.ndim > 1 else None
 
 
@@ -60,15 +61,26 @@ def stand_in(array: Array | None) -> Array:
     return absent() if array is None else array
 
 
+def mask_of(keep: Array, x: Array) -> Array | None:
+    """The booleans of a mask, which may be given by lengths; None without a mask."""
+    if keep.ndim != 2:
+        return given(keep)
+    return (jnp.arange(x.shape[-1]) < keep[:, :, None])[:, :, None, :]
+
+
 def plain_forward(x: Array, gamma: Array, beta: Array, residual: Array, keep: Array, *, rule: Rule) -> Outputs:
     """The forward pass."""
-    scale, shift, addend, mask = map(given, (gamma, beta, residual, keep))
+    scale, shift, addend = map(given, (gamma, beta, residual))
+    mask = mask_of(keep, x)
     masked_output: Any = "normalized" if rule.normalizes_padding else "zero"
     batch = measure(jnp, x, AXES[x.ndim], mask)
     statistics = statistics_of_batch(jnp, batch, rule.eps)
+    count = batch.count.astype(jnp.int32)
+    if not rule.has_output:
+        return Outputs(absent(x.dtype), batch.mean, batch.mean_lo, batch.m2, statistics.rstd, count)
     z = agnostic.normalized(jnp, x, AXES[x.ndim], statistics, scale, shift, mask, masked_output)
     y = agnostic.finish(jnp, z, x, mask, masked_output, rule.activation, addend)
-    return Outputs(y, batch.mean, batch.mean_lo, batch.m2, statistics.rstd, batch.count.astype(jnp.int32))
+    return Outputs(y, batch.mean, batch.mean_lo, batch.m2, statistics.rstd, count)
 
 
 def plain_backward(
@@ -76,8 +88,11 @@ def plain_backward(
     mean_lo: Array, rstd: Array, *, rule: Rule,
 ) -> tuple[Array, ...]:  # fmt: skip
     """The gradients of x, gamma, beta and residual."""
+    if rule.normalizes_padding and given(keep) is not None:
+        return tuple(jax.vjp(y_of(keep, rule), x, gamma, beta, residual)[1](dy.astype(x.dtype)))
     plan = Plan(AXES[x.ndim], rule.activation or "identity", rule.eps)
-    scale, shift, addend, mask = map(given, (gamma, beta, residual, keep))
+    scale, shift, addend = map(given, (gamma, beta, residual))
+    mask = mask_of(keep, x)
     cache = Cache(x, scale, shift, addend, mask, Statistics(mean, mean_lo, rstd), count, plan)
     return tuple(map(stand_in, agnostic.backward(dy, cache)))
 
@@ -87,8 +102,11 @@ def tangent_of_y(
     keep: Array, count: Array, mean: Array, mean_lo: Array, rstd: Array, *, rule: Rule, jacobian: Callable[..., Any],
 ) -> Array:  # fmt: skip
     """The tangent, by `plain_backward` or the primitive for J."""
+    if rule.normalizes_padding and given(keep) is not None:
+        directions = (tx, tgamma, tbeta, tresidual)
+        return jax.jvp(y_of(keep, rule), (x, gamma, beta, residual), directions)[1]
     statistics = Statistics(mean, mean_lo, rstd)
-    none, mask = absent(), given(keep)
+    none, mask = absent(), mask_of(keep, x)
     operands = aligned(tx, x, gamma, none, none, keep, count, mean, mean_lo, rstd)
     total = jacobian(*operands, rule=rule._replace(activation=None))[0].astype(rstd.dtype)
     if given(gamma) is not None:
@@ -104,6 +122,42 @@ def tangent_of_y(
             z += agnostic.read(jnp, residual, mask, "zero").astype(z.dtype)
         total *= activations.find(rule.activation).derivative(jnp, z)
     return (total if mask is None else jnp.where(mask, total, 0.0)).astype(x.dtype)
+
+
+def plain_sums(
+    d: Array, x: Array, keep: Array, mean: Array, mean_lo: Array, *, normalizes_padding: bool
+) -> tuple[Array, Array]:
+    """sum(d) and sum(d * (x - mean - mean_lo)) of each channel, over the elements that count.
+
+    With `normalizes_padding`, over all of them, where x is not finite in padding as if it were the mean.
+    """
+    d, deviation = d.astype(mean.dtype), deviations(x, keep, mean, mean_lo, normalizes_padding=normalizes_padding)
+    mask = None if normalizes_padding else mask_of(keep, x)
+    d = d if mask is None else jnp.where(mask, d, 0.0)
+    axes, wide = AXES[x.ndim], accumulation_dtype(jnp)
+    totals = (axes.gather(jnp, axes.total(jnp, values, wide)) for values in (d, d * deviation))
+    first, second = (total.astype(mean.dtype) for total in totals)
+    return first, second
+
+
+def plain_spread(
+    first: Array, second: Array, x: Array, keep: Array, mean: Array, mean_lo: Array, *, normalizes_padding: bool
+) -> Array:
+    """first + second * (x - mean - mean_lo) in the dtype of the statistics: the transpose of `plain_sums`."""
+    axes = AXES[x.ndim]
+    deviation = deviations(x, keep, mean, mean_lo, normalizes_padding=normalizes_padding)
+    result = axes.spread_out(jnp, first) + axes.spread_out(jnp, second) * deviation
+    mask = None if normalizes_padding else mask_of(keep, x)
+    return result if mask is None else jnp.where(mask, result, 0.0)
+
+
+def deviations(x: Array, keep: Array, mean: Array, mean_lo: Array, *, normalizes_padding: bool) -> Array:
+    """x - mean - mean_lo, 0 where x may not be read."""
+    axes, mask = AXES[x.ndim], mask_of(keep, x)
+    deviation = (x.astype(mean.dtype) - axes.spread_out(jnp, mean)) - axes.spread_out(jnp, mean_lo)
+    if mask is None:
+        return deviation
+    return jnp.where(agnostic.readable(jnp, x, mask, "normalized" if normalizes_padding else "zero"), deviation, 0.0)
 
 
 def y_of(keep: Array, rule: Rule) -> Callable[..., Array]:
@@ -141,15 +195,11 @@ def cast_varying(array: Array, axes: tuple[Any, ...]) -> Array:
     return jax.lax.pvary(array, axes)  # type: ignore[attr-defined]  # its name in older versions
 
 
-class Across:
-    """Array code for a batch that is spread over the named axis of a mesh, of `pmap` or of `vmap`."""
+class Across(NamedTuple):
+    """The named axis along which a batch is spread, and groups of its indices that are batches of their own."""
 
-    def __init__(self, axis_name: Any, axis_index_groups: Any = None) -> None:
-        self.axis_name, self.groups = axis_name, axis_index_groups
-
-    def batch_norm(self, *arguments: Any, **options: Any) -> tuple[Array, RunningStatistics]:
-        """`functional.batch_norm`, with everything resolved."""
-        return agnostic.batch_norm(*arguments, **options, whole=self.merged)
+    axis_name: Any
+    axis_index_groups: Any = None
 
     def merged(self, part: Moments) -> Moments:
         """The moments of the whole batch: every part by its count, whatever that is.
@@ -159,7 +209,7 @@ class Across:
 
         The sums of the second round are about a value that is the mean but for rounding, so that nothing cancels.
         """
-        total = partial(lax.psum, axis_name=self.axis_name, axis_index_groups=self.groups)
+        total = partial(lax.psum, axis_name=self.axis_name, axis_index_groups=self.axis_index_groups)
         dtype = part.mean.dtype
         own = cast(jnp, part.count, dtype)
         count = total(part.count)

@@ -1,16 +1,18 @@
 """Batch norm as primitives of JAX, with their rules: `forward`, its `tangent`, and `backward`, the transpose of that.
 
-    y            = activation(gamma * xhat(x) + beta + residual)
+    y            = activation(gamma * xhat(x) + beta + residual), and the statistics of x
     tangent      ty = activation'(z) * (J(tx) + xhat * tgamma + tbeta + tresidual)     linear in the tangents
     backward     dx, dgamma, dbeta, dresidual                                          linear in dy
+    sums         sum(d), sum(d * (x - mean))                                           linear in d
+    spread       a + b * (x - mean)                                                    linear in a and b
 
-The derivative of the forward pass is `tangent`, whose transpose is `backward`, whose transpose is `tangent`; J, the
-Jacobian with respect to x, is symmetric, so that one kernel computes both. Derivatives of those two with respect to x
-are those of array code. So all of JAX's transformations work, in any order, and on a CPU the C++ computes what they end
-in.
+The derivative of y is `tangent`, whose transpose is `backward`, whose transpose is `tangent`; J, the Jacobian with
+respect to x, is symmetric, so that one kernel computes both (but where padding is normalized). The derivatives of the
+statistics are `sums`, whose transpose is `spread`, whose transpose is `sums`. Derivatives of these with respect to x
+are those of array code. So all of JAX's transformations work, in any order, and on a CPU the C++ computes every
+reduction that they end in.
 
-Arrays are those of `jax_formulas`, to whose lanes `vmap` adds. Statistics come out without derivatives of their own:
-they are functions of x, and what depends on them has taken that into account.
+Arrays are those of `jax_formulas`, to whose lanes `vmap` adds.
 """
 
 import re
@@ -22,7 +24,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy
+from jax import lax
 from jax.core import ShapedArray
+from jax.experimental import jet
 from jax.extend.core import Primitive
 from jax.interpreters import ad, batching, mlir
 from jax.sharding import NamedSharding, PartitionSpec
@@ -32,11 +36,12 @@ from batchnorm.core.dtypes import Array
 from batchnorm.kernels.jax_formulas import (
     Outputs,
     Rule,
+    absent,
     aligned,
-    given,
     plain_backward,
     plain_forward,
-    stand_in,
+    plain_spread,
+    plain_sums,
     tangent_of_y,
     y_of,
 )
@@ -51,10 +56,16 @@ def primitive(name: str, abstract: Callable[..., list[ShapedArray]]) -> Primitiv
     made.multiple_results = True
 
     @lru_cache(maxsize=1024)
-    def compiled(rule: Rule) -> Callable[..., Any]:
-        return jax.jit(partial(made.bind, rule=rule))
+    def compiled(**static: Any) -> Callable[..., Any]:
+        return jax.jit(partial(made.bind, **static))
 
-    made.def_impl(lambda *operands, rule: compiled(rule)(*operands))
+    def run(*operands: Array, **static: Any) -> Any:
+        if not jax.config.jax_disable_jit:  # type: ignore[attr-defined]
+            return compiled(**static)(*operands)
+        with jax.disable_jit(False):  # else it would end up here again
+            return compiled(**static)(*operands)
+
+    made.def_impl(run)
     made.def_abstract_eval(abstract)
     batching.primitive_batchers[made] = partial(fold_lanes, made)
     return made
@@ -77,7 +88,7 @@ def forward_avals(x: ShapedArray, *_: ShapedArray, rule: Rule) -> list[ShapedArr
     """y, mean, mean_lo, m2, rstd, count."""
     channels = (x.shape[0], x.shape[2])
     statistic = aval(x, channels, statistics_dtype(x))
-    return [aval(x, x.shape, x.dtype), *[statistic] * 4, aval(x, channels, jnp.int32)]
+    return [aval(x, x.shape if rule.has_output else (0,), x.dtype), *[statistic] * 4, aval(x, channels, jnp.int32)]
 
 
 def tangent_avals(tx: ShapedArray, *_: ShapedArray, rule: Rule) -> list[ShapedArray]:
@@ -90,11 +101,25 @@ def backward_avals(
     rule: Rule,
 ) -> list[ShapedArray]:  # fmt: skip
     """dx, dgamma, dbeta, dresidual."""
-    return [aval(dy, operand.shape, operand.dtype) for operand in (x, gamma, beta, residual)]
+    shapes = (x.shape if rule.has_output else (0,), gamma.shape, beta.shape, residual.shape)
+    dtypes = (x.dtype, gamma.dtype, beta.dtype, residual.dtype)
+    return [aval(dy, shape, dtype) for shape, dtype in zip(shapes, dtypes, strict=True)]
+
+
+def sums_avals(d: ShapedArray, x: ShapedArray, *_: ShapedArray, normalizes_padding: bool) -> list[ShapedArray]:
+    """sum(d) and sum(d * (x - mean))."""
+    return [aval(x, (x.shape[0], x.shape[2]), statistics_dtype(x))] * 2
+
+
+def spread_avals(
+    first: ShapedArray, second: ShapedArray, x: ShapedArray, *_: ShapedArray, normalizes_padding: bool
+) -> list[ShapedArray]:
+    """The result, of the shape of x, in the dtype of the statistics."""
+    return [aval(x, x.shape, statistics_dtype(x))]
 
 
 def fold_lanes(
-    made: Primitive, operands: Sequence[Array], dims: Sequence[Any], *, rule: Rule
+    made: Primitive, operands: Sequence[Array], dims: Sequence[Any], **static: Any
 ) -> tuple[list[Array], list[int]]:
     """`vmap`: one more axis of lanes, folded into the first."""
     size = next(a.shape[d] for a, d in zip(operands, dims, strict=True) if d is not None)
@@ -102,7 +127,7 @@ def fold_lanes(
     def folded(array: Array, dim: int | None) -> Array:
         if dim is not None:
             array = jnp.moveaxis(array, dim, 0)
-            if array.ndim == 2:  # one that is not there
+            if array.ndim == 2:  # one that is absent
                 return array[0]
         elif array.ndim == 1:
             return array
@@ -110,7 +135,7 @@ def fold_lanes(
             array = jnp.broadcast_to(array, (size, *array.shape))
         return array.reshape(-1, *array.shape[2:])
 
-    results = made.bind(*aligned(*map(folded, operands, dims)), rule=rule)
+    results = made.bind(*aligned(*map(folded, operands, dims)), **static)
     split_up = [
         jnp.broadcast_to(r, (size, *r.shape)) if r.ndim == 1 else r.reshape(size, -1, *r.shape[1:]) for r in results
     ]
@@ -120,13 +145,12 @@ def fold_lanes(
 forward_p = primitive("batchnorm_forward", forward_avals)
 tangent_p = primitive("batchnorm_tangent", tangent_avals)
 backward_p = primitive("batchnorm_backward", backward_avals)
+sums_p = primitive("batchnorm_sums", sums_avals)
+spread_p = primitive("batchnorm_spread", spread_avals)
 
 
-def forward(
-    x: Array, gamma: Array | None, beta: Array | None, residual: Array | None, keep: Array | None, rule: Rule
-) -> Outputs:
-    """The forward pass of operands of which None are not there."""
-    operands = (x, *map(stand_in, (gamma, beta, residual, keep)))
+def forward(operands: Sequence[Array], rule: Rule) -> Outputs:
+    """The forward pass of x, gamma, beta, residual and the mask."""
     return Outputs(*forward_p.bind(*aligned(*operands), rule=rule))
 
 
@@ -149,19 +173,100 @@ def zeros(results: Sequence[Array]) -> list[Any]:
 
 
 def forward_jvp(primals: Sequence[Array], tangents: Sequence[Any], *, rule: Rule) -> tuple[Any, Any]:
-    """Only y has a tangent."""
+    """The tangents of y and of the statistics; that of the mean's low part, a rounding error, is 0."""
     results = Outputs(*forward_p.bind(*primals, rule=rule))
     *operands, keep = primals
-    none = zeros(results)
+    _, mean, mean_lo, _, rstd, count = results
+    none = Outputs(*zeros(results))
     if all_zero(tangents[:4]):
         return results, none
-    directions = instantiated(tangents[:4], operands)
-    if rule.normalizes_padding and given(keep) is not None:  # gradients reach gamma and beta from padding as well
-        ty = jax.jvp(y_of(keep, rule), tuple(operands), directions)[1]
-    else:
-        statistics = (results.count, results.mean, results.mean_lo, results.rstd)
-        ty = tangent_p.bind(*aligned(*directions, *primals, *statistics), rule=rule)[0]
-    return results, [ty, *none[1:]]
+    ty = none.y
+    if rule.has_output:
+        directions = instantiated(tangents[:4], operands)
+        ty = tangent_p.bind(*aligned(*directions, *primals, count, mean, mean_lo, rstd), rule=rule)[0]
+    if type(tangents[0]) is ad.Zero:
+        return results, none._replace(y=ty)
+    total, product = sums(tangents[0], operands[0], keep, mean, mean_lo, normalizes_padding=False)
+    n = jnp.maximum(count, 1).astype(mean.dtype)
+    # d(m2) = 2 * sum((x - mean) * dx), and rstd = (m2 / n + eps)**-0.5.
+    return results, none._replace(y=ty, mean=total / n, m2=2 * product, rstd=-(rstd**3) * product / n)
+
+
+def sums(d: Array, x: Array, keep: Array, mean: Array, mean_lo: Array, *, normalizes_padding: bool) -> list[Array]:
+    """sum(d) and sum(d * (x - mean - mean_lo)), of d in the dtype of x."""
+    operands = aligned(d.astype(x.dtype), x, keep, mean, mean_lo)
+    return sums_p.bind(*operands, normalizes_padding=normalizes_padding)  # type: ignore[no-any-return]
+
+
+def spread(
+    first: Array, second: Array, x: Array, keep: Array, mean: Array, mean_lo: Array, *, normalizes_padding: bool
+) -> Array:
+    """first + second * (x - mean - mean_lo), in the dtype of the statistics."""
+    operands = aligned(first, second, x, keep, mean, mean_lo)
+    return spread_p.bind(*operands, normalizes_padding=normalizes_padding)[0]
+
+
+def sums_jvp(primals: Sequence[Array], tangents: Sequence[Any], *, normalizes_padding: bool) -> tuple[Any, Any]:
+    """Linear in d; what goes through x and the mean is array code."""
+    d, x, keep, mean, mean_lo = primals
+    results = sums_p.bind(*primals, normalizes_padding=normalizes_padding)
+    totals = zeros(results)
+    if type(tangents[0]) is not ad.Zero:
+        totals = sums(tangents[0], x, keep, mean, mean_lo, normalizes_padding=normalizes_padding)
+    others = (tangents[1], *tangents[3:])
+    if not all_zero(others):
+
+        def of(x: Array, mean: Array, mean_lo: Array) -> tuple[Array, Array]:
+            return plain_sums(d, x, keep, mean, mean_lo, normalizes_padding=normalizes_padding)
+
+        at = (x, mean, mean_lo)
+        more = jax.jvp(of, at, instantiated(others, at))[1]
+        totals = [ad.add_tangents(a, b) for a, b in zip(totals, more, strict=True)]
+    return results, totals
+
+
+def spread_jvp(primals: Sequence[Array], tangents: Sequence[Any], *, normalizes_padding: bool) -> tuple[Any, Any]:
+    """Linear in the first two; what goes through x and the mean is array code."""
+    first, second, x, keep, mean, mean_lo = primals
+    results = spread_p.bind(*primals, normalizes_padding=normalizes_padding)
+    total = zeros(results)[0]
+    if not all_zero(tangents[:2]):
+        own, other = instantiated(tangents[:2], (first, second))
+        total = spread(own, other, x, keep, mean, mean_lo, normalizes_padding=normalizes_padding)
+    others = (tangents[2], *tangents[4:])
+    if not all_zero(others):
+
+        def of(x: Array, mean: Array, mean_lo: Array) -> Array:
+            return plain_spread(first, second, x, keep, mean, mean_lo, normalizes_padding=normalizes_padding)
+
+        at = (x, mean, mean_lo)
+        total = ad.add_tangents(total, jax.jvp(of, at, instantiated(others, at))[1])
+    return results, [total]
+
+
+def sums_transpose(cotangents: Sequence[Any], d: Any, *operands: Any, normalizes_padding: bool) -> list[Any]:
+    """The gradient of d."""
+    none: list[Any] = [None] * len(operands)
+    if all_zero(cotangents):
+        return [None, *none]
+    mean = operands[2]
+    first, second = instantiated(cotangents, (mean, mean))
+    return [spread(first, second, *operands, normalizes_padding=normalizes_padding).astype(d.aval.dtype), *none]
+
+
+def spread_transpose(
+    cotangents: Sequence[Any], first: Any, second: Any, *operands: Any, normalizes_padding: bool
+) -> list[Any]:
+    """The gradients of the first two."""
+    (dy,) = cotangents
+    none: list[Any] = [None] * len(operands)
+    if type(dy) is ad.Zero:
+        return [None, None, *none]
+    totals = sums(dy, *operands, normalizes_padding=normalizes_padding)
+    linear = (first, second)
+    return [
+        total if ad.is_undefined_primal(operand) else None for total, operand in zip(totals, linear, strict=True)
+    ] + none
 
 
 def tangent_jvp(primals: Sequence[Array], tangents: Sequence[Any], *, rule: Rule) -> tuple[Any, Any]:
@@ -224,8 +329,12 @@ def backward_transpose(cotangents: Sequence[Any], dy: Any, *operands: Any, rule:
 ad.primitive_jvps[forward_p] = forward_jvp
 ad.primitive_jvps[tangent_p] = tangent_jvp
 ad.primitive_jvps[backward_p] = backward_jvp
+ad.primitive_jvps[sums_p] = sums_jvp
+ad.primitive_jvps[spread_p] = spread_jvp
 ad.primitive_transposes[tangent_p] = tangent_transpose
 ad.primitive_transposes[backward_p] = backward_transpose
+ad.primitive_transposes[sums_p] = sums_transpose
+ad.primitive_transposes[spread_p] = spread_transpose
 
 
 # ---- lowering -----------------------------------------------------------------------------------------------------
@@ -241,10 +350,16 @@ def is_partitioned(context: Any) -> bool:
     return False
 
 
-def lowered(plain: Callable[..., Any], native: Callable[..., Any], context: Any, *operands: Any, rule: Rule) -> Any:
+def is_exported(context: Any) -> bool:
+    """Whether the program will run where this library may not be: `jax.export`."""
+    parameters = context.module_context.lowering_parameters
+    return bool(getattr(parameters, "for_export", False))
+
+
+def lowered(plain: Callable[..., Any], native: Callable[..., Any], context: Any, *operands: Any, **static: Any) -> Any:
     """The code of a primitive on a CPU."""
-    chosen = plain if is_partitioned(context) else native
-    return chosen(context, *operands, rule=rule)
+    chosen = plain if is_partitioned(context) or is_exported(context) else native
+    return chosen(context, *operands, **static)
 
 
 def native_forward(context: Any, *operands: Any, rule: Rule) -> Any:
@@ -261,12 +376,35 @@ def native_backward(context: Any, *operands: Any, rule: Rule) -> Any:
     """A call of the C++."""
     code, slope = activation_code(rule.activation)
     call = jax.ffi.ffi_lowering("batchnorm_backward")
-    return call(context, *operands, activation=numpy.int64(code), slope=numpy.float64(slope))
+    return call(
+        context, *operands, activation=numpy.int64(code), slope=numpy.float64(slope),
+        normalized_padding=rule.normalizes_padding,
+    )  # fmt: skip
+
+
+def sums_by_backward(
+    d: Array, x: Array, keep: Array, mean: Array, mean_lo: Array, *, normalizes_padding: bool
+) -> tuple[Array, Array]:
+    """The sums, as the gradients of beta and gamma where rstd is 1."""
+    none, one = absent(), jnp.ones_like(mean)
+    rule = Rule(0.0, None, normalizes_padding, has_output=False)
+    _, second, first, _ = backward_p.bind(d, x, one, one, none, keep, none, mean, mean_lo, one, rule=rule)
+    return first, second
 
 
 def tuple_of(function: Callable[..., Any]) -> Callable[..., tuple[Any]]:
     """The function with its one result in a tuple."""
     return lambda *operands, **options: (function(*operands, **options),)
+
+
+def without_series(asked: Primitive, primals: Any, series: Any, **static: Any) -> Any:
+    """Taylor mode of a question, whose answer does not change along a line; `jet` has no rule for these two."""
+    return asked.bind(*primals, **static), [jnp.zeros(())] * len(series[0])
+
+
+def by_jet(plain: Callable[..., Any], primals: Any, series: Any, **static: Any) -> Any:
+    """Taylor mode, by array code."""
+    return jet.jet(partial(plain, **static), primals, series, factorial_scaled=False)
 
 
 def check_version() -> None:
@@ -285,15 +423,23 @@ def register() -> None:
     check_version()
     for name, target in _native.xla_targets().items():
         jax.ffi.register_ffi_target(name, target, platform="cpu")
-    plain_tangent = mlir.lower_fun(tuple_of(partial(tangent_of_y, jacobian=plain_backward)), multiple_results=True)
     native_tangent = mlir.lower_fun(tuple_of(partial(tangent_of_y, jacobian=backward_p.bind)), multiple_results=True)
-    for made, plain, native in (
-        (forward_p, mlir.lower_fun(plain_forward, multiple_results=True), native_forward),
-        (tangent_p, plain_tangent, native_tangent),
-        (backward_p, mlir.lower_fun(plain_backward, multiple_results=True), native_backward),
-    ):
-        mlir.register_lowering(made, plain)
-        mlir.register_lowering(made, partial(lowered, plain, native), platform="cpu")
+    native_sums = mlir.lower_fun(sums_by_backward, multiple_results=True)
+    code: list[tuple[Primitive, Callable[..., Any], Any]] = [
+        (forward_p, plain_forward, native_forward),
+        (tangent_p, tuple_of(partial(tangent_of_y, jacobian=plain_backward)), native_tangent),
+        (backward_p, plain_backward, native_backward),
+        (sums_p, plain_sums, native_sums),
+        (spread_p, tuple_of(plain_spread), None),  # XLA fuses it with what is around it
+    ]
+    for asked in (lax.reduce_and_p, lax.reduce_or_p):
+        jet.jet_rules.setdefault(asked, partial(without_series, asked))
+    for made, plain, native in code:
+        lowering = mlir.lower_fun(plain, multiple_results=True)
+        mlir.register_lowering(made, lowering)
+        jet.jet_rules[made] = partial(by_jet, plain)
+        if native is not None:
+            mlir.register_lowering(made, partial(lowered, lowering, native), platform="cpu")
 
 
 register()

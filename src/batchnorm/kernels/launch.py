@@ -223,13 +223,18 @@ def run_backward(
     factor: Array | None = None,
     through_statistics: bool = True,
     has_dx: bool = True,
+    normalized_padding: bool = False,
     out: Gradients | None = None,
 ) -> Gradients:
-    """The backward kernel; `factor` multiplies the xhat term of dx, and the statistics may also be constants."""
+    """The backward kernel; `factor` multiplies the xhat term of dx, and the statistics may also be constants.
+
+    With `normalized_padding` masked elements have gradients: y is not 0 there.
+    """
     x, gamma, beta, residual, mask, statistics, count, plan = cache
     operands = Operands(x, gamma, beta, residual, mask, plan.axes, plan.activation)  # type: ignore[arg-type]
+    operands = with_contiguous_parameters(library, operands)  # so that their gradients are contiguous too
     if has_members(operands.axes):
-        arrays = (x if has_dx else None, gamma, beta, residual)
+        arrays = (x if has_dx else None, *operands[1:4])
         out = Gradients(*(None if array is None else library.empty_like(array) for array in arrays))
         for index in range(len(x)):
             part = member(operands, index)
@@ -238,11 +243,11 @@ def run_backward(
             run_backward(
                 library, dy[index], Cache(*part[:5], own, None if count is None else count[index], plan_of_part),
                 factor=None if factor is None else factor[index], through_statistics=through_statistics, has_dx=has_dx,
+                normalized_padding=normalized_padding,
                 out=Gradients(*(None if array is None else array[index] for array in out)),
             )  # fmt: skip
         return out
     buffer, (code, slope) = library.buffer, activation_code(operands.activation)
-    operands = with_contiguous_parameters(library, operands)
     mean, mean_lo, rstd = (library.contiguous(statistic) for statistic in statistics)
     count = None if count is None else library.contiguous(count)
     if out is not None:
@@ -263,7 +268,7 @@ def run_backward(
         if _native.backward(
             buffer(dy), buffer(x), buffer(dx), buffer(gamma), buffer(beta), buffer(residual), buffer(dgamma),
             buffer(dbeta), buffer(dresidual), mean, mean_lo, rstd, count, factor, buffer(keep), buffer(lengths),
-            axes.kept_bits, through_statistics, code, slope, library.threads(),
+            axes.kept_bits, through_statistics, code, slope, normalized_padding, library.threads(),
         ):  # fmt: skip
             break
     else:

@@ -90,7 +90,7 @@ def batch_norm(
             x, gamma, beta, running, training=training, axes=axes, convention=convention, mask=mask,
             activation=activation, residual=residual, out=out,
         )  # fmt: skip
-    gamma, beta = effective_gamma(numpy, gamma, convention), effective_beta(beta, convention)
+    gamma, beta = effective_gamma(numpy, gamma, convention, x), effective_beta(beta, convention)
     operands = Operands(x, gamma, beta, residual, mask, axes, activation)
     return launch.run_batch_norm(NUMPY, operands, running, training, convention, out)
 
@@ -115,7 +115,11 @@ def forward(
 
 def backward(dy: Array, cache: Cache) -> Gradients:
     """`functional.backward`."""
-    return launch.run_backward(NUMPY, dy, cache)
+    plan = cache.plan
+    return launch.run_backward(
+        NUMPY, dy, cache, through_statistics=plan.by_state is None,
+        normalized_padding=plan.masked_output == "normalized",
+    )  # fmt: skip
 
 
 def moments(x: Array, axes: Axes, mask: Mask) -> Moments:

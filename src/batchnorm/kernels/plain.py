@@ -194,7 +194,7 @@ def advanced(running: RunningStatistics, tracked: Tracked, is_accepted: bool | N
 def backward(library: Library, dy: Array, cache: Cache) -> Gradients | None:
     """The gradients, likewise."""
     x, gamma, beta, residual, mask, statistics, count, plan = cache
-    if mask is not None or type(x) is not type(dy) or callable(plan.activation):
+    if mask is not None or type(x) is not type(dy) or callable(plan.activation) or plan.by_state is not None:
         return None
     code, slope = activation_code(plan.activation)
     done = _native.backward_plain(

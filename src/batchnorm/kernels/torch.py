@@ -71,15 +71,15 @@ def batch_norm(
     is_differentiated = has_derivatives(x, gamma, beta, residual, running.mean, running.spread)
     is_array_code = launch.leaves_single_elements(x, axes, mask, training, convention)
     if is_differentiated:
-        # Gradients that the kernels do not have: of running statistics, and of padding that comes out normalised.
+        # Derivatives that the kernels lack: of running statistics, and in forward mode of normalized padding.
         is_array_code |= has_derivatives(running.mean, running.spread) or convention.normalize_with == "running"
-        is_array_code |= mask is not None and convention.masked_output == "normalized"
+        is_array_code |= is_forward_mode() and mask is not None and convention.masked_output == "normalized"
     if is_array_code:
         return agnostic.batch_norm(
             x, gamma, beta, running, training=training, axes=axes, convention=convention, mask=mask,
             activation=activation, residual=residual, out=out,
         )  # fmt: skip
-    gamma, beta = effective_gamma(xp, gamma, convention), effective_beta(beta, convention)
+    gamma, beta = effective_gamma(xp, gamma, convention, x), effective_beta(beta, convention)
     operands = Operands(x, gamma, beta, residual, mask, axes, activation)
     library = DIFFERENTIABLE if is_differentiated else PLAIN
     y, updated = launch.run_batch_norm(library, operands, running, training, convention, out)

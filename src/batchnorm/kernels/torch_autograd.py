@@ -117,7 +117,8 @@ class Call:
         """Those of x, gamma, beta and residual."""
         cache = launch.cache_of(self.with_arrays(*arrays), self.measured, self.rule.eps)
         return launch.run_backward(
-            PLAIN, dy, cache, factor=factor_of(self), through_statistics=not self.is_given, has_dx=has_dx
+            PLAIN, dy, cache, factor=factor_of(self), through_statistics=not self.is_given, has_dx=has_dx,
+            normalized_padding=self.rule.masked_output == "normalized",
         )  # fmt: skip
 
 

@@ -5,13 +5,13 @@ eager mode they would cost more than a small batch norm, so nothing but compiled
 """
 
 from dataclasses import replace
-from typing import Any
+from typing import Any, cast
 
 import array_api_compat.torch as xp
 import torch
 from torch import Tensor, library
 
-from batchnorm.convention import with_any_decay
+from batchnorm.convention import Tracked, with_any_decay
 from batchnorm.conventions import find
 from batchnorm.core.axes import split
 from batchnorm.core.moments import Moments
@@ -195,11 +195,11 @@ def advance(
 ) -> None:
     """Let the moments of a batch enter running statistics, as the fields of `Convention` say."""
     dtype = torch.float64 if torch.float64 in (mean.dtype, spread.dtype) else torch.float32
-    zero = torch.zeros((), dtype=dtype, device=mean.device)
+    zero, quantity = torch.zeros((), dtype=dtype, device=mean.device), cast(Tracked, tracked)
     number, own_weight = (
         default if value is None else value.to(dtype) for value, default in ((steps, zero), (weight, zero + 1))
     )
-    running = RunningStatistics(mean.to(dtype), spread.to(dtype), number, own_weight, zero)
+    running = RunningStatistics(mean.to(dtype), spread.to(dtype), number, own_weight, zero, tracked=quantity)
     fields: dict[str, Any] = {
         "eps": eps, "eps_train": eps_train, "eps_eval": eps_eval, "tracked": tracked,
         "running_correction": correction, "masked_running_correction": None, "correction_on": correction_on,

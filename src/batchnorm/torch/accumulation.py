@@ -204,7 +204,7 @@ class Step:
             )
         activation = getattr(layer, "activation", None)
         function = activation if callable(activation) else None
-        gamma, beta = effective_gamma(xp, layer.weight, convention), effective_beta(layer.bias, convention)
+        gamma, beta = effective_gamma(xp, layer.weight, convention, input), effective_beta(layer.bias, convention)
         axes = split(axis, input.ndim)
         part = Operands(input, gamma, beta, residual, mask, axes, None if function else activation)
         moments = functional.moments(input.detach(), axis=axis, mask=mask)

@@ -180,9 +180,9 @@ def step_by_step(
         )  # fmt: skip
     with in_words_of_torch():
         y, updated = checked_batch_norm(
-            x, gamma, beta, running_of(state), training=training, convention=convention, axis=axis, mask=mask,
-            lengths=lengths, activation=activation, residual=residual, out=None, choose=partial(select, None),
-            warn=partial(warn_of_skipped, state),
+            x, gamma, beta, running_of(state, convention), training=training, convention=convention, axis=axis,
+            mask=mask, lengths=lengths, activation=activation, residual=residual, out=None,
+            choose=partial(select, None), warn=partial(warn_of_skipped, state),
         )  # fmt: skip
     if not is_tracked or state is None:
         return y  # type: ignore[no-any-return]

@@ -59,7 +59,7 @@ def normalize_in_graph(
                 x, gamma, beta, state, convention, training=True, is_tracked=is_tracked, axis=axis,
                 activation=activation, residual=residual,
             )  # fmt: skip
-        gamma, beta = effective_gamma(xp, gamma, convention), effective_beta(beta, convention)
+        gamma, beta = effective_gamma(xp, gamma, convention, x), effective_beta(beta, convention)
         results: operators.Results = operators.forward(
             x, gamma, beta, residual, mask, [axis], convention.eps, convention.eps_train,
             convention.normalize_correction, activation,
@@ -70,7 +70,7 @@ def normalize_in_graph(
         return y
     if state is None:
         raise ValueError("there are no running statistics to normalise by")
-    gamma, beta = effective_gamma(xp, gamma, convention), effective_beta(beta, convention)
+    gamma, beta = effective_gamma(xp, gamma, convention, x), effective_beta(beta, convention)
     if is_inference_of_torch(convention):
         y = native_batch_norm(
             x, gamma, beta, state, convention, training=False, is_tracked=False, axis=axis, activation=activation,
@@ -115,7 +115,7 @@ def normalized_by_state(
     """gamma * xhat + beta by running statistics of any kind, in their dtype."""
     zero = state.mean.new_zeros(())
     weight = zero + 1 if state.weight is None else state.weight
-    running = RunningStatistics(state.mean, state.spread, zero, weight, zero)
+    running = RunningStatistics(state.mean, state.spread, zero, weight, zero, tracked=convention.tracked)
     mean, _, rstd = statistics_of_state(xp, running, convention, state.mean.dtype)
     shape = [1] * x.ndim
     shape[axis] = -1

@@ -34,14 +34,14 @@ class State(NamedTuple):
         return self[:5]
 
 
-def running_of(state: State | None) -> RunningStatistics | None:
+def running_of(state: State | None, convention: Convention) -> RunningStatistics | None:
     """The buffers as the state that functions of arrays take."""
     if state is None:
         return None
     mean, spread, steps, weight, skipped = state.buffers
     return RunningStatistics(
         mean, spread, 0.0 if steps is None else steps, 1.0 if weight is None else weight,
-        0.0 if skipped is None else skipped,
+        0.0 if skipped is None else skipped, tracked=convention.tracked,
     )  # fmt: skip
 
 
@@ -54,7 +54,7 @@ def store(state: State, running: RunningStatistics) -> None:
 
 def track(state: State, batch: Moments, convention: Convention, *, is_masked: bool) -> None:
     """Let the moments of a batch enter the state."""
-    running = check_running(running_of(state), state.mean, split(0, 1))
+    running = check_running(running_of(state, convention), state.mean, split(0, 1), convention)
     store(state, advance(xp, running, batch, convention, masked=is_masked))
 
 

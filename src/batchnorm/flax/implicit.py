@@ -1,0 +1,113 @@
+"""The call that the implicit batch norms of linen and nnx share, around `batchnorm.jax.implicit_batch_norm`."""
+
+from typing import Any, NamedTuple, Protocol
+
+import jax
+import jax.numpy as jnp
+
+from batchnorm.convention import Convention
+from batchnorm.core.running import RunningStatistics
+from batchnorm.flax.layer import canonical_dtype, checked_options, is_complex, normalized_axes, with_numbers
+from batchnorm.functional import Activation
+from batchnorm.jax import implicit_batch_norm
+
+
+class ImplicitLayer(Protocol):
+    """The attributes that the layers of linen and nnx have in common."""
+
+    axis: Any
+    epsilon: Any
+    convention: str | Convention
+    activation: Activation | None
+    dtype: Any
+
+
+class Parameters(NamedTuple):
+    """The values of a layer's parameters; None where there is no scale or no bias."""
+
+    scale: jax.Array | None
+    bias: jax.Array | None
+    running: RunningStatistics
+
+
+class Inputs(NamedTuple):
+    """The arrays of a call; None where an argument is absent."""
+
+    x: jax.Array
+    mask: jax.Array | None
+    lengths: jax.Array | None
+    residual: jax.Array | None
+
+
+def implicit_convention(layer: ImplicitLayer) -> Convention:
+    """The convention of a layer with its epsilon.
+
+    Raises:
+        ValueError, TypeError: The activation or the convention does not exist; epsilon is out of range; or the
+            convention asks for what an optimizer that averages gradients cannot do.
+    """
+    own = with_numbers(checked_options(layer.activation, layer.convention, None, False), layer.epsilon, None)
+    convention = own.convention
+    for field, required in (("debias", "none"), ("normalize_with", "batch"), ("update", "training")):
+        value = getattr(convention, field)
+        if value != required:
+            raise ValueError(
+                f"convention {convention.name!r} has {field}={value!r}; ImplicitBatchNorm, whose averages are the "
+                f"optimizer's, needs {field}={required!r}: use another convention, or BatchNorm"
+            )
+    return convention
+
+
+def initial_running(shape: tuple[int, ...], convention: Convention, param_dtype: Any) -> RunningStatistics:
+    """The state before the first batch, in float32 or, where `param_dtype` is that, float64."""
+    return RunningStatistics.initial(shape, convention, like=jnp.zeros((), param_dtype))
+
+
+def check_running(value: Any) -> None:
+    """Raise unless the value of a layer's parameter `running` is a state.
+
+    Raises:
+        TypeError: It is something else, as after a checkpoint that was read without a target.
+    """
+    if not isinstance(value, RunningStatistics):
+        raise TypeError(
+            f"the parameter 'running' is a {type(value).__name__}; it must be a batchnorm.RunningStatistics: read a "
+            "checkpoint into the parameters of a new layer, as flax.serialization.from_bytes(parameters, data) does"
+        )
+
+
+def apply_implicit_batch_norm(
+    layer: ImplicitLayer, parameters: Parameters, inputs: Inputs, *, frozen: bool
+) -> jax.Array:
+    """y of a layer in its dtype; for `dtype=None` that of x, scale and bias together.
+
+    Computed in the wider one of the dtypes of x and y, as the explicit layers are.
+
+    Raises:
+        TypeError: x or a parameter is complex.
+        ValueError, TypeError: As `batchnorm.jax.implicit_batch_norm`.
+    """
+    check_running(parameters.running)
+    x, mask, lengths, residual = inputs
+    given = [array for array in (x, parameters.scale, parameters.bias) if array is not None]
+    if is_complex(layer.dtype, *(array.dtype for array in given)):
+        raise TypeError(
+            "x, a parameter or dtype is complex; ImplicitBatchNorm takes real numbers: normalise real and imaginary "
+            "parts, or use BatchNorm"
+        )
+    dtype = canonical_dtype(layer.dtype, *given)
+    wide = jnp.promote_types(x.dtype, dtype)
+    y = implicit_batch_norm(
+        jnp.asarray(x, wide),
+        parameters.scale,
+        parameters.bias,
+        parameters.running,
+        frozen=frozen,
+        axis=normalized_axes(layer.axis, x.ndim),
+        convention=implicit_convention(layer),
+        mask=None if mask is None else jnp.asarray(mask, bool),
+        lengths=lengths,
+        activation=layer.activation,
+        residual=None if residual is None else jnp.asarray(residual, wide),
+    )
+    return y.astype(dtype)

@@ -1,0 +1,39 @@
+"""Explicit sharding: arrays by channel have to lie as the channels of x do."""
+
+from typing import Any
+
+import jax
+from jax.sharding import PartitionSpec, reshard
+
+from batchnorm.arguments import check_mask
+from batchnorm.core.axes import split
+from batchnorm.core.masks import elementwise
+
+
+def channel_spec(x: jax.Array, axis: Any) -> PartitionSpec | None:
+    """The sharding of the channels of x; None where x is not sharded explicitly."""
+    spec = jax.typeof(x).sharding.spec
+    if all(entry is None for entry in spec):
+        return None
+    return PartitionSpec(*(spec[kept] for kept in split(axis, x.ndim).kept))
+
+
+def place(array: Any, spec: PartitionSpec | None) -> Any:
+    """An array by channel, resharded; what is none is left as it is."""
+    if spec is None or not isinstance(array, jax.Array) or array.ndim != len(spec):
+        return array
+    return reshard(array, spec)
+
+
+def place_like(array: jax.Array, like: Any) -> jax.Array:
+    """An array by channel, resharded to lie as another does: the carry of a loop keeps its type."""
+    return place(array, jax.typeof(like).sharding.spec)  # type: ignore[no-any-return]
+
+
+def place_mask(mask: Any, lengths: Any, x: jax.Array, axis: Any) -> Any:
+    """A mask, or lengths, as booleans that lie as x does: a mask that is broadcast would be unsharded."""
+    axes = split(axis, x.ndim)
+    keep = elementwise(jax.numpy, check_mask(mask, lengths, x, axes), x, axes)
+    if keep is None:
+        return None
+    return reshard(jax.numpy.broadcast_to(keep, x.shape), jax.typeof(x).sharding.spec)

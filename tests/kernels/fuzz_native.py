@@ -1,0 +1,316 @@
+"""Random calls of the extension, proper and hostile: none may crash, write where it must not, or leak.
+
+    fuzz_native.py [--extension PATH] [--calls 20000] [--seed 0]
+
+`sanitize.sh` runs it with an extension that is compiled with sanitizers; by itself it takes the installed one.
+"""
+
+import argparse
+import gc
+import importlib.util
+import sys
+import warnings
+from collections import Counter
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "support"))
+
+#: Of a call that is refused; MemoryError where a result like a view of terabytes is allocated. Others would be faults.
+REFUSALS = (TypeError, ValueError, BufferError, RuntimeError, MemoryError)
+#: Growth of the resident memory after the first third of the calls that is no leak: caches, the allocator's own.
+MOST_BYTES = 24 << 20
+
+SIZES = (1, 1, 2, 3, 5, 8, 17, 33)
+FLOATS = ("float32", "float64", "float16", "bfloat16")
+LAYOUTS = ("c", "c", "f", "last", "first", "offset1", "bytes", "reversed0", "step0", "part0", "repeat0")
+
+
+def load(path: str) -> None:
+    """Put this build of the extension in the installed one's place."""
+    spec = importlib.util.spec_from_file_location("batchnorm._native", path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    sys.modules["batchnorm._native"] = module
+
+
+class Call(NamedTuple):
+    """The name of a function and its arguments; `untouched` are blocks that it may not write to, and their bytes."""
+
+    name: str
+    arguments: dict[str, Any]
+    untouched: list[tuple[np.ndarray, bytes]]
+
+
+class Maker:
+    """Makes proper calls, seeded."""
+
+    def __init__(self, rng: np.random.Generator) -> None:
+        self.rng = rng
+        self.untouched: list[tuple[np.ndarray, bytes]] = []
+
+    def one_in(self, n: int) -> bool:
+        return bool(self.rng.integers(n) == 0)
+
+    def among(self, values: Any) -> Any:
+        return values[self.rng.integers(len(values))]
+
+    def numbers(self, shape: Any, dtype: Any) -> np.ndarray:
+        return (self.rng.normal(size=shape) + 1).astype(dtype)
+
+    def guarded(self, shape: Any, dtype: Any) -> np.ndarray:
+        """An array at any address, amid bytes that nothing may write to; or, for a sanitizer, a block of its own."""
+        size = int(np.prod(shape)) * np.dtype(dtype).itemsize
+        if self.one_in(2):
+            return np.ones(shape, dtype)
+        begin = 16 + int(self.rng.integers(9))
+        block = np.full(size + 48, 0x5A, np.uint8)
+        for part in (block[:begin], block[begin + size :]):
+            self.untouched.append((part, part.tobytes()))
+        return block[begin : begin + size].view(dtype).reshape(shape)
+
+    def input(self, shape: Any, dtype: Any, layout: str, axis: Any) -> np.ndarray:
+        array = placed(self.numbers(shape, dtype), layout, axis)
+        self.untouched.append((array, array.tobytes()))
+        return array
+
+    def channels(self, C: int, dtype: Any = None) -> np.ndarray | None:
+        """A parameter, in a third of the cases between two elements of a packed buffer."""
+        if self.one_in(4):
+            return None
+        return placed(self.numbers(C, DTYPES[dtype or self.among(FLOATS)]), self.among(("c", "bytes", "step0")), 0)
+
+    def call(self) -> Call:
+        self.untouched = []
+        ndim = int(self.rng.integers(1, 5))
+        shape = tuple(int(self.among(SIZES)) for _ in range(ndim))
+        if self.one_in(12):
+            shape = (*shape[:-1], 0)
+        self.shape, self.dtype = shape, DTYPES[self.among(FLOATS)]
+        self.axis = int(self.rng.integers(ndim))
+        self.wide = np.dtype("float64" if self.dtype == np.float64 else "float32")
+        self.layout = self.among(LAYOUTS) if min(shape) else "c"
+        name = self.among(("forward", "backward", "forward_plain", "inference_plain", "backward_plain"))
+        arguments = getattr(self, name)()
+        if self.one_in(3):
+            arguments = {key: as_tensor(value) for key, value in arguments.items()}
+        return Call(name, arguments, self.untouched)
+
+    def of_x(self) -> np.ndarray:
+        return as_bits(self.input(self.shape, self.dtype, self.layout, self.axis))
+
+    def like_x(self) -> np.ndarray:
+        return as_bits(self.guarded(self.shape, self.dtype))
+
+    def activation(self) -> dict[str, Any]:
+        return {"activation": int(self.rng.integers(9)), "slope": 0.01, "threads": int(self.rng.integers(1, 4))}
+
+    def affine(self) -> dict[str, Any]:
+        gamma, beta = (self.channels(self.shape[self.axis]) for _ in range(2))
+        return {"gamma": as_bits(gamma), "beta": as_bits(beta), "residual": self.of_x() if self.one_in(3) else None}
+
+    def statistics(self, *names: str) -> dict[str, Any]:
+        return {name: self.guarded((self.shape[self.axis],), self.wide) for name in names}
+
+    def masked(self) -> dict[str, Any]:
+        keep = lengths = None
+        if self.one_in(3):
+            sizes = [size if self.one_in(2) else 1 for size in self.shape]
+            keep = placed(self.rng.random(sizes) < 0.7, self.among(("c", "f", "bytes")), 0)
+        elif len(self.shape) > 2 and self.one_in(2):
+            first, steps = [size for a, size in enumerate(self.shape) if a != self.axis][:2]
+            lengths = placed(self.rng.integers(0, steps + 1, size=first), self.among(("c", "bytes")), 0)
+        return {"mask": keep, "lengths": lengths, "normalized_padding": self.one_in(2), "kept": 1 << self.axis}
+
+    def forward(self) -> dict[str, Any]:
+        C = self.shape[self.axis]
+        return {
+            "x": self.of_x(), "y": self.like_x(), **self.affine(), **self.statistics("mean", "mean_lo", "m2", "rstd"),
+            "count": self.guarded((C,), np.int64), **self.masked(), "measure": not self.one_in(4), "eps": 1e-5,
+            "eps_placement": int(self.rng.integers(3)), "correction": int(self.rng.integers(2)), **self.activation(),
+        }  # fmt: skip
+
+    def backward(self) -> dict[str, Any]:
+        affine, C = self.affine(), self.shape[self.axis]
+        results = {f"d{name}": None if affine[name] is None else np.ones(C, self.wide) for name in ("gamma", "beta")}
+        return {
+            "dy": self.of_x(), "x": self.of_x(), "dx": self.like_x(), **affine, **results,
+            "dresidual": None if affine["residual"] is None else self.like_x(),
+            **self.statistics("mean", "mean_lo", "rstd"), "count": self.guarded((C,), np.int64), "factor": None,
+            **self.masked(), "through_statistics": not self.one_in(4), **self.activation(),
+        }  # fmt: skip
+
+    def forward_plain(self) -> dict[str, Any]:
+        running, C = {"running_mean": None, "running_var": None, "steps": None}, self.shape[self.axis]
+        if self.one_in(2):
+            running = self.statistics("running_mean", "running_var") | {"steps": self.guarded((), np.int64)}
+        return {
+            "x": self.of_x(), **self.affine(), "out": self.like_x() if self.one_in(4) else None, "axis": self.axis,
+            "eps": 1e-5, **self.activation(), "empty_like": empty_like, "statistic_like": np.empty(C, self.wide),
+            "count_like": np.empty(C, np.int64), **running, "momentum": self.among((0.1, -1.0)),
+            "correction": int(self.rng.integers(2)), "in_table": False, "has_output": not self.one_in(8),
+        }  # fmt: skip
+
+    def inference_plain(self) -> dict[str, Any]:
+        return {
+            "x": self.of_x(), **self.affine(), **self.statistics("mean", "var"), "axis": self.axis, "eps": 1e-5,
+            "eps_placement": int(self.rng.integers(3)), **self.activation(), "empty_like": empty_like,
+            "keeps_statistics": self.one_in(8), "has_output": not self.one_in(8),
+        }  # fmt: skip
+
+    def backward_plain(self) -> dict[str, Any]:
+        statistics = tuple(self.statistics("mean", "mean_lo", "rstd").values())
+        return {
+            "dy": self.of_x(), "x": self.of_x(), **self.affine(), "statistics": statistics,
+            "count": self.guarded((self.shape[self.axis],), np.int64), "kept": 1 << self.axis, **self.activation(),
+            "empty_like": empty_like, "has_dx": not self.one_in(8), "through_statistics": not self.one_in(4),
+        }  # fmt: skip
+
+
+def as_bits(array: np.ndarray | None) -> np.ndarray | None:
+    """The array, or, of bfloat16, for which NumPy has no buffer, as uint16."""
+    return array.view(np.uint16) if array is not None and array.dtype == DTYPES["bfloat16"] else array
+
+
+def as_tensor(value: Any) -> Any:
+    """A tensor on the memory of an array, where PyTorch can have one."""
+    if value is empty_like:
+        return torch.empty_like
+    if isinstance(value, tuple):
+        return tuple(map(as_tensor, value))
+    if not isinstance(value, np.ndarray) or not value.flags.writeable or not value.flags.aligned:
+        return value
+    if any(stride < 0 or stride % value.itemsize for stride in value.strides):
+        return value
+    if value.dtype == np.uint16:
+        return torch.from_numpy(value.view(np.int16)).view(torch.bfloat16)
+    return torch.from_numpy(value)
+
+
+def empty_like(array: Any) -> Any:
+    return np.empty_like(array) if isinstance(array, np.ndarray) else torch.empty_like(array)
+
+
+def hostile_values() -> list[Any]:
+    """What has no business among the arguments; made once, so that their references can be counted."""
+    ones = np.ones((5, 3), np.float32)
+    read_only = ones.copy()
+    read_only.flags.writeable = False
+    packed = np.zeros(7, np.dtype([("flag", "u1"), ("value", "f4")]))["value"]
+    strided = np.lib.stride_tricks.as_strided(ones, (2**40, 3), (0, 4), writeable=False)
+    deep = (
+        ones.reshape((1,) * 40 + (5, 3))
+        if hasattr(np, "MAXDIMS") and np.MAXDIMS > 42
+        else ones.reshape((1,) * 30 + (5, 3))
+    )
+    return [
+        *(None, True, -1, 0, 2**31 - 1, -(2**31), 2**32, 2**70, 0.5, float("nan"), float("inf")),
+        *("x", b"xyz", bytearray(7), memoryview(b"abcd"), [], [1.0], (), {}, len, type, NotImplemented),
+        *(ones, ones[:0], ones.T, ones[::-1], ones[:, ::2], ones[0, 0:1], np.array(1.0, np.float32), read_only, packed),
+        *(strided, deep, np.broadcast_to(np.float32(1), (5, 3)), ones.astype(">f4"), ones.astype(np.complex64)),
+        *(np.zeros(3, np.int32), np.array([-1, 2**62, 0]), np.zeros(3, bool), np.array(["a"]), np.array([None])),
+        *(np.zeros(0), np.zeros((0, 2**20), np.float32), np.datetime64("2020-01-01"), np.timedelta64(3, "s")),
+        *(torch.ones(3), torch.ones(5, 3).T, torch.ones(5, 3).to_sparse(), torch.ones(5, 3, device="meta")),
+        *(torch.ones(()), torch.ones(0), torch.ones(5, 3, requires_grad=True), torch.ones(1).expand(5, 3)),
+        *(torch.ones(5, 3, dtype=torch.complex64), Liar(ValueError), Liar(KeyboardInterrupt), Liar(None)),
+    ]  # fmt: skip
+
+
+class Liar:
+    """Offers DLPack and raises, or returns what is no capsule."""
+
+    def __init__(self, error: type[BaseException] | None) -> None:
+        self.error = error
+
+    def __dlpack__(self, *_: Any, **__: Any) -> Any:
+        if self.error:
+            raise self.error("no array")
+        return 7
+
+    def __dlpack_device__(self) -> Any:
+        return (1, 0)
+
+
+def spoiled(call: Call, rng: np.random.Generator, values: list[Any]) -> Call:
+    """The call with an argument or two replaced, left out or added; what allocates results is the caller's own code."""
+    arguments = dict(call.arguments)
+    names = [name for name in arguments if name != "empty_like"]
+    for _ in range(1 + int(rng.integers(2))):
+        name = names[rng.integers(len(names))]
+        if rng.integers(20) == 0:
+            arguments.pop(name, None)
+        else:
+            arguments[name if rng.integers(40) else "surprise"] = values[rng.integers(len(values))]
+    return call._replace(arguments=arguments)
+
+
+def make(call: Call) -> str:
+    """How it ended; raises what is no refusal."""
+    try:
+        done = getattr(_native, call.name)(**call.arguments)
+    except (*REFUSALS, KeyboardInterrupt):  # the latter of `Liar`
+        return "refused"
+    return "declined" if done is None or done is False else "computed"
+
+
+def check_untouched(call: Call) -> None:
+    for array, before in call.untouched:
+        assert array.tobytes() == before, f"{call.name} wrote to {array.dtype} memory that it may only read"
+
+
+def resident_bytes() -> int:
+    pages = int(Path("/proc/self/statm").read_text().split()[1])
+    return pages * 4096
+
+
+def run(calls: int, seed: int) -> dict[str, Counter]:
+    """The outcomes of proper and of hostile calls, half each. Raises AssertionError for a fault."""
+    rng = np.random.default_rng(seed)
+    maker, values = Maker(rng), hostile_values()
+    gc.collect()
+    references = [sys.getrefcount(value) for value in values if isinstance(value, np.ndarray | torch.Tensor | Liar)]
+    outcomes = {"proper": Counter(), "hostile": Counter()}
+    start = 0
+    for i in range(calls):
+        if i == calls // 3:
+            start = resident_bytes()
+        call = maker.call()
+        if i % 2:
+            outcomes["hostile"][make(spoiled(call, rng, values))] += 1
+        else:
+            outcomes["proper"][make(call)] += 1
+        check_untouched(call)
+    grown = resident_bytes() - start
+    del call
+    gc.collect()
+    after = [sys.getrefcount(value) for value in values if isinstance(value, np.ndarray | torch.Tensor | Liar)]
+    assert after == references, "arrays that were refused are still held"
+    assert grown < MOST_BYTES, f"{grown >> 10} KiB more are in use after {calls - calls // 3} calls: a leak"
+    return outcomes
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--calls", type=int, default=20_000)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--extension", help="the compiled extension, if not the installed one")
+    options = parser.parse_args()
+    warnings.simplefilter("ignore")  # PyTorch warns of tensors in place of numbers
+    outcomes = run(options.calls, options.seed)
+    for kind, counts in outcomes.items():
+        print(f"{kind} calls:", ", ".join(f"{number} {outcome}" for outcome, number in sorted(counts.items())))
+    assert outcomes["proper"]["computed"] > options.calls // 8, "hardly anything was computed"
+
+
+if "--extension" in sys.argv[:-1]:  # before anything imports the installed one
+    load(sys.argv[sys.argv.index("--extension") + 1])
+
+import torch  # noqa: E402
+from layouts import DTYPES, placed  # noqa: E402
+
+from batchnorm import _native  # noqa: E402
+
+if __name__ == "__main__":
+    main()
