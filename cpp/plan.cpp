@@ -130,7 +130,9 @@ bool make_plan(const Problem& p, Plan& plan) {
   const bool goes_by_channels = plan.family != Family::columns && !is_read_once;
   const int64_t all = p.has_new_results ? streamed_bytes_of_new : streamed_bytes;
   const int64_t channels = p.has_new_results ? streamed_bytes_of_new_channels : streamed_bytes_of_channels;
-  plan.is_streaming = streams_from(goes_by_channels ? channels : all);
+  // Rows by themselves whose ends are parts of lines: streamed, each end would be flushed for itself.
+  const bool is_ragged = plan.family == Family::rows && p.S < ragged_row && (is_masked || p.S % vector_width(p));
+  plan.is_streaming = !is_ragged && streams_from(goes_by_channels ? channels : all);
   plan.has_groups = std::min(plan.width, plan.block) >= page_row || bytes <= small_bytes;
   plan.channels_apart = channels_apart(p, plan, read * p.N * p.S * size_of(p.dtype));
 

@@ -68,10 +68,8 @@ def batch_norm(
         y, updated = lax.cond(training, partial(compute, training=True), partial(compute, training=False))
         return y, updated
     normalization = (convention.normalize_with, convention.eps_train, convention.normalize_correction)
-    is_plain = normalization == ("batch", "inside", 0) and isinstance(
-        convention.eps, Real
-    )  # a traced eps is no constant
-    if not training or not is_plain or launch.leaves_single_elements(x, axes, mask, training, convention):
+    has_kernel = normalization == ("batch", "inside", 0) and isinstance(convention.eps, Real)  # not a traced one
+    if not training or not has_kernel or launch.leaves_single_elements(x, axes, mask, training, convention):
         return agnostic.batch_norm(*compute.args, **compute.keywords, training=training)
     rule = Rule(convention.eps, named(activation), convention.masked_output == "normalized")
     gamma, beta = effective_gamma(jnp, gamma, convention, x), effective_beta(beta, convention)
@@ -156,8 +154,9 @@ def views(
     L, N, C, S = (lanes, *(math.prod(shape[a:b]) for a, b in ((begin, first), (first, last), (last, len(shape)))))
     inner = () if S == 1 else (S,)
     if isinstance(mask, Lengths) and axes.reduced[:2] == (begin, last) and first == begin + 1 and inner:
-        # The batch is N, and time leads S.
-        keep: Array | None = jnp.broadcast_to(mask.values.astype(jnp.int32) * (S // shape[last]), (L, N))
+        # The batch is N, and time leads S. Traced lengths may be anything.
+        lengths = jnp.clip(mask.values, 0, shape[last]).astype(jnp.int32) * (S // shape[last])
+        keep: Array | None = jnp.broadcast_to(lengths, (L, N))
     else:
         keep = elementwise(jnp, mask, x, axes)
         if keep is not None:
