@@ -15,12 +15,14 @@ from batchnorm.core.masks import Lengths, Mask, elementwise
 from batchnorm.core.moments import Moments
 from batchnorm.core.normalize import Statistics, effective_beta, effective_gamma
 from batchnorm.core.running import RunningStatistics, advance
-from batchnorm.kernels import agnostic, jax_primitives, launch
+from batchnorm.kernels import agnostic, jax_lowering, jax_primitives, launch
 from batchnorm.kernels.agnostic import ActivationLike, Cache, Gradients
 from batchnorm.kernels.jax_devices import normalize_across
 from batchnorm.kernels.jax_formulas import Across, Rule, aligned, stand_in
 from batchnorm.kernels.jax_primitives import backward_p
 from batchnorm.kernels.operands import has_members
+
+jax_lowering.register()
 
 PLAIN_TYPES: set[type] = set()  # calls are compiled: nothing is gained before their checks
 

@@ -15,37 +15,26 @@ reduction that they end in.
 Arrays are those of `jax_formulas`, to whose lanes `vmap` adds.
 """
 
-import re
 from collections.abc import Callable, Sequence
 from functools import lru_cache, partial
-from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy
-from jax import lax
 from jax.core import ShapedArray
-from jax.experimental import jet
 from jax.extend.core import Primitive
-from jax.interpreters import ad, batching, mlir
+from jax.interpreters import ad, batching
 from jax.sharding import NamedSharding, PartitionSpec
 
-import batchnorm._native as _native
 from batchnorm.core.dtypes import Array
 from batchnorm.kernels.jax_formulas import (
     Outputs,
     Rule,
-    absent,
     aligned,
-    plain_backward,
-    plain_forward,
     plain_spread,
     plain_sums,
-    tangent_of_y,
     y_of,
 )
-from batchnorm.kernels.launch import activation_code
 
 # ---- primitives ---------------------------------------------------------------------------------------------------
 
@@ -335,111 +324,3 @@ ad.primitive_transposes[tangent_p] = tangent_transpose
 ad.primitive_transposes[backward_p] = backward_transpose
 ad.primitive_transposes[sums_p] = sums_transpose
 ad.primitive_transposes[spread_p] = spread_transpose
-
-
-# ---- lowering -----------------------------------------------------------------------------------------------------
-
-
-def is_partitioned(context: Any) -> bool:
-    """Whether XLA will cut the program up for several devices: for a call that it knows nothing of it gathers x."""
-    where = context.module_context.axis_context
-    if isinstance(where, mlir.ShardingContext):
-        return where.num_devices > 1
-    if isinstance(where, mlir.SPMDAxisContext):
-        return set(where.mesh.axis_names) != set(where.manual_axes) and where.mesh.size > 1
-    return False
-
-
-def is_exported(context: Any) -> bool:
-    """Whether the program will run where this library may not be: `jax.export`."""
-    parameters = context.module_context.lowering_parameters
-    return bool(getattr(parameters, "for_export", False))
-
-
-def lowered(plain: Callable[..., Any], native: Callable[..., Any], context: Any, *operands: Any, **static: Any) -> Any:
-    """The code of a primitive on a CPU."""
-    chosen = plain if is_partitioned(context) or is_exported(context) else native
-    return chosen(context, *operands, **static)
-
-
-def native_forward(context: Any, *operands: Any, rule: Rule) -> Any:
-    """A call of the C++."""
-    code, slope = activation_code(rule.activation)
-    call = jax.ffi.ffi_lowering("batchnorm_forward")
-    return call(
-        context, *operands, eps=numpy.float64(rule.eps), activation=numpy.int64(code), slope=numpy.float64(slope),
-        normalized_padding=rule.normalizes_padding,
-    )  # fmt: skip
-
-
-def native_backward(context: Any, *operands: Any, rule: Rule) -> Any:
-    """A call of the C++."""
-    code, slope = activation_code(rule.activation)
-    call = jax.ffi.ffi_lowering("batchnorm_backward")
-    return call(
-        context, *operands, activation=numpy.int64(code), slope=numpy.float64(slope),
-        normalized_padding=rule.normalizes_padding,
-    )  # fmt: skip
-
-
-def sums_by_backward(
-    d: Array, x: Array, keep: Array, mean: Array, mean_lo: Array, *, normalizes_padding: bool
-) -> tuple[Array, Array]:
-    """The sums, as the gradients of beta and gamma where rstd is 1."""
-    none, one = absent(), jnp.ones_like(mean)
-    rule = Rule(0.0, None, normalizes_padding, has_output=False)
-    _, second, first, _ = backward_p.bind(d, x, one, one, none, keep, none, mean, mean_lo, one, rule=rule)
-    return first, second
-
-
-def tuple_of(function: Callable[..., Any]) -> Callable[..., tuple[Any]]:
-    """The function with its one result in a tuple."""
-    return lambda *operands, **options: (function(*operands, **options),)
-
-
-def without_series(asked: Primitive, primals: Any, series: Any, **static: Any) -> Any:
-    """Taylor mode of a question, whose answer does not change along a line; `jet` has no rule for these two."""
-    return asked.bind(*primals, **static), [jnp.zeros(())] * len(series[0])
-
-
-def by_jet(plain: Callable[..., Any], primals: Any, series: Any, **static: Any) -> Any:
-    """Taylor mode, by array code."""
-    return jet.jet(partial(plain, **static), primals, series, factorial_scaled=False)
-
-
-def check_version() -> None:
-    """Raise where JAX is older than what the extension was compiled for: told of such calls it would not even start."""
-    header = Path(jax.ffi.include_dir(), "xla", "ffi", "api", "c_api.h").read_text()
-    major, minor = (int(found) for found in re.findall(r"#define XLA_FFI_API_(?:MAJOR|MINOR) (\d+)", header))
-    if major != _native.xla_version[0] or minor < _native.xla_version[1]:
-        raise ImportError(
-            f"JAX {jax.__version__} has version {major}.{minor} of XLA's interface, and the extension was compiled for "
-            f"{'.'.join(map(str, _native.xla_version))}; install a newer JAX, or build batchnorm with this one's jaxlib"
-        )
-
-
-def register() -> None:
-    """Make the primitives known to XLA."""
-    check_version()
-    for name, target in _native.xla_targets().items():
-        jax.ffi.register_ffi_target(name, target, platform="cpu")
-    native_tangent = mlir.lower_fun(tuple_of(partial(tangent_of_y, jacobian=backward_p.bind)), multiple_results=True)
-    native_sums = mlir.lower_fun(sums_by_backward, multiple_results=True)
-    code: list[tuple[Primitive, Callable[..., Any], Any]] = [
-        (forward_p, plain_forward, native_forward),
-        (tangent_p, tuple_of(partial(tangent_of_y, jacobian=plain_backward)), native_tangent),
-        (backward_p, plain_backward, native_backward),
-        (sums_p, plain_sums, native_sums),
-        (spread_p, tuple_of(plain_spread), None),  # XLA fuses it with what is around it
-    ]
-    for asked in (lax.reduce_and_p, lax.reduce_or_p):
-        jet.jet_rules.setdefault(asked, partial(without_series, asked))
-    for made, plain, native in code:
-        lowering = mlir.lower_fun(plain, multiple_results=True)
-        mlir.register_lowering(made, lowering)
-        jet.jet_rules[made] = partial(by_jet, plain)
-        if native is not None:
-            mlir.register_lowering(made, partial(lowered, lowering, native), platform="cpu")
-
-
-register()
