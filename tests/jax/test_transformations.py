@@ -327,6 +327,18 @@ def test_lengths_are_not_expanded():
     np.testing.assert_array_equal(lanes[1], call(x, lengths[::-1]))
 
 
+def test_lengths_along_the_height_of_images():
+    """Each counts whole rows of pixels, in either layout."""
+    images, lengths = jnp.asarray(RNG.normal(size=(4, 3, 5, 2)), jnp.float32), jnp.asarray([5, 2, 0, 4])
+    mask = jnp.arange(5)[:, None] < lengths[:, None, None, None]
+    for x, keep, axis in ((images, mask, 1), (jnp.moveaxis(images, 1, -1), jnp.moveaxis(mask, 1, -1), -1)):
+        call = partial(bnj.batch_norm, x, training=True, axis=axis)
+        y, after = call(lengths=lengths, kernel="native")
+        expected, masked = call(mask=keep, kernel="agnostic")
+        np.testing.assert_allclose(y, expected, atol=2e-6)
+        np.testing.assert_allclose(after.spread, masked.spread, rtol=1e-5)
+
+
 NUMBERS = [np.float32, np.float64, jnp.asarray, lambda value: np.asarray(value)]
 
 
