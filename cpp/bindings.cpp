@@ -163,6 +163,7 @@ NB_MODULE(_native, m) {
     nb::dict targets;
     targets["batchnorm_forward"] = nb::capsule(reinterpret_cast<void*>(xla_forward));
     targets["batchnorm_backward"] = nb::capsule(reinterpret_cast<void*>(xla_backward));
+    targets["batchnorm_advance"] = nb::capsule(reinterpret_cast<void*>(xla_advance));
     return targets;
   });
   m.attr("build") = build_facts();

@@ -9,19 +9,13 @@
 #include <type_traits>
 
 #include "checks.hpp"
+#include "running.hpp"
 
 namespace nb = nanobind;
 using nb::handle;
 
 namespace batchnorm {
 namespace {
-
-// Running statistics that a forward pass advances in place.
-struct Running {
-  Array mean, var, steps;
-  double momentum;
-  int correction;
-};
 
 // How results are allocated: `empty_like(array)`, unless in memory of our own.
 struct Allocator {
@@ -87,54 +81,26 @@ bool is_state(const Array& array, int64_t C) {
   return array && is_wide && array.has_whole_strides && array.ndim == 1 && array.shape[0] == C;
 }
 
-double statistic_at(const Problem& problem, const void* statistic, int64_t c) {
-  return problem.dtype == Dtype::float64 ? element_at<double>(statistic, c) : element_at<float>(statistic, c);
-}
-
-double value_at(const Array& array, int64_t c) {
-  const int64_t i = c * array.strides[0];
-  return array.element == Element::float64 ? element_at<double>(array.data, i) : element_at<float>(array.data, i);
-}
-
-void set_value(const Array& array, int64_t c, double value) {
-  const int64_t i = c * array.strides[0];
-  if (array.element == Element::float64) set_element(array.data, i, value);
-  else set_element(array.data, i, static_cast<float>(value));
-}
-
-bool is_finite(const Array& array, double value) {
-  return array.element == Element::float64 ? std::isfinite(value) : std::isfinite(static_cast<float>(value));
-}
-
-// running <- running + momentum * (batch - running), and one more step, unless a number of the batch is not finite: then
-// nothing changes. A negative momentum is that of the cumulative average.
-bool advance(const Running& running, const Problem& problem) {
-  const int64_t C = problem.C;
-  const double divisor = static_cast<double>(problem.N * problem.S - running.correction);
-  const auto mean = [&](int64_t c) {
-    return statistic_at(problem, problem.mean, c) + statistic_at(problem, problem.mean_lo, c);
-  };
-  const auto var = [&](int64_t c) { return statistic_at(problem, problem.m2, c) / divisor; };
-  for (int64_t c = 0; c < C; ++c)
-    if (!is_finite(running.mean, mean(c)) || !is_finite(running.var, var(c))) return false;
-  const int64_t steps = running.steps ? element_at<int64_t>(running.steps.data, 0) : 0;
-  const double momentum = running.momentum < 0 ? 1.0 / static_cast<double>(steps + 1) : running.momentum;
-  const auto move = [&](const Array& array, int64_t c, double batch) {
-    const double old = value_at(array, c);
-    set_value(array, c, old + momentum * (batch - old));
-  };
-  for (int64_t c = 0; c < C; ++c) {
-    move(running.mean, c, mean(c));
-    move(running.var, c, var(c));
-  }
-  if (running.steps) set_element(running.steps.data, 0, steps + 1);
+// Advances the state by the batch that a forward pass has measured. A negative momentum is that of the cumulative average.
+bool advance_state(Running& running, const Array& steps, const Problem& problem, double momentum, int correction) {
+  Averaging averaging;
+  averaging.correction = correction;
+  averaging.is_cumulative = momentum < 0;
+  averaging.momentum = momentum;
+  const Dtype wide = problem.dtype == Dtype::float64 ? Dtype::float64 : Dtype::float32;
+  Batch batch{{problem.mean, wide, 1}, {problem.mean_lo, wide, 1}, {problem.m2, wide, 1}};
+  batch.shared_count = problem.N * problem.S;
+  const int64_t before = steps ? element_at<int64_t>(steps.data, 0) : 0;
+  running.steps = static_cast<double>(before);
+  if (advance(running, batch, averaging, problem.C) != Entry::accepted) return false;
+  if (steps) set_element(steps.data, 0, before + 1);
   return true;
 }
 
 // mean, what rounding takes of it, and rstd, one for each of C channels, in double and rounded once. False for values
 // that are no statistics.
 template <class F>
-bool fill_statistics(const Array& mean, const Array& var, double eps, EpsPlacement placement, int64_t C,
+bool fill_statistics(const Channels& mean, const Channels& var, double eps, EpsPlacement placement, int64_t C,
                      F* means, F* means_lo, F* rstds) {
   for (int64_t c = 0; c < C; ++c) {
     const double m = value_at(mean, c), v = value_at(var, c);
@@ -158,13 +124,13 @@ nb::object forward_plain(handle x_, handle gamma_, handle beta_, handle residual
     const Array x("x", x_), gamma("gamma", gamma_), beta("beta", beta_), residual("residual", residual_), none("mask", nb::none());
     if (!is_plain(x, axis, eps, {&gamma, &beta})) return nb::none();
     if (residual) check_like(residual, x);
-    const Running running{Array("running_mean", running_mean_, true), Array("running_var", running_var_, true),
-                          Array("steps", steps_, true), momentum, correction};
+    const Array running_mean("running_mean", running_mean_, true), running_var("running_var", running_var_, true);
+    const Array steps("steps", steps_, true);
     const int64_t C = x.shape[axis], n = x.size() / C;
     if (n <= 1) return nb::none();  // conventions differ
-    if (running.mean) {
-      if (!is_state(running.mean, C) || !is_state(running.var, C) || n <= correction) return nb::none();
-      if (running.steps ? !integers(running.steps, 1) : momentum < 0) return nb::none();
+    if (running_mean) {
+      if (!is_state(running_mean, C) || !is_state(running_var, C) || n <= correction) return nb::none();
+      if (steps ? !integers(steps, 1) : momentum < 0) return nb::none();
     }
     const Allocator allocate{empty_like};
     const Element wide = x.element == Element::float64 ? Element::float64 : Element::float32;
@@ -196,11 +162,14 @@ nb::object forward_plain(handle x_, handle gamma_, handle beta_, handle residual
     problem.count = integers(count, C);
     set_parameters(problem, gamma, beta, activation, slope);
     problem.eps = eps;
-    const std::unique_ptr<double[]> m2(new double[running.mean ? C : 0]);
-    if (running.mean) problem.m2 = m2.get();
+    const std::unique_ptr<double[]> m2(new double[running_mean ? C : 0]);
+    if (running_mean) problem.m2 = m2.get();
     if (!compute_unlocked(Operation::forward, problem)) return nb::none();
     nb::object is_accepted = nb::none();
-    if (running.mean) is_accepted = nb::bool_(advance(running, problem));
+    if (running_mean) {
+      Running running{channels(running_mean, C), channels(running_var, C)};
+      is_accepted = nb::bool_(advance_state(running, steps, problem, momentum, correction));
+    }
     return nb::make_tuple(y_, statistics_, count_, is_accepted);
   });
 }
@@ -232,7 +201,7 @@ nb::object inference_plain(handle x_, handle gamma_, handle beta_, handle residu
     const auto fill = [&](auto* rows) {
       const auto placement = static_cast<EpsPlacement>(eps_placement);
       problem.mean = rows, problem.mean_lo = rows + C, problem.rstd = rows + 2 * C;
-      return fill_statistics(mean, var, eps, placement, C, rows, rows + C, rows + 2 * C);
+      return fill_statistics(channels(mean, C), channels(var, C), eps, placement, C, rows, rows + C, rows + 2 * C);
     };
     void* const rows = keeps_statistics ? table.data : own.get();
     if (!(is_double ? fill(static_cast<double*>(rows)) : fill(static_cast<float*>(rows)))) return nb::none();

@@ -13,6 +13,7 @@
 #include <vector>
 
 #include "dispatch.hpp"
+#include "running.hpp"
 
 namespace batchnorm {
 namespace {
@@ -290,6 +291,54 @@ void backward(const xla::CallFrame& frame) {
   lanes.compute(Operation::backward, ThreadPool(frame));
 }
 
+// Copies the running statistics of each lane, and advances the copies by its batch.
+void advance(const xla::CallFrame& frame) {
+  enum { mean, spread, steps, weight, skipped, fields };
+  enum { count = fields, batch_mean, batch_mean_lo, batch_m2, args };
+  const Call call(frame, args, fields, 9);
+  const Buffer& shape = call.ret(mean);
+  check(shape.rank == 2);
+  const int64_t lanes = shape.dims[0], C = shape.dims[1];
+  // Lane `lane` of an array of `length` numbers for each.
+  const auto part = [&](const Buffer& buffer, int64_t lane, int64_t length) {
+    const Dtype dtype = dtype_of(buffer);
+    check(size_of(dtype) >= 4 && elements_of(buffer) == lanes * length);
+    return Channels{static_cast<char*>(buffer.data) + lane * length * size_of(dtype), dtype, 1};
+  };
+  const auto member = [&](int64_t number, int64_t upper) {
+    check(number >= 0 && number <= upper);
+    return number;
+  };
+  Averaging averaging;
+  averaging.tracked = static_cast<Tracked>(member(call.int64("tracked"), static_cast<int64_t>(Tracked::log10_std)));
+  averaging.debias = static_cast<Debias>(member(call.int64("debias"), static_cast<int64_t>(Debias::first_batch)));
+  averaging.correction = static_cast<int>(member(call.int64("correction"), 1));
+  averaging.corrects_tracked = call.boolean("corrects_tracked"), averaging.is_clamped = call.boolean("is_clamped");
+  averaging.needs_two = call.boolean("needs_two"), averaging.is_cumulative = call.boolean("is_cumulative");
+  averaging.momentum = call.float64("momentum"), averaging.eps = call.float64("eps");
+
+  check(call.arg(count).dtype == DataType::s32 && elements_of(call.arg(count)) == lanes * C);
+  std::vector<int64_t> counts(C);
+  for (int64_t lane = 0; lane < lanes; ++lane) {
+    Channels state[fields];
+    for (int64_t i = 0; i < fields; ++i) {
+      const int64_t length = i <= spread ? C : 1;
+      const Channels before = part(call.arg(i), lane, length);
+      state[i] = part(call.ret(i), lane, length);
+      check(before.dtype == state[i].dtype);
+      std::memcpy(state[i].data, before.data, length * size_of(before.dtype));
+    }
+    const auto* const narrow = static_cast<const int32_t*>(call.arg(count).data) + lane * C;
+    std::copy(narrow, narrow + C, counts.begin());
+    Running running{state[mean], state[spread], value_at(state[steps], 0), value_at(state[weight], 0)};
+    const auto moment = [&](int64_t i) { return part(call.arg(i), lane, C); };
+    const Batch batch{moment(batch_mean), moment(batch_mean_lo), moment(batch_m2), counts.data()};
+    const Entry entry = batchnorm::advance(running, batch, averaging, C);
+    set_value(state[steps], 0, running.steps), set_value(state[weight], 0, running.weight);
+    if (entry == Entry::refused) set_value(state[skipped], 0, value_at(state[skipped], 0) + 1);
+  }
+}
+
 // XLA asks each target for the version that it is compiled for, and registers none of a version that it does not support.
 bool answer_metadata(const xla::CallFrame& frame) {
   if (!frame.extensions || frame.extensions->type != xla::ExtensionType::metadata) return false;
@@ -318,5 +367,6 @@ template <void (*target)(const xla::CallFrame&)> xla::Error* run(const xla::Call
 
 extern "C" xla::Error* xla_forward(xla::CallFrame* frame) { return run<forward>(*frame); }
 extern "C" xla::Error* xla_backward(xla::CallFrame* frame) { return run<backward>(*frame); }
+extern "C" xla::Error* xla_advance(xla::CallFrame* frame) { return run<advance>(*frame); }
 
 }  // namespace batchnorm

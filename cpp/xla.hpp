@@ -7,5 +7,6 @@ namespace batchnorm {
 
 extern "C" xla::Error* xla_forward(xla::CallFrame* frame);
 extern "C" xla::Error* xla_backward(xla::CallFrame* frame);
+extern "C" xla::Error* xla_advance(xla::CallFrame* frame);
 
 }  // namespace batchnorm

@@ -79,7 +79,7 @@ class Call:
         return ctypes.CFUNCTYPE(ctypes.c_void_p, ctypes.c_void_p)(address)(ctypes.addressof(self.frame)) is not None
 
 
-@pytest.mark.parametrize("target", ["batchnorm_forward", "batchnorm_backward"])
+@pytest.mark.parametrize("target", ["batchnorm_forward", "batchnorm_backward", "batchnorm_advance"])
 def test_version_that_a_target_reports(target):
     metadata = (ctypes.c_int64 * 6)(36, 0, 0, 0, -1, -1)
     extension = (ctypes.c_int64 * 4)(32, 1, 0, ctypes.addressof(metadata))
@@ -134,6 +134,26 @@ def call_forward(x, gamma=None, **options):
     return call(x, absent if gamma is None else gamma, absent, absent, absent, **(OPTIONS | options))
 
 
+AVERAGING = {
+    "tracked": np.int64(0), "debias": np.int64(0), "correction": np.int64(0), "corrects_tracked": False,
+    "is_clamped": True, "needs_two": False, "is_cumulative": False, "momentum": np.float64(0.25), "eps": np.float64(0),
+}  # fmt: skip
+
+
+def call_advance(mean, count=None, **options):
+    one, scalar = jnp.ones_like(mean), jnp.ones((len(mean), 1))
+    count = jnp.full(mean.shape, 2, jnp.int32) if count is None else count
+    operands = (mean, one, scalar, scalar, scalar, count, 5 * one, 0 * one, 4 * one)
+    call = jax.ffi.ffi_call("batchnorm_advance", [jax.ShapeDtypeStruct(a.shape, a.dtype) for a in operands[:5]])
+    return call(*operands, **(AVERAGING | options))
+
+
+def test_an_update_by_hand():
+    mean, spread, steps, weight, skipped = call_advance(jnp.asarray([[1.0, 9.0]]))
+    assert (mean.tolist(), spread.tolist()) == ([[2, 8]], [[1.25, 1.25]])
+    assert (steps.tolist(), weight.tolist(), skipped.tolist()) == ([[2]], [[1]], [[1]])
+
+
 def test_a_call_by_hand():
     y, mean, *_ = call_forward(jnp.asarray([[[1.0], [3.0]]]))
     assert y.ravel().tolist() == [-1, 1]
@@ -148,7 +168,15 @@ def test_a_call_by_hand():
     (lambda x: call_forward(x, eps=np.float32(0.5)), "the attribute eps has another type than it was declared with"),
     (lambda x: call_forward(x, another=np.int64(0)), "takes 4 attributes, not 5; was the program exported by another"),
     (lambda x: jax.ffi.ffi_call("batchnorm_backward", [x] * 4)(x), "takes 10 operands, not 1; was the program"),
-], ids=["shape", "rank", "dtype", "activation", "type of an attribute", "attributes", "operands"])  # fmt: skip
+    (lambda x: call_advance(x[0], count=jnp.ones((1, 3), jnp.int32)), "operands that do not go together"),
+    (lambda x: call_advance(x), "operands that do not go together"),
+    (lambda x: call_advance(x[0].astype(jnp.bfloat16)), "operands that do not go together"),
+    (lambda x: call_advance(x[0], tracked=np.int64(6)), "operands that do not go together"),
+    (lambda x: call_advance(x[0], debias=np.int64(-1)), "operands that do not go together"),
+], ids=[
+    "shape", "rank", "dtype", "activation", "type of an attribute", "attributes", "operands", "counts",
+    "rank of a state", "dtype of a state", "tracked", "debias",
+])  # fmt: skip
 def test_operands_that_do_not_fit(call, message):
     with pytest.raises(jax.errors.JaxRuntimeError, match=re.escape(f"INVALID_ARGUMENT: batchnorm: {message}")):
         jax.block_until_ready(call(jnp.ones((1, 2, 1))))

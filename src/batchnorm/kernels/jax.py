@@ -14,8 +14,8 @@ from batchnorm.core.dtypes import FLOATS, Array, cast, dtype_name
 from batchnorm.core.masks import Lengths, Mask, elementwise
 from batchnorm.core.moments import Moments
 from batchnorm.core.normalize import Statistics, effective_beta, effective_gamma
-from batchnorm.core.running import RunningStatistics, advance
-from batchnorm.kernels import agnostic, jax_lowering, jax_primitives, launch
+from batchnorm.core.running import RunningStatistics
+from batchnorm.kernels import agnostic, jax_lowering, jax_primitives, jax_running, launch
 from batchnorm.kernels.agnostic import ActivationLike, Cache, Gradients
 from batchnorm.kernels.jax_devices import normalize_across
 from batchnorm.kernels.jax_formulas import Across, Rule, aligned, stand_in
@@ -77,12 +77,8 @@ def batch_norm(
     gamma, beta = effective_gamma(jnp, gamma, convention, x), effective_beta(beta, convention)
     operands = views(x, gamma, beta, residual, mask, axes)
     y, batch = normalize_batch(operands, rule) if across is None else normalize_across(across, operands, rule)
-    if not varies_by_channel(operands[4]):  # known to XLA as well, which then asks once whether a batch enters
-        batch = batch._replace(count=jnp.broadcast_to(batch.count[:, :1], batch.count.shape))
     batch = Moments(*(jnp.reshape(value, axes.statistics_shape(x.shape)) for value in batch))
-    if mask is None and across is None:  # known to XLA as well, which then leaves out what depends on it
-        batch = batch._replace(count=jnp.full_like(batch.count, x.size // batch.count.size))
-    updated = advance(jnp, running, batch, convention, masked=mask is not None)
+    updated = jax_running.advance(running, batch, convention, masked=mask is not None)
     return agnostic.deliver(y.reshape(x.shape), out), updated
 
 
@@ -126,11 +122,6 @@ def backward(dy: Array, cache: Cache) -> Gradients:
 def moments(x: Array, axes: Axes, mask: Mask) -> Moments:
     """`functional.moments`, with everything resolved."""
     return agnostic.moments(x, axes, mask)
-
-
-def varies_by_channel(keep: Array) -> bool:
-    """Whether a mask, an operand of a primitive, may leave different numbers of elements of the channels."""
-    return bool(keep.ndim > 2 and keep.shape[2] > 1)
 
 
 def normalize_batch(operands: list[Array], rule: Rule) -> tuple[Array, Moments]:

@@ -26,6 +26,7 @@ from batchnorm.kernels.jax_formulas import (
     tangent_of_y,
 )
 from batchnorm.kernels.jax_primitives import backward_p, forward_p, spread_p, sums_p, tangent_p
+from batchnorm.kernels.jax_running import advance_p, native_advance, plain_advance
 from batchnorm.kernels.launch import activation_code
 
 
@@ -119,6 +120,7 @@ def register() -> None:
         (tangent_p, tuple_of(partial(tangent_of_y, jacobian=plain_backward)), native_tangent),
         (backward_p, plain_backward, native_backward),
         (sums_p, plain_sums, native_sums),
+        (advance_p, plain_advance, native_advance),
         (spread_p, tuple_of(plain_spread), None),  # XLA fuses it with what is around it
     ]
     for asked in (lax.reduce_and_p, lax.reduce_or_p):

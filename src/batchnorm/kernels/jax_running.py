@@ -1,0 +1,93 @@
+"""The running update as a primitive of JAX: one call of the C++ on a CPU, in place of a dozen small programs of XLA's.
+
+XLA runs a program of more than eight parts on several threads, and each part that changes threads costs more than the
+update of a hundred channels. The statistics are (L, C), those of the batch as well, and the scalars (L, 1), with L
+lanes whose batches enter, or are refused, by themselves.
+"""
+
+from collections.abc import Sequence
+from numbers import Real
+from typing import Any, get_args, get_type_hints
+
+import jax
+import jax.numpy as jnp
+import numpy
+from jax.core import ShapedArray
+from jax.interpreters import ad
+
+from batchnorm.convention import Convention, Tracked
+from batchnorm.core.dtypes import Array
+from batchnorm.core.moments import Moments
+from batchnorm.core.running import RunningStatistics, kind_of
+from batchnorm.core.running import advance as advance_by_array_code
+from batchnorm.kernels.jax_formulas import aligned
+from batchnorm.kernels.jax_primitives import all_zero, instantiated, primitive, zeros
+
+FIELDS = len(RunningStatistics._fields)
+TRACKED, DEBIAS = (get_args(hint) for hint in (Tracked, get_type_hints(Convention)["debias"]))
+
+
+def advance(running: RunningStatistics, batch: Moments, convention: Convention, *, masked: bool) -> RunningStatistics:
+    """The state after one more batch, as `core.running.advance`; a traced eps or decay takes array code."""
+    if not (isinstance(convention.eps, Real) and isinstance(convention.decay, Real | None)):
+        return advance_by_array_code(jnp, running, batch, convention, masked=masked)
+    state = [jnp.reshape(value, (1, -1)) for value in running]
+    moments = [jnp.reshape(value, (1, -1)) for value in (batch.count, batch.mean, batch.mean_lo, batch.m2)]
+    updated = advance_p.bind(*aligned(*state, *moments), convention=convention, masked=masked)
+    shaped = (jnp.reshape(new, jnp.shape(old)) for new, old in zip(updated, running, strict=True))
+    return running._replace(**dict(zip(running._fields, shaped, strict=True)))
+
+
+def advance_avals(*operands: ShapedArray, convention: Convention, masked: bool) -> list[ShapedArray]:
+    """The state, as it was given."""
+    return [state.update(weak_type=False) for state in operands[:FIELDS]]
+
+
+def plain_advance(*operands: Array, convention: Convention, masked: bool) -> tuple[Array, ...]:
+    """The update of every lane, by array code."""
+
+    def one(*operands: Array) -> tuple[Array, ...]:
+        running = kind_of(convention.tracked)(*operands[:FIELDS])
+        count, mean, mean_lo, m2 = operands[FIELDS:]
+        return tuple(advance_by_array_code(jnp, running, Moments(count, mean, m2, mean_lo), convention, masked=masked))
+
+    if operands[0].shape[0] == 1:
+        return tuple(new[None] for new in one(*(operand[0] for operand in operands)))
+    return jax.vmap(one)(*operands)
+
+
+def native_advance(context: Any, *operands: Any, convention: Convention, masked: bool) -> Any:
+    """A call of the C++."""
+    decay = convention.decay
+    return jax.ffi.ffi_lowering("batchnorm_advance")(
+        context,
+        *operands,
+        tracked=numpy.int64(TRACKED.index(convention.tracked)),
+        debias=numpy.int64(DEBIAS.index(convention.debias)),
+        correction=numpy.int64(convention.correction(masked=masked)),
+        corrects_tracked=convention.correction_on == "tracked",
+        is_clamped=convention.single == "clamp",
+        needs_two=convention.single in ("identity", "running"),
+        is_cumulative=decay is None,
+        momentum=numpy.float64(0.0 if decay is None else 1 - decay),
+        eps=numpy.float64(convention.eps),
+    )
+
+
+def advance_jvp(primals: Sequence[Array], tangents: Sequence[Any], **static: Any) -> tuple[Any, Any]:
+    """The derivatives, by array code."""
+    updated = advance_p.bind(*primals, **static)
+    if all_zero(tangents):
+        return updated, zeros(updated)
+    *state, count = primals[: FIELDS + 1]
+    moments = primals[FIELDS + 1 :]
+
+    def of(*operands: Array) -> tuple[Array, ...]:
+        return plain_advance(*operands[:FIELDS], count, *operands[FIELDS:], **static)
+
+    at = (*state, *moments)
+    return updated, list(jax.jvp(of, at, instantiated((*tangents[:FIELDS], *tangents[FIELDS + 1 :]), at))[1])
+
+
+advance_p = primitive("batchnorm_advance", advance_avals)
+ad.primitive_jvps[advance_p] = advance_jvp
