@@ -151,7 +151,8 @@ template <class T> class Job : public Geometry<T> {
     tables.hi[c] = static_cast<F>(with_one_nan(mean));
     tables.scale[c] = static_cast<F>(with_one_nan(scale));
     tables.beta[c] = static_cast<F>(with_one_nan(beta));
-    tables.offset[c] = static_cast<F>(with_one_nan(beta - scale * mean_lo));
+    // An infinite scale, of running statistics without a deviation, takes nothing from a mean that is exact.
+    tables.offset[c] = static_cast<F>(with_one_nan(mean_lo == 0 ? beta : beta - scale * mean_lo));
   }
 
  protected:

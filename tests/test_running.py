@@ -309,6 +309,22 @@ def test_channel_without_elements_keeps_its_estimate(debias):
     assert abs(kept[0][1] - expected[0][1]) > 1e-6
 
 
+@everywhere
+@pytest.mark.parametrize("tracked", ["var", "std", "std_eps", "var_eps"])
+@pytest.mark.filterwarnings("ignore:invalid value:RuntimeWarning")
+def test_inference_by_a_deviation_of_zero_is_infinite(library, tracked):
+    """(x - mean) / 0, as the systems have it: not beta, which is what a constant channel is in training."""
+    convention = plain(tracked=tracked, eps=0.0, eps_eval="absent" if tracked.endswith("eps") else "inside")
+    for kernel in (None, "agnostic"):
+        x, mean, spread, beta = map(library.array, ([[1.0], [3.0]], [2.0], [0.0], [5.0]))
+        running = bn.RunningStatistics(mean, spread, *map(library.array, (1.0, 1.0, 0.0)), tracked=tracked)
+        options = {"training": False, "convention": convention, "kernel": kernel}
+        y, _ = bn.batch_norm(x, None, beta, running, **options)
+        assert library.numpy(y).ravel().tolist() == [-math.inf, math.inf]
+        at_the_mean, _ = bn.batch_norm(library.array([[2.0]]), None, beta, running, **options)
+        assert np.isnan(library.numpy(at_the_mean)).all()
+
+
 def test_initial_state():
     state = bn.RunningStatistics.initial((2, 3), "cs231n", like=torch.zeros(1, dtype=torch.bfloat16))
     assert state.mean.shape == state.spread.shape == (2, 3)

@@ -25,31 +25,34 @@ def statistics_of_batch(
     return Statistics(batch.mean, batch.mean_lo, rstd_of_var(xp, batch.m2 / divisor, eps, placement))
 
 
-def rstd_of_var(xp: Namespace, var: Array, eps: float, placement: EpsPlacement) -> Array:
-    """1/sqrt(var + eps) for eps `inside`, 1/(sqrt(var) + eps) `outside`, 1/sqrt(var) where it is `absent`."""
+def rstd_of_var(xp: Namespace, var: Array, eps: float, placement: EpsPlacement, of_zero: float = 0.0) -> Array:
+    """1/sqrt(var + eps) for eps `inside`, 1/(sqrt(var) + eps) `outside`, 1/sqrt(var) where it is `absent`.
+
+    `of_zero` is the result for a deviation of 0, as in `reciprocal`.
+    """
     if placement == "inside" and isinstance(eps, Real) and eps > xp.finfo(var.dtype).smallest_normal:
         # Never 0. What is cheap, as the choices of `reciprocal` are, XLA makes anew at each element of x.
         return 1 / xp.sqrt(var + eps)
     if placement == "inside":
-        return reciprocal(xp, square_root(xp, var + eps))
-    return rstd_of_std(xp, square_root(xp, var), eps, placement)
+        return reciprocal(xp, square_root(xp, var + eps), of_zero)
+    return rstd_of_std(xp, square_root(xp, var), eps, placement, of_zero)
 
 
-def rstd_of_std(xp: Namespace, std: Array, eps: float, placement: EpsPlacement) -> Array:
-    """The same from a standard deviation."""
+def rstd_of_std(xp: Namespace, std: Array, eps: float, placement: EpsPlacement, of_zero: float = 0.0) -> Array:
+    """`rstd_of_var` from a standard deviation."""
     if placement == "inside":
-        return rstd_of_var(xp, std * std, eps, placement)
-    return reciprocal(xp, std + eps if placement == "outside" else std)
+        return rstd_of_var(xp, std * std, eps, placement, of_zero)
+    return reciprocal(xp, std + eps if placement == "outside" else std, of_zero)
 
 
-def reciprocal(xp: Namespace, value: Array) -> Array:
-    """1/value, and 0 with derivative 0 where value is 0.
+def reciprocal(xp: Namespace, value: Array, of_zero: float = 0.0) -> Array:
+    """1/value, and `of_zero` with derivative 0 where value is 0.
 
-    A zero deviation without eps belongs to a constant channel: x - mean is 0 there as well, and 0 is the limit of
-    xhat, where 0 * (1/0) would be NaN.
+    In training a zero deviation without eps belongs to a constant channel: x - mean is 0 there as well, and 0 is the
+    limit of xhat, where 0 * (1/0) would be NaN. At inference x is another than the state's, and 1/0 is infinity.
     """
     is_zero = value == 0
-    return xp.where(is_zero, 0.0, 1 / xp.where(is_zero, 1.0, value))
+    return xp.where(is_zero, of_zero, 1 / xp.where(is_zero, 1.0, value))
 
 
 def square_root(xp: Namespace, value: Array) -> Array:

@@ -192,13 +192,13 @@ def statistics_of_state(xp: Namespace, running: RunningStatistics, convention: C
     eps, placement = convention.eps, convention.eps_eval
     match convention.tracked:
         case "var" | "var_eps":
-            rstd = rstd_of_var(xp, spread, eps, placement)
+            rstd = rstd_of_var(xp, spread, eps, placement, math.inf)
         case "std" | "std_eps":
-            rstd = rstd_of_std(xp, spread, eps, placement)
+            rstd = rstd_of_std(xp, spread, eps, placement, math.inf)
         case "rstd":
             rstd = spread
         case _:  # log10_std
-            rstd = rstd_of_std(xp, 10.0**spread, eps, placement)
+            rstd = rstd_of_std(xp, 10.0**spread, eps, placement, math.inf)
     return Statistics(mean, None, rstd)
 
 
