@@ -1,5 +1,44 @@
-"""Eight simulated devices for JAX, before it is imported."""
+"""Eight simulated devices for JAX, before it is imported; what the extension answered."""
 
 import os
+from collections import Counter
+
+import pytest
 
 os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=8".strip()
+
+ENTRIES = ("forward_plain", "inference_plain", "backward_plain", "forward", "backward")
+
+
+class Answers:
+    """How often each entry of the extension was called, and how often it declined."""
+
+    def __init__(self):
+        self.calls, self.declined = Counter(), Counter()
+
+    def recording(self, name, function):
+        def call(*arguments, **options):
+            self.calls[name] += 1
+            result = function(*arguments, **options)
+            self.declined[name] += result is None or result is False
+            return result
+
+        return call
+
+    def taken(self):
+        """The calls since this was asked last, by entry; raises if one of them was declined."""
+        assert not self.declined.total(), f"declined: {dict(self.declined)} of {dict(self.calls)}"
+        calls = dict(self.calls)
+        self.calls.clear()
+        return calls
+
+
+@pytest.fixture
+def extension(monkeypatch):
+    """What the extension answers during a test, as `Answers`."""
+    from batchnorm import _native
+
+    answers = Answers()
+    for name in ENTRIES:
+        monkeypatch.setattr(_native, name, answers.recording(name, getattr(_native, name)))
+    return answers

@@ -258,10 +258,17 @@ def advance(
             old = xp.where(running.steps == 0, new, old)
         return old + (1 - convention.decay) * (new - old)
 
-    return running._replace(
+    return with_arrays(
+        xp,
+        running,
         mean=average(running.mean, mean),
         spread=average(running.spread, spread),
         steps=running.steps + cast(xp, accepted, dtype),
         weight=average(running.weight, xp.ones_like(running.weight)),
         skipped=running.skipped + cast(xp, ~is_finite, dtype),
     )
+
+
+def with_arrays(xp: Namespace, running: RunningStatistics, **values: Array) -> RunningStatistics:
+    """The state with other values, all of them arrays: NumPy's operators make scalars of arrays without axes."""
+    return running._replace(**{name: xp.asarray(value) for name, value in values.items()})

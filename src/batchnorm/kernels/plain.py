@@ -13,7 +13,7 @@ from batchnorm.convention import Convention
 from batchnorm.core.axes import split
 from batchnorm.core.dtypes import Array
 from batchnorm.core.normalize import Statistics
-from batchnorm.core.running import RunningStatistics
+from batchnorm.core.running import RunningStatistics, with_arrays
 from batchnorm.kernels.agnostic import Cache, Gradients, Plan
 from batchnorm.kernels.launch import EPS_PLACEMENTS, Library, activation_code, plan_of
 
@@ -184,11 +184,13 @@ def tracked_copy(running: RunningStatistics, convention: Convention, copy: Calla
     return Tracked(copy(running.mean), copy(running.spread), None, momentum, convention.running_correction)
 
 
-def advanced(running: RunningStatistics, tracked: Tracked, is_accepted: bool | None) -> tuple[RunningStatistics, bool]:
+def advanced(
+    library: Library, running: RunningStatistics, tracked: Tracked, is_accepted: bool | None
+) -> tuple[RunningStatistics, bool]:
     """The state after the pass, and whether the batch has entered it."""
     if not is_accepted:
-        return running._replace(skipped=running.skipped + 1), False
-    return running._replace(mean=tracked.mean, spread=tracked.var, steps=running.steps + 1), True
+        return with_arrays(library.xp, running, skipped=running.skipped + 1), False
+    return with_arrays(library.xp, running, mean=tracked.mean, spread=tracked.var, steps=running.steps + 1), True
 
 
 def backward(library: Library, dy: Array, cache: Cache) -> Gradients | None:
