@@ -1,5 +1,8 @@
 #include "dispatch.hpp"
 
+#ifdef BATCHNORM_HAS_X86
+#include <cpuid.h>
+#endif
 #include <omp.h>
 #include <pthread.h>
 
@@ -20,14 +23,31 @@ namespace avx512bf16 { extern const Kernels kernels; }
 namespace neon { extern const Kernels kernels; }
 #endif
 
+#ifdef BATCHNORM_HAS_X86
+namespace {
+
+// By CPUID itself, what `__builtin_cpu_supports` of Clang 14 has no names for.
+bool has_f16c() {
+  unsigned eax = 0, ebx = 0, ecx = 0, edx = 0;
+  return __get_cpuid(1, &eax, &ebx, &ecx, &edx) && (ecx >> 29 & 1);
+}
+
+bool has_avx512bf16() {
+  unsigned eax = 0, ebx = 0, ecx = 0, edx = 0;
+  return __get_cpuid_count(7, 1, &eax, &ebx, &ecx, &edx) && (eax >> 5 & 1);
+}
+
+}  // namespace
+#endif
+
 std::vector<const Kernels*> supported_kernels() {
   std::vector<const Kernels*> supported;
 #ifdef BATCHNORM_HAS_X86
   __builtin_cpu_init();
-  const bool has_avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
+  const bool has_avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && has_f16c();
   const bool has_avx512 = has_avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                           __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
-  if (has_avx512 && __builtin_cpu_supports("avx512bf16")) supported.push_back(&avx512bf16::kernels);
+  if (has_avx512 && has_avx512bf16()) supported.push_back(&avx512bf16::kernels);
   if (has_avx512) supported.push_back(&avx512::kernels);
   if (has_avx2) supported.push_back(&avx2::kernels);
 #endif

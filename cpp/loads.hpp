@@ -49,7 +49,7 @@ BATCHNORM_INLINE Vs upper_halves(Vu low, Vu high) {
 #elif defined(__aarch64__)
   return vuzp2q_u16((uint16x8_t)low, (uint16x8_t)high);
 #else
-  return __builtin_shuffle((Vs)low, (Vs)high, Vs{1, 3, 5, 7, 9, 11, 13, 15});
+  return __builtin_shufflevector((Vs)low, (Vs)high, 1, 3, 5, 7, 9, 11, 13, 15);
 #endif
 }
 [[maybe_unused]] BATCHNORM_INLINE Vs lower_halves(Vu low, Vu high) { return upper_halves(low << 16, high << 16); }

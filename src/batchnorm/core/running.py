@@ -259,7 +259,6 @@ def advance(
         return old + (1 - convention.decay) * (new - old)
 
     return with_arrays(
-        xp,
         running,
         mean=average(running.mean, mean),
         spread=average(running.spread, spread),
@@ -269,6 +268,9 @@ def advance(
     )
 
 
-def with_arrays(xp: Namespace, running: RunningStatistics, **values: Array) -> RunningStatistics:
+def with_arrays(running: RunningStatistics, **values: Array) -> RunningStatistics:
     """The state with other values, all of them arrays: NumPy's operators make scalars of arrays without axes."""
-    return running._replace(**{name: xp.asarray(value) for name, value in values.items()})
+    arrays = {
+        name: numpy.asarray(value) if isinstance(value, numpy.generic) else value for name, value in values.items()
+    }
+    return running._replace(**arrays)

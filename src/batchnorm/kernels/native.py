@@ -189,4 +189,4 @@ def training_plain(
     if tracked is None:
         return None
     done = plain.normalize(NUMPY, x, gamma, beta, axis, convention.eps, activation, residual, None, tracked)
-    return None if done is None else (done[0], *plain.advanced(NUMPY, running, tracked, done[3]))
+    return None if done is None else (done[0], *plain.advanced(running, tracked, done[3]))

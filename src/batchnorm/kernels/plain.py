@@ -184,13 +184,11 @@ def tracked_copy(running: RunningStatistics, convention: Convention, copy: Calla
     return Tracked(copy(running.mean), copy(running.spread), None, momentum, convention.running_correction)
 
 
-def advanced(
-    library: Library, running: RunningStatistics, tracked: Tracked, is_accepted: bool | None
-) -> tuple[RunningStatistics, bool]:
+def advanced(running: RunningStatistics, tracked: Tracked, is_accepted: bool | None) -> tuple[RunningStatistics, bool]:
     """The state after the pass, and whether the batch has entered it."""
     if not is_accepted:
-        return with_arrays(library.xp, running, skipped=running.skipped + 1), False
-    return with_arrays(library.xp, running, mean=tracked.mean, spread=tracked.var, steps=running.steps + 1), True
+        return with_arrays(running, skipped=running.skipped + 1), False
+    return with_arrays(running, mean=tracked.mean, spread=tracked.var, steps=running.steps + 1), True
 
 
 def backward(library: Library, dy: Array, cache: Cache) -> Gradients | None:

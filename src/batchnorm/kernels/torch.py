@@ -203,7 +203,7 @@ def training_plain(
     if tracked is None:
         return None
     done = normalize_plain(x, gamma, beta, axis, convention.eps, activation, residual, tracked)
-    return None if done is None else (done[0], *plain.advanced(PLAIN, running, tracked, done[1]))
+    return None if done is None else (done[0], *plain.advanced(running, tracked, done[1]))
 
 
 class Buffers(Protocol):

@@ -1,0 +1,28 @@
+#!/usr/bin/env bash
+# The extension compiled by Clang, in an environment of its own over .venv, and the tests of the kernels with it. Where
+# there is no Clang, Debian's is installed, by root. Four minutes.
+#
+#     clang.sh [folder for the environment]
+set -euo pipefail
+cd "$(dirname "$0")/../.."
+folder=${1:-build/clang}
+
+find_clang() { compgen -c clang++ | grep -E '^clang\+\+(-[0-9]+)?$' | sort -V | tail -1; }
+if [ -z "$(find_clang)" ]; then
+  (apt-get -qq update && apt-get -qq install --yes --no-install-recommends clang libomp-dev) > /dev/null || true
+fi
+clang=$(find_clang)
+if [ -z "$clang" ]; then
+  echo "clang.sh: no Clang here, and none that could be installed; nothing is tested" >&2
+  exit 0
+fi
+"$clang" --version | head -1
+
+.venv/bin/python -m venv --clear --without-pip "$folder"
+packages() { "$1" -c 'import sysconfig; print(sysconfig.get_path("purelib"))'; }
+own=$(packages "$folder/bin/python")
+packages .venv/bin/python > "$own/environment.pth" # of which the hook of the editable installation is not run
+CXX=$clang CC=${clang/++/} .venv/bin/python -m pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation \
+  --target "$own" --config-settings build-dir="$folder/objects" .
+"$folder/bin/python" -c 'from batchnorm import _native; assert "Clang" in _native.build["compiler"], _native.build'
+"$folder/bin/python" -m pytest -q -p no:cacheprovider tests/kernels -k "not sanitize and (native or fast_path or plain)"
