@@ -23,6 +23,7 @@ test: $(VENV)/.dev ## Run the tests; PYTEST="-k golden" passes options
 	$(BIN)/python -m pytest $(PYTEST)
 
 bench: $(VENV)/.dev ## Measure the speed against memory and every peer (an hour); BENCH=--quick takes a minute
+	$(BIN)/python -m benchmarks.calls
 	$(BIN)/python -m benchmarks $(BENCH)
 
 sanitize: $(VENV)/.dev ## Run the kernels, and the extension, under three sanitizers and with hostile calls (eight minutes)

@@ -5,7 +5,7 @@ import csv
 import numpy as np
 import pytest
 from benchmark_cases import case
-from benchmarks import targets
+from benchmarks import calls, targets
 from benchmarks.__main__ import app
 from benchmarks.cases import GRID_LIMIT, LAYOUTS, OPERATIONS, all_cases, lenet, quick_cases, resnet50
 from benchmarks.contestants import (
@@ -273,3 +273,26 @@ class TestCommand:
             f"forward float32 NCHW (32, 256, 112, 112): {EAGER}, {COMPILED}, {ONEDNN}, {JAX}",
             f"forward+backward float32 NCHW (32, 256, 112, 112): {EAGER}, {COMPILED}, {JAX}",
         ]
+
+
+class TestCalls:
+    def test_every_way_of_a_small_call_is_timed(self, capsys):
+        tables = {
+            "NumPy": calls.numpy_calls((4, 3)),
+            "forward": calls.layer_calls((4, 3), backward=False),
+            "both passes": calls.layer_calls((2, 3, 2, 2), backward=True),
+        }
+        for title, ways in tables.items():
+            calls.report(title, (4, 3), ways, Effort(seconds=0, fewest=1))
+            title_line, *rows = capsys.readouterr().out.strip().splitlines()
+            assert title_line == f"{title} (4, 3)"
+            assert [row[2:30].strip() for row in rows] == list(ways)
+            assert rows[0].endswith("1.00")
+            assert all(float(row.split()[-1]) > 0 for row in rows)
+
+    def test_the_ways_compute_what_they_say(self):
+        ways = calls.numpy_calls((16, 3))
+        np.testing.assert_allclose(ways["forward"]()[0].mean(0), 0, atol=1e-6)
+        masked = ways["masked"]()
+        assert (masked == 0).all(axis=1).any()
+        assert np.abs(ways["batch_norm, inference"]()).max() > 0
