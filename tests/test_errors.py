@@ -28,6 +28,7 @@ BATCH_NORM = {
     "axis": ({"axis": 3}, ValueError, "axis 3 is out of range for x with 3 dimensions; allowed are -3 to 2"),
     "axis twice": ({"axis": (1, -2)}, ValueError, "axis (1, -2) names an axis twice"),
     "axis float": ({"axis": 1.0}, TypeError, "axis is 1.0; it must be an integer"),
+    "axis floats": ({"axis": (1.0,)}, TypeError, "axis is (1.0,); it must be an integer"),
     "axis name": ({"axis": "channel"}, ValueError, "axis is 'channel', but x has no named dimensions"),
     "gamma shape": (
         {"gamma": np.ones(4)},
@@ -218,3 +219,11 @@ def test_eps_zero_is_refused_only_where_the_system_refuses_it():
     assert np.isfinite(y).all()
     y, _ = bn.batch_norm(X, running=RUNNING, eps=0.0, training=False)
     np.testing.assert_array_equal(y, X)
+
+
+def test_no_axis_passes_because_an_equal_integer_did():
+    for ones in ((1,), (0,)):
+        bn.batch_norm(X, axis=ones)
+    for axis, name in (((1.0,), "(1.0,)"), ((True,), "(True,)"), ((False,), "(False,)")):
+        with pytest.raises(TypeError, match=re.escape(f"axis is {name}; it must be an integer")):
+            bn.batch_norm(X, axis=axis)

@@ -70,3 +70,30 @@ def test_what_cannot_be_normalised():
     with pytest.raises(ValueError, match="leave out one of them"):
         bnt.with_batch_norm(layer, "tanh")
     assert layer[0].bias is not None
+
+
+def test_layers_in_several_places_keep_their_bias():
+    shared = nn.Linear(3, 3)
+    for network in (nn.Sequential(shared, nn.ReLU(), shared), nn.Sequential(nn.Sequential(shared), nn.ReLU(), shared)):
+        with pytest.raises(ValueError, match="occurs earlier"):
+            bnt.with_batch_norm(network)
+    with pytest.raises(ValueError, match="the layer before 1 has several places"):
+        bnt.add_batch_norm(nn.Sequential(shared, nn.ReLU(), nn.Sequential(shared)))
+    assert shared.bias is not None
+
+
+def test_a_block_in_several_places_is_changed_once():
+    block = nn.Sequential(nn.Linear(3, 3), nn.ReLU())
+    model = nn.Sequential(block, block)
+    x = torch.randn(4, 3)
+    expected = model(x)
+    assert bnt.add_batch_norm(model) == ["0.1"]
+    torch.testing.assert_close(model.eval()(x), expected, rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_the_mode_is_that_of_the_layer(training):
+    layer = nn.Sequential(nn.Dropout().eval(), nn.Linear(3, 3)).train(training)
+    layer[0].eval()
+    network = bnt.with_batch_norm(layer)
+    assert [module.training for module in (network, *network)] == [training, False, training, training]

@@ -58,7 +58,6 @@ class Axes:
         return xp.reshape(statistic, tuple(statistic.shape[axis] for axis in self.kept))
 
 
-@lru_cache(typed=True)
 def split(axis: int | tuple[int, ...], ndim: int) -> Axes:
     """The axes of an x of rank `ndim` that keeps statistics along `axis`.
 
@@ -71,10 +70,17 @@ def split(axis: int | tuple[int, ...], ndim: int) -> Axes:
         TypeError: Not an integer or a tuple of them.
         ValueError: Out of range, or named twice.
     """
-    axes = axis if isinstance(axis, tuple) else (axis,)
-    for a in axes:
+    for a in axis if isinstance(axis, tuple) else (axis,):  # a cache takes (0.0,) and (False,) for (0,)
         if isinstance(a, bool) or not isinstance(a, int):
             raise TypeError(f"axis is {axis!r}; it must be an integer or a tuple of integers")
+    return split_integers(axis, ndim)
+
+
+@lru_cache
+def split_integers(axis: int | tuple[int, ...], ndim: int) -> Axes:
+    """`split` of what has been checked to be integers."""
+    axes = axis if isinstance(axis, tuple) else (axis,)
+    for a in axes:
         if not -ndim <= a < ndim:
             raise ValueError(
                 f"axis {a} is out of range for x with {ndim} dimension{'s' * (ndim != 1)}; "

@@ -1,5 +1,6 @@
 """Putting batch norms behind the layers of a model that has none."""
 
+from collections import Counter
 from collections.abc import Callable
 
 import torch
@@ -38,7 +39,7 @@ def with_batch_norm(layer: nn.Module, activation: ActivationModule | None = None
 
     Raises:
         TypeError: Not such a layer.
-        ValueError: There are two activations.
+        ValueError: There are two activations, or the layer occurs before its end as well, where it would lose its bias.
 
     Source: Lasagne's `batch_norm(layer)`, lasagne/layers/normalization.py 0.2.
 
@@ -60,7 +61,11 @@ def with_batch_norm(layer: nn.Module, activation: ActivationModule | None = None
     if not modules or type(modules[-1]) not in AXES:
         names = ", ".join(kind.__name__ for kind in AXES)
         raise TypeError(f"cannot normalise the result of {layer!r}; it must be one of {names}, or end in one")
-    return nn.Sequential(*modules, batch_norm_behind(modules[-1], activation))
+    if any(module is modules[-1] for earlier in modules[:-1] for module in earlier.modules()):
+        raise ValueError(f"{modules[-1]!r} occurs earlier in the layer as well, where it would lose its bias; copy it")
+    network = nn.Sequential(*modules, batch_norm_behind(modules[-1], activation))
+    network.training = layer.training
+    return network
 
 
 def add_batch_norm(model: nn.Module) -> list[str]:
@@ -72,21 +77,31 @@ def add_batch_norm(model: nn.Module) -> list[str]:
     Returns:
         The names of the batch norms.
 
+    Raises:
+        ValueError: A layer that would lose its bias has several places in the model; nothing has been changed.
+
     Example:
         >>> import torch, batchnorm.torch as bnt
         >>> model = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.Tanh(), torch.nn.Linear(8, 2))
         >>> bnt.add_batch_norm(model)
         ['1']
     """
-    added = []
-    for prefix, container in list(model.named_modules()):
-        if not isinstance(container, nn.Sequential):
-            continue
-        for place, (layer, follower) in enumerate(zip(container, list(container)[1:], strict=False), start=1):
-            if type(layer) in AXES and is_activation(follower):
-                container[place] = batch_norm_behind(layer, follower)
-                added.append(f"{prefix}.{place}".lstrip("."))
-    return added
+    found = [
+        (f"{prefix}.{place}".lstrip("."), container, place, layer)
+        for prefix, container in model.named_modules()
+        if isinstance(container, nn.Sequential)
+        for place, (layer, follower) in enumerate(zip(container, list(container)[1:], strict=False), start=1)
+        if type(layer) in AXES and is_activation(follower)
+    ]
+    places = Counter(id(child) for module in model.modules() for child in module._modules.values())
+    for name, _, _, layer in found:
+        if places[id(layer)] > 1:
+            raise ValueError(
+                f"the layer before {name} has several places in the model, where it would lose its bias; copy it"
+            )
+    for _, container, place, layer in found:
+        container[place] = batch_norm_behind(layer, container[place])
+    return [name for name, *_ in found]
 
 
 def is_activation(module: nn.Module) -> bool:
