@@ -221,7 +221,8 @@ def test_convention_reproduces_system(run, case, dtype, library):
     assert library.differentiates or all(name.startswith(GRADIENTS) for name in left_out)
     assert not library.differentiates or not left_out
     for name, value in ours.items():
-        assert np.isfinite(value).all(), name
+        is_infinite = np.isinf(theirs[name]).reshape(np.shape(value))  # a division by a running deviation of 0
+        assert (np.isfinite(value) | is_infinite & (value == theirs[name].reshape(np.shape(value)))).all(), name
         bound = tolerance(run.system, dtype, case, name, masked=run.config.startswith("mask"))
         assert relative_error(value, theirs[name]) <= bound, name
 
