@@ -135,6 +135,7 @@ PyType_Slot block_slots[] = {{Py_bf_getbuffer, reinterpret_cast<void*>(get_buffe
 }  // namespace batchnorm
 
 NB_MODULE(_native, m) {
+  nb::set_leak_warnings(false);  // caches hold `Averaging` objects until the interpreter ends
   using namespace batchnorm;
   m.doc() = "Batch normalization kernels on CPU arrays. Private: `batchnorm.kernels.native` is its only caller.";
   choose_kernels(nullptr);
