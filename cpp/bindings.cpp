@@ -85,6 +85,14 @@ bool backward(handle dy_, handle x_, handle dx_, handle gamma_, handle beta_, ha
   return compute_unlocked(Operation::backward, problem);
 }
 
+void make_averaging(Averaging* averaging, uint8_t tracked, uint8_t debias, int correction, bool corrects_tracked,
+                    bool is_clamped, bool needs_two, bool is_cumulative, double momentum, double eps) {
+  if (tracked > static_cast<uint8_t>(Tracked::log10_std) || debias > static_cast<uint8_t>(Debias::first_batch))
+    throw nb::value_error("unknown tracked quantity or debias");
+  new (averaging) Averaging{static_cast<Tracked>(tracked), static_cast<Debias>(debias), correction, corrects_tracked,
+                            is_clamped, needs_two, is_cumulative, momentum, eps};
+}
+
 // The like of an array in memory of our own; None where its library has to allocate it.
 nb::object result_like(handle array) {
   const nb::object result = own_like(array, Array("array", array));
@@ -127,6 +135,7 @@ PyType_Slot block_slots[] = {{Py_bf_getbuffer, reinterpret_cast<void*>(get_buffe
 }  // namespace batchnorm
 
 NB_MODULE(_native, m) {
+  nb::set_leak_warnings(false);  // caches hold `Averaging` objects until the interpreter ends
   using namespace batchnorm;
   m.doc() = "Batch normalization kernels on CPU arrays. Private: `batchnorm.kernels.native` is its only caller.";
   choose_kernels(nullptr);
@@ -141,10 +150,14 @@ NB_MODULE(_native, m) {
         nb::arg("mean_lo"), nb::arg("rstd"), optional("count"), optional("factor"), optional("mask"),
         optional("lengths"), nb::arg("kept"), nb::arg("through_statistics"), nb::arg("activation"), nb::arg("slope"),
         nb::arg("normalized_padding"), nb::arg("threads"));
+  nb::class_<Averaging>(m, "Averaging")
+      .def("__init__", &make_averaging, nb::arg("tracked"), nb::arg("debias"), nb::arg("correction"),
+           nb::arg("corrects_tracked"), nb::arg("is_clamped"), nb::arg("needs_two"), nb::arg("is_cumulative"),
+           nb::arg("momentum"), nb::arg("eps"));
   m.def("forward_plain", &forward_plain, nb::arg("x"), optional("gamma"), optional("beta"), optional("residual"), optional("out"),
         nb::arg("axis"), nb::arg("eps"), nb::arg("activation"), nb::arg("slope"), nb::arg("threads"),
         nb::arg("empty_like"), optional("statistic_like"), optional("count_like"), optional("running_mean"),
-        optional("running_var"), optional("steps"), nb::arg("momentum"), nb::arg("correction"), nb::arg("in_table"),
+        optional("running_spread"), optional("steps"), optional("weight"), nb::arg("averaging").none(), nb::arg("in_table"),
         nb::arg("has_output") = true);
   m.def("inference_plain", &inference_plain, nb::arg("x"), optional("gamma"), optional("beta"), optional("residual"),
         nb::arg("mean"), nb::arg("var"), nb::arg("axis"), nb::arg("eps"), nb::arg("eps_placement"),

@@ -9,7 +9,6 @@
 #include <type_traits>
 
 #include "checks.hpp"
-#include "running.hpp"
 
 namespace nb = nanobind;
 using nb::handle;
@@ -81,21 +80,52 @@ bool is_state(const Array& array, int64_t C) {
   return array && is_wide && array.has_whole_strides && array.ndim == 1 && array.shape[0] == C;
 }
 
-// Advances the state by the batch that a forward pass has measured. A negative momentum is that of the cumulative average.
-bool advance_state(Running& running, const Array& steps, const Problem& problem, double momentum, int correction) {
-  Averaging averaging;
-  averaging.correction = correction;
-  averaging.is_cumulative = momentum < 0;
-  averaging.momentum = momentum;
-  const Dtype wide = problem.dtype == Dtype::float64 ? Dtype::float64 : Dtype::float32;
-  Batch batch{{problem.mean, wide, 1}, {problem.mean_lo, wide, 1}, {problem.m2, wide, 1}};
-  batch.shared_count = problem.N * problem.S;
-  const int64_t before = steps ? element_at<int64_t>(steps.data, 0) : 0;
-  running.steps = static_cast<double>(before);
-  if (advance(running, batch, averaging, problem.C) != Entry::accepted) return false;
-  if (steps) set_element(steps.data, 0, before + 1);
-  return true;
-}
+// Running statistics that a forward pass advances in place; steps and weight where they are kept.
+class State {
+ public:
+  State(handle mean, handle spread, handle steps, handle weight)
+      : mean_("running_mean", mean, true), spread_("running_spread", spread, true), steps_("steps", steps, true),
+        weight_("weight", weight, true) {}
+
+  explicit operator bool() const { return static_cast<bool>(mean_); }
+
+  // Whether they are as this file takes them, and hold what the average needs.
+  bool fits(const Averaging& averaging, int64_t C) const {
+    const bool needs_steps = averaging.is_cumulative || averaging.debias == Debias::first_batch;
+    const bool needs_weight = averaging.debias == Debias::adam || averaging.debias == Debias::weight_sum;
+    return is_state(mean_, C) && is_state(spread_, C) && (steps_ ? is_scalar(steps_) : !needs_steps) &&
+           (weight_ ? is_scalar(weight_) : !needs_weight);
+  }
+
+  // By the batch that a forward pass has measured; false where it is refused.
+  bool advance(const Problem& problem, const Averaging& averaging) const {
+    const Dtype wide = problem.dtype == Dtype::float64 ? Dtype::float64 : Dtype::float32;
+    Batch batch{{problem.mean, wide, 1}, {problem.mean_lo, wide, 1}, {problem.m2, wide, 1}};
+    batch.shared_count = problem.N * problem.S;
+    Running running{channels(mean_, problem.C), channels(spread_, problem.C)};
+    if (steps_) running.steps = number(steps_);
+    if (weight_) running.weight = number(weight_);
+    if (batchnorm::advance(running, batch, averaging, problem.C) != Entry::accepted) return false;
+    if (steps_) set_number(steps_, running.steps);
+    if (weight_) set_number(weight_, running.weight);
+    return true;
+  }
+
+ private:
+  static bool is_scalar(const Array& array) {
+    return array.size() == 1 && (array.element <= Element::float64 || array.element == Element::int64);
+  }
+  static double number(const Array& array) {
+    if (array.element == Element::int64) return static_cast<double>(element_at<int64_t>(array.data, 0));
+    return value_at({array.data, array.dtype(), 1}, 0);
+  }
+  static void set_number(const Array& array, double value) {
+    if (array.element == Element::int64) set_element(array.data, 0, static_cast<int64_t>(value));
+    else set_value({array.data, array.dtype(), 1}, 0, value);
+  }
+
+  Array mean_, spread_, steps_, weight_;
+};
 
 // mean, what rounding takes of it, and rstd, one for each of C channels, in double and rounded once. False for values
 // that are no statistics.
@@ -118,20 +148,16 @@ bool fill_statistics(const Channels& mean, const Channels& var, double eps, EpsP
 
 nb::object forward_plain(handle x_, handle gamma_, handle beta_, handle residual_, handle out_, int axis, double eps,
                          uint8_t activation, double slope, int threads, handle empty_like, handle statistic_like,
-                         handle count_like, handle running_mean_, handle running_var_, handle steps_, double momentum,
-                         int correction, bool in_table, bool has_output) {
+                         handle count_like, handle running_mean, handle running_spread, handle steps, handle weight,
+                         const Averaging* averaging, bool in_table, bool has_output) {
   return or_none([&]() -> nb::object {
     const Array x("x", x_), gamma("gamma", gamma_), beta("beta", beta_), residual("residual", residual_), none("mask", nb::none());
     if (!is_plain(x, axis, eps, {&gamma, &beta})) return nb::none();
     if (residual) check_like(residual, x);
-    const Array running_mean("running_mean", running_mean_, true), running_var("running_var", running_var_, true);
-    const Array steps("steps", steps_, true);
+    const State state(running_mean, running_spread, steps, weight);
     const int64_t C = x.shape[axis], n = x.size() / C;
     if (n <= 1) return nb::none();  // conventions differ
-    if (running_mean) {
-      if (!is_state(running_mean, C) || !is_state(running_var, C) || n <= correction) return nb::none();
-      if (steps ? !integers(steps, 1) : momentum < 0) return nb::none();
-    }
+    if (state && !(averaging && state.fits(*averaging, C))) return nb::none();
     const Allocator allocate{empty_like};
     const Element wide = x.element == Element::float64 ? Element::float64 : Element::float32;
     nb::object y_ = nb::none(), statistics_, count_ = nb::none();
@@ -162,14 +188,11 @@ nb::object forward_plain(handle x_, handle gamma_, handle beta_, handle residual
     problem.count = integers(count, C);
     set_parameters(problem, gamma, beta, activation, slope);
     problem.eps = eps;
-    const std::unique_ptr<double[]> m2(new double[running_mean ? C : 0]);
-    if (running_mean) problem.m2 = m2.get();
+    const std::unique_ptr<double[]> m2(new double[state ? C : 0]);
+    if (state) problem.m2 = m2.get();
     if (!compute_unlocked(Operation::forward, problem)) return nb::none();
     nb::object is_accepted = nb::none();
-    if (running_mean) {
-      Running running{channels(running_mean, C), channels(running_var, C)};
-      is_accepted = nb::bool_(advance_state(running, steps, problem, momentum, correction));
-    }
+    if (state) is_accepted = nb::bool_(state.advance(problem, *averaging));
     return nb::make_tuple(y_, statistics_, count_, is_accepted);
   });
 }

@@ -7,10 +7,12 @@
 
 #include <nanobind/nanobind.h>
 
+#include "running.hpp"
+
 namespace batchnorm {
 
 // y, the statistics, the counts, and whether the batch entered the running statistics, where those are given: they are
-// advanced in place, by the momentum (negative: that of the cumulative average), as is `steps`. Results come from
+// advanced in place, as `averaging` says, with the steps and the weight that are given beside them. Results come from
 // `empty_like(array)`, large ones from memory.hpp where they can. The statistics are mean, mean_lo and rstd, arrays like
 // the prototype or, for None, of our own, and the counts likewise; or, `in_table`, rows of one array, without counts. y is
 // `out` where that is given, and None without `has_output`, for which x is measured and nothing else.
@@ -18,8 +20,8 @@ nanobind::object forward_plain(nanobind::handle x, nanobind::handle gamma, nanob
                                nanobind::handle residual, nanobind::handle out, int axis, double eps,
                                uint8_t activation, double slope, int threads, nanobind::handle empty_like,
                                nanobind::handle statistic_like, nanobind::handle count_like,
-                               nanobind::handle running_mean, nanobind::handle running_var, nanobind::handle steps,
-                               double momentum, int correction, bool in_table, bool has_output);
+                               nanobind::handle running_mean, nanobind::handle running_spread, nanobind::handle steps,
+                               nanobind::handle weight, const Averaging* averaging, bool in_table, bool has_output);
 
 // y by running statistics, and the mean, mean_lo and rstd that these are as rows of one array, if they are kept; without
 // `has_output` those alone.

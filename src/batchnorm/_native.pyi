@@ -55,6 +55,23 @@ def backward(
     normalized_padding: bool,
     threads: int,
 ) -> bool: ...
+
+class Averaging:
+    """How a batch enters running statistics; see cpp/running.hpp."""
+
+    def __init__(
+        self,
+        tracked: int,
+        debias: int,
+        correction: int,
+        corrects_tracked: bool,
+        is_clamped: bool,
+        needs_two: bool,
+        is_cumulative: bool,
+        momentum: float,
+        eps: float,
+    ) -> None: ...
+
 def forward_plain(
     x: Any,
     gamma: Any | None,
@@ -70,10 +87,10 @@ def forward_plain(
     statistic_like: Any | None,
     count_like: Any | None,
     running_mean: Any | None,
-    running_var: Any | None,
+    running_spread: Any | None,
     steps: Any | None,
-    momentum: float,
-    correction: int,
+    weight: Any | None,
+    averaging: Averaging | None,
     in_table: bool,
     has_output: bool = True,
 ) -> tuple[Any, Any, Any | None, bool | None] | None:

@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import dataclass, fields, replace
+from functools import cached_property
 from numbers import Real
 from typing import Any, Literal, NamedTuple, get_args, get_origin
 
@@ -115,6 +116,14 @@ class Convention:
             raise ValueError(
                 f"eps_train is {self.eps_train!r}, but the tracked {self.tracked} has eps inside the root; use 'inside'"
             )
+
+    @cached_property
+    def _hash(self) -> int:
+        return hash(tuple(getattr(self, field.name) for field in fields(self)))
+
+    def __hash__(self) -> int:
+        """Kept: every call looks the record up in a cache, and it has thirty fields."""
+        return self._hash
 
     def correction(self, *, masked: bool) -> int:
         """The c of the running statistic, for a batch with or without a mask."""

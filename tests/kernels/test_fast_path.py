@@ -1,5 +1,7 @@
 """Ordinary calls take the fast path: one call of the extension each, and none that it declines."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -9,6 +11,15 @@ import batchnorm.torch as bnt
 
 LIBRARIES = {"numpy": np.asarray, "torch": lambda array: torch.from_numpy(np.array(array))}
 SHAPES = [(32, 16), (8, 4, 6, 6)]
+PYTORCH = bn.CONVENTIONS["pytorch"]
+CONVENTIONS = {
+    **{name: bn.CONVENTIONS[name] for name in ("pytorch", "flax", "keras", "d2l")},
+    **{debias: replace(PYTORCH, name="other", debias=debias) for debias in ("adam", "weight_sum", "first_batch")},
+    "cumulative": replace(PYTORCH, name="other", decay=None),
+    "std": replace(PYTORCH, name="other", tracked="std", correction_on="tracked"),
+    "rstd": replace(PYTORCH, name="other", tracked="rstd", eps_eval="absent"),
+    "log10_std": replace(PYTORCH, name="other", tracked="log10_std"),
+}
 everywhere = pytest.mark.parametrize("library", LIBRARIES.values(), ids=LIBRARIES)
 
 
@@ -22,16 +33,23 @@ def arrays(library, shape):
 
 @everywhere
 @pytest.mark.parametrize("shape", SHAPES)
-@pytest.mark.parametrize("convention", ["pytorch", "flax", "keras", "d2l"])
+@pytest.mark.parametrize("convention", CONVENTIONS.values(), ids=CONVENTIONS)
 def test_a_loop_of_batch_norm(library, shape, convention, extension):
     x, gamma = arrays(library, shape)
+    expected = bn.RunningStatistics.initial(shape[1], convention, like=x)
     running = bn.RunningStatistics.initial(shape[1], convention, like=x)
     extension.taken()
     for step in range(4):
         _, running = bn.batch_norm(x, gamma, None, running, training=True, axis=1, convention=convention)
         assert extension.taken() == {"forward_plain": 1}, step
-    assert float(running.steps) == 4
-    for _ in range(2):
+        _, expected = bn.batch_norm(
+            x, gamma, None, expected, training=True, axis=1, convention=convention, kernel="agnostic"
+        )
+        assert type(running) is type(expected)
+        for ours, theirs in zip(running, expected, strict=True):
+            assert ours.dtype == theirs.dtype
+            np.testing.assert_allclose(np.asarray(ours), np.asarray(theirs), rtol=2e-6, atol=1e-6)
+    if convention.name in bn.CONVENTIONS:
         bn.batch_norm(x, gamma, None, running, training=False, axis=1, convention=convention)
         assert extension.taken() == {"inference_plain": 1}
 

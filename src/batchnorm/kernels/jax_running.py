@@ -7,7 +7,7 @@ lanes whose batches enter, or are refused, by themselves.
 
 from collections.abc import Sequence
 from numbers import Real
-from typing import Any, get_args, get_type_hints
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -15,16 +15,16 @@ import numpy
 from jax.core import ShapedArray
 from jax.interpreters import ad
 
-from batchnorm.convention import Convention, Tracked
+from batchnorm.convention import Convention
 from batchnorm.core.dtypes import Array
 from batchnorm.core.moments import Moments
 from batchnorm.core.running import RunningStatistics, kind_of
 from batchnorm.core.running import advance as advance_by_array_code
+from batchnorm.kernels.averaging import numbers_of
 from batchnorm.kernels.jax_formulas import aligned
 from batchnorm.kernels.jax_primitives import all_zero, instantiated, primitive, zeros
 
 FIELDS = len(RunningStatistics._fields)
-TRACKED, DEBIAS = (get_args(hint) for hint in (Tracked, get_type_hints(Convention)["debias"]))
 
 
 def advance(running: RunningStatistics, batch: Moments, convention: Convention, *, masked: bool) -> RunningStatistics:
@@ -58,20 +58,9 @@ def plain_advance(*operands: Array, convention: Convention, masked: bool) -> tup
 
 def native_advance(context: Any, *operands: Any, convention: Convention, masked: bool) -> Any:
     """A call of the C++."""
-    decay = convention.decay
-    return jax.ffi.ffi_lowering("batchnorm_advance")(
-        context,
-        *operands,
-        tracked=numpy.int64(TRACKED.index(convention.tracked)),
-        debias=numpy.int64(DEBIAS.index(convention.debias)),
-        correction=numpy.int64(convention.correction(masked=masked)),
-        corrects_tracked=convention.correction_on == "tracked",
-        is_clamped=convention.single == "clamp",
-        needs_two=convention.single in ("identity", "running"),
-        is_cumulative=decay is None,
-        momentum=numpy.float64(0.0 if decay is None else 1 - decay),
-        eps=numpy.float64(convention.eps),
-    )
+    kinds: dict[type, Any] = {bool: bool, int: numpy.int64, float: numpy.float64}
+    numbers = {name: kinds[type(value)](value) for name, value in numbers_of(convention, masked=masked).items()}
+    return jax.ffi.ffi_lowering("batchnorm_advance")(context, *operands, **numbers)
 
 
 def advance_jvp(primals: Sequence[Array], tangents: Sequence[Any], **static: Any) -> tuple[Any, Any]:

@@ -164,7 +164,7 @@ def inference_plain(
     """y of `functional.batch_norm` at inference, likewise; the state has to be as `functional` returns it."""
     if x.dtype.kind != "f" or not {type(gamma), type(beta), type(residual)} <= PLAIN_TYPES:
         return None
-    if not plain.is_plain_state(running, {numpy.ndarray}):
+    if not plain.is_plain_state(running, convention, {numpy.ndarray}):
         return None
     done = plain.inference(NUMPY, x, gamma, beta, running, axis, convention, activation, residual)
     return None if done is None else done[0]
@@ -183,7 +183,7 @@ def training_plain(
     """`functional.batch_norm` in training, likewise; and whether the batch has entered the state."""
     if x.dtype.kind != "f" or not {type(gamma), type(beta), type(residual)} <= PLAIN_TYPES:
         return None
-    if not plain.is_plain_state(running, {numpy.ndarray}):
+    if not plain.is_plain_state(running, convention, {numpy.ndarray}):
         return None
     tracked = plain.tracked_copy(running, convention, numpy.copy)
     if tracked is None:

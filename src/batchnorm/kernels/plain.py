@@ -15,6 +15,7 @@ from batchnorm.core.dtypes import Array
 from batchnorm.core.normalize import Statistics
 from batchnorm.core.running import RunningStatistics, with_arrays
 from batchnorm.kernels.agnostic import Cache, Gradients, Plan
+from batchnorm.kernels.averaging import averaging_of
 from batchnorm.kernels.launch import EPS_PLACEMENTS, Library, activation_code, plan_of
 
 new_tuple: Any = tuple.__new__
@@ -24,13 +25,17 @@ class Tracked(NamedTuple):
     """Running statistics that a forward pass advances, in place, unless the batch's are not finite."""
 
     mean: Array | None
-    var: Array | None
-    steps: Array | None  # int64, advanced as well where it is given
-    momentum: float  # weight of the batch; negative: that of the cumulative average
-    correction: int
+    spread: Array | None
+    steps: Array | None  # int64 or floating; None where they are not kept
+    weight: Array | None
+    averaging: _native.Averaging | None
+
+    def advanced(self) -> tuple[Array, ...]:
+        """The arrays that are."""
+        return tuple(array for array in self[:4] if array is not None)
 
 
-UNTRACKED = Tracked(None, None, None, 0.0, 0)
+UNTRACKED = Tracked(None, None, None, None, None)
 
 
 class PlainPlan(NamedTuple):
@@ -156,20 +161,17 @@ def normalizes_by_variances(convention: Convention) -> bool:
 
 
 def is_simple(convention: Convention) -> bool:
-    """Whether training normalises by the batch and averages variances, and there is no more to the convention."""
+    """Whether training normalises by the batch, by a gamma as it is, whatever enters the running statistics."""
     return (
-        (convention.tracked, convention.affine, convention.update) == ("var", "plain", "training")
-        and (convention.normalize_with, convention.normalize_correction) == ("batch", 0)
-        and (convention.debias, convention.correction_on) == ("none", "variance")
-        and convention.eps_train == convention.eps_eval == "inside"
+        (convention.affine, convention.normalize_with, convention.normalize_correction) == ("plain", "batch", 0)
+        and convention.eps_train == "inside"
         and convention.eps > 0
-        and (convention.decay is None or convention.decay <= 1)  # a negative momentum is that of the cumulative average
     )
 
 
-def is_plain_state(running: RunningStatistics | None, types: set[type]) -> bool:
-    """Whether the state is as `functional` returns it, of arrays of these types."""
-    if type(running) is not RunningStatistics:
+def is_plain_state(running: RunningStatistics | None, convention: Convention, types: set[type]) -> bool:
+    """Whether the state is as `functional` returns it for this convention, of arrays of these types."""
+    if not isinstance(running, RunningStatistics) or running.tracked != convention.tracked:
         return False
     if any(type(value) not in types or value.dtype != running.mean.dtype for value in running):
         return False
@@ -177,18 +179,18 @@ def is_plain_state(running: RunningStatistics | None, types: set[type]) -> bool:
 
 
 def tracked_copy(running: RunningStatistics, convention: Convention, copy: Callable[[Array], Array]) -> Tracked | None:
-    """Copies of running variances for a forward pass to advance; None where the convention has more to it."""
+    """Copies of a state for a forward pass to advance; None where the convention has more to training."""
     if not is_simple(convention):
         return None
-    momentum = 1 / (float(running.steps) + 1) if convention.decay is None else 1 - convention.decay
-    return Tracked(copy(running.mean), copy(running.spread), None, momentum, convention.running_correction)
+    mean, spread, steps, weight, _ = map(copy, running)
+    return Tracked(mean, spread, steps, weight, averaging_of(convention))
 
 
 def advanced(running: RunningStatistics, tracked: Tracked, is_accepted: bool | None) -> tuple[RunningStatistics, bool]:
     """The state after the pass, and whether the batch has entered it."""
     if not is_accepted:
         return with_arrays(running, skipped=running.skipped + 1), False
-    return with_arrays(running, mean=tracked.mean, spread=tracked.var, steps=running.steps + 1), True
+    return new_tuple(type(running), (*tracked[:4], running.skipped)), True
 
 
 def backward(library: Library, dy: Array, cache: Cache) -> Gradients | None:

@@ -16,6 +16,7 @@ from batchnorm.core.normalize import Statistics, effective_beta, effective_gamma
 from batchnorm.core.running import RunningStatistics
 from batchnorm.kernels import agnostic, launch, plain
 from batchnorm.kernels.agnostic import ActivationLike, Cache, Gradients
+from batchnorm.kernels.averaging import averaging_of
 from batchnorm.kernels.launch import Rule
 from batchnorm.kernels.operands import Operands
 from batchnorm.kernels.plain import Tracked, new_tuple
@@ -181,7 +182,7 @@ def inference_plain(
     residual: Array | None,
 ) -> Array | None:
     """y of `functional.batch_norm` at inference, likewise; the state has to be as `functional` returns it."""
-    if not plain.is_plain_state(running, PLAIN_TYPES):
+    if not plain.is_plain_state(running, convention, PLAIN_TYPES):
         return None
     return layer_inference_plain(x, gamma, beta, running, axis, convention, activation, residual)
 
@@ -197,7 +198,9 @@ def training_plain(
     residual: Array | None,
 ) -> tuple[Array, RunningStatistics, bool] | None:
     """`functional.batch_norm` in training, likewise; and whether the batch has entered the state."""
-    if not plain.is_plain_state(running, PLAIN_TYPES) or running.mean.requires_grad or running.spread.requires_grad:
+    if not plain.is_plain_state(running, convention, PLAIN_TYPES):
+        return None
+    if running.mean.requires_grad or running.spread.requires_grad:
         return None
     tracked = plain.tracked_copy(running, convention, Tensor.clone)
     if tracked is None:
@@ -215,11 +218,15 @@ class Buffers(Protocol):
 
     @property
     def spread(self) -> Array:
-        """The variances."""
+        """The averages of the tracked quantity."""
 
     @property
     def steps(self) -> Array | None:
         """The number of batches, if it is kept."""
+
+    @property
+    def weight(self) -> Array | None:
+        """The sum of the weights, if it is kept."""
 
 
 def layer_plain(
@@ -243,8 +250,7 @@ def tracked_by(buffers: Buffers | None, convention: Convention) -> Tracked:
     """The buffers of a layer for a forward pass to advance."""
     if buffers is None:
         return plain.UNTRACKED
-    momentum = -1.0 if convention.decay is None else 1 - convention.decay
-    advanced = (buffers.mean, buffers.spread, buffers.steps, momentum, convention.running_correction)
+    advanced = (buffers.mean, buffers.spread, buffers.steps, buffers.weight, averaging_of(convention))
     return new_tuple(Tracked, advanced)  # type: ignore[no-any-return]
 
 
@@ -257,7 +263,7 @@ def layer_statistics(
     tracked = tracked_by(buffers, convention)
     done = plain.measure(PLAIN, x, axis, convention.eps, tracked)
     if done is not None and done[1]:
-        increment_version(tracked[:2] if tracked.steps is None else tracked[:3])  # type: ignore[arg-type]
+        increment_version(tracked.advanced())
     return done
 
 
@@ -305,7 +311,7 @@ def normalize_plain(
     tracked: Tracked,
 ) -> tuple[Array, bool | None] | None:
     """The batch normalised by its own statistics, for autograd too, and whether it entered the running statistics."""
-    if is_forward_mode() or not are_ordinary(x, gamma, beta, residual, tracked.mean, tracked.var):
+    if is_forward_mode() or not are_ordinary(x, gamma, beta, residual, tracked.mean, tracked.spread):
         return None
     if has_derivatives(x, gamma, beta, residual):
         call = PlainCall(axis, eps, activation, tracked)
@@ -317,7 +323,7 @@ def normalize_plain(
     if y is None:
         return None
     if is_accepted:
-        increment_version(tracked[:2] if tracked.steps is None else tracked[:3])  # type: ignore[arg-type]
+        increment_version(tracked.advanced())
     return y, is_accepted
 
 
