@@ -16,11 +16,12 @@ help: ## Show this list
 demo: $(VENV)/.train ## Train LeNet with and without batch norm on real digits (half a minute); DEMO="--epochs 5" passes options
 	$(BIN)/batchnorm train $(DEMO)
 
-# The whole run also holds the coverage of what pyproject.toml lists; a selection by PYTEST does not.
-PYTEST ?= --cov=batchnorm --cov-fail-under=95
+# The whole run, in a process for each core, also holds the coverage of what pyproject.toml lists; a selection by PYTEST
+# does not. Idle OpenMP threads sleep: they would take the other processes' time.
+PYTEST ?= --numprocesses=auto --cov=batchnorm --cov-fail-under=95
 
 test: $(VENV)/.dev ## Run the tests; PYTEST="-k golden" passes options
-	$(BIN)/python -m pytest $(PYTEST)
+	OMP_WAIT_POLICY=passive $(BIN)/python -m pytest $(PYTEST)
 
 bench: $(VENV)/.dev ## Measure the speed against memory and every peer (an hour); BENCH=--quick takes a minute
 	$(BIN)/python -m benchmarks.calls

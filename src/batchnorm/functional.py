@@ -1,7 +1,9 @@
 """Batch normalization as functions of arrays: of NumPy, PyTorch, JAX, or any library with an array-API namespace."""
 
+import sys
 import warnings
 from collections.abc import Callable
+from contextvars import ContextVar
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -127,7 +129,7 @@ def batch_norm(
         done = module.training_plain(x, gamma, beta, running, known_axis, convention, activation, residual)
         if done is not None:
             if not done[2]:
-                warn_of_skipped(stacklevel=3)
+                warn_of_skipped()
             return done[0], done[1]
     return checked_batch_norm(
         x, gamma, beta, running, training=training, convention=convention, axis=known_axis, mask=mask, lengths=lengths,
@@ -178,17 +180,33 @@ def checked_batch_norm(
         mask=operands.mask, activation=activation, residual=operands.residual, out=out,
     )  # fmt: skip
     if training is not False and known(updated.skipped > running.skipped):
-        warn_of_skipped(stacklevel=4) if warn is None else warn()
+        (warn or warn_of_skipped)()
     return (renamed(y, given) if is_named(given) else y), updated
 
 
-def warn_of_skipped(stacklevel: int) -> None:
-    """The warning of `batch_norm`, at its caller."""
+#: The end of the warning of a skipped batch: where it is counted, in the words of the layer that is being called.
+SKIPPED_REMARK: ContextVar[str] = ContextVar("SKIPPED_REMARK", default=" and is counted in running.skipped")
+
+
+def warn_of_skipped() -> None:
+    """Warn, at the user's line, that a batch did not enter the running statistics."""
     message = (
         "the statistics of a batch are not finite (NaN, Inf or overflow in x): it did not enter the running "
-        "statistics and is counted in running.skipped"
+        f"statistics{SKIPPED_REMARK.get()}"
     )
-    warnings.warn(message, RuntimeWarning, stacklevel)
+    warnings.warn(message, RuntimeWarning, user_stacklevel())
+
+
+#: The packages, ours and those that call it for a user, whose lines no warning points at.
+CALLERS = ("batchnorm", "jax", "flax", "torch", "contextlib")
+
+
+def user_stacklevel() -> int:
+    """The `stacklevel` with which a warning of the calling function points at the innermost line of the user."""
+    level, frame = 1, sys._getframe(1)
+    while frame.f_back is not None and str(frame.f_globals.get("__name__")).partition(".")[0] in CALLERS:
+        level, frame = level + 1, frame.f_back
+    return level
 
 
 def forward(
@@ -455,7 +473,7 @@ def advance(
     check_enterable(batch, record, masked=masked)
     updated = agnostic.advance_by_moments(running, batch, record, masked=masked)
     if known(updated.skipped > running.skipped):
-        warn_of_skipped(stacklevel=3)
+        warn_of_skipped()
     return updated
 
 

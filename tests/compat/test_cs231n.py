@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+import types
 
 import numpy as np
 import pytest
@@ -132,7 +133,7 @@ def test_half_precision_keeps_statistics_in_float32():
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_constant_channel_without_eps(dtype):
-    """0/0 in the original; ours is the limit, xhat = 0, in both modes."""
+    """In training 0/0 in the original; ours is the limit, xhat = 0. Test mode divides by 0, as there."""
     theirs = results("cs231n", dtype, "const", "eps0")
     assert not np.isfinite(theirs["y"]).all()
     (x, *_), dy, gamma, beta, *_ = case("const", dtype)
@@ -140,8 +141,13 @@ def test_constant_channel_without_eps(dtype):
     np.testing.assert_array_equal(out[:, 1:], np.broadcast_to(beta[1:], (8, 3)))
     np.testing.assert_array_equal(batchnorm_backward(dy, cache)[0][:, 1:], 0)
     assert relative_error(out[:, 0], theirs["y"][:, 0]) <= tolerance("cs231n", dtype)
-    out, _ = batchnorm_forward(x, gamma, beta, {"mode": "test", "eps": 0.0})
-    np.testing.assert_array_equal(out, np.broadcast_to(beta, (8, 4)))
+    out, cache = batchnorm_forward(x, gamma, beta, {"mode": "test", "eps": 0.0})
+    np.testing.assert_array_equal(out[:, :3], np.copysign(np.inf, x * gamma)[:, :3])
+    assert np.isnan(out[:, 3]).all()  # x is 0, as the running mean is
+    with pytest.warns(RuntimeWarning, match="invalid value"):
+        dx, _, dbeta = batchnorm_backward(dy, cache)
+    np.testing.assert_array_equal(dx, np.copysign(np.inf, dy * gamma))
+    np.testing.assert_allclose(dbeta, dy.sum(axis=0), rtol=1e-6)
 
 
 def test_batch_that_is_not_finite():
@@ -150,8 +156,9 @@ def test_batch_that_is_not_finite():
     x = x.copy()
     x[3, 2] = np.nan
     bn_param = {"mode": "train", "running_mean": mean, "running_var": var}
-    with pytest.warns(RuntimeWarning, match="not finite"):
+    with pytest.warns(RuntimeWarning, match="not finite.*did not enter the running statistics") as caught:
         out, cache = batchnorm_forward(x, gamma, beta, bn_param)
+    assert [warning.filename for warning in caught] == [__file__]
     np.testing.assert_array_equal(bn_param["running_mean"], mean)
     np.testing.assert_array_equal(bn_param["running_var"], var)
     dx, dgamma, _ = batchnorm_backward(dy, cache)
@@ -170,7 +177,24 @@ def test_empty_batch_changes_nothing():
     assert [g.shape for g in batchnorm_backward(out, cache)] == [(0, 5), (5,), (5,)]
 
 
+def test_cache_of_test_mode_is_a_copy():
+    """Running statistics that are changed in place before the backward pass leave its gradients as they are."""
+    (x, *_), dy, gamma, beta, mean, var = case("d2", "float64")
+    bn_param = {"mode": "test", "running_mean": mean.copy(), "running_var": var.copy()}
+    _, cache = batchnorm_forward(x, gamma, beta, bn_param)
+    expected = batchnorm_backward(dy, cache)
+    bn_param["running_mean"] += 100
+    bn_param["running_var"] *= 9
+    for ours, before in zip(batchnorm_backward(dy, cache), expected, strict=True):
+        np.testing.assert_array_equal(ours, before)
+    np.testing.assert_allclose(expected[1], (dy * (x - mean) / (np.sqrt(var) + 1e-5)).sum(axis=0), rtol=1e-12)
+
+
 X, GAMMA, BETA = np.arange(10.0).reshape(2, 5), np.ones(5), np.zeros(5)
+
+
+def train(**bn_param):
+    return X, GAMMA, BETA, {"mode": "train", **bn_param}
 
 
 @pytest.mark.parametrize(("arguments", "error", "message"), [
@@ -180,10 +204,17 @@ X, GAMMA, BETA = np.arange(10.0).reshape(2, 5), np.ones(5), np.zeros(5)
     ((X.tolist(), GAMMA, BETA, {"mode": "train"}), TypeError, "x is a list; it must be a NumPy array"),
     ((X, None, BETA, {"mode": "train"}), TypeError, "gamma is a NoneType"),
     ((X.astype(int), GAMMA, BETA, {"mode": "train"}), TypeError, "x has dtype int64"),
-    ((X, GAMMA[:3], BETA, {"mode": "test"}), ValueError, r"gamma has shape \(3,\)"),
-    ((X, GAMMA, BETA, {"mode": "train", "eps": -1.0}), ValueError, "eps is -1.0"),
-    ((X, GAMMA, BETA, {"mode": "train", "momentum": 1.5}), ValueError, r"momentum'\] is 1.5; it weighs"),
-    ((X, GAMMA, BETA, {"mode": "train", "running_mean": np.ones(1)}), ValueError, r"running.mean has shape \(1,\)"),
+    ((X, GAMMA[:3], BETA, {"mode": "test"}), ValueError, r"gamma has shape \(3,\); it must be \(5,\), as x has"),
+    (train(eps=-1.0), ValueError, r"^bn_param\['eps'\] is -1.0; it is added to the variance"),
+    (train(eps=None), TypeError, r"^bn_param\['eps'\] is None .*must be a finite number >= 0"),
+    (train(eps=True), TypeError, r"^bn_param\['eps'\] is True"),
+    (train(momentum=1.5), ValueError, r"^bn_param\['momentum'\] is 1.5; it is the weight of the old value .* 0 to 1$"),
+    (train(momentum=None), TypeError, r"^bn_param\['momentum'\] is None \(NoneType\)"),
+    (train(momentum="a"), TypeError, r"^bn_param\['momentum'\] is 'a' \(str\)"),
+    (train(momentum=np.array(0.5)), TypeError, r"^bn_param\['momentum'\] is array\(0.5\)"),
+    (train(running_mean=np.ones(1)), ValueError, r"^bn_param\['running_mean'\] has shape \(1,\); it must be \(5,\)"),
+    (train(running_mean=None), TypeError, r"^bn_param\['running_mean'\] is a NoneType"),
+    (train(running_var=np.ones(5, int)), TypeError, r"^bn_param\['running_var'\] has dtype int64"),
 ])  # fmt: skip
 def test_refusals_change_nothing(arguments, error, message):
     bn_param = arguments[3]
@@ -193,13 +224,27 @@ def test_refusals_change_nothing(arguments, error, message):
     assert bn_param == before
 
 
+@pytest.mark.parametrize("bn_param", [None, [("mode", "train")], types.MappingProxyType({"mode": "train"})])
+def test_bn_param_must_be_a_dictionary(bn_param):
+    with pytest.raises(TypeError, match=r"^bn_param is a .*; it must be a dictionary"):
+        batchnorm_forward(X, GAMMA, BETA, bn_param)
+
+
 @pytest.mark.parametrize("mode", ["train", "test"])
 def test_dout_must_fit(mode):
     _, cache = batchnorm_forward(X, GAMMA, BETA, {"mode": mode})
-    with pytest.raises(ValueError, match=r"\(5,\); it must be that of x, \(2, 5\)"):
+    with pytest.raises(ValueError, match=r"^dout has shape \(5,\); it must be that of x, \(2, 5\)"):
         batchnorm_backward(np.ones(5), cache)
-    with pytest.raises(TypeError, match=r"(dout|dy) is a list"):
+    with pytest.raises(TypeError, match=r"^dout is a list"):
         batchnorm_backward(X.tolist(), cache)
+    with pytest.raises(TypeError, match=r"^dout has dtype int64"):
+        batchnorm_backward(X.astype(int), cache)
+
+
+@pytest.mark.parametrize("cache", [None, (1, 2, 3), (1e-5, GAMMA, X, *[X] * 7)])
+def test_another_cache_is_refused(cache):
+    with pytest.raises(TypeError, match=r"^cache is a (NoneType|tuple); it must be what batchnorm_forward of this"):
+        batchnorm_backward(X, cache)
 
 
 def test_numpy_alone():

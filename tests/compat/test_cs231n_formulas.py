@@ -42,7 +42,47 @@ def test_faithful_constant_channel_without_eps(dtype):
     assert np.isnan(out).any()
     out, _ = batchnorm_forward(x, gamma, beta, states[1])
     assert np.isfinite(out).all()
-    np.testing.assert_array_equal(states[0]["running_var"], states[1]["running_var"])
+    np.testing.assert_allclose(states[0]["running_var"], states[1]["running_var"], rtol=1e-6, atol=1e-15)
+
+
+def test_faithful_mean_is_a_product_with_one_over_n():
+    """The mean of 49 ones is 1 / 49 * 49 < 1 there, so that without eps each is one deviation above it."""
+    x = np.ones((49, 1))
+    assert 1 / 49 * 49 < 1
+    out, cache = batchnorm_forward(x, np.ones(1), np.zeros(1), {"mode": "train", "eps": 0.0}, faithful=True)
+    np.testing.assert_allclose(out, x, rtol=1e-12)
+    np.testing.assert_allclose(cache.rstd, 2.0**53, rtol=1e-12)
+    with pytest.raises(ValueError, match=r"x has shape \(0, 1\); the original divides by N = 0"):
+        batchnorm_forward(x[:0], np.ones(1), np.zeros(1), {"mode": "train"}, faithful=True)
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_faithful_batch_that_is_not_finite(value):
+    """It stays in the running statistics for good, in its own feature; by default it does not enter them at all."""
+    x, good = np.array([[1.0, value], [3.0, 2.0]]), np.array([[1.0, 2.0], [3.0, 6.0]])
+    faithful, ours = ({"mode": "train"} for _ in range(2))
+    with np.errstate(invalid="ignore"):
+        batchnorm_forward(x, np.ones(2), np.zeros(2), faithful, faithful=True)
+        batchnorm_forward(good, np.ones(2), np.zeros(2), faithful, faithful=True)
+    np.testing.assert_allclose(faithful["running_mean"], [0.38, np.nan if np.isnan(value) else np.inf], rtol=1e-12)
+    np.testing.assert_allclose(faithful["running_var"], [0.19, np.nan], rtol=1e-12)
+    with pytest.warns(RuntimeWarning, match="faithful=True averages it as the original does"):
+        batchnorm_forward(x, np.ones(2), np.zeros(2), ours)
+    batchnorm_forward(good, np.ones(2), np.zeros(2), ours)
+    np.testing.assert_allclose(ours["running_mean"], [0.2, 0.4], rtol=1e-12)
+    np.testing.assert_allclose(ours["running_var"], [0.1, 0.4], rtol=1e-12)
+
+
+def test_faithful_half_precision_does_not_overflow():
+    """Sums and squares of float16 end at 65504; the formulas are computed in float32."""
+    x = np.full((100, 1), 1000, np.float16)
+    x[::2] = 2000
+    bn_param = {"mode": "train"}
+    out, _ = batchnorm_forward(x, np.ones(1, np.float16), np.zeros(1, np.float16), bn_param, faithful=True)
+    assert (out.dtype, bn_param["running_var"].dtype) == (np.float16, np.float32)
+    np.testing.assert_allclose(out[:2, 0], [1, -1], rtol=1e-3)
+    np.testing.assert_allclose(bn_param["running_mean"], 150, rtol=1e-5)
+    np.testing.assert_allclose(bn_param["running_var"], 25000, rtol=1e-5)
 
 
 def test_faithful_test_mode_has_no_cache():

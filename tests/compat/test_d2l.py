@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+from contextlib import nullcontext
 from functools import partial
 from types import SimpleNamespace
 
@@ -161,6 +162,86 @@ def test_constant_channel_without_eps():
                 np.testing.assert_array_equal(ours["dx"][:, 1:], 0)
 
 
+def test_batch_that_is_not_finite():
+    """It stays in the state for good in the original, in its own channel; by default it does not enter."""
+    bad, good = jnp.asarray([[jnp.nan, 1.0], [1.0, 3.0]]), jnp.asarray([[1.0, 2.0], [3.0, 6.0]])
+    for faithful, mean, var in ((True, [np.nan, 1.12], [np.nan, 1.6]), (False, [0.4, 0.8], [1, 1.6])):
+        moving = [SimpleNamespace(value=f((1, 2))) for f in (jnp.zeros, jnp.ones)]
+        call = partial(batch_norm, gamma=jnp.ones(2), beta=jnp.zeros(2), eps=0.0, momentum=0.8, faithful=faithful)
+        warns = nullcontext([]) if faithful else pytest.warns(RuntimeWarning, match="did not enter .*; faithful=True")
+        with warns as caught:
+            call(bad, False, moving_mean=moving[0], moving_var=moving[1])
+        assert [warning.filename for warning in caught] == [__file__] * (not faithful)
+        call(good, False, moving_mean=moving[0], moving_var=moving[1])
+        np.testing.assert_allclose(moving[0].value[0], mean, rtol=1e-6)
+        np.testing.assert_allclose(moving[1].value[0], var, rtol=1e-6)
+
+
+def test_parameters_of_one_element():
+    """On several channels they are broadcast by the original, and the state grows; by default they are refused."""
+    X = jnp.asarray(np.random.default_rng(2).normal(2, 3, (6, 4)), jnp.float32)
+    variables = BatchNorm(1, 2, faithful=True).init(jax.random.key(0), X)
+    assert variables["params"]["gamma"].shape == (1, 1)
+    np.testing.assert_allclose(variables["batch_stats"]["moving_mean"], 0.1 * X.mean(0, keepdims=True), rtol=1e-5)
+    with pytest.raises(ValueError, match=r"X has shape \(6, 4\), which does not fit gamma \(1, 1\)"):
+        BatchNorm(1, 2).init(jax.random.key(0), X)
+
+
+@pytest.mark.parametrize("faithful", [False, True])
+@pytest.mark.parametrize(("arguments", "error", "message"), [
+    ({"X": [[1.0], [3.0]]}, TypeError, r"^X is a list; it must be an array: pass jnp.asarray\(X\)"),
+    ({"moving_mean": jnp.zeros(1)}, TypeError, "^moving_mean is a .*; it must be a Flax variable, or another"),
+    ({"moving_var": 1.0}, TypeError, "^moving_var is a float; it must be a Flax variable"),
+    ({"eps": None}, TypeError, "^eps is None .*added to the variance"),
+    ({"eps": -1.0}, ValueError, "^eps is -1.0; it is added to the variance"),
+    ({"momentum": None}, TypeError, "^momentum is None"),
+    ({"momentum": "a"}, TypeError, "^momentum is 'a'"),
+    ({"momentum": 2.0}, ValueError, "^momentum is 2.0; it is the weight of the old value and must be"),
+    ({"momentum": jnp.asarray(2.0)}, ValueError, "^momentum is 2.0; it is the weight of the old value"),
+])  # fmt: skip
+def test_wrong_arguments_are_refused(arguments, error, message, faithful):
+    moving = dict(zip(("moving_mean", "moving_var"), variables_like((1,), (1,)), strict=True))
+    given = {"X": jnp.ones((2, 1)), "deterministic": False, "gamma": jnp.ones(1), "beta": jnp.zeros(1), **moving,
+             "eps": 1e-5, "momentum": 0.9}  # fmt: skip
+    with pytest.raises(error, match=message):
+        batch_norm(**(given | arguments), faithful=faithful)
+    np.testing.assert_array_equal([variable.value for variable in moving.values()], np.ones((2, 1)))
+
+
+@pytest.mark.parametrize(("arguments", "message"), [
+    ({"gamma": 1.0}, "^gamma is a float; it must be an array"),
+    ({"beta": jnp.zeros(1, int)}, "^beta has dtype int32"),
+    ({"moving_mean": SimpleNamespace(value=jnp.zeros(1, int))}, "^moving_mean has dtype int32"),
+])  # fmt: skip
+def test_arrays_are_checked(arguments, message):
+    mean, var = variables_like((1,), (1,))
+    given = {"gamma": jnp.ones(1), "beta": jnp.zeros(1), "moving_mean": mean, "moving_var": var}
+    with pytest.raises(TypeError, match=message):
+        batch_norm(jnp.ones((2, 1)), False, **(given | arguments), eps=1e-5, momentum=0.9)
+
+
+def test_arrays_of_numpy():
+    """Parameters and a state of NumPy's float64, which JAX has in its x64 mode only, are taken without a warning."""
+    X, ones = np.asarray([[1.0], [3.0]]), np.ones((1, 1))
+    mean, var = SimpleNamespace(value=np.zeros((1, 1))), SimpleNamespace(value=np.ones((1, 1)))
+    Y = batch_norm(X, False, ones, 0 * ones, mean, var, 1e-5, 0.5)
+    np.testing.assert_allclose(Y, [[-1], [1]], rtol=1e-4)
+    np.testing.assert_array_equal([mean.value, var.value], [[[1]], [[1]]])
+
+
+def test_numbers_may_be_traced():
+    """A schedule of momentum under `jit`, and a scalar array outside of it."""
+    X = jnp.asarray([[1.0], [3.0]])
+
+    def mean_after(momentum):
+        mean, var = SimpleNamespace(value=jnp.zeros(1)), SimpleNamespace(value=jnp.ones(1))
+        batch_norm(X, False, jnp.ones(1), jnp.zeros(1), mean, var, 1e-5, momentum)
+        return mean.value
+
+    for call in (mean_after, jax.jit(mean_after)):
+        np.testing.assert_allclose(call(jnp.asarray(0.75)), [0.5], rtol=1e-6)
+
+
 def test_dtypes_of_the_original():
     """Y has the common dtype of X and the parameters, and the state keeps its own."""
     mean, var = (SimpleNamespace(value=f((1, 3), jnp.float32)) for f in (jnp.zeros, jnp.ones))
@@ -258,6 +339,15 @@ def test_lenet_learns():
     assert gamma.shape == beta.shape == (6,)
     assert np.abs(gamma - 1).max() > 0.1
     assert np.abs(beta).max() > 0.1
+
+
+@pytest.mark.parametrize("missing", ["jax", "flax"])
+def test_without_a_framework_the_extra_is_named(missing):
+    code = f"import sys; sys.modules[{missing!r}] = None; import batchnorm.compat.d2l"
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert result.returncode == 1
+    expected = f'batchnorm.compat.d2l needs {missing}, which is not installed; pip install "batchnorm[jax]"'
+    assert expected in result.stderr
 
 
 def test_frameworks():

@@ -1,8 +1,10 @@
 """`batchnorm.compat.lasagne` against the original on Theano, on each array library, and behind layers."""
 
 import copy
+import re
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import flax
 import jax
@@ -216,6 +218,9 @@ def test_batch_norm_of_torch_layers_keeps_what_they_are():
     linear = torch.nn.Linear(3, 2, bias=False).eval()
     norm = batch_norm(linear)[-1]
     assert (norm.training, norm.convention, norm.bias.tolist()) == (False, "lasagne-gist", [0.0, 0.0])
+    for training in (False, True):
+        layer = batch_norm(torch.nn.Linear(3, 2).train(training))
+        assert [module.training for module in layer.modules()] == [training] * 3
     with pytest.raises(ValueError, match="faithful is True, but Linear is not a layer in Lasagne's style"):
         batch_norm(torch.nn.Linear(3, 2), faithful=True)
     with pytest.raises(TypeError, match="cannot normalise the result of ReLU"):
@@ -271,6 +276,52 @@ def test_batch_norm_of_flax_layers(kind):
             assert relative_error(value, theirs[name]) <= 3e-7, name  # Flax's statistics are float32
 
 
+def flax_layers():
+    """Layers with as many features as axis 1 has indices, and with others; x of their input."""
+    x = jax.random.normal(jax.random.key(0), (4, 3, 6, 2)) * 2 + 1
+    for features in (3, 5):
+        yield "linen", flax.linen.Conv(features, (3, 3)), x
+        yield "linen", flax.linen.Dense(features), x[:, :, 0]
+        yield "linen", flax.linen.ConvTranspose(features, (3, 3)), x
+        yield "nnx", nnx.Conv(2, features, (3, 3), rngs=nnx.Rngs(0)), x
+        yield "nnx", nnx.Linear(2, features, rngs=nnx.Rngs(0)), x[:, :, 0]
+        yield "nnx", nnx.ConvTranspose(2, features, (3, 3), rngs=nnx.Rngs(0)), x
+
+
+@pytest.mark.parametrize(("kind", "inner", "x"), [
+    pytest.param(*layer, id=f"{layer[0]}-{type(layer[1]).__name__}-{number}")
+    for number, layer in enumerate(flax_layers())
+])  # fmt: skip
+def test_batch_norm_of_flax_layers_normalizes_their_features(kind, inner, x):
+    """The last axis, for inputs of any rank: y, the averages, and the gradient of x."""
+    if kind == "linen":
+        layer = batch_norm(inner)
+        variables = layer.init(jax.random.key(1), x, use_running_average=True)
+        bare = inner.clone(use_bias=False).bind({"params": variables["params"]["layers_0"]})
+
+        def call(x):
+            return layer.apply(variables, x, use_running_average=False, mutable=["batch_stats"])
+
+        y, updated = call(x)
+        averages, dx = updated["batch_stats"]["norm"], jax.grad(lambda x: (call(x)[0] ** 3).sum())(x)
+    else:
+        layer, bare = batch_norm(inner), inner  # whose bias it has taken
+        y, norm = layer(x), layer.layers[-1]
+        averages = {"mean": norm.mean[...], "std": norm.std[...]}
+        dx = nnx.grad(lambda layer, x: (layer(x) ** 3).sum(), argnums=1)(layer, x)
+    axes = tuple(range(x.ndim - 1))
+
+    def expected(x):
+        z = bare(x)
+        return (z - z.mean(axes)) / (z.std(axes) + 0.01)
+
+    np.testing.assert_allclose(y, expected(x), rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(averages["mean"], 0.5 * bare(x).mean(axes), rtol=1e-4, atol=1e-6)
+    np.testing.assert_allclose(averages["std"], 0.5 + 0.5 * bare(x).std(axes), rtol=1e-5)
+    theirs = jax.grad(lambda x: (expected(x) ** 3).sum())(x)
+    np.testing.assert_allclose(dx, theirs, rtol=2e-3, atol=2e-3 * np.abs(theirs).max())
+
+
 def test_batch_norm_of_flax_layers_keeps_what_they_are():
     convolution = batch_norm(flax.linen.Conv(4, (3, 3), param_dtype=jnp.bfloat16))
     assert (convolution.norm.convention, convolution.norm.epsilon, convolution.norm.momentum) == (
@@ -309,6 +360,10 @@ def test_batch_norm_that_is_refused_changes_nothing():
     assert (dense.nonlinearity, len(dense.params), dense.b in dense.params) == ("rectify", 2, True)
     with pytest.raises(TypeError, match="layer is a dict; it must have an output_shape"):
         batch_norm({})
+    bare = SimpleNamespace(output_shape=(None, 3), nonlinearity=np.tanh, b=Shared("b", (3,), 0.0))
+    with pytest.raises(TypeError, match="layer has a bias b, but params is a NoneType; it must be the dictionary"):
+        batch_norm(bare)
+    assert (bare.nonlinearity, bare.b.name) == (np.tanh, "b")
 
 
 @pytest.mark.parametrize(("axes", "same"), [(-1, 2), ((-3, -1), (0, 2)), ((0, -1, 1), (0, 1, 2))])
@@ -320,33 +375,82 @@ def test_negative_axes(axes, same):
     np.testing.assert_allclose(2 * ours.mean.get_value(), x.mean(axis=same, keepdims=True), rtol=1e-12)
 
 
-@pytest.mark.parametrize(("arguments", "message"), [
-    (((None, 5), 1), "give all other sizes"),
-    (((None, 5), -1), "give all other sizes"),
-    (((3, 5), ()), "name some"),
-    (((3, 5), 2), "axis 2 is out of range"),
-    (((3, 5), None, -0.1), "eps is -0.1"),
-    (((3, 5), None, 0.01, 1.5), "alpha is 1.5; it is the weight of the batch"),
-    (((3, 5), None, 0.01, 0.5, "rectifi"), "no activation is called 'rectifi'"),
+class Unhashable:
+    """A callable that is no key of a dictionary, as instances of many classes with an `__eq__`."""
+
+    __hash__ = None
+
+    def __call__(self, z):
+        return z + 5
+
+
+@pytest.mark.parametrize(("axes", "same"), [
+    ([0], (0,)), (range(0, 3, 2), (0, 2)), (np.int64(-1), (2,)), (np.array([2, 0]), (0, 2)),
 ])  # fmt: skip
-def test_wrong_arguments_are_refused(arguments, message):
-    with pytest.raises(ValueError, match=message):
+def test_axes_in_other_sequences(axes, same):
+    assert BatchNormLayer((2, 3, 4), axes).axes == same
+
+
+@pytest.mark.parametrize(("arguments", "error", "message"), [
+    (((None, 5), 1), ValueError, "give all other sizes"),
+    (((None, 5), -1), ValueError, "give all other sizes"),
+    (((3, 5), ()), ValueError, "name some"),
+    (((3, 5), 2), ValueError, r"^axes is 2 .* 2 is out of range: the axes to normalize over are among -2 to 1$"),
+    (((3, 5), (0, -2)), ValueError, r"^axes is \(0, -2\) .*names an axis twice"),
+    (((3, 5), (0.0,)), TypeError, r"^axes is \(0.0,\); it must be an integer, or several"),
+    (((3, 5), True), TypeError, "^axes is True"),
+    (((3, 5), "a"), TypeError, "^axes is 'a'"),
+    (((3, 5), None, -0.1), ValueError, "^epsilon is -0.1; it is added to the standard deviation"),
+    (((3, 5), None, None), TypeError, "^epsilon is None"),
+    (((3, 5), None, 0.01, 1.5), ValueError, "^alpha is 1.5; it is the weight of the batch and must"),
+    (((3, 5), None, 0.01, "a"), TypeError, "^alpha is 'a'"),
+    (((3, 5), None, 0.01, 0.5, "rectifi"), ValueError, "^nonlinearity is 'rectifi'; of Lasagne's, identity, "),
+    (((3, 5), None, 0.01, 0.5, "elu"), ValueError, r"pass others, as elu, .*, as callables on the array$"),
+    (((3, 5), None, 0.01, 0.5, 3), TypeError, "^nonlinearity is 3; it must be a name, a callable"),
+    (((3, 5), None, 0.01, 0.5, [1]), TypeError, r"^nonlinearity is \[1\]"),
+    ((5,), TypeError, "^incoming is 5; it must be a layer with an output_shape, or a shape"),
+    ((None,), TypeError, "^incoming is None"),
+    ((np.ones((3, 5)),), TypeError, "^incoming is array"),
+    (((None, 2.0),), TypeError, r"^incoming is \(None, 2.0\)"),
+    (((None, -2),), ValueError, r"shape is \(None, -2\); it must have .* no negative size"),
+    (((),), ValueError, r"shape is \(\); it must have a dimension"),
+])  # fmt: skip
+def test_wrong_arguments_are_refused(arguments, error, message):
+    with pytest.raises(error, match=message):
         BatchNormLayer(*arguments)
 
 
 def test_wrong_inputs_are_refused():
     layer = BatchNormLayer((None, 5))
-    with pytest.raises(ValueError, match=r"the input has shape \(2, 5, 3\); this layer is for \(None, 5\)"):
-        layer.get_output_for(np.ones((2, 5, 3)))
+    for first in (torch.ones(2, 4), torch.ones(5), torch.ones(2, 5, dtype=torch.int64)):  # refused, they fix no library
+        with pytest.raises((ValueError, TypeError), match=r"the input has shape|input has dtype"):
+            layer.get_output_for(first)
+    layer.get_output_for(np.ones((2, 5)), deterministic=True)
+    for shape in ((2, 5, 3), (2, 4)):
+        with pytest.raises(
+            ValueError, match=rf"the input has shape {re.escape(str(shape))}; this layer is for \(None, 5\)"
+        ):
+            layer.get_output_for(np.ones(shape))
     with pytest.raises(TypeError, match="input has dtype int64"):
         layer.get_output_for(np.ones((2, 5), int))
-    with pytest.raises(ValueError, match="channels"):
-        layer.get_output_for(np.ones((2, 4)))
     for foreign in (torch.ones(2, 5), jnp.ones((2, 5))):
-        with pytest.raises(TypeError, match=r"mean is a numpy\.ndarray, but x is a .*; convert mean"):
+        with pytest.raises(TypeError, match=r"mean is a numpy\.ndarray, but input is a .*; convert mean"):
             layer.get_output_for(foreign)
     with pytest.raises(ValueError, match=r"gamma has shape \(1, 5\), but the new value \(5,\)"):
         layer.gamma.set_value(np.ones(5))
+    values = {shared.name: shared.get_value() for shared in layer.params} | {"gamma": np.ones(5)}
+    with pytest.raises(ValueError, match=r"gamma has shape \(5,\); it must be \(1, 5\), as input has shape \(2, 5\)"):
+        layer.apply(values, np.ones((2, 5)))
+    assert not layer.mean.get_value().any()
+
+
+def test_names_and_arguments_of_lasagne():
+    """A layer keeps its name, and takes the keyword arguments that are meant for other layers of a network."""
+    layer, x = BatchNormLayer((None, 2), name="norm"), np.array([[1.0, 10.0], [3.0, 30.0]])
+    assert (layer.name, BatchNormLayer((None, 2)).name) == ("norm", None)
+    y = layer.get_output_for(x, deterministic=True, batch_norm_update_averages=True)
+    np.testing.assert_allclose(y, x / 1.01, rtol=1e-15)
+    np.testing.assert_array_equal(layer.mean.get_value(), [[0, 0]])
 
 
 def test_shape_and_epsilon_may_change():
@@ -371,7 +475,10 @@ def test_shape_and_epsilon_may_change():
     ("rectify", lambda z: np.maximum(z, 0)),
     ("leaky_rectify", lambda z: np.where(z > 0, z, z / 100)),
     ("sigmoid", lambda z: 1 / (1 + np.exp(-z))),
+    ("identity", lambda z: z),
+    ("tanh", np.tanh),
     (lambda z: z * z, lambda z: z * z),
+    (Unhashable(), lambda z: z + 5),
 ])  # fmt: skip
 def test_nonlinearities(library, name, value):
     x = np.random.default_rng(3).normal(size=(5, 2))
@@ -380,31 +487,103 @@ def test_nonlinearities(library, name, value):
     np.testing.assert_allclose(library.numpy(y), value(z), rtol=1e-5, atol=1e-6)
 
 
-def test_a_batch_that_is_not_finite_does_not_enter():
+@pytest.mark.parametrize("library", [LIBRARIES[name] for name in ("numpy", "torch", "jax")], ids=by_name)
+def test_a_batch_that_is_not_finite(library):
+    """It does not enter the averages; faithful, it stays in them for good, in its own channel."""
+    bad, good = (library.array(x, "float32") for x in ([[np.nan, 1.0], [1.0, 3.0]], [[1.0, 2.0], [3.0, 6.0]]))
+    layer, faithful = BatchNormLayer((None, 2)), BatchNormLayer((None, 2), faithful=True)
+    with pytest.warns(RuntimeWarning, match="did not enter the running statistics; faithful=True averages") as caught:
+        layer.get_output_for(bad)
+    assert [warning.filename for warning in caught] == [__file__]
+    y = library.numpy(faithful.get_output_for(bad))
+    np.testing.assert_allclose(y, [[np.nan, -1 / 1.01], [np.nan, 1 / 1.01]], rtol=1e-6)
+    for one in (layer, faithful):
+        one.get_output_for(good)
+    np.testing.assert_allclose(layer.mean.get_value(), [[1, 2]], rtol=1e-6)
+    np.testing.assert_allclose(layer.std.get_value(), [[1, 1.5]], rtol=1e-6)
+    np.testing.assert_allclose(faithful.mean.get_value(), [[np.nan, 2.5]], rtol=1e-6)
+    np.testing.assert_allclose(faithful.std.get_value(), [[np.nan, 1.5]], rtol=1e-6)
+
+
+@pytest.mark.parametrize("library", [LIBRARIES[name] for name in ("numpy", "torch", "jax")], ids=by_name)
+def test_faithful_half_precision_does_not_overflow(library):
+    """The squares of deviations of 1000 are no float16; the formula is computed in float32."""
+    layer = BatchNormLayer((None, 1), epsilon=0, faithful=True)
+    y = layer.get_output_for(library.array([[1000.0], [3000.0]], "float16"))
+    assert (str(y.dtype).rpartition(".")[2], str(layer.std.value.dtype).rpartition(".")[2]) == ("float16", "float32")
+    np.testing.assert_allclose(library.numpy(y), [[-1], [1]], rtol=1e-3)
+    np.testing.assert_allclose(layer.std.get_value(), [[500.5]], rtol=1e-6)
+
+
+@pytest.mark.parametrize("faithful", [False, True])
+def test_nonlinearity_is_called_once(faithful):
+    """A Dropout draws once for each call."""
+    calls, x = [], torch.ones(4, 2)
+    layer = BatchNormLayer((None, 2), nonlinearity=lambda z: calls.append(z) or torch.nn.functional.dropout(z),
+                           faithful=faithful)  # fmt: skip
+    torch.manual_seed(0)
+    layer.get_output_for(x)
+    ours = torch.rand(1)
+    torch.manual_seed(0)
+    torch.nn.functional.dropout(x)
+    assert (len(calls), ours.item()) == (1, torch.rand(1).item())
+
+
+@pytest.mark.parametrize("library", [LIBRARIES[name] for name in ("numpy", "torch", "jax")], ids=by_name)
+def test_values_are_copies(library):
+    """Theano's `get_value` copies unless `borrow`: what was read survives an update, and is no way to make one."""
+    layer, x = BatchNormLayer((None, 2)), library.array([[1.0, 10.0], [3.0, 30.0]], "float32")
+    layer.get_output_for(x)
+    before = {shared.name: shared.get_value() for shared in layer.params}
+    expected = {name: library.numpy(value).copy() for name, value in before.items()}
+    for shared in layer.params:
+        shared.set_value(np.full((1, 2), 7.0), borrow=True)
+        assert shared.get_value(borrow=True) is shared.value
+    for name, value in before.items():
+        assert not getattr(value, "requires_grad", False)
+        np.testing.assert_array_equal(library.numpy(value), expected[name], name)
+    if library.name != "jax":
+        layer.gamma.get_value()[...] = 0
+    np.testing.assert_array_equal(np.asarray(layer.gamma), [[7, 7]])
+    layer.gamma.set_value(before["gamma"])  # as after early stopping
+    np.testing.assert_array_equal(np.asarray(layer.gamma), [[1, 1]])
+
+
+@pytest.mark.parametrize("own", ["numpy", "torch", "jax"])
+def test_values_of_other_libraries_are_taken(own):
     layer = BatchNormLayer((None, 2))
-    with pytest.warns(RuntimeWarning, match="did not enter the running statistics"):
-        layer.get_output_for(np.array([[np.nan, 1.0], [1.0, 2.0]]))
-    np.testing.assert_array_equal(layer.mean.get_value(), [[0, 0]])
+    layer.get_output_for(LIBRARIES[own].array(np.ones((3, 2)), "float32"))
+    kind = type(layer.gamma.value)
+    for value in (
+        np.full((1, 2), 2.0), [[2, 2]], jnp.full((1, 2), 2.0), torch.full((1, 2), 2.0, requires_grad=True),
+        torch.full((1, 2), 2.0, dtype=torch.bfloat16),
+    ):  # fmt: skip
+        layer.gamma.set_value(np.ones((1, 2)))
+        layer.gamma.set_value(value)
+        np.testing.assert_array_equal(np.asarray(layer.gamma), [[2, 2]])
+        assert type(layer.gamma.value) is kind
+    with pytest.raises(RuntimeError, match="gamma cannot be updated in a function that is being traced"):
+        jax.jit(lambda value: layer.gamma.set_value(value))(jnp.ones((1, 2)))
 
 
 def test_torch_trains_the_leaves():
     """Gradients reach input, gamma and beta; the averages stay outside the graph; optimizers keep their tensors."""
     layer, x = BatchNormLayer((None, 3)), torch.randn(8, 3, generator=torch.manual_seed(0), requires_grad=True)
     layer.get_output_for(x, deterministic=True)
-    gamma, beta = layer.gamma.get_value(), layer.beta.get_value()
-    assert (gamma.is_leaf, gamma.requires_grad, layer.mean.get_value().requires_grad) == (True, True, False)
-    optimizer = torch.optim.SGD([shared.get_value() for shared in layer.get_params(trainable=True)], lr=0.5)
+    gamma, beta = layer.gamma.value, layer.beta.value
+    assert (gamma.is_leaf, gamma.requires_grad, layer.mean.value.requires_grad) == (True, True, False)
+    optimizer = torch.optim.SGD([shared.value for shared in layer.get_params(trainable=True)], lr=0.5)
     (layer.get_output_for(x) ** 3).sum().backward()
     xhat = (x - x.mean(0)) / (x.std(0, correction=0) + 0.01)
     torch.testing.assert_close(beta.grad, 3 * (xhat**2).sum(0, keepdim=True))
     torch.testing.assert_close(gamma.grad, 3 * (xhat**3).sum(0, keepdim=True))
     assert x.grad.abs().max() > 0
-    assert layer.mean.get_value().grad_fn is None
+    assert layer.mean.value.grad_fn is None
     optimizer.step()
     torch.testing.assert_close(layer.beta.get_value(), -1.5 * (xhat**2).sum(0, keepdim=True))
     layer.gamma.set_value([[1.0, 2.0, 3.0]])
     layer.beta.set_value(torch.zeros(1, 3, requires_grad=True))
-    assert layer.gamma.get_value() is gamma
+    assert layer.gamma.get_value(borrow=True) is layer.gamma.value is gamma
     assert gamma.tolist() == [[1.0, 2.0, 3.0]]
     assert beta.tolist() == [[0.0, 0.0, 0.0]]
     np.testing.assert_array_equal(np.asarray(layer.gamma), [[1, 2, 3]])
@@ -422,10 +601,10 @@ def test_torch_transformations_and_inference_mode():
     with torch.inference_mode():
         layer.get_output_for(x[0], deterministic=True)
     layer.get_output_for(x[0]).sum().backward()
-    mean = layer.mean.get_value()
+    mean = layer.mean.value
     with pytest.raises(RuntimeError, match=r"mean cannot be updated .* use y, values = layer\.apply\(values, input\)"):
         torch.func.vmap(layer.get_output_for)(x)
-    assert layer.mean.get_value() is mean
+    assert layer.mean.value is mean
     values = {shared.name: shared.get_value() for shared in layer.params}
     y, after = torch.func.vmap(lambda x: layer.apply(values, x))(x)
     for one, mean, batch in zip(y, after["mean"], x, strict=True):

@@ -1,5 +1,7 @@
 """`batchnorm.compat.returnn` against the port of the original, and its contexts, dimensions and masks."""
 
+import asyncio
+import contextvars
 import subprocess
 import sys
 import threading
@@ -162,13 +164,41 @@ def test_another_source_is_refused(source, error, message):
 @pytest.mark.parametrize(("options", "message"), [
     ({"momentum": 1.5}, "momentum is 1.5; it is the weight of the batch"),
     ({"momentum": float("nan")}, "momentum is nan"),
-    ({"epsilon": -1.0}, "eps is -1.0"),
+    ({"momentum": None}, "^momentum is None"),
+    ({"momentum": "a"}, "^momentum is 'a'"),
+    ({"epsilon": -1.0}, "^epsilon is -1.0; it is added to the variance"),
+    ({"epsilon": None}, "^epsilon is None"),
 ])  # fmt: skip
 def test_numbers_are_checked(options, message):
     norm = BatchNorm()
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises((ValueError, TypeError), match=message):
         norm(SOURCE, **options)
     assert norm.in_dim is None
+
+
+def along(*dims, size=3):
+    return xr.DataArray(np.full((size,) * len(dims), 2.0), dims=dims)
+
+
+@pytest.mark.parametrize(("field", "value", "error", "message"), [
+    ("mean", along("time"), ValueError, r"^mean has dimensions \('time',\); they must be \('feature',\)"),
+    ("var", along("other"), ValueError, r"^var has dimensions \('other',\)"),
+    ("mean", along("batch", "feature"), ValueError, r"^mean has dimensions \('batch', 'feature'\)"),
+    ("gamma", along("other"), ValueError, r"^gamma has dimensions \('other',\)"),
+    ("gamma", along("feature", size=2), ValueError, "^source and gamma differ along 'feature'"),
+    ("beta", along("feature").astype(int), TypeError, "^beta has dtype int64"),
+    ("mean", np.ones(3), TypeError, r"^mean is a ndarray; it must be an xarray.DataArray: DataArray\(mean, dims="),
+    ("gamma", np.ones(3), TypeError, "^gamma is a ndarray"),
+    ("mean", along("feature").copy(data=jnp.ones(3)), TypeError, "^mean is a jax.*, but source is a numpy"),
+])  # fmt: skip
+def test_fields_that_do_not_fit_change_nothing(field, value, error, message):
+    """A field of another dimension is not taken by position, and an error leaves the layer without a first call."""
+    norm = BatchNorm()
+    setattr(norm, field, value)
+    with pytest.raises(error, match=message):
+        norm(SOURCE)
+    assert norm.in_dim is None
+    assert [name for name in ("mean", "var", "gamma", "beta") if getattr(norm, name) is not None] == [field]
 
 
 def test_outside_of_contexts_it_evaluates():
@@ -235,6 +265,42 @@ def test_threads_start_outside():
     np.testing.assert_array_equal(norm.mean, np.zeros(3))
 
 
+def test_tasks_and_threads_that_outlive_the_block_do_not_train():
+    """Their update would be lost."""
+    norm, outcomes = BatchNorm(), []
+
+    async def started_within():
+        async def train():
+            await ended.wait()
+            norm(SOURCE)
+
+        ended = asyncio.Event()
+        with run_ctx(train=True):
+            task = asyncio.ensure_future(train())
+            norm(SOURCE)
+        ended.set()
+        await task
+
+    with pytest.raises(RuntimeError, match="trains in a run_ctx block that has ended"):
+        asyncio.run(started_within())
+    np.testing.assert_allclose(norm.mean, 0.1 * X.mean(axis=(0, 1)), rtol=1e-12)  # of the call in the block
+    for train in (True, False):
+        with run_ctx(train=train):
+            context = contextvars.copy_context()
+        thread = threading.Thread(target=lambda: outcomes.append(context.run(outcome, norm)))  # noqa: B023
+        thread.start()
+        thread.join()
+    assert outcomes == ["RuntimeError", "evaluated"]
+
+
+def outcome(norm):
+    try:
+        norm(SOURCE)
+    except RuntimeError as error:
+        return type(error).__name__
+    return "evaluated"
+
+
 def test_lengths_of_two_dimensions():
     """Each counts along its own; what padding holds reaches no statistic, and it is normalised like the rest."""
     lengths = {"lengths_of_time": ("batch", [5, 2, 0, 3]), "lengths_of_feature": ("batch", [3, 1, 2, 2])}
@@ -276,10 +342,37 @@ def test_batches_that_do_not_enter():
     trained(norm, [SOURCE])
     before = norm.mean.values, norm.var.values
     trained(norm, [SOURCE.assign_coords(lengths_of_time=("batch", [0, 0, 0, 0]))])
-    with pytest.warns(RuntimeWarning, match="did not enter the running statistics"):
+    with pytest.warns(RuntimeWarning, match="did not enter the running statistics") as caught:
         trained(norm, [SOURCE.where(SOURCE.time > 0, np.nan)])
+    assert [warning.filename for warning in caught] == [__file__]
     np.testing.assert_array_equal(norm.mean, before[0])
     np.testing.assert_array_equal(norm.var, before[1])
+
+
+@pytest.mark.parametrize("library", [np, jnp])
+@pytest.mark.parametrize("masked", [False, True])
+def test_faithful_batch_that_is_not_finite(masked, library):
+    """It stays in mean and var for good, where it counts; an update for each call, at the end of the block."""
+    values = X.astype(np.float32)
+    values[0, 1, 0], values[1, 0, 1], values[3, 4, 2] = np.nan, np.inf, np.nan
+    lengths = [5, 2, 0, 3] if masked else [5, 5, 5, 5]
+    bad, good = (SOURCE.copy(data=library.asarray(data)) for data in (values, X.astype(np.float32)))
+    bad = bad.assign_coords(lengths_of_time=("batch", lengths)) if masked else bad
+    norm, kept = BatchNorm(faithful=True), np.arange(5) < np.array(lengths)[:, None]
+    with np.errstate(invalid="ignore"), run_ctx(train=True):
+        norm(bad)
+        norm(good)
+        np.testing.assert_array_equal(norm.mean, np.zeros(3))
+    # Where the mean became infinite, the difference of infinities in the next update is NaN.
+    for moving, statistic in ((norm.mean, np.mean), (norm.var, np.var)):
+        first = 0.1 * statistic(values[kept][:, 2]) if masked else np.nan
+        expected = 0.9 * np.array([np.nan, np.nan, first]) + 0.1 * statistic(X, axis=(0, 1))
+        np.testing.assert_allclose(moving, expected, rtol=1e-5)
+    trained(norm, [good])
+    np.testing.assert_array_equal(np.isfinite(norm.mean), [False, False, masked])
+    before = norm.mean.values
+    trained(norm, [good.assign_coords(lengths_of_time=("batch", [0, 0, 0, 0]))])  # nothing to average
+    np.testing.assert_array_equal(norm.mean, before)
 
 
 def test_state_keeps_no_traced_values():

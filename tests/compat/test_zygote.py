@@ -216,29 +216,155 @@ def test_replace_and_eps():
     assert layer.eps == float(np.float32(0.1))
     assert layer.replace(frozen=True).frozen
     np.testing.assert_array_equal(layer.replace(mu=jnp.ones(3)).running.mean, np.ones(3))
-    assert [value.dtype for value in (layer.beta, layer.gamma, layer.mu, layer.sigma)] == [jnp.float32] * 4
-    with pytest.raises(TypeError, match="has no momentum; it has mu, sigma, beta, gamma, running, activation, eps"):
-        layer.replace(momentum=0.1)
-    with pytest.raises(ValueError, match=r"eps is -1\.0"):
-        zygote.BatchNorm(3, eps=-1.0)
+    with jax.enable_x64(True):
+        wide = zygote.BatchNorm(3)
+        assert [value.dtype for value in (wide.beta, wide.gamma, wide.mu, wide.sigma)] == [jnp.float32] * 4
+    with pytest.raises(
+        TypeError, match="has no epsilon; it has mu, sigma, beta, gamma, running, activation, eps, momentum"
+    ):
+        layer.replace(epsilon=0.1)
 
 
-@pytest.mark.parametrize("shape", [(3,), (4, 2), ()])
-def test_shapes_that_do_not_fit(shape):
-    with pytest.raises(ValueError, match=r"axis 1|x is a scalar"):
-        zygote.BatchNorm(3)(jnp.ones(shape))
+def test_arguments_of_the_page():
+    """The initial values are functions of the number of channels; momentum is kept for the optimizer, and unused."""
+    initial = {"init_beta": lambda n: jnp.arange(float(n)), "init_gamma": lambda n: np.full(n, 2.0)}
+    layer = zygote.BatchNorm(3, **initial, momentum=0.5)
+    assert (layer.momentum, zygote.BatchNorm(3).momentum) == (0.5, 0.1)
+    x = X[:, :, 0]
+    np.testing.assert_allclose(layer(x), 2 * x + np.arange(3), rtol=1e-6)
+    optimizer = bnj.partition(optax.sgd(0.0), decay=1 - layer.momentum)
+    gradient = jax.grad(lambda layer: layer(x).sum())(layer)
+    updates, _ = optimizer.update(gradient, optimizer.init(layer), layer)
+    np.testing.assert_allclose(optax.apply_updates(layer, updates).mu, 0.5 * np.mean(x, axis=0), rtol=1e-5)
+
+
+def test_repr():
+    assert repr(LAYER) == "BatchNorm(3, activation='sigmoid', eps=1e-05, frozen=False)"
+    assert repr(zygote.testmode(zygote.BatchNorm(2))) == "BatchNorm(2, activation=None, eps=1e-05, frozen=True)"
+    assert repr(jax.tree.map(lambda leaf: None, LAYER)).startswith("BatchNorm(")
+
+
+@pytest.mark.parametrize(("arguments", "options", "error", "message"), [
+    ((-1,), {}, ValueError, "^channels is -1; it must be 1 or more"),
+    ((0,), {}, ValueError, "^channels is 0"),
+    ((2.5,), {}, TypeError, "^channels is 2.5; it must be an integer, the size of axis 1"),
+    (((2,),), {}, TypeError, r"^channels is \(2,\)"),
+    ((3, "elu"), {}, ValueError, "no activation is called 'elu'"),
+    ((3, 3), {}, TypeError, "^activation is 3; it must be a name, a callable"),
+    ((3,), {"eps": -1.0}, ValueError, r"^eps is -1\.0"),
+    ((3,), {"eps": None}, TypeError, "^eps is None"),
+    ((3,), {"momentum": 2}, ValueError, "^momentum is 2; it is the weight of the batch"),
+    ((3,), {"init_beta": 0.0}, TypeError, "^init_beta is 0.0; it must be a function of the number of channels"),
+    ((3,), {"init_gamma": lambda n: jnp.ones((n, 1))}, ValueError, r"^init_gamma\(3\) has shape \(3, 1\)"),
+    ((3,), {"init_gamma": jnp.arange}, TypeError, r"^init_gamma\(3\) has dtype int32"),
+])  # fmt: skip
+def test_wrong_arguments_are_refused(arguments, options, error, message):
+    with pytest.raises(error, match=message):
+        zygote.BatchNorm(*arguments, **options)
+
+
+@pytest.mark.parametrize("faithful", [False, True])
+@pytest.mark.parametrize(("x", "fields", "error", "message"), [
+    (jnp.ones(3), {}, ValueError, r"^x has shape \(3,\); it must be \(N, C\)"),
+    (jnp.ones(()), {}, ValueError, r"^x has shape \(\)"),
+    (jnp.ones((4, 2)), {}, ValueError, r"^beta has shape \(3,\); it must be \(2,\), as x has shape \(4, 2\)"),
+    (jnp.ones((4, 3), int), {}, TypeError, "^x has dtype int32"),
+    ([[1.0] * 3], {}, TypeError, "^x is a list"),
+    (jnp.ones((4, 3)), {"mu": jnp.ones(7)}, ValueError, r"^mu has shape \(7,\); it must be \(3,\)"),
+    (jnp.ones((4, 3)), {"sigma": jnp.ones(1)}, ValueError, r"^sigma has shape \(1,\)"),
+])  # fmt: skip
+def test_calls_that_do_not_fit(x, fields, error, message, faithful):
+    with pytest.raises(error, match=message):
+        zygote.BatchNorm(3, faithful=faithful).replace(**fields)(x)
+
+
+def test_only_what_is_differentiated_trains():
+    """Zygote trains every layer in a differentiated function; JAX tells a layer of derivatives that reach it alone."""
+    head, x = jnp.asarray(2.0), X[:, :, 0]
+
+    def loss(head, layer, x):
+        return jnp.sum((head * layer(x)) ** 2)
+
+    training = jax.vjp(LAYER, x)[0]
+    for faithful in (False, True):
+        layer = LAYER.replace(faithful=faithful)
+        evaluated, trained = (float(loss(head, lambda x, y=y: y, x)) for y in (layer(x), training))
+        assert abs(evaluated - trained) > 0.1
+        np.testing.assert_allclose(jax.value_and_grad(loss)(head, layer, x)[0], evaluated, rtol=1e-5)
+        for argnums in (1, 2, (0, 1), (0, 2)):
+            np.testing.assert_allclose(jax.value_and_grad(loss, argnums)(head, layer, x)[0], trained, rtol=1e-5)
+
+
+def averaged(layer, xs):
+    """mu and sigma after a step of the averaging optimizer on each of the batches."""
+    optimizer = bnj.partition(optax.sgd(0.0), decay=0.5)
+    state = optimizer.init(layer)
+    for x in xs:
+        updates, state = optimizer.update(jax.grad(lambda layer: layer(x).sum())(layer), state, layer)  # noqa: B023
+        layer = optax.apply_updates(layer, updates)
+    return layer.mu, layer.sigma
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_batch_that_is_not_finite(value):
+    """It stays in the averages for good in the original, in its own channel; by default it does not enter."""
+    bad, good = jnp.asarray([[value, 1.0], [1.0, 3.0]]), jnp.asarray([[1.0, 2.0], [3.0, 6.0]])
+    mu, sigma = averaged(zygote.BatchNorm(2, faithful=True), (bad, good))
+    np.testing.assert_allclose(mu, [np.nan, 2.5], rtol=1e-5)
+    np.testing.assert_allclose(sigma, [np.nan, 0.25 + 0.25 * 2 + 0.5 * 4], rtol=1e-5)
+    with pytest.warns(RuntimeWarning, match="did not enter the running statistics") as caught:
+        mu, sigma = averaged(zygote.BatchNorm(2), (bad, good))
+    assert {warning.filename for warning in caught} == {__file__}
+    np.testing.assert_allclose(mu, [1, 2], rtol=1e-5)
+    np.testing.assert_allclose(sigma, [0.5 + 0.5 * 2, 0.5 + 0.5 * 4], rtol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_faithful_gradients(dtype):
+    """Where no fault shows, faithful is the default: y, all gradients, second derivatives, and under `vmap`."""
+    x, dy = X.astype(dtype), DY.astype(dtype)
+    bound = {"rtol": 1e-4, "atol": 1e-5} if dtype == jnp.float32 else {"rtol": 3e-2, "atol": 3e-2}
+    faithful, ours = (differentiated(LAYER.replace(faithful=kind), x, dy) for kind in (True, False))
+    for theirs, own in zip(
+        jax.tree.leaves(faithful[:1] + faithful[2:]), jax.tree.leaves(ours[:1] + ours[2:]), strict=True
+    ):
+        assert theirs.dtype == own.dtype == dtype
+        np.testing.assert_allclose(np.asarray(theirs, float), np.asarray(own, float), **bound)
+    for theirs, own in zip(jax.tree.leaves(faithful[1]), jax.tree.leaves(ours[1]), strict=True):
+        np.testing.assert_allclose(theirs, own, **bound)
+    if dtype == jnp.float32:
+        twice = [
+            jax.grad(lambda x, layer=layer: jnp.sum(jax.grad(lambda x: jnp.sum(layer(x) ** 3))(x) * DY))(X)
+            for layer in (LAYER.replace(faithful=True), LAYER)
+        ]
+        np.testing.assert_allclose(*twice, rtol=1e-2, atol=1e-3)
+        batched = jax.vmap(jax.grad(lambda x: jnp.sum(LAYER.replace(faithful=True)(x) * DY)))(jnp.stack([X, 2 * X]))
+        np.testing.assert_allclose(batched[0], faithful[2], rtol=1e-4, atol=1e-5)
 
 
 def test_zero_sigma():
-    """xhat = 0, where the original divides by 0."""
-    assert not np.isfinite(results("zygote", "float64", "const", "eps0")["y"]).all()
+    """In training xhat = 0, where the original is 0 / 0, as `faithful`; inference divides by 0, as there."""
+    theirs = results("zygote", "float64", "const", "eps0")["y"]
+    assert np.isnan(theirs[:, 1:]).all()
     layer = zygote.BatchNorm(3, eps=0.0).replace(sigma=jnp.zeros(3), beta=jnp.arange(3.0))
-    np.testing.assert_array_equal(layer(X[:, :, 0]), np.broadcast_to(np.arange(3.0), (6, 3)))
+    for faithful in (False, True):
+        np.testing.assert_array_equal(layer.replace(faithful=faithful)(X[:, :, 0]), np.copysign(np.inf, X[:, :, 0]))
     constant = jnp.broadcast_to(jnp.asarray([1.0, 2.0, 4.0]), (6, 3))
     y, gradient, dx = differentiated(layer, constant, DY[:, :, 0])
     np.testing.assert_array_equal(y, np.broadcast_to(np.arange(3.0), (6, 3)))
     np.testing.assert_array_equal(dx, np.zeros((6, 3)))
     np.testing.assert_array_equal(gradient.sigma, np.zeros(3))
+    y, gradient, dx = differentiated(layer.replace(faithful=True), constant, DY[:, :, 0])
+    assert np.isnan(y).all()
+    assert np.isnan(dx).all()
+    np.testing.assert_array_equal(gradient.sigma, np.zeros(3))
+
+
+def test_without_jax_the_extra_is_named():
+    code = "import sys; sys.modules['jax'] = None; import batchnorm.compat.zygote"
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert result.returncode == 1
+    assert 'batchnorm.compat.zygote needs jax, which is not installed; pip install "batchnorm[jax]"' in result.stderr
 
 
 def test_frameworks():

@@ -61,6 +61,81 @@ def test_dtypes_of_nnx(dtype):
             assert jnp.abs(results[0][1] - results[1][1]).max() < 0.02
 
 
+INTEGERS = ("bool", "int8", "uint8", "int16", "uint16", "int32", "uint32")
+
+
+def integers(dtype):
+    """Values near the largest of a dtype, where one number of a half precision stands for several integers."""
+    if dtype == "bool":
+        return jnp.asarray(RNG.random((64, 3)) < 0.3)
+    most = min(np.iinfo(dtype).max, 60000)
+    return jnp.asarray(RNG.integers(most - most // 50 - 2, most, (64, 3)), dtype)
+
+
+@pytest.mark.parametrize("given", INTEGERS)
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32", None])
+def test_integers_are_not_rounded_to_a_half(given, dtype):
+    """In training and in evaluation, as Flax's linen; nnx of Flax rounds x to `dtype` first, ours do not."""
+    x = integers(given)
+    exact = np.asarray(x, float)
+    xhat = (exact - exact.mean(0)) / np.sqrt(exact.var(0) + 1e-5)
+    options = {"dtype": dtype, "momentum": 0.0}
+    # The fast variance of Flax cancels here.
+    layers = [flax.linen.BatchNorm(use_fast_variance=False, **options), linen.BatchNorm(**options)]
+    variables = layers[0].init(jax.random.key(0), x, use_running_average=True)
+    atol = {"bfloat16": 0.02, "float16": 0.004}.get(dtype, 1e-3)
+    for layer in layers:
+        y, state = layer.apply(variables, x, use_running_average=False, mutable=["batch_stats"])
+        assert y.dtype == (dtype or "float32")
+        np.testing.assert_allclose(np.asarray(y, float), xhat, atol=atol)
+        np.testing.assert_allclose(state["batch_stats"]["mean"], exact.mean(0), rtol=1e-6)
+        np.testing.assert_allclose(state["batch_stats"]["var"], exact.var(0), rtol=1e-4)
+        y = layer.apply({**variables, **state}, x, use_running_average=True)
+        np.testing.assert_allclose(np.asarray(y, float), xhat, atol=atol)
+    of_nnx = nnx.BatchNorm(3, rngs=flax.nnx.Rngs(0), **options)
+    np.testing.assert_allclose(np.asarray(of_nnx(x), float), xhat, atol=atol)
+    np.testing.assert_allclose(of_nnx.var[...], exact.var(0), rtol=1e-4)
+    np.testing.assert_allclose(np.asarray(of_nnx(x, use_running_average=True), float), xhat, atol=atol)
+    implicit = linen.ImplicitBatchNorm(dtype=dtype)
+    parameters = implicit.init(jax.random.key(0), x)["params"]
+    received = jax.grad(lambda p: implicit.apply({"params": p}, x).astype(jnp.float32).sum())(parameters)["running"]
+    np.testing.assert_allclose(received.spread, exact.var(0), rtol=1e-4)
+
+
+def test_what_nnx_of_flax_makes_of_integers():
+    """The example of `docs/flax.md`: three neighbours that are one number in bfloat16, from Flax 0.12.1 on."""
+    x = 1000 + jnp.asarray(RNG.integers(0, 3, (64, 3)))
+    theirs, ours = (
+        kind(3, dtype=jnp.bfloat16, momentum=0.0, rngs=flax.nnx.Rngs(0)) for kind in (flax.nnx.BatchNorm, nnx.BatchNorm)
+    )
+    assert bool(theirs(x).any()) != hasattr(theirs, "promote_dtype")
+    assert float(jnp.abs(ours(x)).max()) > 1
+    np.testing.assert_allclose(ours.var[...], x.var(0), rtol=1e-4)
+
+
+@pytest.mark.parametrize("kind", ["linen", "nnx", "implicit"])
+@pytest.mark.parametrize("given", ["float32", "bfloat16"])
+def test_integer_parameters_are_promoted(kind, given):
+    x = jnp.asarray(VALUES, given)
+    scale, bias = jnp.asarray([1, 2, 3]), jnp.asarray([0, -1, 5], jnp.int8)
+    parameters = {"params": {"scale": scale, "bias": bias}, "batch_stats": {"mean": jnp.ones(3), "var": jnp.ones(3)}}
+    expected = flax.linen.BatchNorm().apply(parameters, x, use_running_average=True)
+    if kind == "linen":
+        y = linen.BatchNorm().apply(parameters, x, use_running_average=True)
+    elif kind == "nnx":
+        layers = [of(3, rngs=flax.nnx.Rngs(0)) for of in (flax.nnx.BatchNorm, nnx.BatchNorm)]
+        for layer in layers:
+            layer.scale, layer.bias, layer.mean[...] = flax.nnx.Param(scale), flax.nnx.Param(bias), jnp.ones(3)
+        expected, y = (layer(x, use_running_average=True) for layer in layers)
+    else:
+        layer = linen.ImplicitBatchNorm()
+        running = layer.init(jax.random.key(0), x)["params"]["running"]._replace(mean=jnp.ones(3))
+        y = layer.apply({"params": {**parameters["params"], "running": running}}, x)
+    assert y.dtype == expected.dtype
+    rtol = 1e-2 if given == "bfloat16" else 1e-5
+    np.testing.assert_allclose(np.asarray(y, float), np.asarray(expected, float), rtol=rtol, atol=rtol)
+
+
 def test_float64_statistics_are_exact():
     """Float64 input in x64 mode: running statistics that float32 could not hold."""
     with jax.enable_x64(True):

@@ -132,3 +132,72 @@ def test_two_activations_are_refused():
     with pytest.raises(ValueError, match="no activation is called 'rleu'"):
         with_batch_norm(layer, "rleu")
     assert layer.bias is not None
+
+
+# ---- names and shared layers ----------------------------------------------------------------------------------------
+
+
+class Compact(flax.linen.Module):
+    """Blocks made within a module, of a layer with a name, of one without, and of a sequence."""
+
+    @flax.linen.compact
+    def __call__(self, x):
+        x = with_batch_norm(flax.linen.Dense(5, name="fc"), "relu")(x, False)
+        x = with_batch_norm(flax.linen.Dense(6))(x, False)
+        x = with_batch_norm(flax.linen.Sequential([flax.linen.Dense(7), jnp.sin, flax.linen.Dense(8)]))(x, False)
+        return flax.linen.Dense(9)(flax.linen.BatchNorm(use_running_average=False)(x))
+
+
+class WithSetup(flax.linen.Module):
+    def setup(self):
+        self.named = with_batch_norm(flax.linen.Dense(5, name="fc"))
+        self.own = flax.linen.Dense(6)
+        self.block = with_batch_norm(self.own)
+
+    def __call__(self, x):
+        return self.block(self.named(x, False), False)
+
+
+def shapes_of_kernels(variables):
+    """The path of each kernel with its shape."""
+    leaves = jax.tree_util.tree_leaves_with_path(variables["params"])
+    paths = {"/".join(key.key for key in path): value.shape for path, value in leaves}
+    return {path.removesuffix("/kernel"): shape for path, shape in paths.items() if path.endswith("kernel")}
+
+
+def test_names_within_a_module():
+    """The norm is within its block and takes no number of the module's own; a layer keeps the name it was given."""
+    variables = Compact().init(jax.random.key(0), X)
+    blocks = [f"SequentialWithBatchNorm_{i}" for i in range(3)]
+    assert set(variables["batch_stats"]) == {*blocks, "BatchNorm_0"}
+    assert shapes_of_kernels(variables) == {
+        f"{blocks[0]}/fc": (3, 5), f"{blocks[1]}/layers_0": (5, 6), "Dense_1": (6, 7), f"{blocks[2]}/layers_2": (7, 8),
+        "Dense_3": (8, 9),
+    }  # fmt: skip
+    assert [variables["params"][block]["norm"]["scale"].shape for block in blocks] == [(5,), (6,), (8,)]
+    y, state = Compact().apply(variables, X, mutable=["batch_stats"])
+    assert y.shape == (4, 6, 6, 9)
+    assert all(state["batch_stats"][block]["norm"]["mean"].any() for block in blocks)
+    variables = WithSetup().init(jax.random.key(0), X)
+    assert shapes_of_kernels(variables) == {"named/fc": (3, 5), "block/own": (5, 6)}
+    outside = with_batch_norm(flax.linen.Dense(5, name="fc"))
+    assert set(outside.init(jax.random.key(0), X, False)["params"]) == {"fc", "norm"}
+
+
+def test_a_layer_that_occurs_twice_is_refused():
+    """It would lose its bias where it occurs first, or, in linen, share its parameters no more."""
+    dense, linear = flax.linen.Dense(3), flax.nnx.Linear(3, 3, bias_init=ONES, rngs=flax.nnx.Rngs(0))
+    for model in (
+        flax.linen.Sequential([dense, jnp.sin, dense]),
+        flax.linen.Sequential([flax.linen.Sequential([dense, jnp.sin]), dense, jnp.tanh]),
+        flax.nnx.Sequential(linear, jnp.sin, linear),
+        flax.nnx.Sequential(flax.nnx.Sequential(linear, jnp.sin), linear, jnp.tanh),
+    ):
+        with pytest.raises(ValueError, match=r"last layer of the Sequential, (Dense|Linear), occurs earlier in it"):
+            with_batch_norm(model)
+    assert linear.bias is not None
+    shared = with_batch_norm(flax.linen.Sequential([dense, jnp.sin, dense, flax.linen.Dense(5)]))
+    assert set(shared.init(jax.random.key(0), X, False)["params"]) == {"layers_0", "layers_3", "norm"}
+    others = with_batch_norm(flax.nnx.Sequential(linear, jnp.sin, linear, NNX[0]()))
+    assert others.layers[0] is others.layers[2] is linear
+    assert linear.bias is not None

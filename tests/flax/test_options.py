@@ -4,6 +4,7 @@ import inspect
 import statistics
 import time
 from dataclasses import replace
+from fractions import Fraction
 
 import flax.linen
 import flax.nnx
@@ -14,6 +15,7 @@ import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 import batchnorm as bn
+import batchnorm.flax
 import batchnorm.jax as bnj
 from batchnorm.flax import linen, nnx
 
@@ -89,6 +91,65 @@ def test_axes_that_are_none(kind):
             steps_of(kind, [X], axis=axis)
 
 
+def test_features_of_several_axes_in_nnx():
+    """A tuple, by ascending axis: variables, initializers and results are those of linen."""
+    initializers = {"scale_init": jax.nn.initializers.normal(), "bias_init": jax.nn.initializers.ones}
+    layer = nnx.BatchNorm((5, 3), axis=(-1, 1), momentum=0.5, rngs=flax.nnx.Rngs(0), **initializers)
+    assert layer.num_features == (5, 3)
+    assert layer.scale.shape == layer.bias.shape == layer.mean.shape == layer.var.shape == (5, 3)
+    assert len(np.unique(layer.scale[...])) == 15
+    y = layer(X)
+    xhat = (X - X.mean(0)) / np.sqrt(X.var(0) + 1e-5)
+    np.testing.assert_allclose(y, layer.scale[...] * xhat + 1, atol=1e-5)
+    np.testing.assert_allclose(layer.mean[...], 0.5 * X.mean(0), rtol=1e-5)
+    plain = nnx.BatchNorm((5, 3), axis=(1, 2), use_scale=False, convention="lasagne-gist", rngs=flax.nnx.Rngs(0))
+    assert plain.scale is None
+    assert (plain.bias.shape, plain.std.shape) == ((5, 3), (5, 3))
+    with pytest.raises(
+        ValueError, match=r"scale has shape \(3, 5\), but .* along axis \(1, 2\); .*num_features=\(5, 3\)"
+    ):
+        nnx.BatchNorm((3, 5), axis=(1, 2), rngs=flax.nnx.Rngs(0))(X)
+
+
+def test_other_channels_than_those_of_x():
+    """The variable by Flax's name and the option that mends it; Flax broadcasts, or fails within a formula."""
+    channels = r"x with shape \(6, 4\) has channels \(4,\) along axis 1; "
+    for options, name in (({}, "scale"), ({"use_scale": False, "use_bias": False}, "mean")):
+        layer = nnx.BatchNorm(3, rngs=flax.nnx.Rngs(0), **options)
+        for training in (True, False):
+            with pytest.raises(ValueError, match=rf"{name} has shape \(3,\), but {channels}.* with num_features=4, or"):
+                layer(jnp.ones((6, 4)), use_running_average=not training)
+    one = {"mean": jnp.ones(1), "var": jnp.ones(1)}
+    assert flax.linen.BatchNorm(use_bias=False, use_scale=False).apply({"batch_stats": one}, X, True).shape == X.shape
+    with pytest.raises(
+        ValueError, match=r"mean has shape \(1,\), but .*; pass variables made for such an x, or the axis"
+    ):
+        linen.BatchNorm(use_bias=False, use_scale=False).apply({"batch_stats": one}, X, True)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_scalar_is_refused(kind):
+    with pytest.raises(ValueError, match="x is a scalar; batch normalization needs at least one dimension"):
+        steps_of(kind, [1.0], features=1)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("name", ["mask", "residual"])
+def test_arguments_that_are_no_numbers(kind, name):
+    """Before anything is compiled; lists of numbers are taken."""
+    for value, message in (
+        ("abc", f"{name} is a str of strings; it must"),
+        ([[1.0], [2.0, 3.0]], f"{name} is a list whose parts differ in shape; it must"),
+        ({"a": 1}, f"{name} is a dict of objects; it must"),
+    ):
+        with pytest.raises(TypeError, match=message):
+            called(kind, {}, **{name: value})
+    value = np.asarray(RNG.integers(0, 2, X.shape), np.float32)
+    for given in (value.tolist(), value.astype(jnp.bfloat16), value.astype(int)):
+        y, expected = (called(kind, {}, **{name: one}) for one in (given, jnp.asarray(value)))
+        np.testing.assert_array_equal(y, expected)
+
+
 def test_signature_of_nnx():
     """Flax's options of the installed version with their defaults, then ours; a subclass shows its own."""
     theirs = inspect.signature(flax.nnx.BatchNorm.__init__).parameters
@@ -110,7 +171,8 @@ def test_signature_of_nnx():
 @pytest.mark.parametrize(
     ("option", "value", "message"),
     [
-        ("activation", "rleu", "no activation is called 'rleu'; did you mean 'relu'"),
+        ("activation", "rleu", r"no activation is called 'rleu'; did you mean 'relu'\? Known are identity, relu"),
+        ("activation", "nonsense", "no activation is called 'nonsense'; known are identity, relu"),
         ("convention", "kears", "no convention is called 'kears'; did you mean 'keras'"),
         ("kernel", "nativ", "no kernel is called 'nativ'; known are native, agnostic"),
     ],
@@ -126,7 +188,7 @@ def test_names_are_checked_by_the_constructors(option, value, message):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("number", [np.float32, np.asarray, jnp.asarray])
+@pytest.mark.parametrize("number", [np.float32, np.asarray, jnp.asarray, Fraction])
 def test_momentum_and_epsilon_as_arrays(kind, number):
     batches = batches_of(3)
     ours, state, y = steps_of(kind, batches, momentum=number(0.75), epsilon=number(0.125), evaluated=X)
@@ -137,14 +199,58 @@ def test_momentum_and_epsilon_as_arrays(kind, number):
     assert state["mean"].dtype == jnp.float32
 
 
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize(("option", "name"), [("momentum", "decay"), ("epsilon", "eps")])
-def test_numbers_that_are_none(kind, option, name):
-    """One for each channel is no momentum, though it would broadcast; nor is a negative epsilon one."""
-    with pytest.raises((ValueError, TypeError), match=name):
-        steps_of(kind, [X], **{option: jnp.full(3, 0.5)})
-    with pytest.raises(ValueError, match=f"{name} is -0.5"):
-        steps_of(kind, [X], **{option: -0.5})
+OUT_OF_RANGE = [
+    (
+        "momentum",
+        1.5,
+        ValueError,
+        "momentum is 1.5; it is the weight of the old running statistics and must lie in 0 to 1",
+    ),
+    ("momentum", jnp.float32(-0.5), ValueError, r"momentum is Array\(-0.5.*must lie in 0 to 1"),
+    ("momentum", float("nan"), ValueError, "momentum is nan"),
+    ("momentum", True, TypeError, r"momentum is True \(bool\); .*pass a number"),
+    ("momentum", "0.9", TypeError, r"momentum is '0.9' \(str\); .*pass a number"),
+    ("momentum", jnp.full(3, 0.5), TypeError, r"momentum is an array of shape \(3,\).*pass a number or a scalar array"),
+    ("momentum", jnp.asarray(True), TypeError, "momentum is an array of shape .* dtype bool"),
+    ("epsilon", -0.001, ValueError, "epsilon is -0.001; it must be finite and >= 0"),
+    ("epsilon", np.float32("inf"), ValueError, "epsilon is .*inf.*; it must be finite"),
+    ("epsilon", jnp.full(3, 0.5), TypeError, r"epsilon is an array of shape \(3,\).*pass a number or a scalar array"),
+]
+
+
+@pytest.mark.parametrize(("option", "value", "error", "message"), OUT_OF_RANGE, ids=str)
+def test_numbers_out_of_range(option, value, error, message):
+    """By our constructors; of Flax's layers, which take most of them, at the first call by ours."""
+    for make in (linen.BatchNorm, lambda **options: nnx.BatchNorm(3, rngs=flax.nnx.Rngs(0), **options)):
+        with pytest.raises(error, match=message):
+            make(**{option: value})
+    with pytest.raises(error, match=message), batchnorm.flax.replaced():
+        flax.linen.BatchNorm(use_running_average=False, **{option: value}).init(jax.random.key(0), X)
+
+
+@pytest.mark.parametrize(
+    ("option", "value"),
+    [("momentum", 1.5), ("momentum", True), ("epsilon", -0.001), ("momentum", jnp.asarray([0.5, 0.25, 0.0]))],
+    ids=str,
+)
+def test_numbers_that_flax_takes(option, value):
+    """Each computes something there: a running mean that runs away from the data, one for each channel, ..."""
+    theirs = flax.nnx.BatchNorm(3, rngs=flax.nnx.Rngs(0), **{option: value})
+    theirs(X)
+    momentum = value if option == "momentum" else 0.99
+    np.testing.assert_allclose(theirs.mean[...], (1 - momentum) * X.mean((0, 1)), rtol=1e-4)
+    before = theirs.mean[...]
+    with pytest.raises((ValueError, TypeError), match=f"{option} is "):
+        batchnorm.flax.replace(theirs)(X)
+    np.testing.assert_array_equal(theirs.mean[...], before)
+
+
+def test_an_epsilon_of_0_in_a_convention_that_refuses_it():
+    for epsilon in (0.0, jnp.float32(0)):
+        layer = nnx.BatchNorm(3, convention="pytorch", axis=-1, epsilon=epsilon, rngs=flax.nnx.Rngs(0))
+        with pytest.raises(ValueError, match="epsilon must be positive in training, but is 0: pytorch refuses it"):
+            layer(X)
+        np.testing.assert_allclose(layer(X, use_running_average=True), X, rtol=1e-6)
 
 
 def test_a_sweep_over_momentum_and_epsilon():

@@ -1,5 +1,8 @@
 """Flax's batch norms in networks of other people, computed by ours: in place in nnx, within a context in linen."""
 
+import copy
+import pickle
+import threading
 import warnings
 
 import flax.linen
@@ -106,6 +109,137 @@ def test_a_subclass_with_a_call_of_its_own_stays():
         batchnorm.flax.replace(model)
     assert type(model.norms[1]) is Biased
     assert type(model.norms[0]) is nnx.BatchNorm
+
+
+class Activated(flax.nnx.BatchNorm):
+    """A subclass whose attribute is an option of ours."""
+
+    def __init__(self, features, *, rngs):
+        super().__init__(features, rngs=rngs)
+        self.activation = flax.nnx.relu
+
+    def activated(self, x):
+        return self.activation(self(x))
+
+
+class WithKernel(flax.nnx.BatchNorm):
+    """A subclass with such an attribute of its class."""
+
+    kernel = 3
+
+
+def test_a_subclass_with_an_attribute_that_ours_would_take_stays():
+    model = [
+        Activated(3, rngs=flax.nnx.Rngs(0)),
+        WithKernel(3, rngs=flax.nnx.Rngs(0)),
+        Doubling(3, rngs=flax.nnx.Rngs(0)),
+    ]
+    counting = flax.nnx.BatchNorm(3, rngs=flax.nnx.Rngs(0))
+    counting.count_skipped, counting.convention = 7, "mine"
+    expected = model[0](X)
+    with pytest.warns(
+        UserWarning, match="kept, as they have attributes of their own that would be options of ours"
+    ) as warned:
+        batchnorm.flax.replace([*model, counting])
+    assert [str(one.message).partition("options of ours, ")[2] for one in warned] == [
+        f"activation: 0 ({__name__}.Activated)", f"kernel: 1 ({__name__}.WithKernel)",
+        "convention and count_skipped: 3 (flax.nnx.nn.normalization.BatchNorm)",
+    ]  # fmt: skip
+    assert all(one.filename == __file__ for one in warned)
+    assert [type(layer) for layer in model[:2]] == [Activated, WithKernel]
+    assert type(counting) is flax.nnx.BatchNorm
+    assert isinstance(model[2], nnx.BatchNorm)
+    np.testing.assert_allclose(model[0](X), expected, atol=1e-6)
+    assert float(expected.min()) < 0
+    batchnorm.flax.restore(model)
+    assert model[0].activation is flax.nnx.relu
+
+
+def test_options_that_are_assigned_afterwards():
+    """They act, do not keep a layer from being restored, and go with it."""
+    layer = batchnorm.flax.replace(flax.nnx.BatchNorm(3, rngs=flax.nnx.Rngs(0)))
+    layer.activation, layer.kernel = "relu", "agnostic"
+    assert float(layer(X).min()) == 0
+    clone = flax.nnx.clone(layer)
+    for one in (layer, clone):
+        assert type(batchnorm.flax.restore(one)) is flax.nnx.BatchNorm
+        assert not {"activation", "kernel"} & set(vars(one))
+        assert float(one(X).min()) < 0
+        assert type(batchnorm.flax.replace(one)) is nnx.BatchNorm
+    constructed = nnx.BatchNorm(3, activation="relu", rngs=flax.nnx.Rngs(0))
+    for one in (constructed, flax.nnx.clone(constructed), copy.deepcopy(constructed)):
+        assert type(batchnorm.flax.restore(one)) is nnx.BatchNorm
+        assert float(one(X).min()) == 0
+
+
+@pytest.mark.parametrize("kind", [flax.nnx.BatchNorm, Doubling])
+def test_replaced_layers_are_pickled_and_copied(kind):
+    """The class that is made for a subclass has no name by which pickle could find it."""
+    layer = batchnorm.flax.replace(kind(3, momentum=0.5, rngs=flax.nnx.Rngs(0)))
+    layer(X)
+    layer.eval()
+    expected = layer(X)
+    copies = [pickle.loads(pickle.dumps(layer, protocol)) for protocol in range(2, pickle.HIGHEST_PROTOCOL + 1)]
+    for one in (*copies, copy.copy(layer), copy.deepcopy(layer), flax.nnx.clone(layer)):
+        assert type(one) is type(layer)
+        assert isinstance(one, kind)
+        np.testing.assert_array_equal(one.mean[...], layer.mean[...])
+        np.testing.assert_array_equal(one(X), expected)
+    assert type(batchnorm.flax.restore(copies[-1])) is kind
+    graph, state = flax.nnx.split(layer)
+    assert type(flax.nnx.merge(pickle.loads(pickle.dumps(graph)), state)) is type(layer)
+
+
+def test_a_subclass_of_a_class_that_was_made():
+    """It is restored by nothing, and pickle finds it by its name."""
+    global Tripling
+
+    class Tripling(type(batchnorm.flax.replace(Doubling(3, rngs=flax.nnx.Rngs(0))))):
+        factor = 3
+
+    Tripling.__qualname__ = "Tripling"
+    layer = pickle.loads(pickle.dumps(Tripling(3, rngs=flax.nnx.Rngs(0))))
+    assert type(batchnorm.flax.restore(layer)) is Tripling
+    np.testing.assert_allclose(layer.doubled(X), 3 * nnx.BatchNorm(3, rngs=flax.nnx.Rngs(0))(X), atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "model",
+    [
+        3, None, X, flax.nnx.BatchNorm, [], {"a": 1}, flax.nnx.state(flax.nnx.BatchNorm(3, rngs=flax.nnx.Rngs(0))),
+        flax.nnx.split(flax.nnx.BatchNorm(3, rngs=flax.nnx.Rngs(0)))[0],
+    ],
+    ids=lambda model: type(model).__name__,
+)  # fmt: skip
+@pytest.mark.parametrize("change", [batchnorm.flax.replace, batchnorm.flax.restore])
+def test_what_has_no_module_is_refused(model, change):
+    message = f"model is a {type(model).__name__} without a module of flax.nnx; it must be a flax.nnx.Module, or a list"
+    with pytest.raises(TypeError, match=message):
+        change(model)
+
+
+def test_networks_of_linen_within_nnx():
+    """Alone they are refused; within a model they are named, unless they are layers of Flax's without a batch norm."""
+
+    def wrapped(module):
+        return flax.nnx.bridge.ToNNX(module, rngs=flax.nnx.Rngs(0))
+
+    norm = flax.linen.BatchNorm(use_running_average=False)
+    for model in ([norm], wrapped(norm), [wrapped(flax.linen.Dense(3))], {"a": norm}):
+        with pytest.raises(TypeError, match=r"model has only a flax.linen module, .* batchnorm.flax.replaced\(\)"):
+            batchnorm.flax.replace(model)
+    own = flax.nnx.BatchNorm(3, rngs=flax.nnx.Rngs(0))
+    with pytest.warns(UserWarning, match="kept, as layers of flax.linen") as warned:
+        batchnorm.flax.replace([wrapped(flax.linen.Dense(3)), wrapped(Block()), own, wrapped(norm)])
+    assert [str(one.message) for one in warned] == [
+        "kept, as layers of flax.linen are made anew at each call (call the model within batchnorm.flax.replaced()): "
+        f"1.to_nnx__module ({__name__}.Block), 3.to_nnx__module (flax.linen.normalization.BatchNorm)"
+    ]
+    assert type(own) is nnx.BatchNorm
+    model = wrapped(norm)
+    with batchnorm.flax.replaced() as report:
+        flax.nnx.bridge.lazy_init(model, X)
+    assert report.replaced == ["BatchNorm"]
 
 
 def test_replacing_and_restoring_are_idempotent():
@@ -269,3 +403,38 @@ def test_masks_and_a_flag_at_each_call():
             layer.apply(variables, X)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-5), ours, expected)
     assert report.replaced == ["BatchNorm"]
+
+
+def test_the_context_may_be_entered_again():
+    """Each time with a report of its own; as a decorator; within itself, where the outermost computes."""
+    layer = flax.linen.BatchNorm(use_running_average=False)
+    variables = layer.init(jax.random.key(0), X)
+
+    def is_replaced():
+        return is_by_ours(lambda: layer.apply(variables, X, mutable=["batch_stats"]))
+
+    context, reports = batchnorm.flax.replaced(), []
+    for _ in range(2):
+        with context as report:
+            assert is_replaced()
+        reports.append(report.replaced)
+        assert not is_replaced()
+    assert reports == [["BatchNorm"]] * 2
+    with context as outer, context as inner:
+        assert is_replaced()
+    assert (outer.replaced, inner.replaced) == (["BatchNorm"], [])
+    assert not is_replaced()
+    assert context(is_replaced)()
+    with pytest.raises(ZeroDivisionError), context:
+        1 / 0  # noqa: B018
+    assert not is_replaced()
+
+
+def test_the_context_is_of_one_thread():
+    layer, seen = flax.linen.BatchNorm(use_running_average=False), []
+    with batchnorm.flax.replaced() as report:
+        thread = threading.Thread(target=lambda: seen.append(is_by_ours(layer.init, jax.random.key(0), X)))
+        thread.start()
+        thread.join()
+    assert seen == [False]
+    assert report.replaced == []

@@ -141,3 +141,11 @@ def test_a_schedule_takes_array_code():
     known = bnj.batch_norm(x, None, None, running, training=True, decay=0.6)[1]
     for ours, expected in zip(traced, known, strict=True):
         np.testing.assert_allclose(ours, expected, rtol=1e-6)
+
+
+def test_numbers_of_numpy():
+    x = jnp.asarray(np.random.default_rng(2).normal(size=(8, 3)), jnp.float32)
+    for number in (np.float32(0.75), np.float64(0.75), 0.75):
+        for call in (bnj.batch_norm, bn.batch_norm):
+            updated = call(x, training=True, axis=1, decay=number, eps=number)[1]
+            np.testing.assert_allclose(updated.mean, 0.25 * x.mean(0), rtol=1e-5)

@@ -1,27 +1,31 @@
 """`batchnorm_forward` and `batchnorm_backward` of the CS231n exercise, on NumPy arrays.
 
-Faults of the original that the default does not have: a constant channel with eps = 0 is 0/0, here xhat = 0; the cache
-of test mode is None, here `batchnorm_backward` takes it. `faithful=True` reproduces both. As in the original, eps is
-outside the root in test mode.
+Faults of the original that the default does not have: in training a constant channel with eps = 0 is 0/0, here xhat =
+0; NaN or Inf in one batch stays in the running statistics for good, here such a batch does not enter them; the cache of
+test mode is None, here `batchnorm_backward` takes it. `faithful=True` reproduces all of them. As in the original, eps
+is outside the root in test mode, and `running_var` starts at 0, as the exercise's code sets it. (In RETURNN-common's
+sketch that start is an accident of how parameters are initialized: `batchnorm.compat.returnn` counts it as a fault.)
 """
 
+import math
 from typing import Any, cast
 
 import numpy as np
 from numpy.typing import NDArray
 
-from batchnorm.arguments import check_running
+from batchnorm.compat.cs231n_arguments import Param, check_arguments, check_numpy
 from batchnorm.compat.cs231n_formulas import WrittenCache, backward_as_written, forward_as_written
-from batchnorm.convention import Convention
+from batchnorm.compat.storage import batch_norm
 from batchnorm.conventions import resolve
 from batchnorm.core.axes import split
 from batchnorm.core.dtypes import statistics_dtype
 from batchnorm.core.normalize import Statistics, rstd_of_var
 from batchnorm.core.running import RunningStatistics
-from batchnorm.functional import backward, batch_norm, forward
+from batchnorm.functional import backward, forward
 from batchnorm.kernels.agnostic import Cache, Plan
 
 Array = NDArray[Any]
+Result = tuple[Array, Any, RunningStatistics]
 
 
 def batchnorm_forward(
@@ -34,22 +38,23 @@ def batchnorm_forward(
         test    out = gamma * (x - running_mean) / (sqrt(running_var) + eps) + beta
 
     Args:
-        x: (N, D), floating.
+        x: (N, D), floating; integers are refused: pass x.astype(float).
         gamma: Scale (D,).
         beta: Shift (D,).
         bn_param: `mode` ("train" or "test"), `eps` (1e-5), `momentum` (0.9), `running_mean` and `running_var` (D,),
             which start at 0 and are set in both modes, in float32 or wider, and never by a batch that is not finite.
-        faithful: Evaluate the formulas as they stand, and return None for the cache of test mode.
+        faithful: Evaluate the formulas as they stand, also on a batch that is not finite, and return None for the cache
+            of test mode.
 
     Returns:
         out in the dtype of x, and the cache. The cache refers to x, which must not change before the backward pass.
 
     Raises:
         KeyError, ValueError: The mode is missing or unknown, or a shape or number does not fit.
-        TypeError: Not a NumPy array of floats.
+        TypeError: Not a NumPy array of floats, not a dictionary, or not a number.
 
     Warns:
-        RuntimeWarning: The statistics of x are not finite.
+        RuntimeWarning: The statistics of x are not finite and do not enter the running ones.
 
     Example:
         >>> import numpy as np
@@ -61,46 +66,35 @@ def batchnorm_forward(
         >>> [gradient.round(2).tolist() for gradient in batchnorm_backward(np.array([[1.0, 0.0], [2.0, 3.0]]), cache)]
         [[[-0.0, -0.0], [0.0, 0.0]], [1.0, 3.0], [3.0, 3.0]]
     """
-    for name, value in (("x", x), ("gamma", gamma), ("beta", beta)):
-        if not isinstance(value, np.ndarray):
-            raise TypeError(f"{name} is a {type(value).__name__}; it must be a NumPy array: pass np.asarray({name})")
-    if x.ndim != 2:
-        raise ValueError(f"x has shape {x.shape}; it must be (N, D): for images (N, H, W, C), x.reshape(-1, C)")
-    if bn_param["mode"] not in ("train", "test"):
-        raise ValueError(f"bn_param['mode'] is {bn_param['mode']!r}; it must be 'train' or 'test'")
-    if not 0 <= bn_param.get("momentum", 0.9) <= 1:
-        raise ValueError(f"bn_param['momentum'] is {bn_param['momentum']}; it weighs the old value: pass one in [0, 1]")
-    record = resolve("cs231n", bn_param.get("eps"), bn_param.get("momentum"), None, None)
-    initial = RunningStatistics.initial(x.shape[1], record, like=x)
-    stored = bn_param.get("running_mean", initial.mean), bn_param.get("running_var", initial.spread)
-    running = check_running(RunningStatistics(*stored), x, split(1, 2), record)
-    if bn_param["mode"] == "train":
-        out, cache, running = train(x, gamma, beta, running, record)
-    else:
-        out, _ = batch_norm(x, gamma, beta, running, training=False, convention=record)
-        rstd = rstd_of_var(np, running.spread.astype(np.float64), record.eps, record.eps_eval)
-        cache = WrittenCache(x, gamma, beta, running.mean, rstd, is_training=False)
-    if faithful:
-        out, cache = forward_as_written(x, gamma, beta, running if bn_param["mode"] == "test" else None, record.eps)
+    param = check_arguments(x, gamma, beta, bn_param)
+    compute = forward_as_written if faithful else train if param.is_training else infer
+    out, cache, running = compute(x, gamma, beta, param)
     bn_param.update(running_mean=running.mean, running_var=running.spread)
     return out, cache
 
 
-def train(x: Array, gamma: Array, beta: Array, running: RunningStatistics, record: Convention) -> tuple[Any, Any, Any]:
+def train(x: Array, gamma: Array, beta: Array, param: Param) -> Result:
     """out, the cache, and the state after the batch, with one measurement of x."""
     # After an update with decay 0 the state is the statistics of the batch, in float64, which holds the mean of a
     # float32 batch together with what rounding to float32 takes of it.
-    fresh = RunningStatistics.initial(x.shape[1], record, like=np.empty(0))
-    out, batch = batch_norm(x, gamma, beta, fresh, convention=resolve(record, None, 0.0, None, None))
+    fresh = RunningStatistics.initial(x.shape[1], "cs231n", like=np.empty(0))
+    record = resolve("cs231n", param.eps, 0.0, None, None)
+    out, batch = batch_norm(x, gamma, beta, fresh, training=True, convention=record, axis=1)
     if not batch.steps:  # not finite, or empty: the state is not that of the batch
-        return *forward(x, gamma, beta, eps=record.eps), running
+        return *forward(x, gamma, beta, eps=param.eps), param.running
     dtype, count = statistics_dtype(np, x), np.full(x.shape[1], len(x))
-    mean, rstd = batch.mean.astype(dtype), rstd_of_var(np, batch.spread, record.eps, record.eps_train)
+    mean, rstd = batch.mean.astype(dtype), rstd_of_var(np, batch.spread, param.eps, record.eps_train)
     statistics = Statistics(mean, (batch.mean - mean).astype(dtype), rstd.astype(dtype))
-    cache = Cache(x, gamma, beta, None, None, statistics, count, Plan(split(1, 2), None, record.eps))
-    pairs, momentum = ((running.mean, batch.mean), (running.spread, batch.spread)), cast(float, record.decay)
-    averages = ((momentum * old + (1 - momentum) * new).astype(old.dtype) for old, new in pairs)
-    return out, cache, RunningStatistics(*averages)
+    cache = Cache(x, gamma, beta, None, None, statistics, count, Plan(split(1, 2), None, param.eps))
+    return out, cache, param.updated(batch.mean, batch.spread)
+
+
+def infer(x: Array, gamma: Array, beta: Array, param: Param) -> Result:
+    """out by the running statistics, the cache, which has copies of them, and the state as it is."""
+    record, running = resolve("cs231n", param.eps, None, None, None), param.running
+    out, _ = batch_norm(x, gamma, beta, running, training=False, convention=record, axis=1)
+    rstd = rstd_of_var(np, running.spread.astype(np.float64), param.eps, record.eps_eval, math.inf)
+    return out, WrittenCache(x, gamma, beta, running.mean.copy(), rstd, is_training=False), running
 
 
 def batchnorm_backward(dout: Array, cache: Any) -> tuple[Array, Array, Array]:
@@ -112,8 +106,14 @@ def batchnorm_backward(dout: Array, cache: Any) -> tuple[Array, Array, Array]:
 
     Raises:
         ValueError: dout does not have the shape of x.
-        TypeError: dout is not a NumPy array of floats.
+        TypeError: dout is not a NumPy array of floats, or the cache is not of `batchnorm_forward`, as None.
     """
-    if isinstance(cache, Cache):
-        return cast(tuple[Array, Array, Array], backward(dout, cache)[:3])
-    return backward_as_written(dout, cache)
+    if not isinstance(cache, (Cache, WrittenCache)):
+        raise TypeError(
+            f"cache is a {type(cache).__name__}; it must be what batchnorm_forward of this module returned (which is "
+            "None in test mode with faithful=True)"
+        )
+    check_numpy("dout", dout)
+    if dout.shape != cache.x.shape:
+        raise ValueError(f"dout has shape {dout.shape}; it must be that of x, {cache.x.shape}")
+    return cast(Any, backward(dout, cache)[:3]) if isinstance(cache, Cache) else backward_as_written(dout, cache)

@@ -5,7 +5,8 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from batchnorm.arguments import check_array
+from batchnorm.compat.cs231n_arguments import Param
+from batchnorm.core.dtypes import statistics_dtype
 from batchnorm.core.running import RunningStatistics
 
 Array = NDArray[Any]
@@ -23,34 +24,38 @@ class WrittenCache(NamedTuple):
 
 
 def forward_as_written(
-    x: Array, gamma: Array, beta: Array, running: RunningStatistics | None, eps: float
-) -> tuple[Array, WrittenCache | None]:
-    """out in the dtype of x, by the running statistics in test mode, by those of x without any; and the cache.
+    x: Array, gamma: Array, beta: Array, param: Param
+) -> tuple[Array, WrittenCache | None, RunningStatistics]:
+    """out in the dtype of x, the cache, which is None in test mode, and the running statistics after the call.
 
-        training   out = (x - mean) / sqrt(var + eps) * gamma + beta
-        test       out = (x - running_mean) / (sqrt(running_var) + eps) * gamma + beta        the cache is None
+        train   out = (x - mean) * (1 / sqrt(var + eps)) * gamma + beta        mean = 1 / N * sum(x)
+        test    out = (x - running_mean) / (sqrt(running_var) + eps) * gamma + beta
 
-    A constant channel is 0/0 if eps = 0, with NumPy's warning.
+    A constant channel is 0/0 if eps = 0, with NumPy's warning, where 1 / N * sum(x) is its value; NaN enters the
+    running statistics. Half precision is computed in float32: sums of float16 overflow at 65504.
+
+    Raises:
+        ValueError: There is no row to train on, where 1 / N has no value.
     """
-    mean, var = (x.mean(axis=0), x.var(axis=0)) if running is None else (running.mean, running.spread)
-    std = np.sqrt(var + eps) if running is None else np.sqrt(var) + eps
-    out = ((x - mean) / std * gamma + beta).astype(x.dtype)
-    return out, WrittenCache(x, gamma, beta, mean, 1 / std, True) if running is None else None
+    wide, N = x.astype(statistics_dtype(np, x), copy=False), len(x)
+    if not param.is_training:
+        out = (wide - param.running.mean) / (np.sqrt(param.running.spread) + param.eps) * gamma + beta
+        return out.astype(x.dtype), None, param.running
+    if N == 0:
+        raise ValueError(f"x has shape {x.shape}; the original divides by N = 0: pass rows, or leave out faithful")
+    mean = 1 / N * np.sum(wide, axis=0)
+    var = 1 / N * np.sum((wide - mean) ** 2, axis=0)
+    cache = WrittenCache(x, gamma, beta, mean, 1 / np.sqrt(var + param.eps), is_training=True)
+    out = ((wide - mean) * cache.rstd * gamma + beta).astype(x.dtype)
+    return out, cache, param.updated(np.mean(wide, axis=0), np.var(wide, axis=0))
 
 
 def backward_as_written(dout: Array, cache: WrittenCache) -> tuple[Array, Array, Array]:
     """dx, dgamma and dbeta, in the dtypes of x, gamma and beta; without the way through the statistics in test mode.
 
-        dgamma = sum(dout * xhat)     dbeta = sum(dout)     dx = gamma * rstd * (dout - (dbeta + xhat * dgamma) / N)
-
-    Raises:
-        ValueError: dout does not have the shape of x.
-        TypeError: dout is not an array of floats.
+    dgamma = sum(dout * xhat)     dbeta = sum(dout)     dx = gamma * rstd * (dout - (dbeta + xhat * dgamma) / N)
     """
-    check_array("dout", dout)
     x, gamma, beta, mean, rstd, is_training = cache
-    if dout.shape != x.shape:
-        raise ValueError(f"dout has shape {dout.shape}; it must be that of x, {x.shape}")
     xhat, dbeta = (x - mean) * rstd, np.sum(dout, axis=0, dtype=np.float64)
     dgamma = np.sum(dout * xhat, axis=0)
     dx = gamma * rstd * (dout - (dbeta + xhat * dgamma) / len(x) if is_training else dout)

@@ -2,18 +2,26 @@
 
 Faults of the original that the default does not have: on images, statistics are those of axis 1, but gamma, beta and
 the state lie on the last axis, so that (N, H, W, C), Flax's layout, is normalized per image row, and training silently
-changes the state from (1, 1, 1, C) to (1, H, 1, C); `init` in training mode makes one update; prediction does not check
-the rank of X; a constant channel with eps = 0 is 0/0. `faithful=True` reproduces all of them.
+changes the state from (1, 1, 1, C) to (1, H, 1, C); parameters of one element are broadcast over all channels; `init`
+in training mode makes one update; prediction takes X of any rank; in training a constant channel with eps = 0 is 0/0;
+NaN or Inf in one batch stays in the state, which it does not enter here. `faithful=True` reproduces all of them.
 """
 
 from functools import partial
 from typing import Any
+
+from batchnorm.configuration import import_error
+
+if error := import_error(__name__, "jax") or import_error(__name__, "flax"):
+    raise error
 
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
 import batchnorm.jax as bnj
+from batchnorm.compat.d2l_arguments import channel_axis, check_call, value_of
+from batchnorm.compat.storage import remark_on_skipped
 from batchnorm.core.running import RunningStatistics
 
 
@@ -30,11 +38,14 @@ def batch_norm(
         deterministic    Y = gamma * (X - moving_mean.value) / sqrt(moving_var.value + eps) + beta
 
     X is (N, C) with parameters and state (1, C), (N, H, W, C) with (1, 1, 1, C) or (N, C, H, W) with (1, C, 1, 1). (C,)
-    lies on the last axis. `moving_mean` and `moving_var` are Flax variables, or other objects with a `value`. Y has the
-    common dtype of X, gamma and beta.
+    lies on the last axis. `moving_mean` and `moving_var` have a `value`. Y has the dtype of X, gamma and beta together.
 
     Raises:
         ValueError: X is neither 2-d nor 4-d, or a shape or number does not fit.
+        TypeError: Not an array, not a number, or `moving_mean` or `moving_var` has no `value`.
+
+    Warns:
+        RuntimeWarning: The statistics of X are not finite and do not enter the moving ones; not if `faithful`.
 
     Example:
         >>> import jax.numpy as jnp, types
@@ -43,9 +54,8 @@ def batch_norm(
         >>> Y.round(3).tolist(), mean.value.tolist()
         ([[-1.0], [1.0]], [1.0])
     """
-    if X.ndim not in (2, 4) and not (faithful and deterministic):
-        raise ValueError(f"X has shape {X.shape}; it must have 2 or 4 dimensions, (N, C) or (N, H, W, C)")
-    mean, var = moving_mean.value, moving_var.value
+    check_call(X, eps, momentum, has_any_rank=faithful and deterministic)
+    mean, var = value_of("moving_mean", moving_mean), value_of("moving_var", moving_var)
     if faithful:
         if not deterministic:
             mean, var = (f(X, (0, 2, 3)[: X.ndim - 1], keepdims=X.ndim == 4) for f in (jnp.mean, jnp.var))
@@ -53,26 +63,16 @@ def batch_norm(
             moving_var.value = momentum * moving_var.value + (1 - momentum) * var
         return jnp.asarray(gamma * (X - mean) / jnp.sqrt(var + eps) + beta)
     axis = channel_axis(X, gamma=gamma, beta=beta, moving_mean=mean, moving_var=var)
-    Y, updated = bnj.batch_norm(
-        jnp.asarray(X, jnp.result_type(X, gamma, beta)), gamma.ravel(), beta.ravel(),
-        RunningStatistics(mean.ravel(), var.ravel()), training=not deterministic, axis=axis, eps=eps, decay=momentum,
-        convention="d2l",
-    )  # fmt: skip
+    X, state = jnp.asarray(X, jnp.result_type(X, gamma, beta)), RunningStatistics(mean.ravel(), var.ravel())
+    with remark_on_skipped():
+        Y, updated = bnj.batch_norm(
+            X, gamma.ravel(), beta.ravel(), state, training=not deterministic, axis=axis, eps=eps, decay=momentum,
+            convention="d2l",
+        )  # fmt: skip
     if not deterministic:
         moving_mean.value = updated.mean.astype(mean.dtype).reshape(mean.shape)
         moving_var.value = updated.spread.astype(var.dtype).reshape(var.shape)
     return Y
-
-
-def channel_axis(X: Any, **arrays: Any) -> int:
-    """The axis of X that the arrays lie on, the last one or axis 1."""
-    for axis in (X.ndim - 1, 1):
-        expected = tuple(size if a == axis else 1 for a, size in enumerate(X.shape))
-        if all((1,) * (X.ndim - array.ndim) + array.shape == expected for array in arrays.values()):
-            return axis
-    shapes = ", ".join(f"{name} {array.shape}" for name, array in arrays.items())
-    hint = "(1, 1, 1, C), or (1, C, 1, 1) for (N, C, H, W); only faithful=True takes (1, H, 1, C), the original's state"
-    raise ValueError(f"X has shape {X.shape}, which does not fit {shapes}: pass (1, C), {hint}")
 
 
 class BatchNorm(nn.Module):
@@ -99,7 +99,7 @@ class BatchNorm(nn.Module):
 
 
 class BNLeNetScratch(nn.Module):
-    """LeNet with `BatchNorm` before each sigmoid, for images (N, H, W, 1); `lr` is there for the optimizer."""
+    """LeNet with `BatchNorm` before each sigmoid, for images (N, H, W, 1); an optimizer may read `lr`."""
 
     lr: float = 0.1
     num_classes: int = 10

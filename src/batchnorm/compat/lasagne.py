@@ -1,32 +1,39 @@
 """`BatchNormLayer` and `batch_norm(layer)` as Lasagne's users know them, on NumPy, PyTorch and JAX arrays.
 
 Faults of the original that the default does not have: the gradient is NaN where the batch's std is 0, and without
-epsilon y as well (here xhat is 0 there and the gradient its limit); negative axes fail when run; `batch_norm` raises
-KeyError for a layer without a bias. `faithful=True` reproduces the first.
+epsilon y as well (here xhat is 0 there and the gradient its limit); NaN or Inf in one batch stays in the averages for
+good (here such a batch does not enter them); negative axes fail when run; `batch_norm` raises KeyError for a layer
+without a bias. `faithful=True` reproduces the first two.
 """
 
+from collections.abc import MutableMapping
 from typing import Any
 
-from batchnorm.compat.lasagne_layer import BatchNormLayer, identity
+from batchnorm.compat.lasagne_arguments import identity
+from batchnorm.compat.lasagne_layer import BatchNormLayer
 
 __all__ = ["BatchNormLayer", "batch_norm", "identity"]
 
 
 def batch_norm(layer: Any, *, faithful: bool = False) -> Any:
-    """Append a batch norm to a layer, which loses its bias and its nonlinearity to it, irreversibly.
+    """Append a batch norm to a layer and move the layer's nonlinearity behind it.
+
+    The layer is changed for good: its bias is removed, because the batch's mean would take it out again, and its
+    nonlinearity becomes `identity`.
 
     Args:
-        layer: One in Lasagne's style, with an `output_shape` and, where it has them, a `nonlinearity`, a bias `b` and
-            the dictionary `params` with `b` as a key. Or one that `batchnorm.torch.with_batch_norm` or
-            `batchnorm.flax.with_batch_norm` takes, for whose channels these put a layer of the `lasagne-gist`
-            convention behind it; there the batch norm starts with the bias's value.
-        faithful: As in `BatchNormLayer`; of layers in Lasagne's style only.
+        layer: A layer in Lasagne's style: an object with an `output_shape` and, if it has them, a `nonlinearity` and a
+            bias `b` that is a key of the dictionary `params`. Layers of PyTorch and Flax are taken as well, those that
+            `with_batch_norm` of `batchnorm.torch` and `batchnorm.flax` takes. The batch norm normalizes their channels
+            by the `lasagne-gist` convention, and the value of their bias becomes its first beta.
+        faithful: As in `BatchNormLayer`, for layers in Lasagne's style only.
 
     Returns:
-        A `BatchNormLayer` with `layer` as its `input_layer`; of PyTorch's and Flax's layers a module of theirs.
+        A `BatchNormLayer` whose `input_layer` is the layer. For a layer of PyTorch or Flax, the module that
+        `with_batch_norm` returns.
 
     Raises:
-        TypeError: No such layer.
+        TypeError: No such layer, or one whose bias cannot be removed. The layer is unchanged.
         ValueError: The layer's channels have no fixed number, or it cannot be `faithful`. The layer is unchanged.
 
     Example:
@@ -49,8 +56,15 @@ def batch_norm(layer: Any, *, faithful: bool = False) -> Any:
             f"layer is a {type(layer).__name__}; it must have an output_shape, or be one of PyTorch's or Flax's"
         )
     normalized = BatchNormLayer(layer, nonlinearity=getattr(layer, "nonlinearity", None), faithful=faithful)
-    if getattr(layer, "b", None) is not None:
-        layer.params.pop(layer.b, None)
+    bias, params = getattr(layer, "b", None), getattr(layer, "params", None)
+    if bias is not None:
+        if not isinstance(params, MutableMapping):
+            raise TypeError(
+                f"layer has a bias b, but params is a {type(params).__name__}; it must be the dictionary of the "
+                "layer's parameters, from which b is removed"
+            )
+        for parameter in [parameter for parameter in params if parameter is bias]:
+            del params[parameter]
         layer.b = None
     if getattr(layer, "nonlinearity", None) is not None:
         layer.nonlinearity = identity
@@ -69,6 +83,7 @@ def behind_torch_layer(layer: Any) -> Any:
     )  # fmt: skip
     normalization.load_state_dict(inserted.state_dict())
     sequence[-1] = normalization.train(inserted.training)
+    sequence.training = inserted.training
     return sequence
 
 
@@ -84,8 +99,8 @@ def behind_flax_layer(layer: Any) -> Any:
         return module.clone(norm=module.norm.clone(convention="lasagne-gist", momentum=None, epsilon=None))
     *layers, inserted = module.layers
     normalization = bnf.nnx.BatchNorm(
-        inserted.num_features, activation=inserted.activation, convention="lasagne-gist", dtype=inserted.dtype,
-        param_dtype=inserted.param_dtype, rngs=Rngs(0),
+        inserted.num_features, axis=inserted.axis, activation=inserted.activation, convention="lasagne-gist",
+        dtype=inserted.dtype, param_dtype=inserted.param_dtype, rngs=Rngs(0),
     )  # fmt: skip
     normalization.bias = inserted.bias
     return Sequential(*layers, normalization)

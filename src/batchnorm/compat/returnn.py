@@ -1,8 +1,9 @@
 """`BatchNorm` over named dimensions, as RETURNN-common's issue 89 sketches it, on `xarray.DataArray`.
 
 Faults of the original that the default does not have: gamma and beta are made and never applied; the running variance
-starts at 0, so that an evaluation before any training divides by sqrt(epsilon); it is not valid Python. `faithful=True`
-reproduces the first two.
+starts at 0, so that an evaluation before any training divides by sqrt(epsilon); NaN or Inf in one batch stays in the
+running statistics for good, here such a batch does not enter them; it is not valid Python. `faithful=True` reproduces
+all but the last.
 """
 
 from dataclasses import replace
@@ -14,14 +15,14 @@ from batchnorm.configuration import import_error
 if (error := import_error(__name__, "xarray")) is not None:
     raise error
 
-import xarray
 from xarray import DataArray
 
-from batchnorm.compat.returnn_context import CONTEXT, feature_dimension, mask_of, run_ctx
-from batchnorm.compat.shared import storable
+from batchnorm.compat.arguments import check_number
+from batchnorm.compat.returnn_context import current_run, run_ctx
+from batchnorm.compat.returnn_source import check_field, feature_dimension, mask_of, statistics_as_written
+from batchnorm.compat.storage import batch_norm, storable, warn_with_remark
 from batchnorm.conventions import CONVENTIONS, resolve
 from batchnorm.core.running import RunningStatistics
-from batchnorm.functional import batch_norm
 
 __all__ = ["BatchNorm", "run_ctx"]
 
@@ -46,9 +47,9 @@ class BatchNorm:
     `mean`, `var`, `gamma` and `beta` are DataArrays along the feature dimension, None until the first call unless set.
 
     Args:
-        in_dim: Name of the feature dimension; None is the last one of the source of the first call.
+        in_dim: Name of the feature dimension; None is the last dimension of the first source.
         affine: Whether there are gamma and beta.
-        faithful: As the original does, apply neither gamma nor beta, and start var at 0.
+        faithful: As the original does, apply neither gamma nor beta, start var at 0, and let NaN enter mean and var.
 
     Example:
         >>> import xarray
@@ -72,45 +73,44 @@ class BatchNorm:
         """y, with the dimensions, coordinates and attributes of the source.
 
         Raises:
-            TypeError: Not a DataArray of floats, or lengths that are not integers.
+            TypeError: The source or a field is no DataArray of floats, or lengths are not integers.
             ValueError: The feature dimension, its size or its labels are not those of before; or a number does not fit.
-            RuntimeError: JAX is tracing the call, and the layer would keep what it traces.
+            RuntimeError: JAX traces the call, so that there is no number to keep; or the `run_ctx` block has ended.
         """
         in_dim = feature_dimension(source, self.in_dim)
-        if not 0 <= momentum <= 1:
-            raise ValueError(f"momentum is {momentum!r}; it is the weight of the batch and must lie in 0 to 1")
-        record = resolve(AS_WRITTEN if self.faithful else MENDED, epsilon, 0.0, None, None)
-        mask = mask_of(source, in_dim)
+        check_number("epsilon", epsilon, "added to the variance")
+        check_number("momentum", momentum, "the weight of the batch", most=1)
+        mask, run = mask_of(source, in_dim), current_run()
         self._lazy_init(source, in_dim)
-        train, updates = CONTEXT.get()
         running = RunningStatistics(self.mean.data, self.var.data)
-        if train:  # from a state of 0 with a decay of 0: the state after a batch is the batch's own, without rounding
+        if run.train:  # from a state of 0 with a decay of 0: the state after a batch is the batch's own, unrounded
             running = RunningStatistics.initial(source.sizes[in_dim], AS_WRITTEN, like=source.data)
         y: DataArray
         y, batch = batch_norm(
-            source, self.gamma, self.beta, running, training=train, convention=record,
-            axis=source.get_axis_num(in_dim), mask=mask,
+            source, self.gamma, self.beta, running, training=run.train, axis=source.get_axis_num(in_dim),
+            convention=resolve(AS_WRITTEN if self.faithful else MENDED, epsilon, 0.0, None, None), mask=mask,
+            warn=(lambda: None) if self.faithful else warn_with_remark,
         )  # fmt: skip
-        if train:
+        if run.train:
             batch = batch.map(lambda value: storable("mean and var", value, "train outside of it"))
-            updates.append(partial(self._update, batch, momentum))
+            if self.faithful and batch.skipped:
+                batch = statistics_as_written(source, in_dim, mask)
+            run.add(partial(self._update, batch, momentum))
         return y
 
     def _lazy_init(self, source: DataArray, in_dim: Any) -> None:
-        """Fix the feature dimension with its labels, and make what is None; later, compare with them."""
+        """Compare what is set with the source, then fix the feature dimension with its labels and make what is None."""
+        for name in ("mean", "var", "gamma", "beta"):
+            check_field(name, getattr(self, name), source, in_dim)
         labels = {in_dim: source.coords[in_dim]} if in_dim in source.coords else {}
+        zeros = RunningStatistics.initial(source.sizes[in_dim], AS_WRITTEN, like=source.data).mean
         initial = {"mean": 0.0, "var": 0.0 if self.faithful else 1.0}
-        for name, value in (initial | ({"gamma": 1.0, "beta": 0.0} if self.affine else {})).items():
-            if getattr(self, name) is None:
-                zeros = RunningStatistics.initial(source.sizes[in_dim], AS_WRITTEN, like=source.data).mean
-                values = storable(name, zeros + value, "call the layer once outside of it")
-                setattr(self, name, DataArray(values, labels, (in_dim,), name))
-            try:
-                xarray.align(source, getattr(self, name), join="exact", copy=False)
-            except ValueError as error:
-                message = f"source and {name} differ along {in_dim!r}; select the labels in order, or set {name} anew"
-                raise ValueError(f"{message}: {error}") from error
-        self.in_dim = in_dim
+        made = {
+            name: DataArray(storable(name, zeros + value, "call the layer once outside of it"), labels, (in_dim,), name)
+            for name, value in (initial | ({"gamma": 1.0, "beta": 0.0} if self.affine else {})).items()
+            if getattr(self, name) is None
+        }
+        vars(self).update(made, in_dim=in_dim)
 
     def _update(self, batch: RunningStatistics, momentum: float) -> None:
         """Take in a batch, unless its statistics are not finite or nothing in it counts."""

@@ -1,18 +1,46 @@
-"""What a call of `batchnorm.compat.returnn.BatchNorm` reads beside its source: the train flag, and sequence lengths."""
+"""The context of `batchnorm.compat.returnn`: the train flag, and the updates that wait for its end."""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
-from typing import Any
+from threading import Lock
 
-import numpy
-from xarray import DataArray
 
-from batchnorm.arguments import check_array
+class Run:
+    """A block of `run_ctx`: its train flag, and the updates that wait for its end."""
 
-#: The train flag, and the updates that wait for the end of the context.
-CONTEXT: ContextVar[tuple[bool, list[Callable[[], None]]]] = ContextVar("run_ctx", default=(False, []))
-PREFIX = "lengths_of_"
+    def __init__(self, train: bool) -> None:
+        self.train, self._updates, self._lock = train, list[Callable[[], None]](), Lock()
+        self._has_ended = False
+
+    def add(self, update: Callable[[], None]) -> None:
+        """Let an update wait.
+
+        Raises:
+            RuntimeError: The block has ended, and the update would never be made.
+        """
+        with self._lock:
+            if self._has_ended:
+                raise RuntimeError(
+                    "a layer trains in a run_ctx block that has ended, from a task or thread that was started within "
+                    "it: wait for that before the block ends, or let it enter run_ctx itself"
+                )
+            self._updates.append(update)
+
+    def end(self) -> list[Callable[[], None]]:
+        """The updates in the order of the calls; no other one is taken."""
+        with self._lock:
+            self._has_ended = True
+            return self._updates
+
+
+#: The innermost block.
+CONTEXT: ContextVar[Run | None] = ContextVar("run_ctx", default=None)
+
+
+def current_run() -> Run:
+    """The innermost block; outside of any, a block whose flag is off."""
+    return CONTEXT.get() or Run(train=False)
 
 
 @contextmanager
@@ -20,7 +48,8 @@ def run_ctx(*, train: bool) -> Iterator[None]:
     """Set the train flag for a `with` block; outside of any it is off, as RETURNN's own default is: layers evaluate.
 
     Updates of running statistics wait for the end of the block and are then made in the order of the calls; if an
-    exception ends it, none is made. Blocks within blocks have a flag and updates each; a thread starts outside of any.
+    exception ends it, none is made. Blocks within blocks have a flag and updates each. A thread starts outside of any;
+    an asyncio task starts in the block that it is created in, and must not train once that has ended.
 
     Raises:
         TypeError: The flag is neither True nor False.
@@ -38,57 +67,12 @@ def run_ctx(*, train: bool) -> Iterator[None]:
     """
     if not isinstance(train, bool):
         raise TypeError(f"train is {train!r}; it must be True or False")
-    updates: list[Callable[[], None]] = []
-    token = CONTEXT.set((train, updates))
+    run = Run(train)
+    token = CONTEXT.set(run)
     try:
         yield
     finally:
         CONTEXT.reset(token)
+        updates = run.end()
     for update in updates:
         update()
-
-
-def feature_dimension(source: Any, in_dim: Any) -> Any:
-    """The name of the feature dimension of a source: the last one unless `in_dim` says which.
-
-    Raises:
-        TypeError: The source is no DataArray of floats.
-        ValueError: It has no such dimension.
-    """
-    if not isinstance(source, DataArray) or not source.dims:
-        raise TypeError(f"source is a {type(source).__name__}; it must be an xarray.DataArray with dimensions")
-    check_array("source", source.data)
-    in_dim = source.dims[-1] if in_dim is None else in_dim
-    if in_dim not in source.dims:
-        raise ValueError(f"source has dimensions {source.dims}; the feature dimension is {in_dim!r}: rename it")
-    return in_dim
-
-
-def mask_of(source: DataArray, in_dim: Any) -> DataArray | None:
-    """True where an element counts by the coordinates `lengths_of_<dimension>`; None without any.
-
-    Raises:
-        TypeError: Lengths are not integers.
-        ValueError: They are those of a dimension that the source lacks, or outside of it, or go with the features.
-    """
-    mask = None
-    for name, lengths in source.coords.items():
-        if not str(name).startswith(PREFIX):
-            continue
-        dim = str(name).removeprefix(PREFIX)
-        if dim not in source.dims or in_dim in (dim, *lengths.dims) or dim in lengths.dims:
-            raise ValueError(
-                f"the coordinate {name!r} has dimensions {lengths.dims}, the source {source.dims} with features along "
-                f"{in_dim!r}; it must hold the lengths of another dimension over the remaining ones: rename or drop it"
-            )
-        if lengths.dtype.kind not in "iu":
-            raise TypeError(f"the coordinate {name!r} has dtype {lengths.dtype}; lengths must be integers")
-        if bool(((lengths < 0) | (lengths > source.sizes[dim])).any()):
-            raise ValueError(
-                f"the coordinate {name!r} is {lengths.values}; each must lie in 0 to {source.sizes[dim]}, the size of "
-                f"{dim!r}: set it anew where the source is cut"
-            )
-        positions = DataArray(numpy.arange(source.sizes[dim]), dims=dim)
-        counted = positions < lengths.variable  # without coordinates: those are the source's
-        mask = counted if mask is None else mask & counted
-    return mask

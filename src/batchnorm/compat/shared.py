@@ -1,20 +1,21 @@
-"""What layers keep in attributes: values that one object holds, and results that outlive a call."""
+"""Arrays that layers keep in attributes, as Theano's shared variables."""
 
-import sys
 from typing import Any
 
 import array_api_compat
 import numpy
 
 from batchnorm.arguments import as_array_like, check_same_library
+from batchnorm.compat.storage import is_recomputed, is_traced, storable, without_derivatives
 from batchnorm.core.dtypes import Array, cast, namespace, statistics_dtype
 
 
 class Shared:
     """A named array that stays one object while its value changes, as Theano's shared variables do.
 
-    The value is float64 NumPy until the layer's first input. From then on it has that input's library and device, in
-    float64 for float64 and else in float32; in PyTorch a trainable one is a leaf that requires a gradient.
+    `value` is float64 NumPy until the layer's first input. From then on it has that input's library and device, in
+    float64 for float64 and else in float32; in PyTorch a trainable one is a leaf that requires a gradient, for an
+    optimizer to hold.
     """
 
     def __init__(self, name: str, shape: tuple[int, ...], value: float) -> None:
@@ -27,26 +28,43 @@ class Shared:
         value = self.value.detach().cpu() if array_api_compat.is_torch_array(self.value) else self.value
         return numpy.array(value, dtype=dtype, copy=copy)
 
-    def get_value(self) -> Array:
-        """The array itself."""
-        return self.value
+    def get_value(self, borrow: bool = False) -> Array:
+        """A copy of the array, which later updates do not change; with `borrow` the array itself, `value`.
 
-    def set_value(self, value: Any) -> None:
-        """Replace the elements; a tensor, which an optimizer may hold, is changed in place.
+        Example:
+            >>> from batchnorm.compat.shared import Shared
+            >>> gamma = Shared("gamma", (1, 2), 1.0)
+            >>> before = gamma.get_value()
+            >>> gamma.set_value([[2.0, 3.0]])
+            >>> before, gamma.get_value()
+            (array([[1., 1.]]), array([[2., 3.]]))
+        """
+        if borrow:
+            return self.value
+        return namespace(self.value).asarray(without_derivatives(self.value), copy=True)
+
+    def set_value(self, value: Any, borrow: bool = False) -> None:
+        """Replace the elements by those of an array of any library, or of nested lists; they are copied, in any case.
+
+        A tensor, which an optimizer may hold, is changed in place. `borrow` has no effect.
 
         Raises:
             ValueError: The shape is another.
+            RuntimeError: The value is being traced.
         """
-        value = value.detach() if array_api_compat.is_torch_array(value) else value
-        if numpy.shape(value) != tuple(self.value.shape):
+        if not array_api_compat.is_array_api_obj(value):
+            value = numpy.asarray(value)
+        value = storable(self.name, value, "set it outside of that function")
+        if tuple(value.shape) != tuple(self.value.shape):
             raise ValueError(
-                f"{self.name} has shape {tuple(self.value.shape)}, but the new value {numpy.shape(value)}; reshape it"
+                f"{self.name} has shape {tuple(self.value.shape)}, but the new value {tuple(value.shape)}; reshape it"
             )
-        value = namespace(self.value).asarray(value, dtype=self.value.dtype, copy=True)
+        is_tensor = array_api_compat.is_torch_array(value)
         if array_api_compat.is_torch_array(self.value):
-            self.value.detach().copy_(value)
+            self.value.detach().copy_(value if is_tensor else as_array_like(self.value, numpy.array(value)))
         else:
-            self.value = value
+            value = value.cpu().double().numpy() if is_tensor else value  # a tensor has no `copy` argument for NumPy
+            self.value = namespace(self.value).asarray(value, dtype=self.value.dtype, copy=True)
 
     def placed_like(self, x: Array, *, is_trainable: bool) -> Array:
         """The value; with the first input, which is not being traced, it takes its library, device and precision.
@@ -55,7 +73,7 @@ class Shared:
             TypeError: The first input was of another library.
         """
         if self.is_placed:
-            check_same_library(self.name, self.value, x)
+            check_same_library(self.name, self.value, x, "input")
             return self.value
         xp = namespace(x)
         value = cast(xp, as_array_like(x, self.value), statistics_dtype(xp, x))
@@ -76,35 +94,3 @@ class Shared:
         value = storable(self.name, value, instead)
         if not (array_api_compat.is_torch_array(value) and is_recomputed()):
             self.value = value
-
-
-def storable(name: str, value: Array, instead: str) -> Array:
-    """The array without its derivatives, as an attribute may keep it beyond the call.
-
-    Raises:
-        RuntimeError: It is being traced, so that there is no number to keep; `instead` says what to do.
-    """
-    if array_api_compat.is_torch_array(value):
-        value = value.detach()
-    elif array_api_compat.is_jax_array(value):
-        value = sys.modules["jax"].lax.stop_gradient(value)
-    if is_traced(value):
-        raise RuntimeError(f"{name} cannot be updated in a function that is being traced or transformed; {instead}")
-    return value
-
-
-def is_traced(value: Array) -> bool:
-    """Whether JAX or PyTorch is tracing or transforming the function that computed the array."""
-    if array_api_compat.is_torch_array(value):
-        from batchnorm.kernels import torch_autograd  # PyTorch has been imported
-
-        return torch_autograd.is_traced()
-    jax = sys.modules.get("jax")
-    return jax is not None and isinstance(value, jax.core.Tracer)
-
-
-def is_recomputed() -> bool:
-    """Whether autograd is computing a forward pass again, in the middle of a backward pass, as checkpointing does."""
-    from torch._C import _current_graph_task_id
-
-    return _current_graph_task_id() != -1

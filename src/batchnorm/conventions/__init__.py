@@ -31,8 +31,8 @@ def find(convention: str | Convention) -> Convention:
         raise TypeError(f"convention is a {type(convention).__name__}; pass a name or a batchnorm.Convention")
     if convention not in CONVENTIONS:
         nearest = difflib.get_close_matches(convention.lower(), CONVENTIONS, n=3, cutoff=0.4)
-        hint = f"did you mean {' or '.join(map(repr, nearest))}? " if nearest else ""
-        raise ValueError(f"no convention is called {convention!r}; {hint}Known are {', '.join(CONVENTIONS)}")
+        hint = f"did you mean {' or '.join(map(repr, nearest))}? Known" if nearest else "known"
+        raise ValueError(f"no convention is called {convention!r}; {hint} are {', '.join(CONVENTIONS)}")
     return CONVENTIONS[convention]
 
 

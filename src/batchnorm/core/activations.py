@@ -160,11 +160,11 @@ def parse(name: str) -> tuple[str, float]:
     name = ALIASES.get(name, name)
     if name not in ACTIVATIONS:
         nearest = difflib.get_close_matches(name.lower(), [*ACTIVATIONS, *ALIASES], n=1)
-        hint = f"did you mean {nearest[0]!r}? " if nearest else ""
+        hint = f"did you mean {nearest[0]!r}? Known" if nearest else "known"
         aliases = {first: f"{first} (or {second})" for second, first in ALIASES.items()}
         known = ", ".join(aliases.get(first, first) for first in ACTIVATIONS)
         raise ValueError(
-            f"no activation is called {name!r}; {hint}Known are {known}, leaky_relu(slope), or pass any callable on "
+            f"no activation is called {name!r}; {hint} are {known}, leaky_relu(slope), or pass any callable on "
             "the array"
         )
     return name, DEFAULT_SLOPE if name == "leaky_relu" else 0.0

@@ -7,6 +7,7 @@ if error := import_error(__name__, "jax") or import_error(__name__, "flax"):
 
 from batchnorm.flax import linen, nnx
 from batchnorm.flax.insertion import with_batch_norm
-from batchnorm.flax.replacement import Report, replace, replaced, restore
+from batchnorm.flax.interception import Report, replaced
+from batchnorm.flax.replacement import replace, restore
 
 __all__ = ["Report", "linen", "nnx", "replace", "replaced", "restore", "with_batch_norm"]

@@ -7,7 +7,16 @@ import jax.numpy as jnp
 
 from batchnorm.convention import Convention
 from batchnorm.core.running import RunningStatistics
-from batchnorm.flax.layer import canonical_dtype, checked_options, is_complex, normalized_axes, with_numbers
+from batchnorm.flax.layer import (
+    as_array,
+    as_dtype,
+    canonical_dtype,
+    check_shapes,
+    is_complex,
+    wide_dtype,
+    with_fractions,
+)
+from batchnorm.flax.options import checked_number, checked_options, normalized_axes, with_numbers
 from batchnorm.functional import Activation
 from batchnorm.jax import implicit_batch_norm
 
@@ -46,8 +55,13 @@ def implicit_convention(layer: ImplicitLayer) -> Convention:
         ValueError, TypeError: The activation or the convention does not exist; epsilon is out of range; or the
             convention asks for what an optimizer that averages gradients cannot do.
     """
-    own = with_numbers(checked_options(layer.activation, layer.convention, None, False), layer.epsilon, None)
-    convention = own.convention
+    epsilon, array = checked_number("epsilon", layer.epsilon)
+    if array is not None:
+        raise TypeError(
+            f"epsilon is an array of dtype {array.dtype}; ImplicitBatchNorm takes a number: pass float(epsilon)"
+        )
+    own = checked_options(layer.activation, layer.convention, None, False)
+    convention = with_numbers(own, epsilon, None).convention
     for field, required in (("debias", "none"), ("normalize_with", "batch"), ("update", "training")):
         value = getattr(convention, field)
         if value != required:
@@ -81,10 +95,11 @@ def apply_implicit_batch_norm(
 ) -> jax.Array:
     """y of a layer in its dtype; for `dtype=None` that of x, scale and bias together.
 
-    Computed in the wider one of the dtypes of x and y, as the explicit layers are.
+    Computed in `wide_dtype`, as the explicit layers are.
 
     Raises:
         TypeError: x or a parameter is complex.
+        ValueError: x is a scalar, or does not have the channels of the parameters.
         ValueError, TypeError: As `batchnorm.jax.implicit_batch_norm`.
     """
     check_running(parameters.running)
@@ -95,19 +110,22 @@ def apply_implicit_batch_norm(
             "x, a parameter or dtype is complex; ImplicitBatchNorm takes real numbers: normalise real and imaginary "
             "parts, or use BatchNorm"
         )
+    axes = normalized_axes(layer.axis, x.ndim)
+    scale, bias = (None if one is None else as_dtype(one, with_fractions(one.dtype)) for one in parameters[:2])
+    check_shapes(layer, x, axes, {"scale": scale, "bias": bias, "running.mean": parameters.running.mean})
     dtype = canonical_dtype(layer.dtype, *given)
-    wide = jnp.promote_types(x.dtype, dtype)
+    wide = wide_dtype(x, dtype)
     y = implicit_batch_norm(
         jnp.asarray(x, wide),
-        parameters.scale,
-        parameters.bias,
+        scale,
+        bias,
         parameters.running,
         frozen=frozen,
-        axis=normalized_axes(layer.axis, x.ndim),
+        axis=axes,
         convention=implicit_convention(layer),
-        mask=None if mask is None else jnp.asarray(mask, bool),
+        mask=as_dtype(as_array("mask", mask), bool),
         lengths=lengths,
         activation=layer.activation,
-        residual=None if residual is None else jnp.asarray(residual, wide),
+        residual=as_dtype(as_array("residual", residual), wide),
     )
     return y.astype(dtype)

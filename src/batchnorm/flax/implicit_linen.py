@@ -15,7 +15,7 @@ from batchnorm.flax.implicit import (
     implicit_convention,
     initial_running,
 )
-from batchnorm.flax.layer import checked_axis, normalized_axes
+from batchnorm.flax.options import checked_axis, normalized_axes
 from batchnorm.functional import Activation
 
 

@@ -15,7 +15,8 @@ from batchnorm.flax.implicit import (
     implicit_convention,
     initial_running,
 )
-from batchnorm.flax.layer import checked_axis
+from batchnorm.flax.options import checked_axis
+from batchnorm.flax.signatures import OwnSignature
 from batchnorm.functional import Activation
 
 
@@ -63,6 +64,8 @@ class ImplicitBatchNorm(nnx.Module):
         [0.20000000298023224, 2.0]
     """
 
+    __signature__ = OwnSignature()
+
     def __init__(
         self,
         num_features: int | tuple[int, ...],
@@ -94,6 +97,15 @@ class ImplicitBatchNorm(nnx.Module):
         self.scale = parameter(use_scale, scale_init)
         self.bias = parameter(use_bias, bias_init)
         self.running = nnx.Param(initial_running(shape, own, param_dtype))
+
+    def set_view(self, frozen: bool | None = None) -> None:
+        """What `nnx.view` sets.
+
+        Args:
+            frozen: Whether the derivatives are those of inference; None leaves it as it is.
+        """
+        if frozen is not None:
+            self.frozen = frozen
 
     @property
     def statistics(self) -> RunningStatistics:

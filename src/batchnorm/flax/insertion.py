@@ -1,7 +1,9 @@
 """Putting batch norms behind the layers of a network that has none."""
 
-from collections.abc import Sequence
-from typing import Any, overload
+import dataclasses
+import re
+from collections.abc import Iterator, Sequence
+from typing import Any, ClassVar, overload
 
 import jax
 import jax.numpy as jnp
@@ -24,9 +26,12 @@ class SequentialWithBatchNorm(linen.Sequential):
     """Layers of linen, followed by a batch norm, whose arguments the call takes; made by `with_batch_norm`.
 
     Attributes:
-        layers: The layers, the last of them without a bias; their variables are in `layers_0`, `layers_1`, ...
+        layers: The layers, the last of them without a bias; their variables are in `layers_0`, `layers_1`, ..., or by
+            the names that the layers were given.
         norm: The batch norm, whose variables are in `norm`.
     """
+
+    preserve_adopted_names: ClassVar[bool] = True  # Flax's, for the layers' own names
 
     norm: BatchNorm
 
@@ -71,7 +76,8 @@ def with_batch_norm(layer: Any, activation: Activation | None = None) -> Any:
 
     Raises:
         TypeError: Not such a layer.
-        ValueError: There are two activations, or no activation has that name.
+        ValueError: There are two activations, no activation has that name, or the layer occurs earlier in the
+            `Sequential` as well, where it would lose its bias.
 
     Source: Lasagne's `batch_norm(layer)`, lasagne/layers/normalization.py 0.2.
 
@@ -117,7 +123,23 @@ def split_activation(
             f"cannot normalise the result of {name_of(layer)}{ending}; it must be one of {names}, or a Sequential that "
             "ends in one, or in one and an activation function"
         )
+    if any(module is layers[-1] for module in modules_in(layers[:-1])):
+        raise ValueError(
+            f"the last layer of the Sequential, {name_of(layers[-1])}, occurs earlier in it as well, where it would "
+            "lose its bias or, in linen, its shared parameters; give the batch norm a layer of its own"
+        )
     return layers, next((name for function, name in ACTIVATIONS if activation is function), activation)
+
+
+def modules_in(tree: Any) -> Iterator[Any]:
+    """The modules in a tree and within each other; of linen those in attributes."""
+    for leaf in jax.tree.leaves(tree, is_leaf=lambda one: isinstance(one, nnx.Module)):
+        if isinstance(leaf, nnx.Module):
+            yield from (node for _, node in nnx.iter_graph(leaf))
+        elif isinstance(leaf, linen.Module):
+            yield leaf
+            fields = [one.name for one in dataclasses.fields(leaf) if one.name not in ("parent", "name")]
+            yield from modules_in([getattr(leaf, name, None) for name in fields])
 
 
 def name_of(layer: Any) -> str:
@@ -131,8 +153,11 @@ def with_batch_norm_of_linen(
 ) -> SequentialWithBatchNorm:
     """`with_batch_norm` of a layer of linen and the ones before it."""
     bias = {"bias_init": layer.bias_init} if layer.use_bias else {}
-    norm = BatchNorm(activation=activation, dtype=layer.dtype, param_dtype=layer.param_dtype, **bias)
-    return SequentialWithBatchNorm([*before, layer.clone(use_bias=False)], norm)
+    # Without a parent the norm is named by its attribute: within @nn.compact it would become the caller's BatchNorm_0.
+    norm = BatchNorm(activation=activation, dtype=layer.dtype, param_dtype=layer.param_dtype, **bias, parent=None)
+    is_named = layer.name is not None and not re.fullmatch(rf"{type(layer).__name__}_\d+", layer.name)
+    last = layer.clone(use_bias=False, name=layer.name if is_named else None)
+    return SequentialWithBatchNorm([*before, last], norm)
 
 
 def batch_norm_behind(layer: Any, activation: Activation | None) -> NnxBatchNorm:

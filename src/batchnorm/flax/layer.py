@@ -1,34 +1,20 @@
 """The call that the batch norms of linen and nnx share: Flax's rules for dtypes around `batchnorm.jax.batch_norm`."""
 
 import inspect
-import operator
-import warnings
-from collections.abc import Iterable, Mapping
-from functools import lru_cache, partial
-from numbers import Real
+from collections.abc import Mapping
+from functools import lru_cache
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy
 from flax.linen.dtypes import canonicalize_dtype
 
-from batchnorm.arguments import check_activation, known
+from batchnorm.arguments import check_list, known
 from batchnorm.convention import Convention, Single
-from batchnorm.conventions import find, resolve
 from batchnorm.core.running import RunningStatistics
-from batchnorm.functional import Activation
+from batchnorm.flax.options import Own
+from batchnorm.functional import SKIPPED_REMARK, warn_of_skipped
 from batchnorm.jax import batch_norm
-from batchnorm.kernels.registry import KERNELS
-
-
-class Own(NamedTuple):
-    """The options that Flax's layers do not have."""
-
-    activation: Activation | None = None
-    convention: Convention = find("flax")
-    kernel: str | None = None
-    count_skipped: bool = False
 
 
 class Call(NamedTuple):
@@ -58,71 +44,6 @@ class Arrays(NamedTuple):
     momentum: jax.Array | None
 
 
-# ---- options ------------------------------------------------------------------------------------------------------
-
-
-def checked_options(
-    activation: Activation | None, convention: str | Convention, kernel: str | None, count_skipped: bool
-) -> Own:
-    """The options of a layer, checked while it is constructed.
-
-    Raises:
-        ValueError, TypeError: An activation, a convention or a kernel that does not exist.
-    """
-    if kernel is not None and kernel not in KERNELS:
-        raise ValueError(f"no kernel is called {kernel!r}; known are {', '.join(KERNELS)}, or None for the best one")
-    return Own(check_activation(activation), find(convention), kernel, bool(count_skipped))
-
-
-def checked_axis(axis: Any) -> int | tuple[int, ...]:
-    """An axis as Flax takes it, or several in any iterable, as Python integers.
-
-    Raises:
-        TypeError: Not an integer or an iterable of integers.
-    """
-    axes = tuple(axis) if isinstance(axis, Iterable) else (axis,)
-    try:
-        numbers = tuple(operator.index(one) for one in axes if not isinstance(one, bool))
-    except TypeError:
-        numbers = ()
-    if len(numbers) < len(axes):
-        raise TypeError(f"axis is {axis!r}; it must be an integer or a sequence of integers")
-    return numbers if isinstance(axis, Iterable) else numbers[0]
-
-
-def normalized_axes(axis: Any, ndim: int) -> tuple[int, ...]:
-    """The axes with statistics of their own, ascending and not negative; one that is named twice counts once.
-
-    Raises:
-        ValueError: An axis is out of range.
-    """
-    given = checked_axis(axis)
-    axes = given if isinstance(given, tuple) else (given,)
-    for one in axes:
-        if not -ndim <= one < ndim:
-            raise ValueError(
-                f"axis {one} is out of range for x with {ndim} dimension{'s' * (ndim != 1)}; allowed are {-ndim} to "
-                f"{ndim - 1}: pass the axis of the channels as axis="
-            )
-    return tuple(sorted({one % ndim for one in axes}))
-
-
-def split_number(number: Any) -> tuple[Any, Any]:
-    """A momentum or an epsilon as (number or None, array or None); a number of NumPy's is known while JAX traces."""
-    number = number.item() if isinstance(number, numpy.ndarray) and number.ndim == 0 else number
-    return (number, None) if number is None or isinstance(number, Real) else (None, jnp.asarray(number))
-
-
-def with_numbers(own: Own, epsilon: Any, momentum: Any) -> Own:
-    """The options with the numbers of a layer, None for those of the convention."""
-    return own._replace(convention=resolve(own.convention, epsilon, momentum, None, None))
-
-
-def as_groups(axis_index_groups: Any) -> tuple[tuple[int, ...], ...] | None:
-    """Groups of indices along a named axis, hashable."""
-    return None if axis_index_groups is None else tuple(tuple(map(int, group)) for group in axis_index_groups)
-
-
 # ---- dtypes -------------------------------------------------------------------------------------------------------
 
 
@@ -137,6 +58,19 @@ def canonical_dtype(dtype: Any, *arrays: jax.Array) -> Any:
 def cached_dtype(dtype: Any, *dtypes: Any) -> Any:
     """`canonical_dtype`, cached: finding it out takes a quarter of an eager call."""
     return canonicalize_dtype(*(jnp.empty((), one) for one in dtypes), dtype=dtype)
+
+
+def with_fractions(dtype: Any) -> Any:
+    """The dtype, or float32 for integers and booleans."""
+    return dtype if jnp.issubdtype(dtype, jnp.inexact) else jnp.promote_types(dtype, jnp.float32)
+
+
+def wide_dtype(x: jax.Array, dtype: Any) -> Any:
+    """The dtype of the computation: the wider one of those of x and y, since Flax takes statistics of x as it is given.
+
+    Integers become float32 before: the type of an integer and a half together is the half, in which 1001 is 1000.
+    """
+    return jnp.promote_types(with_fractions(x.dtype), dtype)
 
 
 # ---- variables ----------------------------------------------------------------------------------------------------
@@ -171,20 +105,64 @@ def is_complex(*dtypes: Any) -> bool:
     return any(dtype is not None and jnp.issubdtype(dtype, jnp.complexfloating) for dtype in dtypes)
 
 
-def check_complex(own: Own, **arguments: Any) -> None:
-    """Raise where a call on complex numbers, which Flax computes, has an option of ours.
+# ---- arguments ----------------------------------------------------------------------------------------------------
+
+
+def check_shapes(layer: Any, x: jax.Array, axes: tuple[int, ...], variables: Mapping[str, jax.Array | None]) -> None:
+    """Raise unless each of a layer's variables has one element for each channel of x; Flax broadcasts some.
 
     Raises:
-        TypeError: The message names the option.
+        ValueError: The message names the variable and, of nnx, the option of the constructor.
     """
-    plain = Own()
-    changed = [name for name in Own._fields if getattr(own, name) != getattr(plain, name)]
-    changed += [name for name, value in arguments.items() if value is not None]
-    if changed:
-        raise TypeError(
-            f"x is complex, which Flax's own computation serves, and that has no {' and no '.join(changed)}; leave "
-            "these out, or normalise real and imaginary parts"
+    channels = tuple(x.shape[axis] for axis in axes)
+    for name, value in variables.items():
+        if value is not None and value.shape != channels:
+            features, axis = (channels[0], axes[0]) if len(axes) == 1 else (channels, axes)
+            is_nnx = hasattr(layer, "num_features")
+            fix = f"construct the layer with num_features={features}" if is_nnx else "pass variables made for such an x"
+            raise ValueError(
+                f"{name} has shape {value.shape}, but x with shape {x.shape} has channels {channels} along axis "
+                f"{axis}; {fix}, or the axis of the channels as axis="
+            )
+
+
+def check_epsilon(call: Call, epsilon: jax.Array | None) -> None:
+    """Raise where the convention refuses to train without an epsilon, and it is 0.
+
+    Raises:
+        ValueError: As `batchnorm.batch_norm`, in Flax's words.
+    """
+    convention = call.own.convention
+    if not call.training or convention.zero_eps == "allowed":
+        return
+    if known((convention.eps if epsilon is None else epsilon) == 0):
+        raise ValueError(
+            f"epsilon must be positive in training, but is 0: {convention.name} refuses it, as a constant channel "
+            "would divide by 0; pass epsilon > 0"
         )
+
+
+#: What the arguments of a call must be.
+REQUIREMENTS = {
+    "mask": "it must hold booleans, True where x counts",
+    "residual": "it must be an array of the shape of x",
+}
+
+
+def as_array(name: str, value: Any) -> Any:
+    """An argument as an array of numbers, of NumPy or JAX; None as it is.
+
+    Raises:
+        TypeError: Not numbers. JAX's own error is about what it compiles.
+    """
+    if value is None or isinstance(value, jax.Array):
+        return value
+    return check_list(name, value, "biufV", REQUIREMENTS[name])  # V: bfloat16
+
+
+def as_dtype(value: Any, dtype: Any) -> jax.Array | None:
+    """An array in another dtype; None as it is."""
+    return None if value is None else jnp.asarray(value, dtype)
 
 
 # ---- computation --------------------------------------------------------------------------------------------------
@@ -200,17 +178,23 @@ def apply_batch_norm(call: Call, arrays: Arrays) -> tuple[jax.Array, dict[str, j
     """
     if call.own.kernel is None and isinstance(arrays.x, jax.core.Tracer) and is_within_tabulate():
         call = call._replace(own=call.own._replace(kernel="agnostic"))
-    if not is_compilable(call, arrays):
-        return compute(call, arrays)[:2]
-    y, state, is_skipped = compiled(call, arrays)
-    if call.training and not jax.config.jax_disable_jit and known(is_skipped):  # type: ignore[attr-defined]
-        warnings.warn(
-            "the statistics of a batch are not finite (NaN, Inf or overflow in x): it did not enter the running "
-            "statistics; count_skipped=True counts such batches",
-            RuntimeWarning,
-            stacklevel=3,
-        )
-    return y, state
+    check_epsilon(call, arrays.epsilon)
+    arrays = arrays._replace(mask=as_array("mask", arrays.mask), residual=as_array("residual", arrays.residual))
+    remark = SKIPPED_REMARK.set(COUNTED if call.own.count_skipped else NOT_COUNTED)
+    try:
+        if not is_compilable(call, arrays):
+            return compute(call, arrays)[:2]
+        y, state, is_skipped = compiled(call, arrays)
+        if call.training and not jax.config.jax_disable_jit and known(is_skipped):  # type: ignore[attr-defined]
+            warn_of_skipped()
+        return y, state
+    finally:
+        SKIPPED_REMARK.reset(remark)
+
+
+#: The end of the warning of a skipped batch.
+COUNTED = " and is counted in the variable `skipped`"
+NOT_COUNTED = "; layers of batchnorm.flax with count_skipped=True count such batches"
 
 
 def is_within_tabulate() -> bool:
@@ -231,18 +215,14 @@ def is_compilable(call: Call, arrays: Arrays) -> bool:
 
 
 def compute(call: Call, arrays: Arrays) -> tuple[jax.Array, dict[str, jax.Array], jax.Array]:
-    """`apply_batch_norm`, and whether the batch was skipped.
-
-    Computed in the wider one of the dtypes of x and y: Flax takes statistics of x as it is given.
-    """
-    own, wide = call.own, jnp.promote_types(arrays.x.dtype, call.dtype)
-    as_wide = partial(jnp.asarray, dtype=wide)
+    """`apply_batch_norm`, and whether the batch was skipped."""
+    own, wide = call.own, wide_dtype(arrays.x, call.dtype)
+    scale, bias = (None if one is None else as_dtype(one, with_fractions(one.dtype)) for one in arrays[1:3])
     running = running_statistics(own.convention, arrays.state, jnp.promote_types(call.state_dtype, jnp.float32))
     y, updated = batch_norm(
-        as_wide(arrays.x), arrays.scale, arrays.bias, running, training=call.training, axis=call.axes,
-        axis_name=call.axis_name, axis_index_groups=call.axis_index_groups,
-        mask=None if arrays.mask is None else jnp.asarray(arrays.mask, bool), lengths=arrays.lengths,
-        activation=own.activation, residual=None if arrays.residual is None else as_wide(arrays.residual),
+        jnp.asarray(arrays.x, wide), scale, bias, running, training=call.training, axis=call.axes,
+        axis_name=call.axis_name, axis_index_groups=call.axis_index_groups, mask=as_dtype(arrays.mask, bool),
+        lengths=arrays.lengths, activation=own.activation, residual=as_dtype(arrays.residual, wide),
         convention=own.convention, eps=arrays.epsilon, decay=arrays.momentum, single=call.single, kernel=own.kernel,
     )  # fmt: skip
     state = {

@@ -12,18 +12,21 @@ from batchnorm.flax.implicit_linen import ImplicitBatchNorm
 from batchnorm.flax.layer import (
     Arrays,
     Call,
-    Own,
     apply_batch_norm,
-    as_groups,
     canonical_dtype,
-    check_complex,
-    checked_axis,
-    checked_options,
+    check_shapes,
     initial_value,
     is_complex,
-    normalized_axes,
-    split_number,
     variable_names,
+)
+from batchnorm.flax.options import (
+    Own,
+    as_groups,
+    check_complex,
+    checked_axis,
+    checked_number,
+    checked_options,
+    normalized_axes,
     with_numbers,
 )
 from batchnorm.functional import Activation
@@ -62,8 +65,8 @@ class BatchNorm(linen.BatchNorm):
     The others are those of `flax.linen.BatchNorm`.
 
     Raises:
-        ValueError, TypeError: At construction, for an activation, a convention or a kernel that does not exist, or an
-            axis that is no integer.
+        ValueError, TypeError: At construction, for an activation, a convention or a kernel that does not exist, an axis
+            that is no integer, a momentum outside of 0 to 1 or a negative epsilon.
 
     Example:
         >>> import jax, jax.numpy as jnp
@@ -88,6 +91,8 @@ class BatchNorm(linen.BatchNorm):
         self.axis = checked_axis(convention.axis if self.axis is None else self.axis)
         self.momentum = convention.decay if self.momentum is None else self.momentum
         self.epsilon = convention.eps if self.epsilon is None else self.epsilon
+        for name in ("momentum", "epsilon"):
+            checked_number(name, getattr(self, name))
         super().__post_init__()
 
     @compact
@@ -139,16 +144,19 @@ def normalize(
     x = jnp.asarray(x)
     axes = normalized_axes(layer.axis, x.ndim)
     shape = tuple(x.shape[axis] for axis in axes)
-    (epsilon, epsilon_array), (momentum, momentum_array) = split_number(layer.epsilon), split_number(layer.momentum)
+    epsilon, epsilon_array = checked_number("epsilon", layer.epsilon)
+    momentum, momentum_array = checked_number("momentum", layer.momentum)
     own = with_numbers(options_of(layer), epsilon, momentum)
     is_initializing = layer.is_initializing()
 
     stored_dtype = jnp.float32 if layer.force_float32_reductions else layer.param_dtype
+    names = variable_names(own)
     variables = {
         field: layer.variable("batch_stats", name, initial_value, own, field, shape, stored_dtype)
-        for name, field in variable_names(own).items()
+        for name, field in names.items()
     }
     state = {field: variable.value for field, variable in variables.items()}
+    check_shapes(layer, x, axes, {name: state[field] for name, field in names.items() if field in ("mean", "spread")})
     scale = layer.param("scale", layer.scale_init, shape, layer.param_dtype) if layer.use_scale else None
     bias = layer.param("bias", layer.bias_init, shape, layer.param_dtype) if layer.use_bias else None
 

@@ -1,7 +1,5 @@
 """The batch norm of `flax.nnx`."""
 
-import inspect
-from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -16,48 +14,30 @@ from batchnorm.flax.implicit_nnx import ImplicitBatchNorm
 from batchnorm.flax.layer import (
     Arrays,
     Call,
-    Own,
     apply_batch_norm,
-    as_groups,
     canonical_dtype,
-    check_complex,
-    checked_axis,
-    checked_options,
+    check_shapes,
     initial_value,
     is_complex,
-    normalized_axes,
-    split_number,
     variable_names,
+)
+from batchnorm.flax.options import (
+    Own,
+    as_groups,
+    check_complex,
+    checked_axis,
+    checked_number,
+    checked_options,
+    normalized_axes,
     with_numbers,
 )
+from batchnorm.flax.signatures import OwnSignature, with_options_of
 from batchnorm.functional import Activation
 
 __all__ = ["BatchNorm", "ImplicitBatchNorm"]
 
 #: Whether `variable[...] = value` keeps the variable's dtype, as from Flax 0.12.1 on, or takes the value's.
 KEEPS_DTYPE = hasattr(nnx.Variable, "set_value")
-
-
-class OwnSignature:
-    """`__signature__` of a class: that of its constructor, where the metaclass of nnx would show *args, **kwargs."""
-
-    def __get__(self, instance: Any, owner: type) -> inspect.Signature:
-        """The signature of the class, or of a subclass by its own constructor."""
-        signature = inspect.signature(owner.__init__)  # type: ignore[misc]
-        return signature.replace(parameters=list(signature.parameters.values())[1:])
-
-
-def with_options_of(base: Callable[..., None]) -> Callable[[Callable[..., None]], Callable[..., None]]:
-    """A decorator for a constructor whose `**options` are those of another: its signature shows them all."""
-
-    def decorate(constructor: Callable[..., None]) -> Callable[..., None]:
-        inherited = inspect.signature(base).parameters
-        own = inspect.signature(constructor).parameters.values()
-        added = [one for one in own if one.name not in inherited and one.kind is inspect.Parameter.KEYWORD_ONLY]
-        constructor.__signature__ = inspect.Signature([*inherited.values(), *added])  # type: ignore[attr-defined]
-        return constructor
-
-    return decorate
 
 
 class BatchNorm(nnx.BatchNorm):
@@ -71,7 +51,7 @@ class BatchNorm(nnx.BatchNorm):
     described there.
 
     Args:
-        num_features: Channels.
+        num_features: Channels; a tuple where `axis` names several axes, by ascending axis.
         activation: A name that `batchnorm.jax.batch_norm` knows, or a callable.
         convention: Whose behaviour: a name in `batchnorm.CONVENTIONS` or a `Convention`.
         kernel: `native`, the C++, or `agnostic`, array code; None is the best available.
@@ -80,8 +60,8 @@ class BatchNorm(nnx.BatchNorm):
             convention's where they are None or left out; as is `axis`.
 
     Raises:
-        ValueError, TypeError: At construction, for an activation, a convention or a kernel that does not exist, or an
-            axis that is no integer.
+        ValueError, TypeError: At construction, for an activation, a convention or a kernel that does not exist, an axis
+            that is no integer, a momentum outside of 0 to 1 or a negative epsilon.
 
     Example:
         >>> import jax.numpy as jnp
@@ -94,6 +74,9 @@ class BatchNorm(nnx.BatchNorm):
 
     __signature__ = OwnSignature()
 
+    #: Whether the constructor has made the layer, and not `batchnorm.flax.replace`.
+    _is_constructed: bool = False
+
     # Those of a layer of Flax's that `batchnorm.flax.replace` has made one of ours.
     activation: Activation | None = None
     convention: str | Convention = "flax"
@@ -103,7 +86,7 @@ class BatchNorm(nnx.BatchNorm):
     @with_options_of(nnx.BatchNorm.__init__)
     def __init__(
         self,
-        num_features: int,
+        num_features: int | tuple[int, ...],
         *,
         activation: Activation | None = None,
         convention: str | Convention = "flax",
@@ -116,9 +99,15 @@ class BatchNorm(nnx.BatchNorm):
         for name, default in defaults.items():
             options[name] = default if options.get(name) is None else options[name]
         options["axis"] = checked_axis(options["axis"])
-        super().__init__(num_features, **options)
+        for name in ("momentum", "epsilon"):
+            checked_number(name, options[name])
+        if isinstance(num_features, tuple):  # Flax's constructor makes variables of one axis
+            for name, initializer in (("scale_init", nnx.initializers.ones), ("bias_init", nnx.initializers.zeros)):
+                options[name] = partial(initialized, options.get(name, initializer), num_features)
+        super().__init__(1 if isinstance(num_features, tuple) else num_features, **options)
+        self.num_features = num_features  # type: ignore[assignment]
         self.activation, self.convention, self.kernel = activation, convention, kernel
-        self.count_skipped = own.count_skipped
+        self.count_skipped, self._is_constructed = own.count_skipped, True
         make_statistics(self)
 
     def __call__(
@@ -148,10 +137,17 @@ def options_of(layer: BatchNorm) -> Own:
     return checked_options(layer.activation, layer.convention, layer.kernel, layer.count_skipped)
 
 
+def initialized(initializer: Any, shape: tuple[int, ...], key: Any, _: Any, dtype: Any) -> jax.Array:
+    """The parameter of a shape, whatever shape the initializer is asked for."""
+    value: jax.Array = initializer(key, shape, dtype)
+    return value
+
+
 def make_statistics(layer: BatchNorm) -> None:
     """Give a new layer the variables of its convention, in place of Flax's."""
-    own = with_numbers(options_of(layer), None, split_number(layer.momentum)[0])
-    shape, names = layer.mean.shape, variable_names(own)
+    own = with_numbers(options_of(layer), None, checked_number("momentum", layer.momentum)[0])
+    shape = layer.num_features if isinstance(layer.num_features, tuple) else (layer.num_features,)
+    names = variable_names(own)
     if "var" not in names:
         del layer.var
     for name, field in names.items():
@@ -168,16 +164,17 @@ def normalize(
     residual: jax.Array | None,
 ) -> jax.Array:
     """The call of a layer on its variables."""
-    (epsilon, epsilon_array), (momentum, momentum_array) = split_number(layer.epsilon), split_number(layer.momentum)
+    epsilon, epsilon_array = checked_number("epsilon", layer.epsilon)
+    momentum, momentum_array = checked_number("momentum", layer.momentum)
     own = with_numbers(options_of(layer), epsilon, momentum)
-    variables = {field: getattr(layer, name) for name, field in variable_names(own).items()}
+    names, axes = variable_names(own), normalized_axes(layer.axis, x.ndim)
+    variables = {field: getattr(layer, name) for name, field in names.items()}
     state = {field: variable[...] for field, variable in variables.items()}
     scale, bias = (None if parameter is None else parameter[...] for parameter in (layer.scale, layer.bias))
+    statistics = {name: state[field] for name, field in names.items() if field in ("mean", "spread")}
+    check_shapes(layer, x, axes, {"scale": scale, "bias": bias, **statistics})
     dtype, state_dtype = dtypes_of(layer, x, state["mean"], scale, bias)
-    call = Call(
-        training, normalized_axes(layer.axis, x.ndim), dtype, state_dtype, own, layer.axis_name,
-        as_groups(layer.axis_index_groups),
-    )  # fmt: skip
+    call = Call(training, axes, dtype, state_dtype, own, layer.axis_name, as_groups(layer.axis_index_groups))
     y, updated = apply_batch_norm(
         call, Arrays(x, scale, bias, state, mask, lengths, residual, epsilon_array, momentum_array)
     )

@@ -1,91 +1,17 @@
-"""Networks of other people: Flax's batch norms computed by ours, and back."""
+"""Models of `flax.nnx` by other people: their batch norms made ours in place, and back."""
 
+import copyreg
 import types
 import warnings
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 from flax import linen, nnx
-from flax.linen.module import InterceptorContext
 
-from batchnorm.flax.linen import BatchNorm, has_complex_numbers, normalize
-from batchnorm.flax.nnx import BatchNorm as NnxBatchNorm
+from batchnorm.flax.interception import name_of
+from batchnorm.flax.nnx import BatchNorm
+from batchnorm.flax.options import Own
 
 Model = TypeVar("Model")
-
-
-@dataclass
-class Report:
-    """The layers that were called within `replaced`.
-
-    Attributes:
-        replaced: Paths of the layers that ours have computed.
-        kept: Paths of batch norms that Flax or a class of their own has computed, each with the reason.
-    """
-
-    replaced: list[str] = field(default_factory=list)
-    kept: dict[str, str] = field(default_factory=dict)
-
-
-@contextmanager
-def replaced() -> Iterator[Report]:
-    """A context in which every `flax.linen.BatchNorm` of any network computes as `batchnorm.flax.linen.BatchNorm`.
-
-    Variables are those of the network: `init`, `apply`, checkpoints and optimizers know no difference. Works with
-    `jit`, `grad` and lifted transformations, while they trace: a function that was compiled before stays as it was, and
-    one that is compiled within stays so afterwards. A subclass with a `__call__` of its own keeps it, and complex input
-    is Flax's.
-
-    Yields:
-        A `Report`, to which every layer that is called is added.
-
-    Example:
-        >>> import flax.linen, jax, jax.numpy as jnp, batchnorm.flax
-        >>> network = flax.linen.Sequential([flax.linen.Dense(3), flax.linen.BatchNorm(use_running_average=False)])
-        >>> with batchnorm.flax.replaced() as report:
-        ...     y, variables = network.init_with_output(jax.random.key(0), jnp.ones((4, 2)))
-        >>> report.replaced
-        ['layers_1']
-    """
-    report = Report()
-
-    def intercept(
-        call: Callable[..., Any], args: tuple[Any, ...], options: dict[str, Any], context: InterceptorContext
-    ) -> Any:
-        layer = context.module
-        is_ours = isinstance(layer, BatchNorm)
-        if context.method_name != "__call__" or is_ours or not isinstance(layer, linen.BatchNorm):
-            return call(*args, **options)
-        path = "/".join(layer.path) or type(layer).__name__
-        if type(layer).__call__ is not linen.BatchNorm.__call__:
-            report.kept[path] = f"{name_of(type(layer))} has a __call__ of its own"
-            return call(*args, **options)
-        if has_complex_numbers(layer, x_of(*args, **options)):
-            report.kept[path] = "x is complex"
-            return call(*args, **options)
-        if path not in report.replaced:
-            report.replaced.append(path)
-        return as_ours(layer, *args, **options)
-
-    with linen.intercept_methods(intercept):
-        yield report
-
-
-def x_of(x: Any, *args: Any, **kwargs: Any) -> Any:
-    """The first argument of a layer's call."""
-    return x
-
-
-def as_ours(layer: linen.BatchNorm, x: Any, use_running_average: bool | None = None, *, mask: Any = None) -> Any:
-    """The call of Flax's layer by ours."""
-    return normalize(layer, x, use_running_average, mask=mask)
-
-
-def name_of(kind: type) -> str:
-    """The class with its module."""
-    return f"{kind.__module__}.{kind.__qualname__}"
 
 
 def replace(model: Model) -> Model:
@@ -103,10 +29,12 @@ def replace(model: Model) -> Model:
         The model.
 
     Raises:
-        TypeError: The model is one of `flax.linen`.
+        TypeError: The model has no module of nnx but perhaps `nnx.bridge.ToNNX`, which wraps one of `flax.linen`.
 
     Warns:
-        UserWarning: A subclass of `flax.nnx.BatchNorm` has a `__call__` of its own and stays as it is.
+        UserWarning: A batch norm stays as it is: a subclass of `flax.nnx.BatchNorm` with a `__call__` of its own, or
+            with an attribute that would be an option of ours (`activation`, `convention`, `kernel`, `count_skipped`);
+            or those of a network of `flax.linen` within the model.
 
     Example:
         >>> from flax import nnx
@@ -115,24 +43,35 @@ def replace(model: Model) -> Model:
         >>> isinstance(batchnorm.flax.replace(model).layers[1], batchnorm.flax.nnx.BatchNorm)
         True
     """
-    kept = []
-    for name, layer in batch_norms(model):
-        kind = type(layer)
-        if issubclass(kind, NnxBatchNorm):
-            continue
-        if kind.__call__ is not nnx.BatchNorm.__call__:
-            kept.append(f"{name} ({name_of(kind)})")
-            continue
-        layer.__class__ = ours_of(kind)
-    if kept:
-        warnings.warn(f"kept, as their class has a __call__ of its own: {', '.join(kept)}", stacklevel=2)
+    kept: dict[str, list[str]] = {}
+    for name, part in batch_norms(model):
+        reason = reason_to_keep(part)
+        if reason is not None:
+            kept.setdefault(reason, []).append(f"{name} ({name_of(type(part))})")
+        elif not isinstance(part, BatchNorm):
+            part.__class__ = ours_of(type(part))
+    for reason, names in kept.items():
+        warnings.warn(f"kept, as {reason}: {', '.join(names)}", stacklevel=2)
     return model
+
+
+def reason_to_keep(part: Any) -> str | None:
+    """Why a part of a model stays as it is; None for what is ours or can become so."""
+    if isinstance(part, linen.Module):
+        return "layers of flax.linen are made anew at each call (call the model within batchnorm.flax.replaced())"
+    kind = type(part)
+    if issubclass(kind, BatchNorm):
+        return None
+    if kind.__call__ is not nnx.BatchNorm.__call__:
+        return "their class has a __call__ of its own"
+    taken = [name for name in Own._fields if name in vars(part) or hasattr(kind, name)]
+    return f"they have attributes of their own that would be options of ours, {' and '.join(taken)}" if taken else None
 
 
 def restore(model: Model) -> Model:
     """Make the batch norms of a model Flax's own again, in place: the inverse of `replace`.
 
-    Layers that were constructed as ours stay so.
+    Layers that were constructed as ours stay so. Options of ours that were assigned to the others are dropped.
 
     Args:
         model: What `replace` takes.
@@ -148,42 +87,71 @@ def restore(model: Model) -> Model:
         'flax.nnx.nn.normalization'
     """
     for _, layer in batch_norms(model):
-        original = ORIGINALS.get(type(layer))
-        if original is not None and "activation" not in vars(layer):  # the constructor sets it
+        original = original_of(type(layer))
+        if original is not None and not layer._is_constructed:
+            for name in set(Own._fields) & set(vars(layer)):
+                delattr(layer, name)
             layer.__class__ = original
     return model
 
 
-#: The class that a layer had before `replace`, by the class that it has since.
-ORIGINALS: dict[type[nnx.BatchNorm], type[nnx.BatchNorm]] = {NnxBatchNorm: nnx.BatchNorm}
+#: Our class for Flax's and for each subclass of it that has been replaced.
+OURS: dict[type[nnx.BatchNorm], type[nnx.BatchNorm]] = {nnx.BatchNorm: BatchNorm}
 
 
 def ours_of(kind: type[nnx.BatchNorm]) -> type[nnx.BatchNorm]:
     """Our class for Flax's or for a subclass of it, whose other methods and attributes it keeps."""
-    for known, original in ORIGINALS.items():
-        if original is kind:
-            return known
-    members = {"__module__": kind.__module__, "__qualname__": kind.__qualname__, "__doc__": kind.__doc__}
-    ours: type[nnx.BatchNorm] = types.new_class(
-        kind.__name__, (kind, NnxBatchNorm), exec_body=lambda namespace: namespace.update(members)
+    if kind in OURS:
+        return OURS[kind]
+    members = {
+        "__module__": kind.__module__, "__qualname__": kind.__qualname__, "__doc__": kind.__doc__, "_original": kind
+    }  # fmt: skip
+    # Pickle would look for the class under its name, where `kind` is: it asks the metaclass first.
+    metaclass = type(type(kind).__name__, (type(kind),), {})
+    copyreg.pickle(metaclass, reduced)
+    OURS[kind] = types.new_class(
+        kind.__name__, (kind, BatchNorm), {"metaclass": metaclass}, lambda namespace: namespace.update(members)
     )
-    ORIGINALS[ours] = kind
-    return ours
+    return OURS[kind]
 
 
-def batch_norms(model: Any) -> list[tuple[str, nnx.BatchNorm]]:
-    """The batch norms of nnx in a model, each once, with their names.
+def original_of(kind: type) -> Any:
+    """The class that the layers of a class had before `replace`; None where that has not made it."""
+    return nnx.BatchNorm if kind is BatchNorm else vars(kind).get("_original")
+
+
+def reduced(kind: type) -> Any:
+    """What pickle writes of a class of `ours_of`; of a subclass of one, its name."""
+    original = original_of(kind)
+    return kind.__qualname__ if original is None else (ours_of, (original,))
+
+
+def batch_norms(model: Any) -> list[tuple[str, Any]]:
+    """The batch norms of nnx in a model, each once, with their names; and the modules of linen that may have some.
 
     Raises:
-        TypeError: The model is one of `flax.linen`.
+        TypeError: The model has no module of nnx, other than a wrapper of linen.
     """
-    if isinstance(model, linen.Module):
+    parts = [(".".join(map(str, path)) or type(node).__name__, node) for path, node in nnx.iter_graph(model)]
+    linen_parts = [(name, node) for name, node in parts if isinstance(node, linen.Module)]
+    if not any(isinstance(node, nnx.Module) and not isinstance(node, nnx.bridge.ToNNX) for _, node in parts):
+        if linen_parts:
+            raise TypeError(
+                f"model {'is' if isinstance(model, linen.Module) else 'has only'} a flax.linen module, "
+                f"{type(linen_parts[0][1]).__name__}, whose layers are made anew at each call; use the context "
+                "batchnorm.flax.replaced() around init and apply, or the call of nnx.bridge.ToNNX"
+            )
         raise TypeError(
-            f"model is a flax.linen module, {type(model).__name__}, whose layers are made anew at each call; use the "
-            "context batchnorm.flax.replaced() around init and apply"
+            f"model is a {type(model).__name__} without a module of flax.nnx; it must be a flax.nnx.Module, or a list, "
+            "dictionary or other tree of them"
         )
     return [
-        (".".join(map(str, path)) or type(node).__name__, node)
-        for path, node in nnx.iter_graph(model)
-        if isinstance(node, nnx.BatchNorm)
+        *((name, node) for name, node in parts if isinstance(node, nnx.BatchNorm)),
+        *((name, node) for name, node in linen_parts if not is_without_batch_norm(node)),
     ]
+
+
+def is_without_batch_norm(module: linen.Module) -> bool:
+    """Whether a module of linen is a plain layer of Flax's own."""
+    is_container = isinstance(module, (linen.BatchNorm, linen.Sequential))
+    return type(module).__module__.startswith("flax.linen.") and not is_container

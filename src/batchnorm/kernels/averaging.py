@@ -28,12 +28,12 @@ def numbers_of(convention: Convention, *, masked: bool) -> Numbers:
     return {
         "tracked": TRACKED.index(convention.tracked),
         "debias": DEBIAS.index(convention.debias),
-        "correction": convention.correction(masked=masked),
+        "correction": int(convention.correction(masked=masked)),
         "corrects_tracked": convention.correction_on == "tracked",
         "is_clamped": convention.single == "clamp",
         "needs_two": convention.single in ("identity", "running"),
         "is_cumulative": convention.decay is None,
-        "momentum": 0.0 if convention.decay is None else 1.0 - convention.decay,
+        "momentum": 0.0 if convention.decay is None else float(1 - convention.decay),
         "eps": float(convention.eps),
     }
 

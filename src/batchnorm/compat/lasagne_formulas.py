@@ -1,0 +1,29 @@
+"""The formulas of `batchnorm.compat.lasagne` as the gist has them, for what `faithful=True` asks for."""
+
+from typing import Any
+
+from batchnorm.compat.lasagne_arguments import activation_of
+from batchnorm.compat.storage import without_derivatives
+from batchnorm.core import activations
+from batchnorm.core.dtypes import Array, cast, namespace, statistics_dtype
+
+Values = dict[str, Array]
+
+
+def apply_as_written(layer: Any, values: Values, input: Array, deterministic: bool) -> tuple[Array, Values]:
+    """`BatchNormLayer.apply` for a checked input.
+
+    The derivative of sqrt at 0 is infinite, and meets a difference of 0: NaN. NaN of the batch enters the averages,
+    which are constants to differentiation, as the updates of Theano's shared variables are. Computed in float32 or
+    wider: squares of float16 overflow from 256 on.
+    """
+    xp = namespace(input)
+    x, after, (mean, std) = cast(xp, input, statistics_dtype(xp, input)), values, (values["mean"], values["std"])
+    if not deterministic:
+        mean = xp.mean(x, axis=layer.axes, keepdims=True)
+        std = xp.sqrt(xp.mean((x - mean) ** 2, axis=layer.axes, keepdims=True))
+        for name, batch in (("mean", mean), ("std", std)):
+            average = (1 - layer.alpha) * values[name] + layer.alpha * without_derivatives(batch)
+            after = after | {name: cast(xp, average, values[name].dtype)}
+    y = (x - mean) * (values["gamma"] / (std + layer.epsilon)) + values["beta"]
+    return cast(xp, activations.apply(xp, y, activation_of(layer.nonlinearity)), input.dtype), after

@@ -1,0 +1,61 @@
+"""The formulas of `batchnorm.compat.zygote` as the gist has them, for what `faithful=True` asks for."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from batchnorm.core import activations
+from batchnorm.core.running import RunningStatistics
+from batchnorm.jax.averaging import checksum
+from batchnorm.jax.implicit import checked_weight
+
+
+def apply_as_written(layer: Any, x: jax.Array) -> jax.Array:
+    """y of a `BatchNorm` that is not frozen, in the dtype of x; computed in float32 or wider.
+
+    The gradients of mu and sigma are mean(x) and sqrt(var + eps) * m / (m - 1), also where these are NaN or infinite.
+    """
+    wide = x.astype(jnp.promote_types(jnp.float32, x.dtype))
+    running = checked_weight(layer.running.map(jnp.asarray))
+    z = along(layer.gamma, x) * xhat(running, wide, layer.eps) + along(layer.beta, x)
+    y: jax.Array = activations.apply(jnp, z, layer.activation)
+    return y.astype(x.dtype)
+
+
+def along(values: jax.Array, x: jax.Array) -> jax.Array:
+    """One number for each channel, to broadcast against x."""
+    return values.reshape(-1, *(1,) * (x.ndim - 2))
+
+
+@jax.custom_vjp
+def xhat(running: RunningStatistics, x: jax.Array, eps: float) -> jax.Array:
+    """(x - mu) / sigma; where it is differentiated, by the statistics of x, which are the gradient of the state."""
+    return ((x - along(running.mean, x)) / along(running.spread, x)).astype(x.dtype)
+
+
+def forward(running: RunningStatistics, x: jax.Array, eps: float) -> tuple[jax.Array, Any]:
+    """The result, and what `backward` takes: it, sigma, and the gradient of the state."""
+    axes, m = (0, *range(2, x.ndim)), x.size // x.shape[1]
+    mean = jnp.mean(x, axes, keepdims=True)
+    sigma = jnp.sqrt(jnp.mean((x - mean) ** 2, axes, keepdims=True) + eps)
+    normalized = (x - mean) / sigma
+    values = {"mean": mean.ravel(), "spread": (sigma * m / (m - 1)).ravel(), "steps": 1.0, "skipped": 0.0}
+    batch = running._replace(
+        **{name: jnp.asarray(value, getattr(running, name).dtype) for name, value in values.items()}
+    )
+    return normalized, (normalized, sigma, batch._replace(weight=checksum(batch)))
+
+
+def backward(kept: Any, d: jax.Array) -> tuple[RunningStatistics, jax.Array, None]:
+    """The gradients: the statistics of the batch as that of the state, whatever d is, and dx.
+
+    dx = (d - mean(d) - xhat * mean(d * xhat)) / sigma
+    """
+    normalized, sigma, batch = kept
+    axes = (0, *range(2, d.ndim))
+    means = jnp.mean(d, axes, keepdims=True) + normalized * jnp.mean(d * normalized, axes, keepdims=True)
+    return batch, (d - means) / sigma, None
+
+
+xhat.defvjp(forward, backward)

@@ -1,0 +1,105 @@
+"""Networks of `flax.linen` by other people: their batch norms computed by ours, within a context."""
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager, ContextDecorator
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+from flax import linen
+from flax.linen.module import InterceptorContext
+
+from batchnorm.flax.linen import BatchNorm, has_complex_numbers, normalize
+
+
+@dataclass
+class Report:
+    """The layers that were called within `replaced`.
+
+    Attributes:
+        replaced: Paths of the layers that ours have computed.
+        kept: Paths of batch norms that Flax or a class of their own has computed, each with the reason.
+    """
+
+    replaced: list[str] = field(default_factory=list)
+    kept: dict[str, str] = field(default_factory=dict)
+
+
+class Interception(ContextDecorator):
+    """The context of `replaced`: every time that it is entered, with a new report."""
+
+    def __init__(self) -> None:
+        self.entered: list[AbstractContextManager[None]] = []
+
+    def __enter__(self) -> Report:
+        report = Report()
+        context = linen.intercept_methods(partial(intercept, report))
+        context.__enter__()
+        self.entered.append(context)
+        return report
+
+    def __exit__(self, *error: Any) -> None:
+        self.entered.pop().__exit__(*error)
+
+
+def replaced() -> Interception:
+    """A context in which every `flax.linen.BatchNorm` of any network computes as `batchnorm.flax.linen.BatchNorm`.
+
+    Variables are those of the network: `init`, `apply`, checkpoints and optimizers know no difference. Works with
+    `jit`, `grad` and lifted transformations, while they trace: a function that was compiled before stays as it was, and
+    one that is compiled within stays so afterwards. A subclass with a `__call__` of its own keeps it, and complex input
+    is Flax's. A momentum or an epsilon that Flax takes and ours refuse is an error of the call.
+
+    Like all of Flax's interceptors, it acts in the thread that enters it and not in those started within. Of nested
+    contexts the outermost computes, and the report of an inner one stays empty.
+
+    Returns:
+        A context that gives a `Report`, to which every layer that is called is added. It may be entered again.
+
+    Example:
+        >>> import flax.linen, jax, jax.numpy as jnp, batchnorm.flax
+        >>> network = flax.linen.Sequential([flax.linen.Dense(3), flax.linen.BatchNorm(use_running_average=False)])
+        >>> with batchnorm.flax.replaced() as report:
+        ...     y, variables = network.init_with_output(jax.random.key(0), jnp.ones((4, 2)))
+        >>> report.replaced
+        ['layers_1']
+    """
+    return Interception()
+
+
+def intercept(
+    report: Report,
+    call: Callable[..., Any],
+    args: tuple[Any, ...],
+    options: dict[str, Any],
+    context: InterceptorContext,
+) -> Any:
+    """A call of any method of linen: that of a batch norm by ours."""
+    layer = context.module
+    if context.method_name != "__call__" or isinstance(layer, BatchNorm) or not isinstance(layer, linen.BatchNorm):
+        return call(*args, **options)
+    path = "/".join(layer.path) or type(layer).__name__
+    if type(layer).__call__ is not linen.BatchNorm.__call__:
+        report.kept[path] = f"{name_of(type(layer))} has a __call__ of its own"
+        return call(*args, **options)
+    if has_complex_numbers(layer, x_of(*args, **options)):
+        report.kept[path] = "x is complex"
+        return call(*args, **options)
+    if path not in report.replaced:
+        report.replaced.append(path)
+    return as_ours(layer, *args, **options)
+
+
+def x_of(x: Any, *args: Any, **kwargs: Any) -> Any:
+    """The first argument of a layer's call."""
+    return x
+
+
+def as_ours(layer: linen.BatchNorm, x: Any, use_running_average: bool | None = None, *, mask: Any = None) -> Any:
+    """The call of Flax's layer by ours."""
+    return normalize(layer, x, use_running_average, mask=mask)
+
+
+def name_of(kind: type) -> str:
+    """The class with its module."""
+    return f"{kind.__module__}.{kind.__qualname__}"

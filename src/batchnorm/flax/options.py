@@ -1,0 +1,138 @@
+"""The options of the layers of linen and nnx, checked and reported in Flax's words."""
+
+import operator
+import sys
+from collections.abc import Iterable
+from numbers import Real
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy
+
+from batchnorm.arguments import check_activation
+from batchnorm.convention import Convention
+from batchnorm.conventions import find, resolve
+from batchnorm.functional import Activation
+from batchnorm.kernels.registry import KERNELS
+
+
+class Own(NamedTuple):
+    """The options that Flax's layers do not have."""
+
+    activation: Activation | None = None
+    convention: Convention = find("flax")
+    kernel: str | None = None
+    count_skipped: bool = False
+
+
+def checked_options(
+    activation: Activation | None, convention: str | Convention, kernel: str | None, count_skipped: bool
+) -> Own:
+    """The options of a layer, checked while it is constructed.
+
+    Raises:
+        ValueError, TypeError: An activation, a convention or a kernel that does not exist.
+    """
+    if kernel is not None and kernel not in KERNELS:
+        raise ValueError(f"no kernel is called {kernel!r}; known are {', '.join(KERNELS)}, or None for the best one")
+    return Own(check_activation(activation), find(convention), kernel, bool(count_skipped))
+
+
+def checked_axis(axis: Any) -> int | tuple[int, ...]:
+    """An axis as Flax takes it, or several in any iterable, as Python integers.
+
+    Raises:
+        TypeError: Not an integer or an iterable of integers.
+    """
+    axes = tuple(axis) if isinstance(axis, Iterable) else (axis,)
+    try:
+        numbers = tuple(operator.index(one) for one in axes if not isinstance(one, bool))
+    except TypeError:
+        numbers = ()
+    if len(numbers) < len(axes):
+        raise TypeError(f"axis is {axis!r}; it must be an integer or a sequence of integers")
+    return numbers if isinstance(axis, Iterable) else numbers[0]
+
+
+def normalized_axes(axis: Any, ndim: int) -> tuple[int, ...]:
+    """The axes with statistics of their own, ascending and not negative; one that is named twice counts once.
+
+    Raises:
+        ValueError: x is a scalar, or an axis is out of range.
+    """
+    given = checked_axis(axis)
+    axes = given if isinstance(given, tuple) else (given,)
+    if ndim == 0:
+        raise ValueError("x is a scalar; batch normalization needs at least one dimension")
+    for one in axes:
+        if not -ndim <= one < ndim:
+            raise ValueError(
+                f"axis {one} is out of range for x with {ndim} dimension{'s' * (ndim != 1)}; allowed are {-ndim} to "
+                f"{ndim - 1}: pass the axis of the channels as axis="
+            )
+    return tuple(sorted({one % ndim for one in axes}))
+
+
+#: The largest value of each number, and its meaning in messages. Flax takes any number.
+NUMBERS = {
+    "momentum": (1.0, "is the weight of the old running statistics and must lie in 0 to 1"),
+    "epsilon": (sys.float_info.max, "must be finite and >= 0 (usual values are 1e-5 and 1e-3)"),
+}
+
+
+def checked_number(name: str, number: Any) -> tuple[Any, Any]:
+    """A momentum or an epsilon as (number or None, array or None); a number of NumPy's is known while JAX traces.
+
+    Raises:
+        TypeError: Neither a number nor a scalar array of numbers.
+        ValueError: It is out of range. Of a traced array the value is unknown.
+    """
+    number = number.item() if isinstance(number, (numpy.ndarray, numpy.generic)) and number.ndim == 0 else number
+    if number is None:
+        return None, None
+    most, requirement = NUMBERS[name]
+    is_known = isinstance(number, Real) and not isinstance(number, bool)
+    if not is_known and not hasattr(number, "dtype"):
+        raise TypeError(f"{name} is {number!r} ({type(number).__name__}); it {requirement}: pass a number")
+    array = None if is_known else jnp.asarray(number)
+    if array is not None and (array.ndim or not is_real(array.dtype)):
+        raise TypeError(
+            f"{name} is an array of shape {array.shape} and dtype {array.dtype}; it {requirement}: pass a number or a "
+            "scalar array"
+        )
+    value = None if isinstance(array, jax.core.Tracer) else float(number if array is None else array)
+    if value is not None and not 0 <= value <= most:
+        raise ValueError(f"{name} is {number!r}; it {requirement}")
+    return (value, None) if array is None else (None, array)
+
+
+def is_real(dtype: Any) -> bool:
+    """Whether a dtype is one of real numbers, integers included."""
+    return any(jnp.issubdtype(dtype, kind) for kind in (jnp.floating, jnp.integer))
+
+
+def with_numbers(own: Own, epsilon: Any, momentum: Any) -> Own:
+    """The options with the numbers of a layer, None for those of the convention."""
+    return own._replace(convention=resolve(own.convention, epsilon, momentum, None, None))
+
+
+def as_groups(axis_index_groups: Any) -> tuple[tuple[int, ...], ...] | None:
+    """Groups of indices along a named axis, hashable."""
+    return None if axis_index_groups is None else tuple(tuple(map(int, group)) for group in axis_index_groups)
+
+
+def check_complex(own: Own, **arguments: Any) -> None:
+    """Raise where a call on complex numbers, which Flax computes, has an option of ours.
+
+    Raises:
+        TypeError: The message names the option.
+    """
+    plain = Own()
+    changed = [name for name in Own._fields if getattr(own, name) != getattr(plain, name)]
+    changed += [name for name, value in arguments.items() if value is not None]
+    if changed:
+        raise TypeError(
+            f"x is complex, which Flax's own computation serves, and that has no {' and no '.join(changed)}; leave "
+            "these out, or normalise real and imaginary parts"
+        )
