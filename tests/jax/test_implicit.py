@@ -3,6 +3,7 @@
 from dataclasses import replace
 from functools import partial
 
+import flax.nnx
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -14,6 +15,7 @@ from jax.sharding import PartitionSpec as P
 
 import batchnorm as bn
 import batchnorm.jax as bnj
+from batchnorm.flax import linen, nnx
 
 RNG = np.random.default_rng(13)
 
@@ -154,7 +156,7 @@ def test_sums_of_gradients(decay):
     spread = np.mean([np.var(part, 0) for part in parts], 0)
     np.testing.assert_allclose(after.mean, (1 - weight) * running.mean, atol=1e-6)  # those of x and -x cancel
     np.testing.assert_allclose(after.spread, (1 - weight) * running.spread + weight * spread, rtol=1e-5)
-    assert (float(after.steps), float(after.weight)) == (4, 1)
+    assert (float(after.steps), float(after.weight)) == (4, 1 + 2.0**-20)
 
 
 def test_no_batch_changes_nothing():
@@ -283,6 +285,67 @@ def test_millions_of_steps():
     np.testing.assert_allclose(received.mean, X.mean(0), rtol=1e-6)
 
 
+def test_a_result_that_is_not_differentiated():
+    """`stop_gradient` of y, as for a target: by the batch, which does not enter; of the arguments: by the state."""
+    running = initial(X)._replace(mean=jnp.asarray([1.0, 2, 3]), spread=jnp.asarray([4.0, 1, 9]))
+    by_batch, _ = bnj.batch_norm(X, GAMMA, BETA, training=True)
+    by_state, _ = bnj.batch_norm(X, GAMMA, BETA, running, training=False)
+
+    def differentiated(target):
+        def loss(gamma, running):
+            y = target(gamma, running)
+            return jnp.sum(y * gamma), y
+
+        (_, received), y = jax.grad(loss, argnums=(0, 1), has_aux=True)(GAMMA, running)
+        return y, float(received.steps)
+
+    def layer(gamma, running, **options):
+        return bnj.implicit_batch_norm(X, gamma, BETA, running, **options)
+
+    stop = jax.lax.stop_gradient
+    for target, expected, steps in (
+        (lambda *arguments: stop(layer(*arguments)), by_batch, 0),
+        (lambda *arguments: stop(y := layer(*arguments)) + 0 * jnp.sum(y), by_batch, 1),
+        (lambda *arguments: layer(*map(stop, arguments)), by_state, 0),
+        (lambda *arguments: stop(layer(*arguments, frozen=True)), by_state, 0),
+    ):
+        y, received = differentiated(target)
+        np.testing.assert_allclose(y, expected, rtol=1e-5, atol=1e-5)
+        assert received == steps
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+@pytest.mark.parametrize("kind", ["function", "linen", "nnx"])
+@pytest.mark.parametrize("differentiate", [lambda f: f, jax.grad, lambda f: jax.jit(jax.grad(f))])
+def test_a_state_in_half_precision_is_refused(kind, dtype, differentiate):
+    """By the cast of all parameters; the cast that leaves states alone is in the message, and passes."""
+
+    def loss(parameters):
+        if kind == "function":
+            y = bnj.implicit_batch_norm(X, parameters["scale"], parameters["bias"], parameters["running"])
+        elif kind == "linen":
+            y = linen.ImplicitBatchNorm().apply({"params": parameters}, X)
+        else:
+            model = nnx.ImplicitBatchNorm(3, rngs=flax.nnx.Rngs(0))
+            for name, value in parameters.items():
+                setattr(model, name, flax.nnx.Param(value))
+            y = model(X)
+        return jnp.sum(y.astype(jnp.float32) ** 2)
+
+    parameters = {"scale": GAMMA, "bias": BETA, "running": initial(X)}
+    narrow = jax.tree.map(lambda v: v.astype(dtype), parameters)
+    message = (
+        f"running.mean is {dtype}; running statistics are float32 or wider, or they lose what they add up: a cast of "
+        "the parameters has to leave them out, "
+    )
+    with pytest.raises(TypeError, match=message) as caught:
+        differentiate(loss)(narrow)
+    cast = str(caught.value).removeprefix(message)
+    allowed = eval(cast, {"jax": jax, "jnp": jnp, "bn": bn, "parameters": parameters})
+    assert (allowed["scale"].dtype, allowed["running"].mean.dtype) == (dtype, jnp.float32)
+    assert all(np.all(np.isfinite(value)) for value in jax.tree.leaves(differentiate(loss)(allowed)))
+
+
 def test_the_axis_is_the_convention_s():
     x = jnp.asarray(RNG.normal(size=(4, 3, 5)), jnp.float32)
     running = bn.RunningStatistics.initial(3, "pytorch", like=x)
@@ -320,6 +383,9 @@ def test_the_zygote_layer(case, activation):
     ("call", "message"),
     [
         (lambda: bnj.running_average(1.5), "decay is 1.5"),
+        (lambda: bnj.running_average(jnp.float32(1.5)), "decay is 1.5"),
+        (lambda: bnj.running_average(jnp.ones(2)), r"decay is an array of shape \(2,\)"),
+        (lambda: bnj.running_average("fast"), "decay is 'fast'"),
         (lambda: bnj.running_average(0.9).update({"w": X}, None, {"w": X}), "give the other parameters another"),
         (lambda: bnj.running_average(0.9).update(initial(X), None), "needs the parameters"),
         *(

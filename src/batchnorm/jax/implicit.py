@@ -19,11 +19,11 @@ from batchnorm.convention import Convention
 from batchnorm.conventions import resolve
 from batchnorm.core.running import RunningStatistics
 from batchnorm.functional import Activation
-from batchnorm.jax.averaging import checksum
+from batchnorm.jax.averaging import check_width, checksum
 from batchnorm.jax.functional import Axis, batch_norm
 from batchnorm.kernels.jax_formulas import varying
 
-UNTOUCHED = 1e-3  # what rounding, and averages of parameters, may take from a weight of 1
+UNTOUCHED = 2.0**-15  # what averages of parameters may take from a weight of 1: 2e-5 in optax.ema(0.999)
 
 
 def implicit_batch_norm(
@@ -54,7 +54,8 @@ def implicit_batch_norm(
         x: float16, bfloat16, float32 or float64, of any rank >= 1.
         gamma: Scale, one for each channel; None is 1.
         beta: Shift, one for each channel; None is 0.
-        running: The state, whose fields are all floating arrays (`batchnorm.RunningStatistics.initial`).
+        running: The state, whose fields are all floating arrays, float32 or wider
+            (`batchnorm.RunningStatistics.initial`).
         frozen: The derivatives are those of inference, and the gradient of `running` is 0: for saliency maps,
             adversarial examples and layers that are not to be trained. Forward mode works as well.
         axis: The axis with statistics of its own, or several; None is the convention's.
@@ -71,8 +72,8 @@ def implicit_batch_norm(
         a ValueError where its values are known.
 
     Raises:
-        ValueError, TypeError: As `batchnorm.batch_norm`; TypeError also under forward mode unless `frozen`: it has no
-            place for what the state receives.
+        ValueError, TypeError: As `batchnorm.batch_norm`; TypeError also for a state narrower than float32, and under
+            forward mode unless `frozen`: it has no place for what the state receives.
 
     Example:
         >>> import jax, jax.numpy as jnp, batchnorm as bn, batchnorm.jax as bnj
@@ -92,6 +93,7 @@ def implicit_batch_norm(
         raise TypeError(f"frozen is {frozen!r}; it must be True or False, which is known when the call is traced")
     if not isinstance(running, RunningStatistics):
         raise TypeError(f"running is a {type(running).__name__}; it must be a batchnorm.RunningStatistics")
+    check_width(running)
     dtype = jnp.promote_types(jnp.float32, jnp.result_type(running.mean))
     running = checked_weight(running.map(lambda value: jnp.asarray(value, dtype)))
     options = Options(axis, record, activation)
@@ -110,12 +112,15 @@ def implicit_batch_norm(
 
 
 def checked_weight(running: RunningStatistics) -> RunningStatistics:
-    """The state, if its weight is still 1: any optimizer but `running_average` moves it, by the checksum."""
-    is_untouched = abs(running.weight - 1) < UNTOUCHED
+    """The state, if its weight is about 1 still: another optimizer moves it, by the checksum, and lowers `steps`."""
+    is_untouched = (abs(running.weight - 1) < UNTOUCHED) & (running.steps >= 0)
     if known(jnp.all(is_untouched)) is False:
+        weight, steps = (jax.lax.stop_gradient(value) for value in (running.weight, running.steps))
         raise ValueError(
-            f"running.weight is {running.weight}, and not 1: another optimizer than running_average has changed the "
-            "state; use batchnorm.jax.partition(optimizer, decay), and start from RunningStatistics.initial"
+            f"running.weight is {weight}, and not within {UNTOUCHED:.0e} of 1, or running.steps, {steps}, is negative: "
+            "another optimizer than running_average has changed the state; use batchnorm.jax.partition(optimizer, "
+            "decay), with nothing behind it, and start from RunningStatistics.initial. For an average of parameters "
+            "that is off by rounding: running._replace(weight=jnp.ones(()))"
         )
     return running._replace(mean=jnp.where(is_untouched, running.mean, math.nan))
 
