@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from callbacks import forget
 from flax import serialization
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
@@ -518,7 +519,7 @@ def test_clipping_by_value_ahead_is_refused(kind):
         optimizer.update(gradients, state, layer.parameters)
     with pytest.raises(jax.errors.JaxRuntimeError, match="not a batch's statistics times a positive factor"):
         jax.block_until_ready(jax.jit(optimizer.update)(gradients, state, layer.parameters))
-    jax.effects_barrier()
+    forget()
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from callbacks import forget
 from flax.training.dynamic_scale import DynamicScale
 from flax.traverse_util import path_aware_map
 
@@ -88,12 +89,6 @@ def run(update, *arguments, **options):
     result = jax.block_until_ready(update(*arguments, **options))
     jax.effects_barrier()
     return result
-
-
-def forget():
-    """The runtime would report a failed program once more, at whichever barrier is next."""
-    jax.jit(lambda: jax.debug.callback(lambda: None))()
-    jax.effects_barrier()
 
 
 SCALED = {

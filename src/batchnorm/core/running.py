@@ -36,8 +36,8 @@ class RunningStatistics(Averages):
         mean: Average of the batches' means, one for each channel; to be divided by `weight`.
         spread: Average of the tracked quantity; to be divided by `weight`.
         steps: Number of batches that entered; a scalar.
-        weight: Sum of the weights in the averages; a scalar, always 1 unless the convention's `debias` is `adam` or
-            `weight_sum`.
+        weight: Sum of the weights in the averages; a scalar, 1 unless the convention's `debias` is `adam` or
+            `weight_sum` (after an update by `batchnorm.jax.running_average` 1 + 2**-20 or 1 - 2**-20, its mark).
         skipped: Number of batches that were refused because their statistics were not finite; a scalar.
         tracked: What `spread` averages: `var` (the default), `std`, `std_eps`, `rstd`, `var_eps` or `log10_std`, as in
             `Convention.tracked`.
