@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 
 import batchnorm as bn
 import batchnorm.torch as bnt
@@ -24,12 +25,17 @@ SHAPES = ((8, 4, 6, 6), (32, 16))
 Calls = dict[str, Callable[[], object]]
 
 
+def three_quarters(shape: tuple[int, ...]) -> NDArray[np.bool_]:
+    """A mask of samples, of which every fourth does not count."""
+    return (np.arange(shape[0]) % 4 < 3).reshape(-1, *(1,) * (len(shape) - 1))
+
+
 def numpy_calls(shape: tuple[int, ...]) -> Calls:
     """`bn.forward`, and `bn.batch_norm` with the state that the call before has returned."""
     generator = np.random.default_rng(0)
     x = generator.normal(size=shape).astype(np.float32)
     gamma, beta = np.ones(shape[1], np.float32), np.zeros(shape[1], np.float32)
-    mask = generator.random((shape[0], *(1,) * (len(shape) - 1))) < 0.75
+    mask = three_quarters(shape)
 
     def loop(**options: Any) -> Callable[[], object]:
         def calls() -> Iterator[Any]:
@@ -55,7 +61,7 @@ def numpy_calls(shape: tuple[int, ...]) -> Calls:
 def layer_calls(shape: tuple[int, ...], *, backward: bool) -> Calls:
     """Layers in training, forward or both passes."""
     x = torch.randn(shape, requires_grad=backward)
-    dy, mask = torch.randn(shape), torch.rand(shape[0], *(1,) * (len(shape) - 1)) < 0.75
+    dy, mask = torch.randn(shape), torch.from_numpy(three_quarters(shape))
     plain = (bnt.BatchNorm2d if len(shape) == 4 else bnt.BatchNorm1d)(shape[1])
     native = (torch.nn.BatchNorm2d if len(shape) == 4 else torch.nn.BatchNorm1d)(shape[1])
 
