@@ -9,7 +9,7 @@ folder=${1:-build/clang}
 
 find_clang() { compgen -c clang++ | grep -E '^clang\+\+(-[0-9]+)?$' | sort -V | tail -1; }
 if [ -z "$(find_clang)" ]; then
-  (apt-get -qq update && apt-get -qq install --yes --no-install-recommends clang libomp-dev) > /dev/null || true
+  timeout 300 sh -c "apt-get -qq update && apt-get -qq install --yes --no-install-recommends clang libomp-dev" > /dev/null || true
 fi
 clang=$(find_clang)
 if [ -z "$clang" ]; then
