@@ -7,7 +7,7 @@ set -euo pipefail
 cd "$(dirname "$0")/../.."
 folder=${1:-build/clang}
 
-find_clang() { compgen -c clang++ | grep -E '^clang\+\+(-[0-9]+)?$' | sort -V | tail -1; }
+find_clang() { compgen -c clang++ | grep -E '^clang\+\+(-[0-9]+)?$' | sort -V | tail -1 || true; }
 if [ -z "$(find_clang)" ]; then
   timeout 300 sh -c "apt-get -qq update && apt-get -qq install --yes --no-install-recommends clang libomp-dev" > /dev/null || true
 fi
