@@ -1,8 +1,9 @@
 // The kernels as targets of XLA's foreign function interface on the CPU: arrays are viewed here, and nothing is computed.
 //
 // Arrays are dense and row-major: those of the shape of x are (L, N, C, S) or (L, N, C), with L lanes that are batch norms of
-// their own, and those with a number for each channel (L, C). An absent operand has one dimension. Nothing is checked that the
-// primitives in kernels/jax_primitives.py have put together, but for what would read or write out of bounds.
+// their own, those with a number for each channel (L, C), and the scalars of a state (L, 1). An absent operand has one
+// dimension. Nothing is checked that the primitives in kernels/jax_primitives.py and jax_running.py have put together, but for
+// what would read or write out of bounds.
 #include "xla.hpp"
 
 #include <algorithm>

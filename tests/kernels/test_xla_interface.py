@@ -154,6 +154,13 @@ def test_an_update_by_hand():
     assert (steps.tolist(), weight.tolist(), skipped.tolist()) == ([[2]], [[1]], [[1]])
 
 
+@pytest.mark.parametrize(("needs_two", "updated"), [(False, [[2, 8]]), (True, [[1, 8]])])
+def test_a_channel_with_one_element_by_hand(needs_two, updated):
+    count = jnp.asarray([[1, 2]], jnp.int32)
+    mean, _, steps, *_ = call_advance(jnp.asarray([[1.0, 9.0]]), count=count, needs_two=needs_two)
+    assert (mean.tolist(), steps.tolist()) == (updated, [[2]])
+
+
 def test_a_call_by_hand():
     y, mean, *_ = call_forward(jnp.asarray([[[1.0], [3.0]]]))
     assert y.ravel().tolist() == [-1, 1]

@@ -161,7 +161,7 @@ def normalizes_by_variances(convention: Convention) -> bool:
 
 
 def is_simple(convention: Convention) -> bool:
-    """Whether training normalises by the batch, by a gamma as it is, whatever enters the running statistics."""
+    """Whether training is gamma * (x - mean) / sqrt(var + eps) + beta, whatever the running statistics average."""
     return (
         (convention.affine, convention.normalize_with, convention.normalize_correction) == ("plain", "batch", 0)
         and convention.eps_train == "inside"
