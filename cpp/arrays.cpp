@@ -1,6 +1,7 @@
 #include "arrays.hpp"
 
 #include <algorithm>
+#include <cstring>
 #include <new>
 #include <string>
 
@@ -53,7 +54,7 @@ ExchangeTable* exchange_table(PyTypeObject* type) {
   return table;
 }
 
-constexpr uint8_t dlpack_int = 0, dlpack_uint = 1, dlpack_float = 2, dlpack_bfloat = 4, dlpack_bool = 6;
+constexpr uint8_t dlpack_int = 0, dlpack_float = 2, dlpack_bfloat = 4, dlpack_bool = 6;
 
 // An array of our own, for another library to take over. Large ones are in a block of memory.hpp, the others here.
 struct Owned : ManagedTensor {
@@ -118,9 +119,19 @@ bool is_dense(const Array& array) {
 
 }  // namespace
 
-Array::Array(const char* name, nb::handle object, bool is_written) : name(name) {
+namespace {
+
+// Of an error in the library's own code: that it has no such memory to show, unless it is about something else.
+[[noreturn]] void decline_or_rethrow(nb::python_error& error) {
+  if (error.matches(PyExc_MemoryError) || !error.matches(PyExc_Exception)) throw error;
+  decline(Refusal::type);
+}
+
+}  // namespace
+
+Array::Array(nb::handle object, bool is_written) {
   if (object.is_none()) return;
-  is_given = true;
+  is_present = true;
   if (!read_dlpack_table(object) && !read_buffer(object, is_written)) read_dlpack(object);
 }
 
@@ -128,46 +139,58 @@ bool Array::read_dlpack_table(nb::handle object) {
   ExchangeTable* table = exchange_table(Py_TYPE(object.ptr()));
   if (!table) return false;
   nb::dlpack::dltensor tensor;
-  if (table->view(object.ptr(), &tensor) != 0) throw nb::python_error();
+  if (table->view(object.ptr(), &tensor) != 0) {
+    nb::python_error error;
+    decline_or_rethrow(error);
+  }
   read_tensor(tensor);
   return true;
+}
+
+bool Array::get_buffer(nb::handle object, int flags) {
+  buffer_.is_held = PyObject_GetBuffer(object.ptr(), &buffer_.view, flags) == 0;
+  if (!buffer_.is_held) PyErr_Clear();
+  return buffer_.is_held;
 }
 
 bool Array::read_buffer(nb::handle object, bool is_written) {
   if (!PyObject_CheckBuffer(object.ptr())) return false;
   const int flags = PyBUF_STRIDES | PyBUF_FORMAT | (is_written ? PyBUF_WRITABLE : 0);
-  Py_buffer& view = buffer_.view;
-  if (PyObject_GetBuffer(object.ptr(), &view, flags) != 0) throw nb::python_error();
-  buffer_.is_held = true;
-  if (view.ndim > most_dimensions) throw nb::value_error("more than 32 dimensions");
-  const char* format = view.format ? view.format : "B";
-  if (*format == '@' || *format == '=') ++format;
-  switch (format[1] ? 0 : *format) {
-    case 'f': element = Element::float32; break;
-    case 'd': element = Element::float64; break;
-    case 'e': element = Element::float16; break;
-    case 'H': element = Element::bfloat16; break;
-    case '?': case 'B': element = Element::byte; break;
-    case 'l': case 'q': element = Element::int64; break;
-    default: throw nb::type_error((std::string(name) + " has an unknown format " + format).c_str());
+  // bfloat16 is not NumPy's own and has no buffer format: such an array is read as one of uint16.
+  bool is_bfloat16 = false;
+  if (!get_buffer(object, flags)) {
+    try {
+      const nb::object dtype = object.attr("dtype");
+      is_bfloat16 = std::strcmp(nb::str(dtype).c_str(), "bfloat16") == 0;
+      if (!is_bfloat16 || !get_buffer(object.attr("view")("uint16"), flags)) decline(Refusal::type);
+    } catch (nb::python_error& error) {
+      decline_or_rethrow(error);
+    }
   }
+  const Py_buffer& view = buffer_.view;
+  if (view.ndim > most_dimensions || (view.ndim && !view.strides)) decline(Refusal::shape);
+  const char* format = view.format ? view.format : "";
+  if (*format == '@' || *format == '=') ++format;
+  const char code = std::strlen(format) == 1 ? *format : '\0';
+  if (is_bfloat16) element = Element::bfloat16;
+  else if (code == 'f') element = Element::float32;
+  else if (code == 'd') element = Element::float64;
+  else if (code == 'e') element = Element::float16;
+  else if (code == '?') element = Element::boolean;
+  else if (code == 'l' || code == 'q') element = Element::int64;
+  else decline(Refusal::dtype);
   data = view.buf;
   ndim = view.ndim;
-  int64_t packed = 1;
   for (int i = ndim - 1; i >= 0; --i) {
     shape[i] = view.shape[i];
-    // NumPy's datetime64 and timedelta64 scalars have no strides though they are asked for them.
-    const int64_t bytes = view.strides ? view.strides[i] : packed * view.itemsize;
-    strides[i] = bytes / view.itemsize;
-    has_whole_strides &= shape[i] <= 1 || strides[i] * view.itemsize == bytes;
-    packed *= shape[i];
+    strides[i] = view.strides[i] / view.itemsize;
+    has_whole_strides &= shape[i] <= 1 || strides[i] * view.itemsize == view.strides[i];
   }
   return true;
 }
 
 void Array::read_dlpack(nb::handle object) {
-  if (!nb::try_cast(object, holder_) || !holder_.is_valid())
-    throw nb::type_error((std::string(name) + " is not an array").c_str());
+  if (!nb::try_cast(object, holder_) || !holder_.is_valid()) decline(Refusal::type);
   nb::dlpack::dltensor tensor;
   tensor.data = const_cast<void*>(holder_.data());
   tensor.device = {holder_.device_type(), holder_.device_id()};
@@ -179,9 +202,8 @@ void Array::read_dlpack(nb::handle object) {
 }
 
 void Array::read_tensor(const nb::dlpack::dltensor& tensor) {
-  if (tensor.device.device_type != nb::device::cpu::value)
-    throw nb::value_error((std::string(name) + " is not in the CPU's memory").c_str());
-  if (tensor.ndim > most_dimensions) throw nb::value_error("more than 32 dimensions");
+  if (tensor.device.device_type != nb::device::cpu::value) decline(Refusal::type);
+  if (tensor.ndim > most_dimensions) decline(Refusal::shape);
   read_element(tensor.dtype.code, tensor.dtype.bits);
   data = static_cast<char*>(tensor.data) + tensor.byte_offset;
   ndim = tensor.ndim;
@@ -197,10 +219,10 @@ void Array::read_element(uint8_t code, uint8_t bits) {
   if (code == dlpack_float && bits == 32) element = Element::float32;
   else if (code == dlpack_float && bits == 64) element = Element::float64;
   else if (code == dlpack_float && bits == 16) element = Element::float16;
-  else if ((code == dlpack_bfloat || code == dlpack_uint) && bits == 16) element = Element::bfloat16;
-  else if ((code == dlpack_bool || code == dlpack_uint) && bits == 8) element = Element::byte;
+  else if (code == dlpack_bfloat && bits == 16) element = Element::bfloat16;
+  else if (code == dlpack_bool && bits == 8) element = Element::boolean;
   else if (code == dlpack_int && bits == 64) element = Element::int64;
-  else throw nb::type_error((std::string(name) + " has a dtype that the kernels do not know").c_str());
+  else decline(Refusal::dtype);
 }
 
 int64_t Array::size() const {
@@ -220,9 +242,26 @@ bool Array::is_contiguous() const {
 }
 
 Dtype Array::dtype() const {
-  if (element > Element::float16)
-    throw nb::type_error((std::string(name) + " must be float16, bfloat16, float32 or float64").c_str());
+  if (element > Element::float16) decline(Refusal::dtype);
   return static_cast<Dtype>(element);
+}
+
+void Array::narrow(int64_t begin, int64_t length) {
+  if (!is_present || (shape[0] == 1 && !is_narrowed_)) return;
+  is_narrowed_ = true;
+  const int64_t bytes = element == Element::boolean ? 1 : element == Element::int64 ? 8 : size_of(static_cast<Dtype>(element));
+  data = static_cast<char*>(data) + begin * strides[0] * bytes;
+  shape[0] = length;
+}
+
+void Array::pad(int rank) {
+  if (!is_present || ndim >= rank) return;
+  const int added = rank - ndim;
+  std::copy_backward(shape, shape + ndim, shape + rank);
+  std::copy_backward(strides, strides + ndim, strides + rank);
+  std::fill_n(shape, added, 1);
+  std::fill_n(strides, added, 0);
+  ndim = rank;
 }
 
 nb::object own_like(nb::handle object, const Array& array) {
@@ -234,15 +273,14 @@ nb::object own_like(nb::handle object, const Array& array) {
   return hand_over(table, Owned::make(array.ndim, array.shape, array.strides, dtype, bytes));
 }
 
-nb::object table_for(nb::handle object, Element element, int64_t length, int64_t rows) {
+nb::object own_empty(nb::handle object, Element element, int ndim, const int64_t* shape) {
   const ExchangeTable* table = exchange_table(Py_TYPE(object.ptr()));
-  if (!table || !table->from_managed) throw nb::type_error("a library without DLPack's table");
-  const bool is_float = element == Element::float32;
-  const nb::dlpack::dtype dtype{element == Element::int64 ? dlpack_int : dlpack_float, static_cast<uint8_t>(is_float ? 32 : 64), 1};
-  const int64_t shape[2] = {rows, length}, strides[2] = {length, 1};
-  const int skipped = rows ? 0 : 1;
-  const int64_t bytes = (rows ? rows : 1) * length * (is_float ? 4 : 8);
-  return hand_over(table, Owned::make(2 - skipped, shape + skipped, strides + skipped, dtype, bytes));
+  if (!table || !table->from_managed) return {};
+  const uint8_t bits = element == Element::float32 ? 32 : 64;
+  int64_t strides[most_dimensions], length = 1;
+  for (int i = ndim - 1; i >= 0; --i) strides[i] = length, length *= shape[i];
+  const nb::dlpack::dtype dtype{element == Element::int64 ? dlpack_int : dlpack_float, bits, 1};
+  return hand_over(table, Owned::make(ndim, shape, strides, dtype, length * bits / 8));
 }
 
 }  // namespace batchnorm

@@ -67,6 +67,7 @@ template <class T> class BackwardJob : public Job<T> {
   template <class Terms> void finish(int64_t c, const Terms& terms, bool is_about_zero) {
     const double rstd = element_at<F>(problem.rstd, c), lo = element_at<F>(problem.mean_lo, c);
     const double n = static_cast<double>(max(problem.count ? element_at<int64_t>(problem.count, c) : problem.N * problem.S, 1));
+    const double factor = problem.factor ? element_at<F>(problem.factor, c) : 1;
     double dbeta, product;
     this->total_of(c, dbeta, product);
     if (is_about_zero) product -= tables.hi[c] * dbeta;
@@ -74,7 +75,7 @@ template <class T> class BackwardJob : public Job<T> {
     const bool is_tiny = product != 0 || (dbeta != 0 && __builtin_fabs(dbeta) < n * 1e-16);
     const bool is_out_of_range = !(product - product == 0) || (is_tiny && __builtin_fabs(product) < n * 1e-32);
     if (sizeof(F) == 4 && is_out_of_range) product = product_in_double(c, terms);
-    const double dgamma = rstd * (product - lo * dbeta), b = -dgamma / n * rstd * read(problem.factor, c, 1);
+    const double dgamma = rstd * (product - lo * dbeta), b = -dgamma / n * rstd * factor;
     write(problem.dgamma, c, with_one_nan(dgamma));
     write(problem.dbeta, c, with_one_nan(dbeta + unread_in_double(c, terms)));
     const double a = read(problem.gamma, c, 1) * rstd, shift = dbeta / n + b * lo;

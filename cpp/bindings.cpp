@@ -1,13 +1,13 @@
-// The extension module `batchnorm._native`: arrays are checked and viewed here, and nothing is computed.
+// The extension module `batchnorm._native`: its names and types.
 #include <nanobind/nanobind.h>
 #include <nanobind/stl/string.h>
 #include <nanobind/stl/vector.h>
 
 #include <memory>
 
-#include "checks.hpp"
+#include "call.hpp"
+#include "dispatch.hpp"
 #include "memory.hpp"
-#include "plain.hpp"
 #include "xla.hpp"
 
 namespace nb = nanobind;
@@ -16,86 +16,36 @@ using nb::handle;
 namespace batchnorm {
 namespace {
 
-bool forward(handle x_, handle y_, handle gamma_, handle beta_, handle residual_, handle mean_, handle mean_lo_,
-             handle m2_, handle rstd_, handle count_, handle keep_, handle lengths_, uint32_t kept, bool measure,
-             double eps, uint8_t eps_placement, int correction, uint8_t activation, double slope,
-             bool normalized_padding, int threads) {
-  const Array x("x", x_), y("y", y_, true), gamma("gamma", gamma_), beta("beta", beta_), residual("residual", residual_);
-  const Array mean("mean", mean_, measure), mean_lo("mean_lo", mean_lo_, measure), m2("m2", m2_, measure);
-  const Array rstd("rstd", rstd_, measure), count("count", count_, measure), keep("mask", keep_), lengths("lengths", lengths_);
-  if (eps_placement > static_cast<uint8_t>(EpsPlacement::absent)) throw nb::value_error("unknown placement of eps");
-  if (y) check_like(y, x), check_writable(y), check_overlap(y, x, true);
-  if (residual) check_like(residual, x), check_overlap(y, residual, true);
-  Call call;
-  Problem& problem = call.problem;
-  call.add(x, problem.x);
-  call.add(y, problem.y);
-  call.add(residual, problem.residual);
-  std::unique_ptr<int64_t[]> prefixes;
-  if (!prepare(call, x, kept, keep, lengths, prefixes, threads)) return false;
-  set_statistics(problem, mean, mean_lo, rstd);
-  problem.count = integers(count, problem.C);
-  problem.m2 = statistic(m2, problem.C, problem.dtype);
-  if ((y || !measure) && !(mean && mean_lo && rstd)) throw nb::value_error("y needs mean, mean_lo and rstd");
-  set_parameters(problem, gamma, beta, activation, slope);
-  problem.measure = measure;
-  problem.eps = eps;
-  problem.eps_placement = static_cast<EpsPlacement>(eps_placement);
-  problem.correction = correction;
-  problem.normalized_padding = normalized_padding;
-  return compute_unlocked(Operation::forward, problem);
+// A number from Python as a member of an enumeration; throws ValueError beyond its last one.
+template <class Enum> Enum member(int64_t number, Enum last) {
+  if (number < 0 || number > static_cast<int64_t>(last)) throw nb::value_error("no such member of an enumeration");
+  return static_cast<Enum>(number);
 }
 
-bool backward(handle dy_, handle x_, handle dx_, handle gamma_, handle beta_, handle residual_, handle dgamma_,
-              handle dbeta_, handle dresidual_, handle mean_, handle mean_lo_, handle rstd_, handle count_,
-              handle factor_, handle keep_, handle lengths_, uint32_t kept, bool through_statistics,
-              uint8_t activation, double slope, bool normalized_padding, int threads) {
-  const Array x("x", x_), dy("dy", dy_), dx("dx", dx_, true), gamma("gamma", gamma_), beta("beta", beta_);
-  const Array residual("residual", residual_), dgamma("dgamma", dgamma_, true), dbeta("dbeta", dbeta_, true);
-  const Array dresidual("dresidual", dresidual_, true), mean("mean", mean_), mean_lo("mean_lo", mean_lo_);
-  const Array rstd("rstd", rstd_), count("count", count_), factor("factor", factor_), keep("mask", keep_), lengths("lengths", lengths_);
-  if (!dy) refuse(dy, "is needed");
-  check_like(dy, x);
-  for (const Array* array : {&residual, &dx, &dresidual})
-    if (*array) check_like(*array, x);
-  for (const Array* output : {&dx, &dresidual}) {
-    check_writable(*output);
-    for (const Array* input : {&x, &dy, &residual}) check_overlap(*output, *input, true);
-  }
-  check_overlap(dx, dresidual, false);
-  Call call;
-  Problem& problem = call.problem;
-  call.add(x, problem.x);
-  call.add(dy, problem.dy);
-  call.add(residual, problem.residual);
-  call.add(dx, problem.dx);
-  call.add(dresidual, problem.dresidual);
-  std::unique_ptr<int64_t[]> prefixes;
-  if (!prepare(call, x, kept, keep, lengths, prefixes, threads)) return false;
-  if (!(mean && mean_lo && rstd)) throw nb::value_error("backward needs mean, mean_lo and rstd");
-  set_statistics(problem, mean, mean_lo, rstd);
-  problem.count = integers(count, problem.C);
-  set_parameters(problem, gamma, beta, activation, slope);
-  problem.factor = channels(factor, problem.C);
-  problem.dgamma = channels(dgamma, problem.C);
-  problem.dbeta = channels(dbeta, problem.C);
-  problem.measure = false;
-  problem.through_statistics = through_statistics;
-  problem.normalized_padding = normalized_padding;
-  return compute_unlocked(Operation::backward, problem);
-}
-
-void make_averaging(Averaging* averaging, uint8_t tracked, uint8_t debias, int correction, bool corrects_tracked,
+void make_averaging(Averaging* averaging, int64_t tracked, int64_t debias, int correction, bool corrects_tracked,
                     bool is_clamped, bool needs_two, bool is_cumulative, double momentum, double eps) {
-  if (tracked > static_cast<uint8_t>(Tracked::log10_std) || debias > static_cast<uint8_t>(Debias::first_batch))
-    throw nb::value_error("unknown tracked quantity or debias");
-  new (averaging) Averaging{static_cast<Tracked>(tracked), static_cast<Debias>(debias), correction, corrects_tracked,
-                            is_clamped, needs_two, is_cumulative, momentum, eps};
+  new (averaging) Averaging{member(tracked, Tracked::log10_std), member(debias, Debias::first_batch), correction,
+                            corrects_tracked, is_clamped, needs_two, is_cumulative, momentum, eps};
+}
+
+void make_spec(Spec* spec, uint32_t channel_axes, int64_t group_size, int64_t activation, double slope, double eps,
+               int64_t eps_train, int64_t eps_eval, bool refuses_zero_eps, int correction, int64_t affine,
+               bool normalized_padding, bool normalizes_by_running, bool always_updates, int64_t single,
+               bool refuses_masked_single, const Averaging& averaging, const Averaging& masked_averaging) {
+  if (group_size < 0) throw nb::value_error("group_size must not be negative");
+  new (spec) Spec{channel_axes, group_size, member(activation, Activation::hardswish), slope, eps,
+                  member(eps_train, EpsPlacement::absent), member(eps_eval, EpsPlacement::absent), refuses_zero_eps,
+                  correction, member(affine, Affine::gamma_one), normalized_padding, normalizes_by_running,
+                  always_updates, member(single, Single::running), refuses_masked_single, averaging, masked_averaging};
+}
+
+void make_request(Request* request, int64_t source, bool is_in_place, int64_t returns) {
+  new (request) Request{member(source, Source::given), is_in_place, member(returns, Returns::table_alone)};
 }
 
 // The like of an array in memory of our own; None where its library has to allocate it.
 nb::object result_like(handle array) {
-  const nb::object result = own_like(array, Array("array", array));
+  const nb::object result = own_like(array, Array(array));
   return result ? result : nb::none();
 }
 
@@ -140,33 +90,33 @@ NB_MODULE(_native, m) {
   m.doc() = "Batch normalization kernels on CPU arrays. Private: `batchnorm.kernels.native` is its only caller.";
   choose_kernels(nullptr);
   const auto optional = [](const char* name) { return nb::arg(name).none(); };
-  m.def("forward", &forward, nb::arg("x"), optional("y"), optional("gamma"), optional("beta"), optional("residual"),
-        optional("mean"), optional("mean_lo"), optional("m2"), optional("rstd"), optional("count"), optional("mask"),
-        optional("lengths"), nb::arg("kept"), nb::arg("measure"), nb::arg("eps"), nb::arg("eps_placement"),
-        nb::arg("correction"), nb::arg("activation"), nb::arg("slope"), nb::arg("normalized_padding"),
-        nb::arg("threads"));
-  m.def("backward", &backward, nb::arg("dy"), nb::arg("x"), optional("dx"), optional("gamma"), optional("beta"),
-        optional("residual"), optional("dgamma"), optional("dbeta"), optional("dresidual"), nb::arg("mean"),
-        nb::arg("mean_lo"), nb::arg("rstd"), optional("count"), optional("factor"), optional("mask"),
-        optional("lengths"), nb::arg("kept"), nb::arg("through_statistics"), nb::arg("activation"), nb::arg("slope"),
-        nb::arg("normalized_padding"), nb::arg("threads"));
+  nb::enum_<Refusal>(m, "Refusal")
+      .value("type", Refusal::type)
+      .value("dtype", Refusal::dtype)
+      .value("shape", Refusal::shape)
+      .value("strides", Refusal::strides)
+      .value("state", Refusal::state)
+      .value("single", Refusal::single)
+      .value("eps", Refusal::eps)
+      .value("output", Refusal::output);
+  nb::class_<Library>(m, "Library")
+      .def(nb::init<nb::tuple, nb::object, nb::object, nb::object>(), nb::arg("types"), nb::arg("empty_like"),
+           nb::arg("pooled_like"), nb::arg("empty"));
   nb::class_<Averaging>(m, "Averaging")
       .def("__init__", &make_averaging, nb::arg("tracked"), nb::arg("debias"), nb::arg("correction"),
            nb::arg("corrects_tracked"), nb::arg("is_clamped"), nb::arg("needs_two"), nb::arg("is_cumulative"),
            nb::arg("momentum"), nb::arg("eps"));
-  m.def("forward_plain", &forward_plain, nb::arg("x"), optional("gamma"), optional("beta"), optional("residual"), optional("out"),
-        nb::arg("axis"), nb::arg("eps"), nb::arg("activation"), nb::arg("slope"), nb::arg("threads"),
-        nb::arg("empty_like"), optional("statistic_like"), optional("count_like"), optional("running_mean"),
-        optional("running_spread"), optional("steps"), optional("weight"), nb::arg("averaging").none(), nb::arg("in_table"),
-        nb::arg("has_output") = true);
-  m.def("inference_plain", &inference_plain, nb::arg("x"), optional("gamma"), optional("beta"), optional("residual"),
-        nb::arg("mean"), nb::arg("var"), nb::arg("axis"), nb::arg("eps"), nb::arg("eps_placement"),
-        nb::arg("activation"), nb::arg("slope"), nb::arg("threads"), nb::arg("empty_like"),
-        nb::arg("keeps_statistics"), nb::arg("has_output") = true);
-  m.def("backward_plain", &backward_plain, nb::arg("dy"), nb::arg("x"), optional("gamma"), optional("beta"),
-        optional("residual"), nb::arg("statistics"), optional("count"), nb::arg("kept"), nb::arg("activation"),
-        nb::arg("slope"), nb::arg("threads"), nb::arg("empty_like"), nb::arg("has_dx"),
-        nb::arg("through_statistics"));
+  nb::class_<Spec>(m, "Spec").def(
+      "__init__", &make_spec, nb::arg("channel_axes"), nb::arg("group_size"), nb::arg("activation"), nb::arg("slope"),
+      nb::arg("eps"), nb::arg("eps_train"), nb::arg("eps_eval"), nb::arg("refuses_zero_eps"), nb::arg("correction"),
+      nb::arg("affine"), nb::arg("normalized_padding"), nb::arg("normalizes_by_running"), nb::arg("always_updates"),
+      nb::arg("single"), nb::arg("refuses_masked_single"), nb::arg("averaging"), nb::arg("masked_averaging"));
+  nb::class_<Request>(m, "Request")
+      .def("__init__", &make_request, nb::arg("source"), nb::arg("is_in_place"), nb::arg("returns"));
+  m.def("normalize", &normalize, nb::arg("library"), nb::arg("request"), nb::arg("spec"), nb::arg("operands"),
+        optional("numbers"), optional("out"), nb::arg("threads"));
+  m.def("gradients", &gradients, nb::arg("library"), nb::arg("spec"), nb::arg("dy"), nb::arg("operands"),
+        nb::arg("statistics"), optional("count"), nb::arg("through_statistics"), nb::arg("has_dx"), nb::arg("threads"));
   nb::class_<Block>(m, "Block", nb::type_slots(block_slots)).def(nb::init<int64_t>(), nb::arg("bytes"));
   m.attr("smallest_block") = smallest_block;
   m.def("result_like", &result_like);

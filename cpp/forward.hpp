@@ -113,7 +113,7 @@ template <class T> class ForwardJob : public Job<T> {
     constexpr int together = Base::together;
     int64_t count[together] = {};
     double n[together], shift[together] = {}, sum[together] = {}, square[together] = {};
-    double delta[together], mean[together], m2[together], rest[together], rstd[together];
+    double delta[together], mean[together], m2[together], rest[together], rstd[together], factor[together];
     for (int i = 0; i < taken; ++i) {
       count[i] = shared_count_ >= 0 ? shared_count_ : this->count_of(begin + i);
       shift[i] = count[i] ? tables.hi[begin + i] : 0;
@@ -148,8 +148,12 @@ template <class T> class ForwardJob : public Job<T> {
     }
     for (int i = 0; i < together; ++i) {
       if (m2[i] < 0) m2[i] = 0;
-      const double divisor = n[i] - problem.correction;
-      rstd[i] = rstd_of(m2[i] / (divisor < 1 ? 1 : divisor));
+      const double most = n[i] - problem.correction, divisor = most < 1 ? 1 : most, var = m2[i] / divisor;
+      const double std = std_of_var(var, problem.eps, problem.eps_placement);
+      // 0 where the deviation is 0: x - mean is 0 as well there, and 0 is the limit of xhat, and of its term in dx.
+      rstd[i] = std == 0 ? 0 : 1 / std;
+      factor[i] = n[i] / divisor;
+      if (problem.eps_placement == EpsPlacement::outside) factor[i] *= var == 0 ? 0 : std / __builtin_sqrt(var);
     }
     for (int i = 0; i < taken; ++i) {
       if (!is_wanted[i]) continue;
@@ -159,6 +163,7 @@ template <class T> class ForwardJob : public Job<T> {
       set(problem.mean_lo, c, lo);
       set(problem.m2, c, m2[i]);
       set(problem.rstd, c, rstd[i]);
+      set(problem.factor, c, factor[i]);
       if (problem.count) set_element<int64_t>(problem.count, c, count[i]);
       this->fill_tables(c, mean[i], lo, rstd[i]);  // by rstd before it is rounded
     }
@@ -166,14 +171,6 @@ template <class T> class ForwardJob : public Job<T> {
 
   static void set(void* table, int64_t c, double value) {
     if (table) set_element(table, c, static_cast<F>(with_one_nan(value)));
-  }
-
-  // 0 where the deviation is 0: x - mean is 0 as well there, and 0 is the limit of xhat.
-  double rstd_of(double var) const {
-    const bool is_inside = problem.eps_placement == EpsPlacement::inside;
-    double std = __builtin_sqrt(is_inside ? var + problem.eps : var);
-    if (problem.eps_placement == EpsPlacement::outside) std += problem.eps;
-    return std == 0 ? 0 : 1 / std;
   }
 
   void measure_in_double(int64_t c, double n, double& mean, double& m2) const {

@@ -14,12 +14,16 @@ template <template <class> class JobOf> void run(const Problem& problem, const P
   }
 }
 
+void convert(const Channels& from, const Channels& to, int64_t C) {
+  for (int64_t c = 0; c < C; ++c) write(to, c, read(from, c, 0));
+}
+
 }  // namespace
 
 #define BATCHNORM_STRING_(name) #name
 #define BATCHNORM_STRING(name) BATCHNORM_STRING_(name)
 
 extern const Kernels kernels;
-const Kernels kernels = {BATCHNORM_STRING(BATCHNORM_ISA), run<ForwardJob>, run<BackwardJob>};
+const Kernels kernels = {BATCHNORM_STRING(BATCHNORM_ISA), run<ForwardJob>, run<BackwardJob>, convert};
 
 }  // namespace batchnorm::BATCHNORM_ISA

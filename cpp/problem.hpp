@@ -11,6 +11,12 @@ namespace batchnorm {
 enum class Activation : uint8_t { identity, relu, leaky_relu, silu, sigmoid, tanh, gelu, relu6, hardswish };
 enum class EpsPlacement : uint8_t { inside, outside, absent };
 
+// sqrt(var + eps), sqrt(var) + eps, or sqrt(var). Always inlined, as everything that several instruction sets share.
+inline __attribute__((always_inline)) double std_of_var(double var, double eps, EpsPlacement placement) {
+  if (placement == EpsPlacement::inside) return __builtin_sqrt(var + eps);
+  return __builtin_sqrt(var) + (placement == EpsPlacement::outside ? eps : 0);
+}
+
 // A view (N, C, S): outer, channel, inner. Strides in elements, of any sign; no alignment is assumed.
 struct Tensor {
   void* data = nullptr;  // null: not there
@@ -58,9 +64,12 @@ struct Problem {
   EpsPlacement eps_placement = EpsPlacement::inside;
   int correction = 0;  // the variance that normalises is m2 / max(count - correction, 1)
 
+  // Of the xhat term of dx: count / (count - correction), for eps outside the root times (std + eps) / std; null: 1.
+  // Forward writes it if it measures, backward reads it.
+  void* factor = nullptr;
+
   // Backward only.
   bool through_statistics = true;      // the statistics depend on x; if not, dx = gamma * rstd * dz
-  Channels factor = {};                // of the xhat term of dx: (std + eps) / std for eps outside the root; null: 1
   Channels dgamma = {}, dbeta = {};    // written; null where it is not wanted
 };
 
@@ -76,6 +85,9 @@ struct Kernels {
   // dz = dy * activation'(z); dbeta = sum(dz), dgamma = sum(dz * xhat), dresidual = dz, and dx, which is also
   // J(dy), the forward-mode derivative: the Jacobian with respect to x is symmetric (not with normalised padding).
   void (*backward)(const Problem&, const Plan&, void* workspace);
+
+  // `to` = `from`, rounded, for each of C channels.
+  void (*convert)(const Channels& from, const Channels& to, int64_t C);
 };
 
 }  // namespace batchnorm

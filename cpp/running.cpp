@@ -31,6 +31,19 @@ double spread_of(double m2, double count, const Averaging& averaging) {
   return tracked_value(m2 / std::max(count, 1.0), averaging) * (count / divisor);
 }
 
+// 1/0 is infinity here: x is another than the one that the averages are of.
+double rstd_of_spread(double spread, const Averaging& averaging, EpsPlacement placement) {
+  const bool is_inside = placement == EpsPlacement::inside;
+  switch (averaging.tracked) {
+    case Tracked::rstd: return spread;
+    case Tracked::var: case Tracked::var_eps: return 1 / std_of_var(spread, averaging.eps, placement);
+    case Tracked::log10_std: spread = std::pow(10, spread); break;
+    case Tracked::std: case Tracked::std_eps: break;
+  }
+  if (is_inside) return 1 / std_of_var(spread * spread, averaging.eps, placement);
+  return 1 / (spread + (placement == EpsPlacement::outside ? averaging.eps : 0));
+}
+
 }  // namespace
 
 double value_at(const Channels& values, int64_t c) {
@@ -44,8 +57,31 @@ void set_value(const Channels& values, int64_t c, double value) {
   else set_element(values.data, i, static_cast<float>(value));
 }
 
-Entry advance(Running& running, const Batch& batch, const Averaging& averaging, int64_t C) {
-  const auto count = [&](int64_t c) { return batch.count ? batch.count[c] : batch.shared_count; };
+void MergedMoments::merge(const Batch& other, int64_t C) {
+  for (int64_t c = 0; c < C; ++c) {
+    const double own = static_cast<double>(count[c]), n = static_cast<double>(other.count_of(c));
+    if (n == 0) continue;
+    const double delta = value_at(other.mean, c) - mean[c] + value_at(other.mean_lo, c), weight = n / (own + n);
+    mean[c] = own == 0 ? value_at(other.mean, c) + value_at(other.mean_lo, c) : mean[c] + delta * weight;
+    m2[c] += value_at(other.m2, c) + (own == 0 ? 0 : delta * delta * own * weight);
+    count[c] += other.count_of(c);
+  }
+}
+
+// In double, and rounded once: three roundings of rstd would be half of what y may be off.
+void statistics_of(const Running& running, const Averaging& averaging, EpsPlacement placement, const StatisticsRows& rows, int64_t C) {
+  const bool is_weighted = averaging.debias == Debias::adam || averaging.debias == Debias::weight_sum;
+  const double weight = is_weighted && running.weight != 0 ? running.weight : 1;
+  for (int64_t c = 0; c < C; ++c) {
+    const double mean = value_at(running.mean, c) / weight, spread = value_at(running.spread, c) / weight;
+    set_value(rows.mean, c, mean);
+    set_value(rows.mean_lo, c, mean - value_at(rows.mean, c));
+    set_value(rows.rstd, c, rstd_of_spread(spread, averaging, placement));
+  }
+}
+
+Entry advance(const Running& running, Running& updated, const Batch& batch, const Averaging& averaging, int64_t C) {
+  const auto count = [&](int64_t c) { return batch.count_of(c); };
   const auto enters = [&](int64_t c) { return count(c) > (averaging.needs_two ? 1 : 0); };
   const auto mean = [&](int64_t c) {
     return rounded(running.mean, value_at(batch.mean, c) + value_at(batch.mean_lo, c));
@@ -72,11 +108,11 @@ Entry advance(Running& running, const Batch& batch, const Averaging& averaging, 
   };
   for (int64_t c = 0; c < C; ++c) {
     const double old_mean = value_at(running.mean, c), old_spread = value_at(running.spread, c);
-    set_value(running.mean, c, average(old_mean, enters(c) ? mean(c) : old_mean / weight));
-    set_value(running.spread, c, average(old_spread, enters(c) ? spread(c) : old_spread / weight));
+    set_value(updated.mean, c, average(old_mean, enters(c) ? mean(c) : old_mean / weight));
+    set_value(updated.spread, c, average(old_spread, enters(c) ? spread(c) : old_spread / weight));
   }
-  running.weight = average(running.weight, 1);
-  running.steps += 1;
+  updated.weight = average(running.weight, 1);
+  updated.steps = running.steps + 1;
   return Entry::accepted;
 }
 

@@ -26,6 +26,8 @@ struct Batch {
   Channels mean, mean_lo, m2;
   const int64_t* count = nullptr;  // for each channel; null: `shared_count` for all
   int64_t shared_count = 0;
+
+  int64_t count_of(int64_t c) const { return count ? count[c] : shared_count; }
 };
 
 // The averages, each float or double.
@@ -34,11 +36,23 @@ struct Running {
   double steps = 0, weight = 1;
 };
 
+// The moments of two samples taken together, in double, one of each for a channel.
+struct MergedMoments {
+  double *mean, *m2;
+  int64_t* count;
+
+  void merge(const Batch& other, int64_t C);  // Chan, Golub & LeVeque 1983
+};
+
 enum class Entry : uint8_t { accepted, empty, refused };
 
-// Advances the averages by a batch. One whose statistics are not finite, as the averages hold them, is refused as a whole;
-// one without elements is empty. Neither changes anything.
-Entry advance(Running& running, const Batch& batch, const Averaging& averaging, int64_t C);
+// Writes the averages after one more batch to `updated`, which may be `running` itself. A batch whose statistics are not
+// finite, as the averages hold them, is refused as a whole; one without elements is empty. Neither writes anything.
+Entry advance(const Running& running, Running& updated, const Batch& batch, const Averaging& averaging, int64_t C);
+
+// The statistics that normalize by the averages: mean, what rounding takes of it, and rstd, for each of C channels.
+struct StatisticsRows { Channels mean, mean_lo, rstd; };
+void statistics_of(const Running& running, const Averaging& averaging, EpsPlacement placement, const StatisticsRows& rows, int64_t C);
 
 // Element c, float or double.
 double value_at(const Channels& values, int64_t c);

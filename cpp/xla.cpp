@@ -334,7 +334,7 @@ void advance(const xla::CallFrame& frame) {
     Running running{state[mean], state[spread], value_at(state[steps], 0), value_at(state[weight], 0)};
     const auto moment = [&](int64_t i) { return part(call.arg(i), lane, C); };
     const Batch batch{moment(batch_mean), moment(batch_mean_lo), moment(batch_m2), counts.data()};
-    const Entry entry = batchnorm::advance(running, batch, averaging, C);
+    const Entry entry = batchnorm::advance(running, running, batch, averaging, C);
     set_value(state[steps], 0, running.steps), set_value(state[weight], 0, running.weight);
     if (entry == Entry::refused) set_value(state[skipped], 0, value_at(state[skipped], 0) + 1);
   }

@@ -7,7 +7,7 @@ import pytest
 
 os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=8".strip()
 
-ENTRIES = ("forward_plain", "inference_plain", "backward_plain", "forward", "backward")
+ENTRIES = ("normalize", "gradients")
 
 
 class Answers:
@@ -20,7 +20,7 @@ class Answers:
         def call(*arguments, **options):
             self.calls[name] += 1
             result = function(*arguments, **options)
-            self.declined[name] += result is None or result is False
+            self.declined[name] += type(result) is not tuple
             return result
 
         return call

@@ -17,8 +17,8 @@ FRAMEWORKS = ("torch", "jax", "flax", "optax", "xarray", "sklearn", "scipy", "ma
 
 #: From the bottom up: a module imports from its own rung and the ones before it.
 RUNGS = (
-    "_native", "convention", "conventions", "core", "named", "kernels", "configuration", "arguments", "functional",
-    "torch", "jax", "flax", "compat", "", "training", "cli", "__main__",
+    "_native", "convention", "conventions", "core", "spec", "named", "kernels", "configuration", "validation",
+    "functional", "torch", "jax", "flax", "compat", "", "training", "cli", "__main__",
 )  # fmt: skip
 
 
@@ -82,6 +82,20 @@ def test_stub_of_the_extension():
     others = {node.name for node in stub.body if isinstance(node, ast.ClassDef)}
     others |= {node.target.id for node in stub.body if isinstance(node, ast.AnnAssign)}
     assert declared.keys() | others == {name for name in vars(_native) if not name.startswith("__")}
-    for name in ("forward", "backward", "forward_plain", "backward_plain", "inference_plain"):
+    for name in ("normalize", "gradients"):
         signature = getattr(_native, name).__doc__.splitlines()[0]
         assert re.findall(r"(\w+):", signature) == declared[name]
+    constructors = {
+        node.name: [a.arg for a in body.args.args]
+        for node in stub.body
+        if isinstance(node, ast.ClassDef)
+        for body in node.body
+        if isinstance(body, ast.FunctionDef) and body.name == "__init__"
+    }
+    for name in ("Library", "Averaging", "Spec", "Request"):
+        signature = getattr(_native, name).__init__.__doc__.splitlines()[0]
+        assert ["self", *re.findall(r"(\w+):", signature)] == constructors[name]
+    members = next(node for node in stub.body if isinstance(node, ast.ClassDef) and node.name == "Refusal")
+    assert [node.targets[0].id for node in members.body if isinstance(node, ast.Assign)] == list(
+        _native.Refusal.__members__
+    )

@@ -6,7 +6,7 @@ from batchnorm.conventions import CONVENTIONS
 from batchnorm.core.moments import Moments
 from batchnorm.core.running import RunningStatistics
 from batchnorm.functional import advance, affine, backward, batch_norm, forward, moments
-from batchnorm.kernels.agnostic import Cache, Gradients
+from batchnorm.kernels.generic import Cache, Gradients
 from batchnorm.kernels.registry import set_num_threads
 
 __version__ = "0.1.0"

@@ -1,60 +1,35 @@
 """The compiled kernels on CPU arrays: PyTorch tensors, NumPy arrays, or whatever offers DLPack.
 
-Arrays are checked and used in place. uint16 is taken for bfloat16. Statistics are contiguous, float32 or (for float64)
-float64. `kept` has a bit for each axis with statistics of its own; `threads` is 0 for the default of `set_num_threads`.
-`forward` and `backward` return False, having done nothing, where the strides of the arrays fit no kernel.
+Arrays are checked and used in place. Statistics are contiguous, float32 or (for float64) float64. `threads` is 0 for
+the default of `set_num_threads`. See cpp/call.hpp and cpp/spec.hpp.
 """
 
 from collections.abc import Callable
+from enum import Enum
 from typing import Any
 
-def forward(
-    x: Any,
-    y: Any | None,
-    gamma: Any | None,
-    beta: Any | None,
-    residual: Any | None,
-    mean: Any | None,
-    mean_lo: Any | None,
-    m2: Any | None,
-    rstd: Any | None,
-    count: Any | None,
-    mask: Any | None,
-    lengths: Any | None,
-    kept: int,
-    measure: bool,
-    eps: float,
-    eps_placement: int,
-    correction: int,
-    activation: int,
-    slope: float,
-    normalized_padding: bool,
-    threads: int,
-) -> bool: ...
-def backward(
-    dy: Any,
-    x: Any,
-    dx: Any | None,
-    gamma: Any | None,
-    beta: Any | None,
-    residual: Any | None,
-    dgamma: Any | None,
-    dbeta: Any | None,
-    dresidual: Any | None,
-    mean: Any,
-    mean_lo: Any,
-    rstd: Any,
-    count: Any | None,
-    factor: Any | None,
-    mask: Any | None,
-    lengths: Any | None,
-    kept: int,
-    through_statistics: bool,
-    activation: int,
-    slope: float,
-    normalized_padding: bool,
-    threads: int,
-) -> bool: ...
+class Refusal(Enum):
+    """Why a call is declined, with nothing changed."""
+
+    type = ...
+    dtype = ...
+    shape = ...
+    strides = ...
+    state = ...
+    single = ...
+    eps = ...
+    output = ...
+
+class Library:
+    """An array library: the types that are read as they are, and its functions that make arrays."""
+
+    def __init__(
+        self,
+        types: tuple[type, ...],
+        empty_like: Callable[[Any], Any],
+        pooled_like: Callable[[Any], Any],
+        empty: Callable[[tuple[int, ...], str], Any],
+    ) -> None: ...
 
 class Averaging:
     """How a batch enters running statistics; see cpp/running.hpp."""
@@ -72,72 +47,58 @@ class Averaging:
         eps: float,
     ) -> None: ...
 
-def forward_plain(
-    x: Any,
-    gamma: Any | None,
-    beta: Any | None,
-    residual: Any | None,
+class Spec:
+    """What a call is but for its arrays."""
+
+    def __init__(
+        self,
+        channel_axes: int,
+        group_size: int,
+        activation: int,
+        slope: float,
+        eps: float,
+        eps_train: int,
+        eps_eval: int,
+        refuses_zero_eps: bool,
+        correction: int,
+        affine: int,
+        normalized_padding: bool,
+        normalizes_by_running: bool,
+        always_updates: bool,
+        single: int,
+        refuses_masked_single: bool,
+        averaging: Averaging,
+        masked_averaging: Averaging,
+    ) -> None: ...
+
+class Request:
+    """Where one call takes its statistics from, and what it returns."""
+
+    def __init__(self, source: int, is_in_place: bool, returns: int) -> None: ...
+
+def normalize(
+    library: Library,
+    request: Request,
+    spec: Spec,
+    operands: tuple[Any, ...],
+    numbers: Any | None,
     out: Any | None,
-    axis: int,
-    eps: float,
-    activation: int,
-    slope: float,
     threads: int,
-    empty_like: Callable[[Any], Any],
-    statistic_like: Any | None,
-    count_like: Any | None,
-    running_mean: Any | None,
-    running_spread: Any | None,
-    steps: Any | None,
-    weight: Any | None,
-    averaging: Averaging | None,
-    in_table: bool,
-    has_output: bool = True,
-) -> tuple[Any, Any, Any | None, bool | None] | None:
-    """y, statistics and counts, newly allocated, and whether the batch entered the running statistics.
+) -> Any:
+    """(y, entry, running, statistics, count), of which is None what is not asked for; or a `Refusal`."""
 
-    y is None without `has_output`. None for a call that has anything out of the ordinary.
-    """
-
-def inference_plain(
-    x: Any,
-    gamma: Any | None,
-    beta: Any | None,
-    residual: Any | None,
-    mean: Any,
-    var: Any,
-    axis: int,
-    eps: float,
-    eps_placement: int,
-    activation: int,
-    slope: float,
-    threads: int,
-    empty_like: Callable[[Any], Any],
-    keeps_statistics: bool,
-    has_output: bool = True,
-) -> tuple[Any, Any | None] | None:
-    """y by running statistics, unless without `has_output`, and these in a table, if they are kept.
-
-    None for a call that has anything out of the ordinary.
-    """
-
-def backward_plain(
+def gradients(
+    library: Library,
+    spec: Spec,
     dy: Any,
-    x: Any,
-    gamma: Any | None,
-    beta: Any | None,
-    residual: Any | None,
+    operands: tuple[Any, ...],
     statistics: Any,
     count: Any | None,
-    kept: int,
-    activation: int,
-    slope: float,
-    threads: int,
-    empty_like: Callable[[Any], Any],
-    has_dx: bool,
     through_statistics: bool,
-) -> tuple[Any | None, Any | None, Any | None, Any | None] | None:
-    """dx, dgamma, dbeta and dresidual, likewise."""
+    has_dx: bool,
+    threads: int,
+) -> Any:
+    """(dx, dgamma, dbeta, dresidual), None for what is absent and for dx unless it is wanted; or a `Refusal`."""
 
 class Block:
     """So many bytes, or a few more, in memory that is kept for reuse; it has a buffer."""

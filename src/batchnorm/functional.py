@@ -8,17 +8,28 @@ from dataclasses import replace
 from functools import partial
 from typing import Any
 
-import array_api_compat
-
-from batchnorm.arguments import (
-    Operands,
-    check_activation,
+from batchnorm.convention import Convention, MaskedOutput, Single
+from batchnorm.conventions import find, resolve
+from batchnorm.core.axes import Axes
+from batchnorm.core.dtypes import Array, cast, namespace
+from batchnorm.core.masks import Lengths
+from batchnorm.core.moments import Moments
+from batchnorm.core.normalize import effective_beta, effective_gamma
+from batchnorm.core.running import RunningStatistics, statistics_of_state
+from batchnorm.kernels import generic
+from batchnorm.kernels.generic import Cache, Gradients
+from batchnorm.kernels.interface import Kernel
+from batchnorm.kernels.registry import KERNELS, select
+from batchnorm.named import Axis, is_named, renamed
+from batchnorm.spec import Activation, Operands, Spec, cached_spec
+from batchnorm.validation import (
+    Arguments,
+    as_base,
     check_array,
-    check_axes,
+    check_call,
     check_enterable,
-    check_mask,
     check_moments,
-    check_operands,
+    check_or_initial,
     check_out,
     check_parameter,
     check_running,
@@ -28,19 +39,8 @@ from batchnorm.arguments import (
     check_training,
     known,
 )
-from batchnorm.convention import Convention, MaskedOutput, Single, check_eps
-from batchnorm.conventions import resolve
-from batchnorm.core.axes import Axes
-from batchnorm.core.dtypes import Array, cast, namespace
-from batchnorm.core.moments import Moments
-from batchnorm.core.normalize import effective_beta, effective_gamma, gradient_of_gamma
-from batchnorm.core.running import RunningStatistics, statistics_of_state
-from batchnorm.kernels import agnostic
-from batchnorm.kernels.agnostic import Cache, Gradients, Plan
-from batchnorm.kernels.registry import MODULES, select
-from batchnorm.named import Axis, is_named, renamed, unnamed_like
 
-Activation = str | Callable[[Array], Array]
+new_tuple: Any = tuple.__new__  # as a named tuple's class does, but for a detour through Python
 
 
 def batch_norm(
@@ -118,70 +118,58 @@ def batch_norm(
         >>> running.mean
         array([0.2, 2. ])
     """
-    convention = resolve(convention, eps, decay, single, masked_output)
-    known_axis = convention.axis if axis is None else axis
-    module = MODULES.get(type(x)) if mask is None and lengths is None and kernel is None and out is None else None
-    if training is False and module is not None:
-        y = module.inference_plain(x, gamma, beta, running, known_axis, convention, activation, residual)
-        if y is not None and running is not None:
-            return y, running
-    elif training is True and module is not None:
-        done = module.training_plain(x, gamma, beta, running, known_axis, convention, activation, residual)
-        if done is not None:
-            if not done[2]:
+    fast = KERNELS[type(x)] if kernel is None and (training is True or training is False) else None
+    spec = None if fast is None else known_spec(convention, axis, x.ndim, activation, eps, decay, single, masked_output)
+    if fast is not None and spec is not None and (lengths is None or mask is None):
+        masked = mask if lengths is None else Lengths(lengths)
+        state: Any = spec.initial_state(x) if running is None and training else running
+        done = fast.normalize(spec, new_tuple(Operands, (x, gamma, beta, residual, masked)), state, training, out)
+        if type(done) is tuple:
+            if done[1].skipped is not state.skipped:
                 warn_of_skipped()
-            return done[0], done[1]
-    return checked_batch_norm(
-        x, gamma, beta, running, training=training, convention=convention, axis=known_axis, mask=mask, lengths=lengths,
-        activation=activation, residual=residual, out=out, choose=partial(select, kernel),
-    )  # fmt: skip
+            return done
+    record = resolve(convention, eps, decay, single, masked_output)
+    spec, operands = check_call(x, Arguments(gamma, beta, residual, mask, lengths), record, axis, activation)
+    y, updated = checked_batch_norm(spec, operands, running, training, out=out, choose=partial(select, kernel))
+    return (renamed(y, x) if is_named(x) else y), updated
+
+
+def known_spec(convention: Any, axis: Any, *arguments: Any) -> Spec | None:
+    """The spec of a call; None for one that cannot be cached, or that is wrong, of which `check_call` says so."""
+    if type(axis) is tuple and not all(type(one) is int for one in axis):  # (1.0,) and (True,) equal (1,)
+        return None
+    try:
+        return None if callable(arguments[1]) else cached_spec(convention, axis, *arguments)
+    except (TypeError, ValueError):
+        return None
 
 
 def checked_batch_norm(
-    x: Array,
-    gamma: Array | None,
-    beta: Array | None,
+    spec: Spec,
+    operands: Operands,
     running: RunningStatistics | None,
-    *,
     training: bool | Array,
-    convention: Convention,
-    axis: Axis,
-    mask: Array | None,
-    lengths: Array | None,
-    activation: Activation | None,
-    residual: Array | None,
-    out: Array | None,
-    choose: Callable[..., Any],
+    *,
+    choose: Callable[..., Kernel],
+    out: Array | None = None,
     warn: Callable[[], None] | None = None,
 ) -> tuple[Array, RunningStatistics]:
-    """`batch_norm` step by step, by the kernel that is chosen for (large arrays, small ones, axes, activation).
+    """`batch_norm` of checked operands, by the kernel that is chosen for (spec, operands, others).
 
     `warn` takes the place of the warning that a batch does not enter the state.
     """
-    given, x = x, x.data if is_named(x) else x
-    check_array("x", x)
-    axes = check_axes(given, x, axis)
-    operands = check_operands(x, gamma, beta, mask, lengths, residual, axes, given)
     training = check_training(training)
-    check_activation(activation)
-    check_out(out, x, operands.residual)
-    if running is not None:
-        running = check_running(running, x, axes, convention)
-    elif training is not False:
-        running = RunningStatistics.initial(axes.statistics_shape(x.shape), convention, like=x)
-    else:
-        raise ValueError("running is None at inference, which normalises by it; pass the state that training returned")
+    check_out(out, operands.x, operands.residual)
+    running = check_or_initial(running, spec, operands.x, training)
     if training is True:
-        check_trainable(x, axes, operands.mask, convention)
-    small = (operands.gamma, operands.beta, running.mean, running.spread)
-    compute = choose((x, operands.residual), small, axes, activation)
-    y, updated = compute.batch_norm(
-        x, operands.gamma, operands.beta, running, training=training, axes=axes, convention=convention,
-        mask=operands.mask, activation=activation, residual=operands.residual, out=out,
-    )  # fmt: skip
+        check_trainable(spec, operands)
+    done = choose(spec, operands, running[:2]).normalize(spec, operands, running, training, out)
+    if type(done) is not tuple:
+        done = generic.normalize(spec, operands, running, training, out)
+    y, updated = done
     if training is not False and known(updated.skipped > running.skipped):
         (warn or warn_of_skipped)()
-    return (renamed(y, given) if is_named(given) else y), updated
+    return y, updated
 
 
 #: The end of the warning of a skipped batch: where it is counted, in the words of the layer that is being called.
@@ -255,40 +243,31 @@ def forward(
         >>> bn.backward(dy, cache).dx.ravel()
         array([0.5, 0. , 0. ])
     """
-    record = None if running is None and convention == "pytorch" else check_inference(running, convention, eps)
-    if record is None:
-        axis, eps = 1 if axis is None else axis, 1e-5 if eps is None else eps
+    if running is None and convention == "pytorch":
+        axis, record = 1 if axis is None else axis, FORWARD
+        eps = 1e-5 if eps is None else eps
     else:
-        axis, eps = record.axis if axis is None else axis, record.eps
-    if record is None and mask is None and lengths is None and kernel is None and type(x) in MODULES:
-        done: tuple[Array, Cache] | None
-        done = MODULES[type(x)].forward_plain(x, gamma, beta, axis, eps, activation, residual, out)
-        if done is not None:
+        record, eps = check_inference(running, convention, eps), None
+    fast = KERNELS[type(x)] if kernel is None else None
+    spec = None if fast is None else known_spec(record, axis, x.ndim, activation, eps, None, None, None)
+    if fast is not None and spec is not None and (lengths is None or mask is None):
+        masked = mask if lengths is None else Lengths(lengths)
+        done = fast.forward(spec, new_tuple(Operands, (x, gamma, beta, residual, masked)), running, out)
+        if type(done) is tuple:
             return done
-    check_eps(eps)
-    given, x = x, x.data if is_named(x) else x
-    check_array("x", x)
-    axes = check_axes(given, x, axis)
-    operands = check_operands(x, gamma, beta, mask, lengths, residual, axes, given)
-    check_activation(activation)
-    check_out(out, x, operands.residual)
-    small = [operands.gamma, operands.beta]
-    if record is not None:
-        running = check_running(running, x, axes, record)
-        small += [running.mean, running.spread]
-    compute = select(kernel, (x, operands.residual), tuple(small), axes, activation)
+    record = resolve(record, eps, None, None, None)
+    spec, operands = check_call(x, Arguments(gamma, beta, residual, mask, lengths), record, axis, activation)
+    check_out(out, operands.x, operands.residual)
     if running is not None:
-        plan = Plan(axes, activation, eps, by_state=record)
-        y, cache = forward_by_state(compute, x, operands, running, plan, out)
-    else:
-        y, cache = compute.forward(
-            x, operands.gamma, operands.beta, axes=axes, eps=eps, mask=operands.mask, activation=activation,
-            residual=operands.residual, out=out,
-        )  # fmt: skip
-    if is_named(given):
-        cache = cache._replace(plan=replace(cache.plan, dims=given.dims))
-        y = renamed(y, given)
-    return y, cache
+        running = check_running(running, operands.x, spec.axes, record)
+    chosen = select(kernel, spec, operands, () if running is None else running[:2])
+    done = chosen.forward(spec, operands, running, out)
+    y, cache = done if type(done) is tuple else generic.forward(spec, operands, running, out)
+    return (renamed(y, x) if is_named(x) else y), cache
+
+
+#: `forward` normalizes every batch by its own statistics in one way.
+FORWARD = replace(find("pytorch"), name="forward", single="clamp", zero_eps="allowed")
 
 
 def check_inference(running: RunningStatistics | None, convention: str | Convention, eps: float | None) -> Convention:
@@ -305,19 +284,6 @@ def check_inference(running: RunningStatistics | None, convention: str | Convent
             "batch_norm, or pass dataclasses.replace(convention, update='training')"
         )
     return record
-
-
-def forward_by_state(
-    compute: Any, x: Array, operands: Operands, running: RunningStatistics, plan: Plan, out: Array | None
-) -> tuple[Array, Cache]:
-    """`forward` by running statistics, with everything resolved."""
-    (gamma, beta, mask, residual), convention = operands, plan.by_state
-    assert convention is not None
-    y, _ = compute.batch_norm(
-        x, gamma, beta, running, training=False, axes=plan.axes, convention=convention, mask=mask,
-        activation=plan.activation, residual=residual, out=out,
-    )  # fmt: skip
-    return y, Cache(x, gamma, beta, residual, mask, agnostic.constants_of_state(x, running, convention), None, plan)
 
 
 def backward(dy: Array, cache: Cache) -> Gradients:
@@ -340,53 +306,33 @@ def backward(dy: Array, cache: Cache) -> Gradients:
 
     Source: Ioffe & Szegedy 2015, section 3; derived in `batchnorm.reference`.
     """
-    if type(dy) in MODULES:
-        done: Gradients | None = MODULES[type(dy)].backward_plain(dy, cache)
-        if done is not None:
-            return done
-    if callable(cache.plan.activation):
+    fast = KERNELS[type(dy)] if type(dy) is type(cache.x) else None
+    done = None if fast is None else fast.gradients(dy, cache)
+    if type(done) is Gradients:
+        return done
+    spec = cache.spec
+    if callable(spec.activation):
         raise ValueError(
-            f"the derivative of {cache.plan.activation!r} is not known; use a named activation, or differentiate "
+            f"the derivative of {spec.activation!r} is not known; use a named activation, or differentiate "
             "forward with PyTorch or JAX"
         )
     given = dy
     if is_named(dy):
-        if cache.plan.dims is None or set(dy.dims) != set(cache.plan.dims):
-            raise ValueError(f"dy has dimensions {dy.dims}; those of x were {cache.plan.dims}")
-        given = dy.transpose(*cache.plan.dims)
+        if spec.dims is None or set(dy.dims) != set(spec.dims):
+            raise ValueError(f"dy has dimensions {dy.dims}; those of x were {spec.dims}")
+        given = dy.transpose(*spec.dims)
         dy = given.data
     check_array("dy", dy)
     check_same_library("dy", dy, cache.x)
     if dy.shape != cache.x.shape:
         raise ValueError(f"dy has shape {tuple(dy.shape)}; it must be that of x, {tuple(cache.x.shape)}")
-    record = cache.plan.by_state
-    computed = checked_backward(dy, cache) if record is None else backward_by_state(dy, cache, record)
+    dy = as_base(dy)
+    done = select(None, spec, cache.operands, (dy,)).gradients(dy, cache)
+    computed: Gradients = done if type(done) is Gradients else generic.gradients(dy, cache)
     if is_named(given):
         dresidual = None if computed.dresidual is None else renamed(computed.dresidual, given)
         return computed._replace(dx=renamed(computed.dx, given), dresidual=dresidual)
     return computed
-
-
-def checked_backward(dy: Array, cache: Cache) -> Gradients:
-    """`backward` by the best kernel."""
-    large, small = (dy, cache.x, cache.residual), (cache.gamma, cache.beta)
-    computed: Gradients = select(None, large, small, cache.plan.axes, cache.plan.activation).backward(dy, cache)
-    return computed
-
-
-def backward_by_state(dy: Array, cache: Cache, convention: Convention) -> Gradients:
-    """`backward` of a `forward` by running statistics."""
-    xp, gamma, beta = namespace(dy), cache.gamma, cache.beta
-    effective = cache._replace(
-        gamma=effective_gamma(xp, gamma, convention, cache.x), beta=effective_beta(beta, convention)
-    )
-    # The kernels of the other libraries have only the gradients through the batch's own statistics.
-    has_kernel = array_api_compat.is_numpy_array(dy)
-    computed = checked_backward(dy, effective) if has_kernel else agnostic.backward(dy, effective)
-    return computed._replace(
-        dgamma=None if gamma is None else gradient_of_gamma(xp, gamma, computed.dgamma, convention),
-        dbeta=xp.zeros_like(beta) if beta is not None and computed.dbeta is None else computed.dbeta,
-    )
 
 
 def moments(x: Array, axis: Axis = 1, mask: Array | None = None) -> Moments:
@@ -410,12 +356,9 @@ def moments(x: Array, axis: Axis = 1, mask: Array | None = None) -> Moments:
         >>> bn.moments(np.array([1.0, 2.0, 6.0]), axis=())
         Moments(count=array(3), mean=array(3.), m2=array(14.), mean_lo=array(0.))
     """
-    given, x = x, x.data if is_named(x) else x
-    check_array("x", x)
-    axes = check_axes(given, x, axis)
-    mask = check_mask(unnamed_like("mask", mask, given), None, x, axes)
-    measured: Moments = select(None, (x,), (), axes).moments(x, axes, mask)
-    return measured
+    spec, operands = check_call(x, Arguments(mask=mask), FORWARD, axis)
+    measured = select(None, spec, operands).moments(spec, operands.x, operands.mask)
+    return measured if type(measured) is Moments else generic.moments(spec, operands.x, operands.mask)
 
 
 def advance(
@@ -471,7 +414,7 @@ def advance(
         )
     batch = check_moments(moments, running)
     check_enterable(batch, record, masked=masked)
-    updated = agnostic.advance_by_moments(running, batch, record, masked=masked)
+    updated = generic.advance_by_moments(running, batch, record, masked=masked)
     if known(updated.skipped > running.skipped):
         warn_of_skipped()
     return updated

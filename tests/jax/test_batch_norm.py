@@ -11,8 +11,7 @@ from jax.test_util import check_grads
 import batchnorm as bn
 import batchnorm.jax as bnj
 from batchnorm.core import activations
-from batchnorm.kernels import jax as jax_kernel
-from batchnorm.kernels import jax_formulas
+from batchnorm.kernels.jax import formulas, primitives
 
 RNG = np.random.default_rng(3)
 SHAPES = [((6, 5), 1), ((4, 7, 3), -1), ((4, 3, 17), 1), ((2, 7, 5, 3), 1), ((2, 5, 3, 7), 3), ((3, 4, 5, 2), (1, 2)),
@@ -188,8 +187,8 @@ def test_errors(options, message):
 
 def test_operands_that_do_not_go_together():
     """What binds the primitives by hand gets an error and no crash."""
-    rule = jax_formulas.Rule(1e-5, None, False)
-    x, none, forward_p = jnp.ones((1, 4, 3)), jax_formulas.absent(), jax_kernel.jax_primitives.forward_p
+    rule = formulas.Rule(1e-5, None, False)
+    x, none, forward_p = jnp.ones((1, 4, 3)), formulas.absent(), primitives.forward_p
     with pytest.raises(Exception, match="operands that do not go together"):
         jax.block_until_ready(forward_p.bind(x, jnp.ones((1, 4)), none, none, none, rule=rule))
     with pytest.raises(Exception, match="operands that do not go together"):

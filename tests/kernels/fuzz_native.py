@@ -93,7 +93,7 @@ class Maker:
         self.axis = int(self.rng.integers(ndim))
         self.wide = np.dtype("float64" if self.dtype == np.float64 else "float32")
         self.layout = self.among(LAYOUTS) if min(shape) else "c"
-        name = self.among(("forward", "backward", "forward_plain", "inference_plain", "backward_plain"))
+        name = self.among(("forward", "backward", "normalize", "normalize", "gradients"))
         arguments = getattr(self, name)()
         if self.one_in(3):
             arguments = {key: as_tensor(value) for key, value in arguments.items()}

@@ -1,4 +1,4 @@
-"""Ordinary calls take the fast path: one call of the extension each, and none that it declines."""
+"""A call is one call of the extension, whatever its convention, mask, groups and state, and none that it declines."""
 
 from dataclasses import replace
 
@@ -13,83 +13,130 @@ LIBRARIES = {"numpy": np.asarray, "torch": lambda array: torch.from_numpy(np.arr
 SHAPES = [(32, 16), (8, 4, 6, 6)]
 PYTORCH = bn.CONVENTIONS["pytorch"]
 CONVENTIONS = {
-    **{name: bn.CONVENTIONS[name] for name in ("pytorch", "flax", "keras", "d2l")},
+    **bn.CONVENTIONS,
     **{debias: replace(PYTORCH, name="other", debias=debias) for debias in ("adam", "weight_sum", "first_batch")},
     "cumulative": replace(PYTORCH, name="other", decay=None),
     "std": replace(PYTORCH, name="other", tracked="std", correction_on="tracked"),
     "rstd": replace(PYTORCH, name="other", tracked="rstd", eps_eval="absent"),
     "log10_std": replace(PYTORCH, name="other", tracked="log10_std"),
+    "correction": replace(PYTORCH, name="other", normalize_correction=1),
+    "abs_eps": replace(PYTORCH, name="other", affine="abs_eps"),
+    "gamma_one": replace(PYTORCH, name="other", affine="gamma_one"),
+    "by running": replace(PYTORCH, name="other", normalize_with="running", single="clamp"),
+    "always": replace(PYTORCH, name="other", update="always"),
+    "identity": replace(PYTORCH, name="other", single="identity"),
+    "running": replace(PYTORCH, name="other", single="running"),
+    "normalized": replace(PYTORCH, name="other", masked_output="normalized"),
 }
 everywhere = pytest.mark.parametrize("library", LIBRARIES.values(), ids=LIBRARIES)
 
 
 def arrays(library, shape):
-    """x and a gamma, of a type whose kernels are loaded."""
     generator = np.random.default_rng(3)
     x = library(generator.normal(size=shape).astype(np.float32))
-    bn.forward(x)
-    return x, library(np.ones(shape[1], np.float32))
+    return x, library(generator.normal(size=shape[1]).astype(np.float32))
+
+
+def masks(library, shape):
+    """A mask of examples, one by element, and lengths where there is a time axis."""
+    generator = np.random.default_rng(4)
+    by_example = (np.arange(shape[0]) % 4 < 3).reshape(-1, *(1,) * (len(shape) - 1))
+    by_element = generator.random(shape) < 0.7
+    by_element[::2] = True  # two in every group of four
+    found = {"mask of examples": {"mask": by_example}, "mask": {"mask": by_element}}
+    if len(shape) > 2:
+        found["lengths"] = {"lengths": generator.integers(1, shape[2], shape[0])}
+    return {name: {key: library(value) for key, value in options.items()} for name, options in found.items()}
 
 
 @everywhere
 @pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("masked", ["", "mask of examples", "mask", "lengths"])
 @pytest.mark.parametrize("convention", CONVENTIONS.values(), ids=CONVENTIONS)
-def test_a_loop_of_batch_norm(library, shape, convention, extension):
+def test_a_loop_of_batch_norm(library, shape, masked, convention, extension):
+    if masked == "lengths" and len(shape) == 2:
+        shape = (8, 4, 6)
     x, gamma = arrays(library, shape)
-    expected = bn.RunningStatistics.initial(shape[1], convention, like=x)
-    running = bn.RunningStatistics.initial(shape[1], convention, like=x)
-    extension.taken()
-    for step in range(4):
-        _, running = bn.batch_norm(x, gamma, None, running, training=True, axis=1, convention=convention)
-        assert extension.taken() == {"forward_plain": 1}, step
-        _, expected = bn.batch_norm(
-            x, gamma, None, expected, training=True, axis=1, convention=convention, kernel="agnostic"
-        )
+    options = {"axis": 1, "convention": convention, **(masks(library, shape)[masked] if masked else {})}
+    running = expected = bn.RunningStatistics.initial(shape[1], convention, like=x)
+    for training in (True, True, True, False):
+        y, running = bn.batch_norm(x, gamma, gamma, running, training=training, **options)
+        assert extension.taken() == {"normalize": 1}
+        exact, expected = bn.batch_norm(x, gamma, gamma, expected, training=training, kernel="agnostic", **options)
         assert type(running) is type(expected)
+        np.testing.assert_allclose(y, exact, rtol=1e-5, atol=3e-6)
         for ours, theirs in zip(running, expected, strict=True):
             assert ours.dtype == theirs.dtype
-            np.testing.assert_allclose(np.asarray(ours), np.asarray(theirs), rtol=2e-6, atol=1e-6)
-    if convention.name in bn.CONVENTIONS:
-        bn.batch_norm(x, gamma, None, running, training=False, axis=1, convention=convention)
-        assert extension.taken() == {"inference_plain": 1}
+            np.testing.assert_allclose(ours, theirs, rtol=2e-6, atol=1e-6)
+
+
+@everywhere
+@pytest.mark.parametrize("axis", [(0, 2), (1, 2), (0, 1), ()])
+def test_several_axes(library, axis, extension):
+    """Lanes of their own among them: the first axis, and not the next one."""
+    x = library(np.random.default_rng(0).normal(size=(3, 4, 5, 6)).astype(np.float32))
+    running = expected = bn.RunningStatistics.initial(tuple(x.shape[a] for a in axis), like=x)
+    for _ in range(2):
+        y, running = bn.batch_norm(x, running=running, axis=axis)
+        assert extension.taken() == {"normalize": 1}
+        exact, expected = bn.batch_norm(x, running=expected, axis=axis, kernel="agnostic")
+        np.testing.assert_allclose(y, exact, rtol=1e-5, atol=2e-6)
+        for ours, theirs in zip(running, expected, strict=True):
+            np.testing.assert_allclose(ours, theirs, rtol=2e-6, atol=1e-6)
 
 
 @everywhere
 @pytest.mark.parametrize("shape", SHAPES)
 def test_forward_and_backward(library, shape, extension):
     x, gamma = arrays(library, shape)
-    extension.taken()
-    y, cache = bn.forward(x, gamma, gamma, activation="relu", residual=x)
-    assert extension.taken() == {"forward_plain": 1}
+    for options in ({}, *masks(library, shape).values()):
+        y, cache = bn.forward(x, gamma, gamma, activation="relu", residual=x, **options)
+        assert extension.taken() == {"normalize": 1}
+        bn.backward(y, cache)
+        assert extension.taken() == {"gradients": 1}
+    running = bn.RunningStatistics.initial(shape[1], like=x)
+    y, cache = bn.forward(x, gamma, gamma, running=running)
     bn.backward(y, cache)
-    assert extension.taken() == {"backward_plain": 1}
+    assert extension.taken() == {"normalize": 1, "gradients": 1}
+
+
+@everywhere
+@pytest.mark.parametrize("shape", SHAPES)
+def test_moments(library, shape, extension):
+    bn.moments(arrays(library, shape)[0])
+    assert extension.taken() == {"normalize": 1}
+
+
+LAYERS = {
+    "of torch.nn": lambda shape: (bnt.BatchNorm1d if len(shape) == 2 else bnt.BatchNorm2d)(shape[1]),
+    "cumulative": lambda shape: (bnt.BatchNorm1d if len(shape) == 2 else bnt.BatchNorm2d)(shape[1], momentum=None),
+    "ours": lambda shape: bnt.BatchNorm(shape[1], activation="relu"),
+    "ghost batches": lambda shape: bnt.BatchNorm(shape[1], virtual_batch_size=4),
+    **{name: lambda shape, name=name: bnt.BatchNorm(shape[1], convention=CONVENTIONS[name])
+       for name in ("keras", "lasagne-gist", "abs_eps", "correction", "adam")},
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("shape", SHAPES)
-@pytest.mark.parametrize("make", [
-    lambda shape: (bnt.BatchNorm1d if len(shape) == 2 else bnt.BatchNorm2d)(shape[1]),
-    lambda shape: bnt.BatchNorm(shape[1], activation="relu"),
-    lambda shape: (bnt.BatchNorm1d if len(shape) == 2 else bnt.BatchNorm2d)(shape[1], momentum=None),
-], ids=["of torch.nn", "ours", "cumulative"])  # fmt: skip
-def test_layers(shape, make, extension):
+@pytest.mark.parametrize("masked", ["", "mask of examples", "mask", "lengths"])
+@pytest.mark.parametrize("make", LAYERS.values(), ids=LAYERS)
+def test_layers(shape, masked, make, extension):
+    if masked == "lengths" and len(shape) == 2:
+        pytest.skip("there is no time axis")
     layer, x = make(shape), torch.randn(shape, requires_grad=True)
-    layer(x)
-    extension.taken()
-    for _ in range(3):
-        y = layer(x)
-        assert extension.taken() == {"forward_plain": 1}
+    options = masks(LIBRARIES["torch"], shape)[masked] if masked else {}
+    for training in (True, True, False):
+        y = layer.train(training)(x, **options)
+        assert extension.taken() == {"normalize": 1}
         y.backward(torch.ones(shape))
-        assert extension.taken() == {"backward_plain": 1}
-    layer.eval()
-    y = layer(x)
-    assert extension.taken() == {"inference_plain": 1}
-    y.backward(torch.ones(shape))
-    assert extension.taken() == {"backward_plain": 1}
+        extension.calls.clear()
+        y = layer(x, **options)
+        y.backward(torch.randn(shape))
+        assert extension.taken() == {"normalize": 1, "gradients": 1}
     with torch.no_grad():
-        layer(x)
-        assert extension.taken() == {"inference_plain": 1}
-        layer.train()(x)
-        assert extension.taken() == {"forward_plain": 1}
+        layer(x, **options)
+        layer.train()(x, **options)
+        assert extension.taken() == {"normalize": 2}
 
 
 @everywhere
@@ -107,3 +154,12 @@ def test_states_are_arrays_without_axes(library):
             x * float("nan"), None, None, running, training=True, axis=1, convention="lasagne-gist"
         )
     assert {type(value) for value in running} == {type(x)}
+
+
+@everywhere
+def test_the_first_call_of_all(library, extension):
+    """Without a state, and of a type that has not been met."""
+    x, gamma = arrays(library, (8, 4, 6, 6))
+    _, running = bn.batch_norm(x, gamma)
+    assert extension.taken() == {"normalize": 1}
+    assert float(running.steps) == 1

@@ -1,4 +1,4 @@
-"""The extension itself refuses whatever it could not walk through safely."""
+"""The extension itself declines, with a reason, whatever it could not walk through safely."""
 
 import sys
 
@@ -11,35 +11,68 @@ from oracle import check_gradients, check_within, expected
 
 import batchnorm as bn
 from batchnorm import _native
+from batchnorm.core.masks import Lengths
+from batchnorm.kernels import native
+from batchnorm.kernels.native import FORWARD, INFER, KERNEL, TRAIN, Refusal
+from batchnorm.spec import spec_of
 
-RNG = np.random.default_rng(11)
+SPEC = spec_of("pytorch", 1, 2)
 
 
 def floats(*shape, dtype=np.float32):
-    return RNG.normal(size=shape).astype(dtype)
+    return np.random.default_rng(11).normal(size=shape).astype(dtype)
 
 
-def forward(**changes):
-    """The extension's forward on x of shape (5, 3); everything it writes is in the arguments, which are returned."""
-    arguments = {
-        "x": floats(5, 3), "y": np.zeros((5, 3), np.float32), "gamma": floats(3), "beta": floats(3), "residual": None,
-        **{name: np.zeros(3, np.float32) for name in ("mean", "mean_lo", "m2", "rstd")}, "count": np.zeros(3, np.int64),
-        "mask": None, "lengths": None, "kept": 0b10, "measure": True, "eps": 1e-5, "eps_placement": 0, "correction": 0,
-        "activation": 0, "slope": 0.0, "normalized_padding": False, "threads": 1, **changes,
-    }  # fmt: skip
-    return _native.forward(**arguments), arguments
+def scalar(value, dtype=np.float32):
+    return np.asarray(value, dtype)
 
 
-def backward(**changes):
-    arguments = {
-        "dy": floats(5, 3), "x": floats(5, 3), "dx": np.zeros((5, 3), np.float32), "gamma": floats(3),
-        "beta": floats(3), "residual": None, "dgamma": np.zeros(3, np.float32), "dbeta": np.zeros(3, np.float32),
-        "dresidual": None,
-        "mean": np.zeros(3, np.float32), "mean_lo": np.zeros(3, np.float32), "rstd": np.ones(3, np.float32),
-        "count": np.full(3, 5), "factor": None, "mask": None, "lengths": None, "kept": 0b10, "through_statistics": True,
-        "normalized_padding": False, "activation": 0, "slope": 0.0, "threads": 1, **changes,
-    }  # fmt: skip
-    return _native.backward(**arguments), arguments
+def state(channels=3, dtype=np.float32):
+    return bn.RunningStatistics(
+        np.zeros(channels, dtype), np.ones(channels, dtype), *(scalar(value, dtype) for value in (0, 1, 0))
+    )
+
+
+def normalize(request=FORWARD, spec=SPEC, numbers=None, out=None, **operands):
+    """The extension's answer for x of shape (5, 3)."""
+    given = {"x": floats(5, 3), "gamma": floats(3), "beta": floats(3), "residual": None, "mask": None} | operands
+    return _native.normalize(KERNEL.library, request, spec.native, tuple(given.values()), numbers, out, 1)
+
+
+def train(**options):
+    return normalize(request=TRAIN, **options)
+
+
+def infer(**options):
+    return normalize(request=INFER, **options)
+
+
+def gradients(spec=SPEC, dy=None, statistics=None, count=None, **operands):
+    given = {"x": floats(5, 3), "gamma": floats(3), "beta": floats(3), "residual": None, "mask": None} | operands
+    dy = floats(5, 3) if dy is None else dy
+    statistics = (
+        (np.zeros(3, np.float32), np.zeros(3, np.float32), np.ones(3, np.float32)) if statistics is None else statistics
+    )
+    return _native.gradients(KERNEL.library, spec.native, dy, tuple(given.values()), statistics, count, True, True, 1)
+
+
+def test_what_is_changed_below_is_served_as_it_is():
+    x, gamma, beta, dy = floats(5, 3), floats(3), floats(3), floats(5, 3)
+    exact = expected(x, None, gamma, beta)
+    y, entry, running, (mean, mean_lo, rstd), count = normalize()
+    check_within("y", y, exact.y, 1e-6 * exact.unit)
+    np.testing.assert_array_equal(count, 5)
+    assert (entry, running) == (None, None)
+    exact = expected(x, dy, gamma, beta)
+    check_gradients(gradients(statistics=(mean, mean_lo, rstd), count=count), exact, "float32")
+    y, entry, (mean, *_), statistics, count = train(numbers=state())
+    assert (entry, statistics, count) == (native.ACCEPTED, None, None)
+    np.testing.assert_allclose(mean, 0.1 * x.mean(0), rtol=1e-5)
+    np.testing.assert_allclose(infer(numbers=state())[0], x / np.sqrt(1 + 1e-5) * gamma + beta, rtol=1e-5)
+
+
+def strides_of_zero():
+    return np.lib.stride_tricks.as_strided(floats(5, 3), strides=(0, 4))
 
 
 def read_only(array):
@@ -47,114 +80,112 @@ def read_only(array):
     return array
 
 
-def test_what_is_changed_below_is_right_as_it_is():
-    done, given = forward()
-    exact = expected(given["x"], None, given["gamma"], given["beta"])
-    assert done
-    check_within("y", given["y"], exact.y, 1e-6 * exact.unit)
-    np.testing.assert_array_equal(given["count"], 5)
-    done, given = backward()
-    assert done
-    exact = expected(given["x"], given["dy"], given["gamma"], given["beta"], given=(np.zeros(3), np.ones(3)), eps=0)
-    np.testing.assert_allclose(given["dbeta"], exact.dbeta.astype(float), rtol=1e-5)
-    np.testing.assert_allclose(given["dgamma"], exact.dgamma.astype(float), rtol=1e-5)
-
-
-EITHER = (
-    ({"x": [[1.0, 2.0, 3.0]]}, TypeError),
-    ({"x": None}, TypeError),
-    ({"x": "x"}, TypeError),
-    ({"x": floats(5, 3, dtype=np.complex64)}, TypeError),
-    ({"x": np.ones((5, 3), np.int32)}, TypeError),
-    ({"x": np.ones((5, 3), np.int64)}, TypeError),
-    ({"x": np.ones((5, 3), bool)}, TypeError),
-    ({"x": floats(5, 3).astype(">f4")}, TypeError),
-    ({"x": floats(5, 3, dtype=np.longdouble)}, TypeError),
-    ({"x": np.array(1.0, np.float32)}, ValueError),
-    ({"x": floats(5, 3, dtype=np.float64)}, TypeError),
-    ({"x": floats(6, 3)}, ValueError),
-    ({"x": floats(5, 4)}, ValueError),
-    ({"x": floats(5, 3, 1)}, ValueError),
-    ({"x": torch.ones(5, 3, device="meta")}, (ValueError, RuntimeError)),
-    ({"x": torch.ones(5, 3).to_sparse()}, (TypeError, ValueError, RuntimeError)),
-    ({"gamma": floats(4)}, ValueError),
-    ({"gamma": floats(3, 1)[:2]}, ValueError),
-    ({"gamma": np.ones(3, int)}, TypeError),
-    ({"gamma": 1.0}, TypeError),
-    ({"beta": floats(2)}, ValueError),
-    ({"mean": np.zeros(2, np.float32)}, ValueError),
-    ({"mean": np.zeros(6, np.float32)[::2]}, ValueError),
-    ({"mean": np.zeros(3)}, TypeError),
-    ({"mean": None}, (TypeError, ValueError)),
-    ({"mean_lo": np.zeros(3, np.float16)}, TypeError),
-    ({"mean_lo": None}, (TypeError, ValueError)),
-    ({"rstd": np.zeros(4, np.float32)}, ValueError),
-    ({"rstd": None}, (TypeError, ValueError)),
-    ({"count": np.zeros(3)}, ValueError),
-    ({"count": np.zeros(3, np.int32)}, (TypeError, ValueError)),
-    ({"count": np.zeros(2, np.int64)}, ValueError),
-    ({"residual": floats(5, 2)}, ValueError),
-    ({"residual": floats(5, 3, dtype=np.float16)}, TypeError),
-    ({"mask": np.ones((5, 2), bool)}, ValueError),
-    ({"mask": np.ones(5, bool)}, ValueError),
-    ({"mask": np.ones((5, 1), np.float32)}, ValueError),
-    ({"mask": np.ones((5, 1), np.int64)}, ValueError),
-    ({"mask": True}, TypeError),
-    ({"lengths": np.array([1, 2, 3, 4, 5])}, ValueError),  # no time axis
-    ({"kept": 0b100}, ValueError),
-    ({"kept": -1}, TypeError),
-    ({"kept": 2**32}, TypeError),
-    ({"activation": 9}, ValueError),
-    ({"activation": 256}, TypeError),
-    ({"threads": "1"}, TypeError),
-)  # fmt: skip
-
-FORWARD = (
-    ({"eps_placement": 3}, ValueError),
-    ({"y": floats(5, 2)}, ValueError),
-    ({"y": floats(5, 3, dtype=np.float64)}, TypeError),
-    ({"y": read_only(floats(5, 3))}, (BufferError, ValueError)),
-    ({"y": np.lib.stride_tricks.as_strided(floats(5, 3), strides=(0, 4))}, ValueError),
-    ({"mean": read_only(floats(3))}, (BufferError, ValueError)),
-    ({"mean": None, "measure": False}, ValueError),
-    ({"rstd": None, "y": None, "measure": False}, ValueError),
+OPERANDS = (
+    ({"x": [[1.0, 2.0, 3.0]]}, "type"),
+    ({"x": None}, "shape"),
+    ({"x": "x"}, "type"),
+    ({"x": jnp.ones((5, 3))}, "type"),
+    ({"x": torch.ones(5, 3)}, "type"),
+    ({"x": np.ma.masked_array(floats(5, 3))}, "type"),
+    ({"x": floats(5, 3, dtype=np.complex64)}, "dtype"),
+    ({"x": np.ones((5, 3), np.int32)}, "dtype"),
+    ({"x": np.ones((5, 3), np.int64)}, "dtype"),
+    ({"x": np.ones((5, 3), np.uint16)}, "dtype"),
+    ({"x": np.ones((5, 3), bool)}, "dtype"),
+    ({"x": floats(5, 3).astype(">f4")}, "dtype"),
+    ({"x": floats(5, 3, dtype=np.longdouble)}, "dtype"),
+    ({"x": np.zeros((5, 3), "datetime64[s]")}, "type"),
+    ({"x": scalar(1.0)}, "shape"),
+    ({"x": floats(5)}, "shape"),
+    ({"x": floats(5, 4)}, "shape"),
+    ({"gamma": floats(4)}, "shape"),
+    ({"gamma": floats(1)}, "shape"),
+    ({"gamma": floats(3, 1)}, "shape"),
+    ({"gamma": np.ones(3, int)}, "dtype"),
+    ({"gamma": np.ones(3, np.uint16)}, "dtype"),
+    ({"gamma": torch.ones(3)}, "type"),
+    ({"gamma": 1.0}, "type"),
+    ({"beta": floats(2)}, "shape"),
+    ({"residual": floats(5, 2)}, "shape"),
+    ({"residual": floats(3)}, "shape"),
+    ({"residual": floats(5, 3, dtype=np.float16)}, "dtype"),
+    ({"mask": np.ones((5, 2), bool)}, "shape"),
+    ({"mask": np.ones(5, bool)}, "shape"),
+    ({"mask": np.ones((1, 5, 3), bool)}, "shape"),
+    ({"mask": np.ones((5, 1), np.float32)}, "dtype"),
+    ({"mask": np.ones((5, 1), np.uint8)}, "dtype"),
+    ({"mask": True}, "type"),
+    ({"mask": Lengths(np.array([1, 2, 3, 4, 5]))}, "shape"),  # no time axis
+    ({"mask": Lengths([1, 2, 3, 4, 5])}, "type"),
 )
 
-BACKWARD = (
-    ({"dy": None}, (TypeError, ValueError)),
-    ({"dy": floats(5, 3, dtype=np.float64)}, TypeError),
-    ({"dy": floats(3, 5)}, ValueError),
-    ({"dx": floats(5, 2)}, ValueError),
-    ({"dx": read_only(floats(5, 3))}, (BufferError, ValueError)),
-    ({"dgamma": floats(4)}, ValueError),
-    ({"dgamma": read_only(floats(3))}, (BufferError, ValueError)),
-    ({"dbeta": np.zeros(3, int)}, TypeError),
-    ({"dresidual": floats(5, 4)}, ValueError),
-    ({"factor": floats(2)}, ValueError),
+STATES = (
+    ((0.0, 1.0, 2.0, 3.0, 4.0), "type"),
+    ([np.zeros(3, np.float32)] * 5, "state"),
+    (tuple(state())[:4], "state"),
+    (state()._replace(mean=floats(4)), "shape"),
+    (state()._replace(mean=floats(3, 1)), "shape"),
+    (state()._replace(mean=np.zeros(3, int)), "state"),
+    (state()._replace(mean=np.zeros(3, np.float16)), "state"),
+    (state()._replace(mean=np.zeros(3)), "state"),
+    (state()._replace(mean=None), "state"),
+    (state()._replace(spread=torch.ones(3)), "type"),
+    (state()._replace(weight=None), "state"),
+    (state()._replace(weight=np.ones(1, np.float32)), "state"),
+    (state()._replace(steps=scalar(0, np.int64)), "state"),
+    (state()._replace(skipped=np.float32(0)), "type"),
 )
 
 
-@pytest.mark.parametrize(("operation", "changes", "error"), [
-    *((forward, *case) for case in (*EITHER, *FORWARD)), *((backward, *case) for case in (*EITHER, *BACKWARD)),
-])  # fmt: skip
-def test_refused(operation, changes, error):
-    (value,) = [value for name, value in changes.items() if name != "measure" and value is not None] or [None]
+@pytest.mark.parametrize(("operation", "changes", "reason"), [
+    *((operation, *case) for operation in (normalize, gradients) for case in OPERANDS),
+    *((operation, {"numbers": numbers}, reason) for operation in (train, infer) for numbers, reason in STATES),
+    (infer, {"numbers": None}, "state"),
+    (normalize, {"out": floats(5, 2)}, "shape"),
+    (normalize, {"out": floats(5, 3, dtype=np.float64)}, "dtype"),
+    (normalize, {"out": read_only(floats(5, 3))}, "type"),
+    (normalize, {"out": strides_of_zero()}, "output"),
+    (normalize, {"out": [1.0]}, "type"),
+    (gradients, {"dy": floats(5, 3, dtype=np.float64)}, "dtype"),
+    (gradients, {"dy": floats(3, 5)}, "shape"),
+    (gradients, {"dy": [1.0]}, "type"),
+    (gradients, {"count": np.zeros(3)}, "shape"),
+    (gradients, {"count": np.zeros(2, np.int64)}, "shape"),
+    *((gradients, {"statistics": (floats(3),) * n}, "shape") for n in (0, 1, 2, 4)),
+    (gradients, {"statistics": (floats(3), floats(3), floats(4))}, "shape"),
+    (gradients, {"statistics": (floats(3), None, floats(3))}, "shape"),
+    (gradients, {"statistics": (floats(3), floats(3), floats(3, dtype=np.float64))}, "dtype"),
+    (gradients, {"statistics": (floats(3), floats(3), floats(6)[::2])}, "strides"),
+    (gradients, {"statistics": floats(9)}, "shape"),
+    (gradients, {"statistics": floats(2, 3)}, "shape"),
+    (gradients, {"statistics": floats(3, 4)}, "shape"),
+    (gradients, {"statistics": floats(3, 3), "spec": spec_of("lasagne-gist", 1, 2)}, "shape"),  # no row for the factor
+], ids=lambda value: None if callable(value) or isinstance(value, str) else "")  # fmt: skip
+def test_declined(operation, changes, reason):
+    (value,) = [value for name, value in changes.items() if name != "spec"]
     before = sys.getrefcount(value)
-    with pytest.raises(error) as raised:
-        operation(**changes)
-    assert str(raised.value)
-    del raised
+    assert operation(**changes) is getattr(Refusal, reason)
     if isinstance(value, np.ndarray):
-        assert sys.getrefcount(value) == before, "a refused array is still held"
+        assert sys.getrefcount(value) == before, "a declined array is still held"
+
+
+def test_numbers_that_name_nothing():
+    fields = {name: 0 for name in ("tracked", "debias", "correction", "momentum", "eps")}
+    flags = dict.fromkeys(("corrects_tracked", "is_clamped", "needs_two", "is_cumulative"), False)
+    for changes in ({"tracked": 6}, {"tracked": -1}, {"debias": 4}):
+        with pytest.raises(ValueError, match="no such member"):
+            _native.Averaging(**fields | flags | changes)
+    for arguments in ((3, False, 0), (0, False, 6), (-1, False, 0)):
+        with pytest.raises(ValueError, match="no such member"):
+            _native.Request(*arguments)
 
 
 @pytest.mark.parametrize("lengths", [[0, 1, 2, 3, 8], [0, 1, 2, 3, -1], [1, 2, 3, 4], [1, 2, 3, 4, 5, 6], [2**62] * 5])
-@pytest.mark.parametrize("operation", [forward, backward])
-def test_lengths_out_of_range(operation, lengths):
-    arrays = {name: floats(5, 3, 7) for name in (("x", "y") if operation is forward else ("x", "dy", "dx"))}
-    assert operation(**arrays, lengths=np.array([7, 0, 1, 2, 3]))[0]
-    with pytest.raises(ValueError, match=r"lengths must"):
-        operation(**arrays, lengths=np.array(lengths))
+def test_lengths_out_of_range(lengths):
+    x, spec = floats(5, 3, 7), spec_of("pytorch", 1, 3)
+    assert type(normalize(spec=spec, x=x, mask=Lengths(np.array([7, 0, 1, 2, 3])))) is tuple
+    assert normalize(spec=spec, x=x, mask=Lengths(np.array(lengths))) is Refusal.shape
+    assert gradients(spec=spec, x=x, dy=x, mask=Lengths(np.array(lengths))) is Refusal.shape
 
 
 def overlapping(first, second, shape=(5, 3)):
@@ -164,55 +195,47 @@ def overlapping(first, second, shape=(5, 3)):
 
 
 @pytest.mark.parametrize("shift", [-14, -1, 1, 3, 14])
-@pytest.mark.parametrize(("operation", "output", "other"), [
-    (forward, "y", "x"), (forward, "y", "residual"), (backward, "dx", "x"), (backward, "dx", "dy"),
-    (backward, "dx", "residual"), (backward, "dx", "dresidual"), (backward, "dresidual", "dy"),
-])  # fmt: skip
-def test_partial_overlap(operation, output, other, shift):
+@pytest.mark.parametrize("other", ["x", "residual"])
+def test_partial_overlap(other, shift):
     a, b = overlapping(30, 30 + shift)
-    with pytest.raises(ValueError, match=f"overlaps {other}|overlaps {output}"):
-        operation(**{output: a, other: b})
+    before = a.copy()
+    assert normalize(out=a, **{other: b}) is Refusal.output
+    np.testing.assert_array_equal(a, before)
     a, b = overlapping(30, 30 + (15 if shift > 0 else -15))  # next to each other is no overlap
-    assert operation(**{output: a, other: b})[0]
+    assert normalize(out=a, **{other: b})[0] is a
 
 
-def test_one_array_for_two_outputs():
-    both = floats(5, 3)
-    with pytest.raises(ValueError, match="dx overlaps dresidual"):
-        backward(dx=both, dresidual=both, residual=floats(5, 3))
-    transposed = floats(4, 4)
-    with pytest.raises(ValueError, match="y overlaps x"):
-        forward(
-            x=transposed, y=transposed.T, count=np.zeros(4, np.int64),
-            **{name: floats(4) for name in ("gamma", "beta", "mean", "mean_lo", "m2", "rstd")},
-        )  # fmt: skip
+def test_an_output_that_overlaps_a_parameter():
+    block = floats(15)
+    assert normalize(out=block.reshape(5, 3), gamma=block[3:6]) is Refusal.output
+    square = floats(4, 4)
+    assert normalize(x=square, out=square.T, gamma=None, beta=None) is Refusal.output
 
 
 @pytest.mark.parametrize("axes", [(0,), (1,), (0, 1)])
 def test_negative_strides(axes):
-    """Walked through where the kernels can, else declined by False, with nothing written."""
+    """Walked through where the kernels can, else declined, and copied by the caller."""
     x, dy = np.flip(floats(5, 3), axes), np.flip(floats(5, 3), axes)
-    y, dx = np.flip(np.zeros((5, 3), np.float32), axes), np.flip(np.zeros((5, 3), np.float32), axes)
-    done, given = forward(x=x, y=y)
-    exact = expected(x, dy, given["gamma"], given["beta"])
-    assert done == (1 not in axes)
-    check_within("y", y, exact.y if done else 0 * exact.y, 1e-6 * exact.unit)
-    names = ("gamma", "beta", "mean", "mean_lo", "rstd")
-    if done:
-        done, gradients = backward(x=x, dy=dy, dx=dx, **{name: given[name] for name in names})
-        assert done
-        check_gradients((dx, gradients["dgamma"], gradients["dbeta"], None), exact, "float32")
-    y, cache = bn.forward(x, given["gamma"], given["beta"], kernel="native")
+    gamma, beta = floats(3), floats(3)
+    done = normalize(x=x)
+    assert (type(done) is tuple) == (1 not in axes)
+    exact = expected(x, dy, gamma, beta)
+    y, cache = bn.forward(x, gamma, beta)
     check_within("y", y, exact.y, 1e-6 * exact.unit)
     check_gradients(bn.backward(dy, cache), exact, "float32")
 
 
-def test_immutable_arrays_of_other_libraries_are_not_written():
-    x, zeros = jnp.ones((5, 3)), jnp.zeros((5, 3))
-    assert forward(x=x)[0]
-    with pytest.raises((TypeError, ValueError, BufferError)):
-        forward(y=zeros)
-    assert not zeros.any()
+def test_a_layout_that_no_kernel_walks_through(extension):
+    """One call that is declined, and one with copies, into the array that was passed."""
+    x = floats(10, 6)[::2, ::2]
+    out = np.empty((5, 3), np.float32)
+    y, cache = bn.forward(x, out=out)
+    assert y is out
+    assert extension.calls == {"normalize": 2}
+    assert extension.declined == {"normalize": 1}
+    exact = expected(x, x)
+    check_within("y", y, exact.y, 1e-6 * exact.unit)
+    check_gradients(bn.backward(x, cache), exact, "float32")
 
 
 def test_unknown_instruction_set():
@@ -222,51 +245,29 @@ def test_unknown_instruction_set():
     assert _native.instruction_set() == before
 
 
-#: What each operation writes.
-WRITTEN = {
-    forward: ("y", "mean", "mean_lo", "m2", "rstd", "count"),
-    backward: ("dx", "dgamma", "dbeta", "dresidual"),
-}
-
-
 @pytest.mark.parametrize("dtype", ["float32", "float64", "float16"])
-@pytest.mark.parametrize("operation", WRITTEN)
-def test_arrays_between_two_elements(operation, dtype):
+def test_arrays_between_two_elements(dtype):
     """All arguments at once; `sanitize.sh` runs the extension where misaligned loads are reported."""
-    wide = "float64" if dtype == "float64" else "float32"
-    large = ("x", "residual", "y") if operation is forward else ("x", "dy", "residual", "dx", "dresidual")
-    extra = {"m2": np.zeros(3, wide)} if operation is forward else {"factor": np.ones(3)}
-    done, aligned = operation(
-        **{name: floats(4, 3, 21, dtype=dtype) for name in large},
-        **{name: np.full(3, 0.5, wide) for name in ("mean", "mean_lo", "rstd")},
-        **extra,
-        lengths=np.array([21, 3, 0, 20]),
-    )
-    assert done
-    arrays = {name: value for name, value in aligned.items() if isinstance(value, np.ndarray)}
-    misaligned = {
-        name: placed(np.full_like(value, 3) if name in WRITTEN[operation] else value, "bytes", 0)
-        for name, value in arrays.items()
-    }
-    assert not any(value.flags.aligned for value in misaligned.values())
-    assert operation(**{**aligned, **misaligned})[0]
-    for name, value in arrays.items():
-        np.testing.assert_array_equal(misaligned[name], value, err_msg=name)
+    wide, spec = "float64" if dtype == "float64" else "float32", spec_of("lasagne-gist", 1, 3, "silu")
+    lengths = np.array([21, 3, 0, 20])
+    large = [floats(4, 3, 21, dtype=dtype) for _ in range(3)]
+    parameters, running = [floats(3, dtype=wide) for _ in range(2)], state(dtype=wide)
 
+    def misaligned(array):
+        moved = placed(array, "bytes", 0)
+        assert not moved.flags.aligned
+        return moved
 
-def test_a_buffer_without_strides():
-    """NumPy's scalars of dates have none, though they are asked for."""
-    for value in (np.datetime64("2020-01-01"), np.timedelta64(3, "s")):
-        with pytest.raises(TypeError, match="must be float16, bfloat16, float32 or float64"):
-            _native.result_like(value)
+    def both(move):
+        x, residual, dy = map(move, large)
+        gamma, beta = map(move, parameters)
+        mask, before = Lengths(move(lengths)), running._replace(mean=move(running.mean), spread=move(running.spread))
+        operands = (x, gamma, beta, residual, mask)
+        y, _, after, _, _ = _native.normalize(KERNEL.library, TRAIN, spec.native, operands, before, move(x * 0), 1)
+        request = _native.Request(native.BATCH, False, native.TABLE)
+        _, _, _, table, count = _native.normalize(KERNEL.library, request, spec.native, operands, None, None, 1)
+        done = _native.gradients(KERNEL.library, spec.native, dy, operands, move(table), move(count), True, True, 1)
+        return y, *after[:2], *done
 
-
-@pytest.mark.parametrize("statistics", [(), (floats(3),), (floats(3),) * 2, (floats(3),) * 4])
-def test_statistics_that_are_no_three(statistics):
-    arguments = {
-        "dy": floats(5, 3), "x": floats(5, 3), "gamma": None, "beta": None, "residual": None, "count": None, "kept": 2,
-        "activation": 0, "slope": 0.0, "threads": 1, "empty_like": np.empty_like, "has_dx": True,
-        "through_statistics": True,
-    }  # fmt: skip
-    assert _native.backward_plain(**arguments, statistics=(floats(3),) * 3) is not None
-    assert _native.backward_plain(**arguments, statistics=statistics) is None
+    for ours, aligned in zip(both(misaligned), both(lambda array: array), strict=True):
+        np.testing.assert_array_equal(ours, aligned)

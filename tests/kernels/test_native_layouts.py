@@ -9,7 +9,7 @@ import torch
 from layouts import DTYPES, LAYOUTS, placed, tensor
 
 import batchnorm as bn
-from batchnorm.kernels import agnostic
+from batchnorm.kernels import generic
 
 #: Largest differences between kernels and array code, relative to the largest entry.
 TOLERANCES = {"float16": 2e-3, "bfloat16": 1.6e-2, "float32": 2e-5, "float64": 1e-12}
@@ -84,7 +84,7 @@ def test_forward_and_backward(library, first):
         expected, cache = bn.forward(
             x[0], gamma[0], beta[0], residual=residual[0], mask=mask[0], kernel="agnostic", **options
         )
-        gradients = agnostic.backward(dy[0], cache)
+        gradients = generic.gradients(dy[0], cache)
         x, gamma, beta, residual, dy = (convert(array[1]) for array in (x, gamma, beta, residual, dy))
         out = convert(placed(np.zeros(draw.shape, DTYPES[draw.dtype]), draw.random.choice(("c", "f", "last")), ()))
         mask = None if mask[1] is None else convert(mask[1])
@@ -128,7 +128,7 @@ def test_parameters_in_every_order(library, axis):
     x, dy = values.normal(size=(2, 3, 4, 5)), values.normal(size=(2, 3, 4, 5))
     gamma, beta = (values.normal(size=[x.shape[a] for a in axis]) for _ in range(2))
     _, cache = bn.forward(x, gamma, beta, axis=axis, kernel="agnostic")
-    expected = agnostic.backward(dy, cache)
+    expected = generic.gradients(dy, cache)
     convert = CONVERSIONS[library]
     for layouts in itertools.product(("f", "reversed", "part0", "step1"), repeat=2):
         parameters = [convert(placed(array, layout)) for array, layout in zip((gamma, beta), layouts, strict=True)]

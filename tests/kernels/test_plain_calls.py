@@ -7,6 +7,9 @@ from layouts import DTYPES, placed, tensor
 from oracle import check_gradients, check_y, expected, wide
 
 import batchnorm as bn
+from batchnorm import _native
+from batchnorm.kernels.native import FORWARD
+from batchnorm.spec import spec_of
 
 RNG = np.random.default_rng(14)
 LIBRARIES = {"numpy": np.asarray, "torch": tensor}
@@ -26,10 +29,10 @@ def test_the_same_as_step_by_step(library, dtype, layout, extension):
     y, cache = bn.forward(x, gamma, beta, activation="silu", residual=residual)
     gradients = bn.backward(dy, cache)
     if layout != "step2" and (library is tensor or dtype != "bfloat16"):
-        assert extension.taken() == {"forward_plain": 1, "backward_plain": 1}
+        assert extension.taken() == {"normalize": 1, "gradients": 1}
     slow_y, slow_cache = bn.forward(x, gamma, beta, activation="silu", residual=residual, kernel="native")
     assert y.dtype == slow_y.dtype
-    assert cache.plan == slow_cache.plan
+    assert cache.spec == slow_cache.spec
     assert type(cache.count) is type(slow_cache.count)
     pairs = zip((y, cache.count, *cache.statistics), (slow_y, slow_cache.count, *slow_cache.statistics), strict=True)
     for ours, theirs in pairs:
@@ -50,7 +53,7 @@ def test_into_an_array(library, dtype, layout, extension):
     extension.calls.clear()
     y, cache = bn.forward(x, residual=residual, out=out)
     if layout != "step2":
-        assert extension.taken() == {"forward_plain": 1}
+        assert extension.taken() == {"normalize": 1}
     assert y is out
     assert cache.x is x
     np.testing.assert_array_equal(wide(y), wide(expected))
@@ -172,14 +175,14 @@ def test_recorded_calls_are_recorded():
     torch.testing.assert_close(each[0], bn.forward(x)[0])
 
 
-def test_an_interrupt_is_not_swallowed(monkeypatch):
-    from batchnorm.kernels import native
+def test_an_interrupt_is_not_swallowed():
+    """Ctrl-C while the library allocates a result; any other error of it as well."""
+    x, spec = np.ones((4, 3), np.float32), spec_of("pytorch", 1, 2)
+    for error in (KeyboardInterrupt, MemoryError, TypeError):
 
-    def interrupted(array):
-        raise KeyboardInterrupt
+        def empty_like(array, error=error):
+            raise error
 
-    x = np.ones((4, 3), np.float32)
-    bn.forward(x)
-    monkeypatch.setattr(native.NUMPY, "own_empty_like", interrupted, raising=False)
-    with pytest.raises(KeyboardInterrupt):
-        bn.forward(x)
+        library = _native.Library((np.ndarray,), empty_like, empty_like, np.empty)
+        with pytest.raises(error):
+            _native.normalize(library, FORWARD, spec.native, (x, None, None, None, None), None, None, 1)

@@ -15,10 +15,11 @@ from oracle import check_gradients, check_within, check_y, expected, wide
 
 import batchnorm as bn
 from batchnorm import _native
-from batchnorm.core.axes import split
-from batchnorm.kernels import agnostic, native, registry
-from batchnorm.kernels import jax as native_jax
-from batchnorm.kernels import torch as native_torch
+from batchnorm.kernels import generic, registry
+from batchnorm.kernels.jax import KERNEL as JAX
+from batchnorm.kernels.native import KERNEL as NUMPY
+from batchnorm.kernels.torch import KERNEL as TORCH
+from batchnorm.spec import Operands, spec_of
 
 RNG = np.random.default_rng(13)
 X, DY = RNG.normal(size=(9, 3)).astype(np.float32), RNG.normal(size=(9, 3)).astype(np.float32)
@@ -101,11 +102,11 @@ def test_agnostic_agrees_with_native(arrays, options):
 
 
 def test_the_best_kernel_by_the_type_of_x():
-    axes = split(1, 2)
-    for x, module in ((X, native), (torch.tensor(X), native_torch), (jnp.asarray(X), native_jax)):
-        assert registry.select(None, (x,), (), axes) is module
-        assert registry.select("agnostic", (x,), (), axes) is agnostic
-    assert registry.select("native", (X,), (), axes) is native
+    spec = spec_of("pytorch", 1, 2)
+    for x, kernel in ((X, NUMPY), (torch.tensor(X), TORCH), (jnp.asarray(X), JAX)):
+        assert registry.select(None, spec, Operands(x)) is kernel
+        assert registry.select("agnostic", spec, Operands(x)) is generic
+    assert registry.select("native", spec, Operands(X)) is NUMPY
 
 
 def test_unknown_kernel():

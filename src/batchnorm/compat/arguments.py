@@ -5,8 +5,8 @@ from collections.abc import Mapping
 from numbers import Real
 from typing import Any
 
-from batchnorm.arguments import check_array, check_same_library
 from batchnorm.core.dtypes import Array
+from batchnorm.validation import check_array, check_same_library
 
 
 def check_number(name: str, value: Any, role: str, *, most: float = math.inf) -> None:

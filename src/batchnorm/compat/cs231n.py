@@ -17,12 +17,12 @@ from batchnorm.compat.cs231n_arguments import Param, check_arguments, check_nump
 from batchnorm.compat.cs231n_formulas import WrittenCache, backward_as_written, forward_as_written
 from batchnorm.compat.storage import batch_norm
 from batchnorm.conventions import resolve
-from batchnorm.core.axes import split
 from batchnorm.core.dtypes import statistics_dtype
 from batchnorm.core.normalize import Statistics, rstd_of_var
 from batchnorm.core.running import RunningStatistics
-from batchnorm.functional import backward, forward
-from batchnorm.kernels.agnostic import Cache, Plan
+from batchnorm.functional import FORWARD, backward, forward
+from batchnorm.kernels.generic import Cache
+from batchnorm.spec import spec_of
 
 Array = NDArray[Any]
 Result = tuple[Array, Any, RunningStatistics]
@@ -79,20 +79,20 @@ def train(x: Array, gamma: Array, beta: Array, param: Param) -> Result:
     # float32 batch together with what rounding to float32 takes of it.
     fresh = RunningStatistics.initial(x.shape[1], "cs231n", like=np.empty(0))
     record = resolve("cs231n", param.eps, 0.0, None, None)
-    out, batch = batch_norm(x, gamma, beta, fresh, training=True, convention=record, axis=1)
+    out, batch = batch_norm((x, gamma, beta), fresh, training=True, convention=record, axis=1)
     if not batch.steps:  # not finite, or empty: the state is not that of the batch
         return *forward(x, gamma, beta, eps=param.eps), param.running
     dtype, count = statistics_dtype(np, x), np.full(x.shape[1], len(x))
     mean, rstd = batch.mean.astype(dtype), rstd_of_var(np, batch.spread, param.eps, record.eps_train)
     statistics = Statistics(mean, (batch.mean - mean).astype(dtype), rstd.astype(dtype))
-    cache = Cache(x, gamma, beta, None, None, statistics, count, Plan(split(1, 2), None, param.eps))
+    cache = Cache(x, gamma, beta, None, None, statistics, count, spec_of(FORWARD, 1, 2, eps=param.eps))
     return out, cache, param.updated(batch.mean, batch.spread)
 
 
 def infer(x: Array, gamma: Array, beta: Array, param: Param) -> Result:
     """out by the running statistics, the cache, which has copies of them, and the state as it is."""
     record, running = resolve("cs231n", param.eps, None, None, None), param.running
-    out, _ = batch_norm(x, gamma, beta, running, training=False, convention=record, axis=1)
+    out, _ = batch_norm((x, gamma, beta), running, training=False, convention=record, axis=1)
     rstd = rstd_of_var(np, running.spread.astype(np.float64), param.eps, record.eps_eval, math.inf)
     return out, WrittenCache(x, gamma, beta, running.mean.copy(), rstd, is_training=False), running
 

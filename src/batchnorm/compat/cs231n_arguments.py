@@ -6,10 +6,10 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from batchnorm.arguments import check_array
 from batchnorm.compat.arguments import check_number, check_values
 from batchnorm.core.dtypes import statistics_dtype
 from batchnorm.core.running import RunningStatistics
+from batchnorm.validation import check_array
 
 Array = NDArray[Any]
 

@@ -6,9 +6,9 @@ import array_api_compat
 import jax
 import jax.numpy as jnp
 
-from batchnorm.arguments import check_array
 from batchnorm.compat.arguments import check_number
 from batchnorm.jax.functional import in_jax, scalar
+from batchnorm.validation import check_array
 
 
 def value_of(name: str, variable: Any) -> Any:

@@ -3,8 +3,8 @@
 import operator
 from typing import Any
 
-from batchnorm.arguments import as_axis, check_activation
 from batchnorm.core.dtypes import Array
+from batchnorm.validation import as_axis, check_activation
 
 Shape = tuple[int | None, ...]
 

@@ -2,7 +2,6 @@
 
 from typing import Any
 
-from batchnorm.arguments import check_array
 from batchnorm.compat.arguments import check_number, check_values
 from batchnorm.compat.lasagne_arguments import Shape, activation_of, axes_of, identity, shape_of
 from batchnorm.compat.lasagne_formulas import Values, apply_as_written
@@ -12,6 +11,7 @@ from batchnorm.conventions import resolve
 from batchnorm.core.axes import split
 from batchnorm.core.dtypes import Array, namespace
 from batchnorm.core.running import RunningStatistics
+from batchnorm.validation import check_array
 
 
 class BatchNormLayer:
@@ -107,7 +107,8 @@ class BatchNormLayer:
         xp, axes = namespace(input), split(tuple(a for a in range(input.ndim) if a not in self.axes), input.ndim)
         mean, std, beta, gamma = (axes.gather(xp, values[name]) for name in ("mean", "std", "beta", "gamma"))
         y, running = batch_norm(
-            input, gamma, beta, RunningStatistics(mean, std, tracked="std"), training=not deterministic, axis=axes.kept,
+            (input, gamma, beta), RunningStatistics(mean, std, tracked="std"), training=not deterministic,
+            axis=axes.kept,
             convention=resolve("lasagne-gist", self.epsilon, 1 - self.alpha, None, None),
             activation=activation_of(self.nonlinearity),
         )  # fmt: skip

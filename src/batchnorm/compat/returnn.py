@@ -20,7 +20,7 @@ from xarray import DataArray
 from batchnorm.compat.arguments import check_number
 from batchnorm.compat.returnn_context import current_run, run_ctx
 from batchnorm.compat.returnn_source import check_field, feature_dimension, mask_of, statistics_as_written
-from batchnorm.compat.storage import batch_norm, storable, warn_with_remark
+from batchnorm.compat.storage import batch_norm, storable
 from batchnorm.conventions import CONVENTIONS, resolve
 from batchnorm.core.running import RunningStatistics
 
@@ -87,9 +87,9 @@ class BatchNorm:
             running = RunningStatistics.initial(source.sizes[in_dim], AS_WRITTEN, like=source.data)
         y: DataArray
         y, batch = batch_norm(
-            source, self.gamma, self.beta, running, training=run.train, axis=source.get_axis_num(in_dim),
+            (source, self.gamma, self.beta), running, training=run.train, axis=source.get_axis_num(in_dim),
             convention=resolve(AS_WRITTEN if self.faithful else MENDED, epsilon, 0.0, None, None), mask=mask,
-            warn=(lambda: None) if self.faithful else warn_with_remark,
+            warn=(lambda: None) if self.faithful else None,
         )  # fmt: skip
         if run.train:
             batch = batch.map(lambda value: storable("mean and var", value, "train outside of it"))

@@ -6,12 +6,12 @@ import numpy
 import xarray
 from xarray import DataArray
 
-from batchnorm.arguments import as_array_like, check_array, check_same_library
 from batchnorm.compat.storage import without_derivatives
 from batchnorm.core.axes import split
 from batchnorm.core.dtypes import cast, namespace, statistics_dtype
 from batchnorm.core.running import RunningStatistics
 from batchnorm.named import unnamed_like
+from batchnorm.validation import as_array_like, check_array, check_same_library
 
 PREFIX = "lengths_of_"
 

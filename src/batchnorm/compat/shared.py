@@ -5,9 +5,9 @@ from typing import Any
 import array_api_compat
 import numpy
 
-from batchnorm.arguments import as_array_like, check_same_library
 from batchnorm.compat.storage import is_recomputed, is_traced, storable, without_derivatives
 from batchnorm.core.dtypes import Array, cast, namespace, statistics_dtype
+from batchnorm.validation import as_array_like, check_same_library
 
 
 class Shared:

@@ -1,15 +1,21 @@
 """The traces of a call: values that may be kept beyond it, and the warning where a batch leaves none."""
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
+from typing import Any
 
 import array_api_compat
 
+from batchnorm.convention import Convention
 from batchnorm.core.dtypes import Array
+from batchnorm.core.running import RunningStatistics
 from batchnorm.functional import SKIPPED_REMARK, checked_batch_norm, warn_of_skipped
 from batchnorm.kernels.registry import select
+from batchnorm.named import Axis, is_named, renamed
+from batchnorm.spec import Activation
+from batchnorm.validation import Arguments, check_call
 
 
 def storable(name: str, value: Array, instead: str) -> Array:
@@ -34,18 +40,18 @@ def without_derivatives(value: Array) -> Array:
 def is_traced(value: Array) -> bool:
     """Whether JAX or PyTorch is tracing or transforming the function that computed the array."""
     if array_api_compat.is_torch_array(value):
-        from batchnorm.kernels import torch_autograd  # PyTorch has been imported
+        from batchnorm.kernels.torch.compat import is_traced  # PyTorch has been imported
 
-        return torch_autograd.is_traced()
+        return is_traced()
     jax = sys.modules.get("jax")
     return jax is not None and isinstance(value, jax.core.Tracer)
 
 
 def is_recomputed() -> bool:
     """Whether autograd is computing a forward pass again, in the middle of a backward pass, as checkpointing does."""
-    from torch._C import _current_graph_task_id
+    from batchnorm.kernels.torch import compat
 
-    return _current_graph_task_id() != -1
+    return compat.is_recomputed()
 
 
 @contextmanager
@@ -64,8 +70,20 @@ def warn_with_remark() -> None:
         warn_of_skipped()
 
 
-#: `checked_batch_norm` with that warning, and without the arguments that no module here has.
-batch_norm = partial(
-    checked_batch_norm, mask=None, lengths=None, activation=None, residual=None, out=None,
-    choose=partial(select, None), warn=warn_with_remark,
-)  # fmt: skip
+def batch_norm(
+    arguments: tuple[Any, Any, Any],
+    running: RunningStatistics | None,
+    *,
+    training: Any,
+    convention: Convention,
+    axis: Axis,
+    mask: Any = None,
+    activation: Activation | None = None,
+    warn: Callable[[], None] | None = None,
+) -> tuple[Array, RunningStatistics]:
+    """`functional.batch_norm` of x, gamma and beta, with that warning or another."""
+    x, gamma, beta = arguments
+    spec, operands = check_call(x, Arguments(gamma, beta, mask=mask), convention, axis, activation)
+    choose = partial(select, None)
+    y, updated = checked_batch_norm(spec, operands, running, training, choose=choose, warn=warn or warn_with_remark)
+    return (renamed(y, x) if is_named(x) else y), updated

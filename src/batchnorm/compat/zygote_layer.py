@@ -7,13 +7,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from batchnorm.arguments import check_activation
 from batchnorm.compat.arguments import check_number
 from batchnorm.compat.zygote_arguments import ONES, ZEROS, Initializer, check_call, initial_value, number_of_channels
 from batchnorm.compat.zygote_formulas import apply_as_written
 from batchnorm.core.running import RunningStatistics
-from batchnorm.functional import Activation
 from batchnorm.jax import implicit_batch_norm
+from batchnorm.spec import Activation
+from batchnorm.validation import check_activation
 
 ARRAYS, STATIC = ("beta", "gamma", "running"), ("activation", "eps", "momentum", "faithful", "frozen")
 

@@ -25,6 +25,24 @@ def statistics_of_batch(
     return Statistics(batch.mean, batch.mean_lo, rstd_of_var(xp, batch.m2 / divisor, eps, placement))
 
 
+def xhat_factor(xp: Namespace, batch: Moments, eps: float, placement: EpsPlacement, correction: int) -> Array | None:
+    """The factor of the xhat term of dx; None for 1.
+
+        count / (count - correction), for eps outside the root times (std + eps) / std
+
+    0 where std is 0: xhat is 0 there as well, and 0 is the limit.
+    """
+    if placement != "outside" and correction == 0:
+        return None
+    count = cast(xp, batch.count, batch.m2.dtype)
+    divisor = xp.maximum(count - correction, xp.ones_like(count))
+    factor = count / divisor
+    if placement == "outside":
+        std = square_root(xp, batch.m2 / divisor)
+        factor = factor * (std + eps) * reciprocal(xp, std)
+    return factor
+
+
 def rstd_of_var(xp: Namespace, var: Array, eps: float, placement: EpsPlacement, of_zero: float = 0.0) -> Array:
     """1/sqrt(var + eps) for eps `inside`, 1/(sqrt(var) + eps) `outside`, 1/sqrt(var) where it is `absent`.
 
@@ -85,6 +103,11 @@ def gradient_of_gamma(xp: Namespace, gamma: Array, dgamma: Array | None, convent
     return cast(
         xp, dgamma * cast(xp, xp.sign(gamma), dgamma.dtype) if convention.affine == "abs_eps" else dgamma, gamma.dtype
     )
+
+
+def gradient_of_beta(xp: Namespace, beta: Array, dbeta: Array, convention: Convention) -> Array:
+    """The gradient of beta from that of `effective_beta`."""
+    return xp.zeros_like(beta) if convention.affine == "ignored" else cast(xp, dbeta, beta.dtype)
 
 
 def effective_beta(beta: Array | None, convention: Convention) -> Array | None:

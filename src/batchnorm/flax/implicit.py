@@ -17,8 +17,8 @@ from batchnorm.flax.layer import (
     with_fractions,
 )
 from batchnorm.flax.options import checked_number, checked_options, normalized_axes, with_numbers
-from batchnorm.functional import Activation
 from batchnorm.jax import implicit_batch_norm
+from batchnorm.spec import Activation
 
 
 class ImplicitLayer(Protocol):

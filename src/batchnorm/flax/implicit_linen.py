@@ -16,7 +16,7 @@ from batchnorm.flax.implicit import (
     initial_running,
 )
 from batchnorm.flax.options import checked_axis, normalized_axes
-from batchnorm.functional import Activation
+from batchnorm.spec import Activation
 
 
 class ImplicitBatchNorm(linen.Module):

@@ -17,7 +17,7 @@ from batchnorm.flax.implicit import (
 )
 from batchnorm.flax.options import checked_axis
 from batchnorm.flax.signatures import OwnSignature
-from batchnorm.functional import Activation
+from batchnorm.spec import Activation
 
 
 class ImplicitBatchNorm(nnx.Module):

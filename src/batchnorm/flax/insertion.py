@@ -11,7 +11,7 @@ from flax import linen, nnx
 
 from batchnorm.flax.linen import BatchNorm
 from batchnorm.flax.nnx import BatchNorm as NnxBatchNorm
-from batchnorm.functional import Activation
+from batchnorm.spec import Activation
 
 #: The layers, whose results have the channels last.
 LINEN_LAYERS = (linen.Dense, linen.Conv, linen.ConvTranspose)

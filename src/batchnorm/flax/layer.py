@@ -9,12 +9,12 @@ import jax
 import jax.numpy as jnp
 from flax.linen.dtypes import canonicalize_dtype
 
-from batchnorm.arguments import check_list, known
 from batchnorm.convention import Convention, Single
 from batchnorm.core.running import RunningStatistics
 from batchnorm.flax.options import Own
 from batchnorm.functional import SKIPPED_REMARK, warn_of_skipped
 from batchnorm.jax import batch_norm
+from batchnorm.validation import check_list, known
 
 
 class Call(NamedTuple):

@@ -29,7 +29,7 @@ from batchnorm.flax.options import (
     normalized_axes,
     with_numbers,
 )
-from batchnorm.functional import Activation
+from batchnorm.spec import Activation
 
 __all__ = ["BatchNorm", "ImplicitBatchNorm"]
 

@@ -32,7 +32,7 @@ from batchnorm.flax.options import (
     with_numbers,
 )
 from batchnorm.flax.signatures import OwnSignature, with_options_of
-from batchnorm.functional import Activation
+from batchnorm.spec import Activation
 
 __all__ = ["BatchNorm", "ImplicitBatchNorm"]
 

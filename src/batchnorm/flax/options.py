@@ -10,11 +10,11 @@ import jax
 import jax.numpy as jnp
 import numpy
 
-from batchnorm.arguments import check_activation
 from batchnorm.convention import Convention
 from batchnorm.conventions import find, resolve
-from batchnorm.functional import Activation
-from batchnorm.kernels.registry import KERNELS
+from batchnorm.kernels.registry import NAMES
+from batchnorm.spec import Activation
+from batchnorm.validation import check_activation
 
 
 class Own(NamedTuple):
@@ -34,8 +34,8 @@ def checked_options(
     Raises:
         ValueError, TypeError: An activation, a convention or a kernel that does not exist.
     """
-    if kernel is not None and kernel not in KERNELS:
-        raise ValueError(f"no kernel is called {kernel!r}; known are {', '.join(KERNELS)}, or None for the best one")
+    if kernel is not None and kernel not in NAMES:
+        raise ValueError(f"no kernel is called {kernel!r}; known are {', '.join(NAMES)}, or None for the best one")
     return Own(check_activation(activation), find(convention), kernel, bool(count_skipped))
 
 

@@ -9,14 +9,15 @@ import jax
 import jax.numpy as jnp
 import numpy
 
-from batchnorm.arguments import as_axis, check_array
 from batchnorm.convention import Convention, MaskedOutput, Single, with_traced
 from batchnorm.conventions import resolve
 from batchnorm.core.running import RunningStatistics
-from batchnorm.functional import Activation, checked_batch_norm
+from batchnorm.functional import checked_batch_norm
 from batchnorm.jax.placement import channel_spec, place, place_like, place_mask
-from batchnorm.kernels.jax_formulas import Across
+from batchnorm.kernels.jax.formulas import Across
 from batchnorm.kernels.registry import select
+from batchnorm.spec import Activation
+from batchnorm.validation import Arguments, as_axis, check_array, check_call
 
 AxisName = Hashable | tuple[Hashable, ...]
 Axis = int | Sequence[int]
@@ -105,17 +106,15 @@ def batch_norm(
     elif axis_index_groups is not None and axis_name is None:
         raise ValueError("axis_index_groups are groups along axis_name, which is None; pass both or neither")
     axis = record.axis if axis is None else as_axis(axis)
-    spec, state = channel_spec(x, axis), running
-    if spec is not None:
-        gamma, beta = place(gamma, spec), place(beta, spec)
+    sharding, state = channel_spec(x, axis), running
+    if sharding is not None:
+        gamma, beta = place(gamma, sharding), place(beta, sharding)
         mask, lengths = place_mask(mask, lengths, x, axis), None
         if isinstance(running, RunningStatistics):
-            state = running.map(partial(place, spec=spec))
-    y, updated = checked_batch_norm(
-        x, gamma, beta, state, training=training, convention=record, axis=axis, mask=mask, lengths=lengths,
-        activation=activation, residual=residual, out=None, choose=choose,
-    )  # fmt: skip
-    if spec is not None and running is not None:
+            state = running.map(partial(place, spec=sharding))
+    spec, operands = check_call(x, Arguments(gamma, beta, residual, mask, lengths), record, axis, activation)
+    y, updated = checked_batch_norm(spec, operands, state, training, choose=choose)
+    if sharding is not None and running is not None:
         mean, spread = place_like(updated.mean, running.mean), place_like(updated.spread, running.spread)
         updated = updated._replace(mean=mean, spread=spread)
     return y, updated
@@ -140,7 +139,8 @@ def convention_of(
 
 def select_across(across: Across, kernel: str | None, *arrays: Any) -> SimpleNamespace:
     """The kernel that `select` chooses, for a batch that is spread over devices."""
-    return SimpleNamespace(batch_norm=partial(select(kernel, *arrays).batch_norm, across=across))
+    chosen: Any = select(kernel, *arrays)
+    return SimpleNamespace(normalize=partial(chosen.normalize, across=across))
 
 
 def scalar(name: str, value: Any, x: jax.Array) -> Any:

@@ -14,14 +14,14 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from batchnorm.arguments import known
 from batchnorm.convention import Convention
 from batchnorm.conventions import resolve
 from batchnorm.core.running import RunningStatistics
-from batchnorm.functional import Activation
 from batchnorm.jax.averaging import check_width, checksum
 from batchnorm.jax.functional import Axis, batch_norm
-from batchnorm.kernels.jax_formulas import varying
+from batchnorm.kernels.jax.formulas import varying
+from batchnorm.spec import Activation
+from batchnorm.validation import known
 
 UNTOUCHED = 2.0**-15  # what averages of parameters may take from a weight of 1: 2e-5 in optax.ema(0.999)
 

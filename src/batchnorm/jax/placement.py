@@ -5,9 +5,9 @@ from typing import Any
 import jax
 from jax.sharding import PartitionSpec, reshard
 
-from batchnorm.arguments import check_mask
 from batchnorm.core.axes import split
 from batchnorm.core.masks import elementwise
+from batchnorm.validation import check_mask
 
 
 def channel_spec(x: jax.Array, axis: Any) -> PartitionSpec | None:

@@ -1,192 +1,173 @@
-"""The C++ kernels on NumPy arrays."""
+"""The C++ kernels on the arrays of NumPy, and what they share with those on PyTorch's tensors."""
 
 import os
-from functools import lru_cache
-from types import ModuleType
+from collections.abc import Callable
 from typing import Any
 
 import numpy
 
 import batchnorm._native as _native
-from batchnorm.convention import Convention
-from batchnorm.core.axes import Axes
-from batchnorm.core.dtypes import Array, DType
+from batchnorm.core.dtypes import Array
 from batchnorm.core.masks import Mask
 from batchnorm.core.moments import Moments
-from batchnorm.core.normalize import effective_beta, effective_gamma
-from batchnorm.core.running import RunningStatistics
-from batchnorm.kernels import agnostic, launch, plain
-from batchnorm.kernels.agnostic import ActivationLike, Cache, Gradients
-from batchnorm.kernels.launch import Library, Rule
-from batchnorm.kernels.operands import Operands
+from batchnorm.core.normalize import Statistics
+from batchnorm.core.running import RunningStatistics, with_arrays
+from batchnorm.kernels.generic import Cache, Gradients
+from batchnorm.kernels.operands import ArrayOps, in_c_order, in_layout_of_x
+from batchnorm.spec import Operands, Spec
 
-set_num_threads = _native.set_num_threads
 _native.set_instruction_set(os.environ.get("BATCHNORM_INSTRUCTION_SET", ""))
 
-PLAIN_TYPES = {numpy.ndarray, type(None)}
+Refusal = _native.Refusal
+STRIDES, STATE, TYPE = Refusal.strides, Refusal.state, Refusal.type
+new_tuple: Any = tuple.__new__  # as a named tuple's class does, but for a detour through Python
+
+# The enumerations of cpp/spec.hpp.
+BATCH, RUNNING, GIVEN = range(3)
+OUTPUT, CACHE, MOMENTS, EVERYTHING, TABLE, TABLE_ALONE = range(6)
+ACCEPTED, EMPTY, REFUSED = range(3)
+
+TRAIN = _native.Request(source=BATCH, is_in_place=False, returns=OUTPUT)
+INFER = _native.Request(source=RUNNING, is_in_place=False, returns=OUTPUT)
+FORWARD = _native.Request(source=BATCH, is_in_place=False, returns=CACHE)
+FORWARD_BY_STATE = _native.Request(source=RUNNING, is_in_place=False, returns=CACHE)
+MEASURE = _native.Request(source=BATCH, is_in_place=False, returns=MOMENTS)
+APPLY = _native.Request(source=GIVEN, is_in_place=False, returns=OUTPUT)
 
 
-@lru_cache
-def prototypes(channels: int, dtype: DType) -> tuple[Array, Array]:
-    """What the statistics and the counts of such an x are like."""
-    return numpy.empty(channels, launch.statistics_name_of(dtype)), numpy.empty(channels, numpy.int64)
+class Native:
+    """The C++ kernels on arrays of one library."""
+
+    def __init__(self, library: Any, ops: ArrayOps, threads: Callable[[], int]) -> None:
+        self.library, self.ops, self.threads = library, ops, threads
+
+    def call(self, request: Any, spec: Spec, operands: Operands, numbers: Any = None, out: Array | None = None) -> Any:
+        """`_native.normalize`, once more with copies where no kernel walks through the arrays as they are."""
+        if spec.native is None:
+            return STRIDES
+        done = _native.normalize(self.library, request, spec.native, operands, numbers, out, self.threads())
+        if done is not STRIDES:
+            return done
+        operands = in_c_order(self.ops, spec, operands)
+        done = _native.normalize(self.library, request, spec.native, operands, numbers, None, self.threads())
+        if out is None or type(done) is not tuple:
+            return done
+        out[...] = done[0]
+        return out, *done[1:]
+
+    def call_backward(
+        self,
+        spec: Spec,
+        dy: Array,
+        operands: Operands,
+        statistics: tuple[Any, Any],
+        *,
+        through_statistics: bool,
+        has_dx: bool = True,
+    ) -> Any:
+        """`_native.gradients` by (statistics, count); once declined, with dy in the layout of x, then in C order."""
+        if spec.native is None:
+            return STRIDES
+        for attempt in range(3):
+            if attempt == 1:
+                dy, operands = in_layout_of_x(self.ops, dy, operands)
+            elif attempt == 2:
+                dy, operands = self.ops.contiguous(dy), in_c_order(self.ops, spec, operands)
+            done = _native.gradients(
+                self.library, spec.native, dy, operands, *statistics, through_statistics, has_dx, self.threads()
+            )
+            if done is not STRIDES:
+                break
+        return done
+
+    def normalize(
+        self, spec: Spec, operands: Operands, running: RunningStatistics, training: bool, out: Array | None = None
+    ) -> Any:
+        """`functional.batch_norm`."""
+        if not isinstance(running, RunningStatistics) or running.tracked != spec.convention.tracked:
+            return STATE
+        done = self.call(TRAIN if training else INFER, spec, operands, running, out)
+        return done if type(done) is not tuple else (done[0], updated(running, done[1], done[2]))
+
+    def forward(
+        self, spec: Spec, operands: Operands, running: RunningStatistics | None = None, out: Array | None = None
+    ) -> Any:
+        """`functional.forward`."""
+        if running is not None and (
+            not isinstance(running, RunningStatistics) or running.tracked != spec.convention.tracked
+        ):
+            return STATE
+        done = self.call(FORWARD if running is None else FORWARD_BY_STATE, spec, operands, running, out)
+        if type(done) is not tuple:
+            return done
+        y, _, _, statistics, count = done
+        return y, new_tuple(Cache, (*operands, new_tuple(Statistics, statistics), count, spec))
+
+    def gradients(self, dy: Array, cache: Cache) -> Any:
+        """`functional.backward`."""
+        *operands, statistics, count, spec = cache
+        done = self.call_backward(
+            spec, dy, new_tuple(Operands, operands), (statistics, count), through_statistics=count is not None
+        )
+        return done if type(done) is not tuple else new_tuple(Gradients, done)
+
+    def moments(self, spec: Spec, x: Array, mask: Mask) -> Any:
+        """`functional.moments`."""
+        done = self.call(MEASURE, spec, Operands(x, mask=mask))
+        if type(done) is not tuple:
+            return done
+        mean, mean_lo, m2 = done[3]
+        return Moments(done[4], mean, m2, mean_lo)
 
 
-def empty_like(array: Array) -> Array:
-    """An uninitialised array like another; a large one in memory that is kept for the next result."""
-    if array.nbytes < _native.smallest_block or not array.flags.c_contiguous:
+def updated(running: RunningStatistics, entry: int | None, averages: tuple[Array, ...] | None) -> RunningStatistics:
+    """The state after a call, by how the batch has entered it."""
+    if entry == ACCEPTED:
+        return new_tuple(type(running), (*averages, running.skipped))  # type: ignore[no-any-return, misc]
+    return with_arrays(running, skipped=running.skipped + 1) if entry == REFUSED else running
+
+
+# ---- NumPy --------------------------------------------------------------------------------------------------------
+
+
+def pooled_like(array: Array) -> Array:
+    """An uninitialised array like a large one, in memory that is kept for the next result."""
+    if not array.flags.c_contiguous:
         return numpy.empty_like(array, subok=False)
     return numpy.ndarray(array.shape, array.dtype, _native.Block(array.nbytes))  # type: ignore[arg-type]
 
 
-class NumPy(Library):
-    """NumPy's arrays."""
-
-    xp: ModuleType = numpy
-    own_empty_like = staticmethod(empty_like)
-    prototypes = staticmethod(prototypes)
-
-    def tables(self, shape: tuple[int, ...], dtype: str, number: int) -> tuple[Array, ...]:
-        return tuple(numpy.empty(shape, dtype) for _ in range(number))
-
-    def buffer(self, array: Array | None) -> Any:
-        # bfloat16 is not NumPy's own: it has neither a buffer format nor DLPack, and goes in as uint16.
-        return array.view(numpy.uint16) if array is not None and array.dtype.kind == "V" else array
-
-    def contiguous(self, array: Array) -> Array:
-        return array if array.flags.c_contiguous else numpy.ascontiguousarray(array)
+def empty_like(array: Array) -> Array:
+    """An uninitialised array of the shape, dtype and layout of another."""
+    return (numpy.empty_like if array.nbytes < _native.smallest_block else pooled_like)(array)
 
 
-NUMPY = NumPy()
+def contiguous(array: Array) -> Array:
+    """The array in C order; itself where it is, as NumPy's own function gives scalars an axis."""
+    return array if array.flags.c_contiguous else numpy.ascontiguousarray(array)
 
 
-def refusal(
-    large: tuple[Array | None, ...], small: tuple[Array | None, ...], axes: Axes, activation: ActivationLike
-) -> str | None:
-    """Why the kernels do not serve these NumPy arrays, of the shape of x and of the channels; None if they do."""
-    if any(array is not None and not array.dtype.isnative for array in (*large, *small)):
-        return "an array has a foreign byte order"
-    return launch.refusal_of_call(large, axes, activation)
+class NumPy(Native):
+    """The C++ kernels on NumPy's arrays."""
+
+    def __init__(self) -> None:
+        library = _native.Library((numpy.ndarray,), numpy.empty_like, pooled_like, numpy.empty)
+        super().__init__(library, ArrayOps(numpy, empty_like, contiguous), lambda: 0)
+
+    def unsupported_reason(self, spec: Spec, operands: Operands, others: tuple[Array | None, ...]) -> str | None:
+        """Why the kernels do not serve these arrays; None if they do."""
+        arrays = (*operands[:4], *others)
+        if any(array is not None and not array.dtype.isnative for array in arrays):
+            return "an array has a foreign byte order"
+        return different_dtypes(operands.x, operands.residual, *others) or spec.unsupported
 
 
-@agnostic.quietly
-def batch_norm(
-    x: Array,
-    gamma: Array | None,
-    beta: Array | None,
-    running: RunningStatistics,
-    *,
-    training: bool,
-    axes: Axes,
-    convention: Convention,
-    mask: Mask,
-    activation: str | None,
-    residual: Array | None,
-    out: Array | None = None,
-) -> tuple[Array, RunningStatistics]:
-    """`functional.batch_norm`, with everything resolved."""
-    if launch.leaves_single_elements(x, axes, mask, training, convention):
-        return agnostic.batch_norm(
-            x, gamma, beta, running, training=training, axes=axes, convention=convention, mask=mask,
-            activation=activation, residual=residual, out=out,
-        )  # fmt: skip
-    gamma, beta = effective_gamma(numpy, gamma, convention, x), effective_beta(beta, convention)
-    operands = Operands(x, gamma, beta, residual, mask, axes, activation)
-    return launch.run_batch_norm(NUMPY, operands, running, training, convention, out)
+def different_dtypes(x: Array, *large: Array | None) -> str | None:
+    """A reason where arrays of the shape of x have another dtype than x."""
+    if any(array is not None and array.shape == x.shape and array.dtype != x.dtype for array in large):
+        return "arrays of the shape of x differ in dtype"
+    return None
 
 
-def forward(
-    x: Array,
-    gamma: Array | None,
-    beta: Array | None,
-    *,
-    axes: Axes,
-    eps: float,
-    mask: Mask,
-    activation: str | None,
-    residual: Array | None,
-    out: Array | None = None,
-) -> tuple[Array, Cache]:
-    """`functional.forward`, with everything resolved."""
-    operands = Operands(x, gamma, beta, residual, mask, axes, activation)
-    y, measured = launch.normalize_batch(NUMPY, operands, Rule(eps), out)
-    return y, launch.cache_of(operands, measured, eps)
-
-
-def backward(dy: Array, cache: Cache) -> Gradients:
-    """`functional.backward`."""
-    plan = cache.plan
-    return launch.run_backward(
-        NUMPY, dy, cache, through_statistics=plan.by_state is None,
-        normalized_padding=plan.masked_output == "normalized",
-    )  # fmt: skip
-
-
-def moments(x: Array, axes: Axes, mask: Mask) -> Moments:
-    """`functional.moments`, with everything resolved."""
-    return launch.measure(NUMPY, x, axes, mask)
-
-
-# ---- plain calls: see plain.py -----------------------------------------------------------------------------------
-
-
-def forward_plain(
-    x: Array,
-    gamma: Array | None,
-    beta: Array | None,
-    axis: int,
-    eps: float,
-    activation: str | None,
-    residual: Array | None,
-    out: Array | None,
-) -> tuple[Array, Cache] | None:
-    """`functional.forward` before any of its checks; None for a call that has anything out of the ordinary."""
-    if x.dtype.kind != "f" or not {type(gamma), type(beta), type(residual), type(out)} <= PLAIN_TYPES:
-        return None
-    return plain.forward(NUMPY, x, gamma, beta, axis, eps, activation, residual, out)
-
-
-def backward_plain(dy: Array, cache: Cache) -> Gradients | None:
-    """`functional.backward` before any of its checks; None for a call that has anything out of the ordinary."""
-    return plain.backward(NUMPY, dy, cache)
-
-
-def inference_plain(
-    x: Array,
-    gamma: Array | None,
-    beta: Array | None,
-    running: RunningStatistics,
-    axis: Any,
-    convention: Convention,
-    activation: str | None,
-    residual: Array | None,
-) -> Array | None:
-    """y of `functional.batch_norm` at inference, likewise; the state has to be as `functional` returns it."""
-    if x.dtype.kind != "f" or not {type(gamma), type(beta), type(residual)} <= PLAIN_TYPES:
-        return None
-    if not plain.is_plain_state(running, convention, {numpy.ndarray}):
-        return None
-    done = plain.inference(NUMPY, x, gamma, beta, running, axis, convention, activation, residual)
-    return None if done is None else done[0]
-
-
-def training_plain(
-    x: Array,
-    gamma: Array | None,
-    beta: Array | None,
-    running: RunningStatistics,
-    axis: Any,
-    convention: Convention,
-    activation: str | None,
-    residual: Array | None,
-) -> tuple[Array, RunningStatistics, bool] | None:
-    """`functional.batch_norm` in training, likewise; and whether the batch has entered the state."""
-    if x.dtype.kind != "f" or not {type(gamma), type(beta), type(residual)} <= PLAIN_TYPES:
-        return None
-    if not plain.is_plain_state(running, convention, {numpy.ndarray}):
-        return None
-    tracked = plain.tracked_copy(running, convention, numpy.copy)
-    if tracked is None:
-        return None
-    done = plain.normalize(NUMPY, x, gamma, beta, axis, convention.eps, activation, residual, None, tracked)
-    return None if done is None else (done[0], *plain.advanced(running, tracked, done[3]))
+KERNEL = NumPy()
+set_num_threads = _native.set_num_threads

@@ -1,4 +1,4 @@
-"""Which kernel computes: the C++ where it serves the arrays, array code for all others."""
+"""Which kernel computes: the C++ where it serves the arrays, the generic implementation for all others."""
 
 import os
 import sys
@@ -6,62 +6,64 @@ import warnings
 from functools import cache
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import array_api_compat
 import numpy
 
-from batchnorm.core.axes import Axes
 from batchnorm.core.dtypes import Array
-from batchnorm.kernels import agnostic
+from batchnorm.kernels import generic
+from batchnorm.kernels.interface import Kernel
+from batchnorm.spec import Operands, Spec
 
-#: The kernels by name, the best first. Each module that computes offers batch_norm, forward, backward and moments,
-#: with the signatures of `agnostic`.
-KERNELS = ("native", "agnostic")
-
-#: The module with the C++ kernels for each type of arrays met so far. Besides what every kernel offers these have
-#: `forward_plain` and `backward_plain`, which take a call before it is checked, or decline it.
-MODULES: dict[type, ModuleType] = {}
+#: The kernels by name, the best first.
+NAMES: tuple[str, ...] = ("native", "agnostic")
 
 
-def select(
-    name: str | None,
-    large: tuple[Array | None, ...],
-    small: tuple[Array | None, ...],
-    axes: Axes,
-    activation: agnostic.ActivationLike = None,
-) -> ModuleType:
-    """The module that computes: the kernel called `name`, or the best one for None.
+class Kernels(dict[type, Any]):
+    """The C++ kernel for each type of arrays whose calls it takes before they are checked; None for other types."""
+
+    def __missing__(self, kind: type) -> Any:
+        module = None
+        if kind is numpy.ndarray:
+            module, _ = native_for_numpy()
+        elif "torch" in sys.modules and kind in (sys.modules["torch"].Tensor, sys.modules["torch"].nn.Parameter):
+            module, _ = native_for_torch()
+        if module is not None:
+            self[kind] = module.KERNEL
+        return self.get(kind)
+
+
+KERNELS = Kernels()
+
+
+def select(name: str | None, spec: Spec, operands: Operands, others: tuple[Array | None, ...] = ()) -> Kernel:
+    """The kernel called `name`, or the best one for None.
 
     Args:
-        name: One of `KERNELS`, or None.
-        large: The arrays of the shape of x, x first; None where there is none.
-        small: The arrays with one number for each channel.
-        axes: The split of the axes of x.
-        activation: The activation of the call.
+        name: One of `NAMES`, or None.
+        spec: The call.
+        operands: Its arrays, checked.
+        others: Further arrays that are read.
 
     Raises:
-        ValueError: No kernel has that name, or the one that has it does not serve these arrays.
+        ValueError: No kernel has that name, or the one that has it does not serve the call.
     """
-    if name is None:
-        module = MODULES.get(type(large[0]))
-        if module is not None and module.refusal(large, small, axes, activation) is None:
-            return module
-    elif name not in KERNELS:
-        raise ValueError(f"no kernel is called {name!r}; known are {', '.join(KERNELS)}, or None for the best one")
+    if name not in (None, *NAMES):
+        raise ValueError(f"no kernel is called {name!r}; known are {', '.join(NAMES)}, or None for the best one")
     if name == "agnostic":
-        return agnostic
-    module, reason = native_module(large[0])
-    if module is not None:
-        if type(large[0]) in module.PLAIN_TYPES:
-            MODULES[type(large[0])] = module
-        reason = module.refusal(large, small, axes, activation)
-        if reason is None:
-            return module
+        return generic
+    kernel, reason = kernel_of(operands.x)
+    if kernel is not None:
+        unsupported = kernel.unsupported_reason(spec, operands, others)
+        if unsupported is None:
+            return kernel
+        reason = unsupported
     if name is not None:
         raise ValueError(f"kernel 'native' does not serve this call: {reason}; pass kernel=None or 'agnostic'")
-    if module is None and reason == native_for_numpy()[1]:
+    if kernel is None and reason == native_for_numpy()[1]:
         warn_of_missing_extension(reason)
-    return agnostic
+    return generic
 
 
 @cache
@@ -76,15 +78,17 @@ def warn_of_missing_extension(reason: str) -> None:
 PACKAGE = os.path.join(Path(__file__).parents[1], "")
 
 
-def native_module(x: Array) -> tuple[ModuleType | None, str]:
-    """The module with the C++ kernels for the library of x, or why there is none."""
+def kernel_of(x: Array) -> tuple[Kernel | None, str]:
+    """The C++ kernel for the library of x, or why there is none."""
     if isinstance(x, numpy.ndarray):
-        return native_for_numpy()
-    if array_api_compat.is_torch_array(x):
-        return native_for_torch()
-    if array_api_compat.is_jax_array(x):
-        return native_for_jax()
-    return None, f"it has no way into arrays of {type(x).__module__}"
+        module, reason = native_for_numpy()
+    elif array_api_compat.is_torch_array(x):
+        module, reason = native_for_torch()
+    elif array_api_compat.is_jax_array(x):
+        module, reason = native_for_jax()
+    else:
+        module, reason = None, f"it has no way into arrays of {type(x).__module__}"
+    return (None if module is None else module.KERNEL), reason
 
 
 @cache

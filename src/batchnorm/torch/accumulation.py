@@ -20,17 +20,17 @@ from torch.autograd.function import once_differentiable
 
 import batchnorm.functional as functional
 import batchnorm.torch.lockstep as lockstep
-from batchnorm.core.axes import split
 from batchnorm.core.moments import Moments
 from batchnorm.core.normalize import effective_beta, effective_gamma
 from batchnorm.kernels import torch as kernel
-from batchnorm.kernels.operands import Operands
+from batchnorm.kernels.torch.compat import is_recomputed
+from batchnorm.spec import Operands, Spec, with_plain_affine
 from batchnorm.torch.arguments import kept_by_lengths
 from batchnorm.torch.control import batch_norms
 from batchnorm.torch.layers import Layer
 from batchnorm.torch.lockstep import Modes, Walker
 from batchnorm.torch.parts import Whole, gradient_through_statistics, own_gradients, wide
-from batchnorm.torch.state import is_recomputed, track
+from batchnorm.torch.state import track
 
 
 def accumulate(model: nn.Module, loss_fn: Callable[[Any], Tensor], microbatches: Iterable[Any]) -> Tensor:
@@ -112,6 +112,7 @@ class Arrival(NamedTuple):
     layer: Layer
     moments: Moments
     token: Tensor | None  # through which x gets the sums of the gradient; None where nothing is differentiated
+    spec: Spec
     is_masked: bool
 
 
@@ -121,7 +122,7 @@ class Meeting:
     def __init__(self, arrivals: list[Arrival]) -> None:
         self.arrivals, self.layer = arrivals, arrivals[0].layer
         self.convention = self.layer.record
-        self.whole = Whole.of((arrival.moments for arrival in arrivals), self.convention)
+        self.whole = Whole.of((arrival.moments for arrival in arrivals), arrivals[0].spec)
         tokens = [arrival.token for arrival in arrivals if arrival.token is not None]
         self.token = torch.stack(tokens).sum(0) if tokens else None
 
@@ -205,13 +206,12 @@ class Step:
         activation = getattr(layer, "activation", None)
         function = activation if callable(activation) else None
         gamma, beta = effective_gamma(xp, layer.weight, convention, input), effective_beta(layer.bias, convention)
-        axes = split(axis, input.ndim)
-        part = Operands(input, gamma, beta, residual, mask, axes, None if function else activation)
+        spec, part = with_plain_affine(layer.spec(input.ndim)), Operands(input, gamma, beta, residual, mask)
         moments = functional.moments(input.detach(), axis=axis, mask=mask)
-        visit = Visit(part._replace(x=None, gamma=None, beta=None, residual=None))
+        visit = Visit(spec, mask)
         is_differentiated = torch.is_grad_enabled() and input.requires_grad
         own = ThroughStatistics.apply(input, gamma, visit) if is_differentiated else None  # type: ignore[no-untyped-call]
-        arrival = Arrival(layer, moments, own, mask is not None)
+        arrival = Arrival(layer, moments, own, spec, mask is not None)
         if is_recomputed():
             visit.meeting, token = self.recalled(arrival), own
         else:
@@ -248,12 +248,13 @@ def distance(a: Moments, b: Moments) -> float:
 class Visit:
     """One micro-batch at one call of a batch norm, on its way through autograd."""
 
-    operands: Operands  # without the tensors that autograd keeps
+    spec: Spec
+    mask: Tensor | None
     meeting: Any = None
 
     def part(self, *tensors: Tensor | None) -> Operands:
         """The operands, of what autograd has kept: x, gamma, beta, residual."""
-        return Operands(*tensors, *self.operands[4:])  # type: ignore[call-arg, arg-type]
+        return Operands._make((*tensors, self.mask))
 
 
 class PartOfBatch(torch.autograd.Function):
@@ -265,7 +266,9 @@ class PartOfBatch(torch.autograd.Function):
     ) -> Tensor:
         ctx.visit = visit
         ctx.save_for_backward(x, gamma, beta, residual)
-        y: Tensor = kernel.normalize_by(visit.part(x, gamma, beta, residual), visit.meeting.whole.statistics)
+        y: Tensor = kernel.normalize_by(
+            visit.spec, visit.part(x, gamma, beta, residual), visit.meeting.whole.statistics
+        )
         return y
 
     @staticmethod
@@ -282,7 +285,7 @@ class ThroughStatistics(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, gamma: Tensor | None, visit: Visit) -> Tensor:
         ctx.visit = visit
         ctx.save_for_backward(x, gamma)
-        return x.new_zeros((2, *visit.operands.axes.statistics_shape(x.shape)), dtype=wide(x))
+        return x.new_zeros((2, *visit.spec.axes.statistics_shape(x.shape)), dtype=wide(x))
 
     @staticmethod
     @once_differentiable

@@ -7,6 +7,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from batchnorm.core.activations import parse
+from batchnorm.spec import Activation
 
 #: PyTorch's functions for our names; leaky_relu takes its slope.
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
@@ -21,8 +22,10 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
 }
 
 
-def apply_activation(z: Tensor, activation: str | None) -> Tensor:
-    """The activation of z, by PyTorch's operator."""
+def apply_activation(z: Tensor, activation: Activation | None) -> Tensor:
+    """The activation of z, one by name by PyTorch's operator."""
+    if callable(activation):
+        return activation(z)  # type: ignore[no-any-return]
     name, slope = parse(activation or "identity")
     return functional.leaky_relu(z, slope) if name == "leaky_relu" else ACTIVATIONS[name](z)
 

@@ -10,8 +10,10 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from batchnorm.spec import Operands
 from batchnorm.torch.activations import activation_name
-from batchnorm.torch.functional import batch_norm, normalize
+from batchnorm.torch.conventions import spec_of_record
+from batchnorm.torch.functional import batch_norm, normalize, one_mask
 from batchnorm.torch.layers import Layer
 from batchnorm.torch.waiting import has_hooks
 
@@ -30,10 +32,10 @@ class ActivatedLayer(Layer):
             return z
         self._check_input_dim(input)
         training = self.normalizes_by_batch()
-        return normalize(
-            input, self.weight, self.bias, self.state, self.record, training=training,
-            is_tracked=training and self.track_running_stats, mask=mask, lengths=lengths, activation=activation,
-        )  # fmt: skip
+        operands = Operands(input, self.weight, self.bias, None, one_mask(mask, lengths))
+        spec = spec_of_record(self.record, 1, input.ndim, activation)
+        is_tracked = training and self.track_running_stats
+        return normalize(spec, operands, self.state, training=training, is_tracked=is_tracked)
 
     def __prepare_scriptable__(self) -> nn.Module:
         raise NotImplementedError("torch.jit.script does not compile this layer; call batchnorm.torch.restore first")

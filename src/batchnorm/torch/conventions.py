@@ -8,7 +8,8 @@ from typing import Any, Literal
 
 from batchnorm.convention import Convention, Single, with_any_decay
 from batchnorm.conventions import find, resolve
-from batchnorm.kernels.torch_compat import constant_in_graphs, user_stacklevel
+from batchnorm.kernels.torch.compat import constant_in_graphs, user_stacklevel
+from batchnorm.spec import Spec, spec_of
 
 Momentum = float | Literal["convention"] | None
 
@@ -42,6 +43,31 @@ def cached_layer_convention(
     """`layer_convention`: to build and validate a record takes longer than a small batch norm."""
     record = resolve(convention, eps, None, single, None)
     return record if momentum == "convention" else with_momentum(record, momentum)
+
+
+@constant_in_graphs
+def pytorch_spec(
+    ndim: int, momentum: float | None, eps: float, single: Single = "error", activation: str | None = None
+) -> Spec:
+    """The spec of a layer of PyTorch's on inputs of this rank."""
+    return spec_of_record(cached_pytorch_convention(momentum, eps, single), 1, ndim, activation)
+
+
+@constant_in_graphs
+def layer_spec(
+    convention: str | Convention, eps: float | None, momentum: Momentum, single: Single | None, *call: Any
+) -> Spec:
+    """The spec of a layer with the arguments of `layer_convention`; `call` as in `spec_of_record`."""
+    return spec_of_record(cached_layer_convention(convention, eps, momentum, single), *call)
+
+
+@lru_cache(1024, typed=True)
+def spec_of_record(
+    record: Convention, axis: int, ndim: int, activation: str | None = None, group_size: int = 0
+) -> Spec:
+    """The spec of a layer on inputs of this rank, in groups of so many examples or, for 0, of all of them; cached."""
+    spec = spec_of(record, axis, ndim, activation)
+    return replace(spec, group_size=group_size) if group_size else spec
 
 
 def with_momentum(convention: Convention, momentum: Any) -> Convention:

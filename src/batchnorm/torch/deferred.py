@@ -19,11 +19,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch._C import DisableTorchFunctionSubclass
 from torch.utils import swap_tensors
 from torch.utils._pytree import tree_flatten, tree_map
 
-from batchnorm.kernels.torch_autograd import is_forward_mode, is_traced
+from batchnorm.kernels.torch.compat import DisableTorchFunctionSubclass, is_forward_mode, is_traced
 from batchnorm.torch.waiting import Call
 
 #: What joins a deferred tensor, by the function of PyTorch that is called; filled by `joining.py`. Each takes the

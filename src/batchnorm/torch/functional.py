@@ -1,28 +1,26 @@
 """Batch norm on PyTorch tensors with running statistics that are advanced in place, as PyTorch's layers keep them."""
 
+from collections.abc import Callable
+from contextlib import nullcontext
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
-from torch._C import _are_functorch_transforms_active as are_transforms_active
-from torch._C import _is_tracing as is_tracing
-from torch.compiler import is_compiling
 from torch.overrides import handle_torch_function, has_torch_function
 
-from batchnorm.convention import Convention
-from batchnorm.functional import Activation, checked_batch_norm
-from batchnorm.kernels import torch as kernel
+from batchnorm.core.masks import Lengths, Mask
+from batchnorm.functional import checked_batch_norm
+from batchnorm.kernels.native import REFUSED
 from batchnorm.kernels.registry import select
-from batchnorm.torch.arguments import (
-    check_batch,
-    check_channels,
-    check_tensors,
-    in_words_of_torch,
-    kept_by_lengths,
-)
-from batchnorm.torch.conventions import pytorch_convention
+from batchnorm.kernels.torch.autograd import LAYER_EVALUATION, LAYER_TRAINING, apply
+from batchnorm.kernels.torch.compat import are_transforms_active, is_compiling, is_recomputed, is_tracing
+from batchnorm.spec import Activation, Operands, Spec
+from batchnorm.torch.arguments import check_batch, check_channels, check_tensors, in_words_of_torch, kept_by_lengths
+from batchnorm.torch.conventions import pytorch_spec
 from batchnorm.torch.native import check_native, is_foreign, native_batch_norm
-from batchnorm.torch.state import State, count_skipped, is_recomputed, running_of, store, take_in, warn_of_skipped
+from batchnorm.torch.state import State, count_skipped, running_of, store, take_in, warn_of_skipped
+from batchnorm.validation import Arguments, check_call
 
 
 def batch_norm(
@@ -83,111 +81,107 @@ def batch_norm(
         raise ValueError("Expected running_mean to be defined when training=False; pass both running statistics")
     if input.ndim == 1 and input.numel() == 0:
         return input.clone()  # as PyTorch's, which takes it for an empty batch
-    convention = pytorch_convention(momentum if training else 0.1, eps)
-    return normalize(
-        input, weight, bias, state, convention, training=training, is_tracked=training, mask=mask, lengths=lengths,
-        activation=activation, residual=residual,
-    )  # fmt: skip
+    operands = Operands(input, weight, bias, residual, one_mask(mask, lengths))
+    name = None if callable(activation) else activation
+    with nullcontext() if input.ndim > 1 else in_words_of_torch():
+        spec = pytorch_spec(input.ndim, momentum if training else 0.1, eps, activation=name)
+    y = normalize(spec, operands, state, training=training, is_tracked=training)
+    return apply_callable(activation, y, spec, operands) if callable(activation) else y
 
 
-def normalize(
-    x: Tensor,
-    gamma: Tensor | None,
-    beta: Tensor | None,
-    state: State | None,
-    convention: Convention,
-    *,
-    training: bool,
-    is_tracked: bool,
-    axis: int = 1,
-    mask: Tensor | None = None,
-    lengths: Tensor | None = None,
-    activation: Activation | None = None,
-    residual: Tensor | None = None,
-) -> Tensor:
+def one_mask(mask: Tensor | None, lengths: Tensor | None) -> Mask:
+    """The mask of a call, or its lengths as one.
+
+    Raises:
+        ValueError: Both are given.
+    """
+    if lengths is None:
+        return mask
+    if mask is not None:
+        raise ValueError("mask and lengths are both given; pass one (lengths is a mask of the leading elements)")
+    return Lengths(lengths)
+
+
+def normalize(spec: Spec, operands: Operands, state: State | None, *, training: bool, is_tracked: bool) -> Tensor:
     """y of a layer, whose state takes in the batch if `is_tracked`.
 
     Not when autograd computes the forward pass again, as checkpointing does: the batch has been taken in.
     """
-    if activation is not None and callable(activation):
-        z = normalize(
-            x, gamma, beta, state, convention, training=training, is_tracked=is_tracked, axis=axis, mask=mask,
-            lengths=lengths, residual=residual,
-        )  # fmt: skip
-        y = activation(z)
-        keep = mask if lengths is None else kept_by_lengths(x, lengths, axis)
-        return y if keep is None or convention.masked_output == "normalized" else torch.where(keep, y, 0.0)
     if is_compiling() or is_tracing():
         from batchnorm.torch.graphs import normalize_in_graph  # which imports Dynamo: a second and more
 
-        return normalize_in_graph(
-            x, gamma, beta, state, convention, training=training, is_tracked=is_tracked, axis=axis, mask=mask,
-            lengths=lengths, activation=activation, residual=residual,
-        )  # fmt: skip
+        return normalize_in_graph(spec, operands, state, training=training, is_tracked=is_tracked)
     tracked = state if is_tracked and not is_recomputed() else None
-    if mask is None and lengths is None:
-        if training:
-            done = kernel.layer_plain(x, gamma, beta, tracked, axis, convention, activation, residual)
-            if done is not None:
-                if done[1] is False:
-                    count_skipped(tracked)
-                return done[0]  # type: ignore[no-any-return]
-        elif state is not None:
-            y = kernel.layer_inference_plain(x, gamma, beta, state, axis, convention, activation, residual)
-            if y is not None:
-                return y  # type: ignore[no-any-return]
-    if has_torch_function((x, gamma, beta, residual)):
+    if training:
+        done = apply(LAYER_TRAINING, spec, operands, tracked)
+    elif state is not None and (spec.convention.update == "training" or tracked is not None):
+        done = apply(LAYER_EVALUATION, spec, operands, state)
+    else:
+        done = None
+    if type(done) is tuple:
+        if done[1] == REFUSED:
+            count_skipped(state)
+        return done[0]  # type: ignore[no-any-return]
+    if has_torch_function(operands[:4]):
         return handle_torch_function(
-            normalize, (x, gamma, beta, residual), x, gamma, beta, state, convention, training=training,
-            is_tracked=is_tracked, axis=axis, mask=mask, lengths=lengths, activation=activation, residual=residual,
+            of_arrays, operands[:4], *operands, spec, state, training=training, is_tracked=is_tracked
         )  # fmt: skip
-    return step_by_step(
-        x, gamma, beta, state, convention, training=training, is_tracked=tracked is not None, axis=axis, mask=mask,
-        lengths=lengths, activation=activation, residual=residual,
-    )  # fmt: skip
+    return step_by_step(spec, operands, state, training=training, is_tracked=tracked is not None)
 
 
-def step_by_step(
+def of_arrays(
     x: Tensor,
     gamma: Tensor | None,
     beta: Tensor | None,
-    state: State | None,
-    convention: Convention,
-    *,
-    training: bool,
-    is_tracked: bool,
-    axis: int,
-    mask: Tensor | None,
-    lengths: Tensor | None,
-    activation: str | None,
     residual: Tensor | None,
+    mask: Mask,
+    spec: Spec,
+    state: State | None,
+    **options: bool,
 ) -> Tensor:
+    """`normalize`, its arrays as arguments of their own: what tensors with a `__torch_function__` look through."""
+    return normalize(spec, Operands(x, gamma, beta, residual, mask), state, **options)
+
+
+def apply_callable(activation: Callable[[Tensor], Tensor], z: Tensor, spec: Spec, operands: Operands) -> Tensor:
+    """The activation of z, with masked positions as the convention says."""
+    y, mask = activation(z), operands.mask
+    if mask is None or spec.convention.masked_output == "normalized":
+        return y
+    return torch.where(elementwise_mask(operands.x, mask, spec.axes.kept[0]), y, 0.0)
+
+
+def elementwise_mask(x: Tensor, mask: Mask, axis: int) -> Any:
+    """The mask as booleans."""
+    return kept_by_lengths(x, mask.values, axis) if isinstance(mask, Lengths) else mask
+
+
+def step_by_step(spec: Spec, operands: Operands, state: State | None, *, training: bool, is_tracked: bool) -> Tensor:
     """`normalize` with every check, for what the kernels declined: one element per channel, and whatever is wrong."""
+    (x, gamma, beta, residual, mask), axis, convention = operands, spec.axes.kept[0], spec.convention
     mean, var = (None, None) if state is None else (state.mean, state.spread)
     check_tensors(input=x, running_mean=mean, running_var=var, weight=gamma, bias=beta, residual=residual)
-    is_masked = mask is not None or lengths is not None
-    if training and not is_masked and convention.single == "error":
+    if training and mask is None and convention.single == "error":
         check_batch(x, axis)
     check_channels(x, axis, gamma, beta, state)
     gamma, beta = (p if p is None or p.ndim == 1 else p.reshape(-1) for p in (gamma, beta))
+    operands = operands._replace(gamma=gamma, beta=beta)
     if is_foreign(x, gamma, beta, mean, var, residual):
         if training:
             where = f"serves a {type(x).__name__} of {x.layout}"
-            check_native(convention, is_masked=is_masked, is_tracked=is_tracked, where=where)
-        return native_batch_norm(
-            x, gamma, beta, state, convention, training=training, is_tracked=is_tracked, axis=axis,
-            activation=activation, residual=residual,
-        )  # fmt: skip
+            check_native(convention, is_masked=mask is not None, is_tracked=is_tracked, where=where)
+        return native_batch_norm(spec, operands, state, training=training, is_tracked=is_tracked)
     with in_words_of_torch():
+        masks = (None, mask.values) if isinstance(mask, Lengths) else (mask, None)
+        _, operands = check_call(x, Arguments(gamma, beta, residual, *masks), convention, axis)
         y, updated = checked_batch_norm(
-            x, gamma, beta, running_of(state, convention), training=training, convention=convention, axis=axis,
-            mask=mask, lengths=lengths, activation=activation, residual=residual, out=None,
-            choose=partial(select, None), warn=partial(warn_of_skipped, state),
+            spec, operands, running_of(state, convention), training, choose=partial(select, None),
+            warn=partial(warn_of_skipped, state),
         )  # fmt: skip
     if not is_tracked or state is None:
         return y  # type: ignore[no-any-return]
     if are_transforms_active():
-        take_in(x, state, convention, axis=axis, mask=mask if lengths is None else kept_by_lengths(x, lengths, axis))
+        take_in(x, state, convention, axis=axis, mask=elementwise_mask(x, mask, axis))
     else:
         store(state, updated)
     return y  # type: ignore[no-any-return]

@@ -8,13 +8,14 @@ from torch.fx import Proxy
 from torch.nn.modules.lazy import LazyModuleMixin
 from torch.nn.parameter import Parameter, UninitializedBuffer, UninitializedParameter
 
-from batchnorm.arguments import check_activation
 from batchnorm.convention import Convention, Single
 from batchnorm.conventions import find
-from batchnorm.functional import Activation
-from batchnorm.torch.conventions import Momentum, is_inference_of_torch, layer_convention
-from batchnorm.torch.functional import normalize
+from batchnorm.kernels.torch.compat import is_compiling, is_exporting, is_tracing
+from batchnorm.spec import Activation, Operands, Spec
+from batchnorm.torch.conventions import Momentum, is_inference_of_torch, layer_convention, layer_spec
+from batchnorm.torch.functional import apply_callable, normalize, one_mask
 from batchnorm.torch.layers import Layer, make_ours, recorded
+from batchnorm.validation import check_activation
 
 
 class BatchNorm(LazyModuleMixin, Layer):
@@ -134,6 +135,14 @@ class BatchNorm(LazyModuleMixin, Layer):
         record: Convention = layer_convention(self.convention, eps, momentum, self.single)
         return record
 
+    def spec(self, ndim: int, group_size: int = 0) -> Spec:
+        """What a call on an input of this rank is, but for a callable activation; in groups of so many examples."""
+        momentum, name = self.momentum, None if callable(self.activation) else self.activation
+        if type(momentum) is Tensor:
+            momentum = momentum.item()
+        options = (self.convention, self._eps, momentum, self.single)
+        return layer_spec(*options, self.axis, ndim, name, group_size)
+
     def _load_from_state_dict(self, state_dict: Any, prefix: str, local_metadata: Any, *rest: Any) -> None:
         name = f"{prefix}num_batches_tracked"
         steps = self._buffers["num_batches_tracked"]
@@ -177,19 +186,17 @@ class BatchNorm(LazyModuleMixin, Layer):
         if isinstance(input, Proxy):
             return recorded(self, input, mask=mask, lengths=lengths, residual=residual)
         self.check_input(input)
-        training, record = self.normalizes_by_batch(), self.record
-        is_tracked = self.track_running_stats and (training or record.update == "always")
-        options: dict[str, Any] = {
-            "training": training, "is_tracked": is_tracked, "axis": self.axis, "mask": mask,
-            "lengths": lengths, "activation": self.activation, "residual": residual,
-        }  # fmt: skip
-        operands = (input, self.weight, self.bias, self.state, record)
-        size = self.virtual_batch_size
-        if training and size is not None and len(input) > size:
-            from batchnorm.torch.groups import normalize_in_groups  # which imports Dynamo
-
-            return normalize_in_groups(*operands, group_size=size, **options)
-        return normalize(*operands, **options)
+        training = self.normalizes_by_batch()
+        operands = Operands(input, self.weight, self.bias, residual, one_mask(mask, lengths))
+        group_size = self.virtual_batch_size or 0
+        if training and 0 < group_size < len(input):
+            check_groups(input, self.axis)
+        else:
+            group_size = 0
+        spec = self.spec(input.ndim, group_size)
+        is_tracked = self.track_running_stats and (training or spec.convention.update == "always")
+        y = normalize(spec, operands, self.state, training=training, is_tracked=is_tracked)
+        return apply_callable(self.activation, y, spec, operands) if callable(self.activation) else y
 
     def check_input(self, input: Tensor) -> None:
         """Raise unless the input has the channels of this layer."""
@@ -219,6 +226,16 @@ class BatchNorm(LazyModuleMixin, Layer):
         channels = "lazy" if hasattr(self, "_initialize_hook") else str(self.num_features)
         usual = find(self.convention).single
         return ", ".join([channels, *(f"{name}={value}" for name, value in own.items()), *self.own_repr(usual)])
+
+
+def check_groups(x: Tensor, axis: int) -> None:
+    """Raise where ghost batches cannot be made, or not be exported."""
+    if axis % x.ndim == 0:
+        raise ValueError("the channels lie along axis 0, where virtual_batch_size groups the examples")
+    if is_exporting() or (not is_compiling() and is_tracing()):
+        raise NotImplementedError(
+            "training in ghost batches (virtual_batch_size) cannot be exported; call model.eval()"
+        )
 
 
 class GuardedEps(float):

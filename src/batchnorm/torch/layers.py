@@ -6,16 +6,16 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
-from torch._jit_internal import is_scripting
-from torch.compiler import is_compiling
 from torch.fx import Proxy
 from torch.nn import functional
 from torch.nn.parameter import is_lazy
 
 from batchnorm.convention import Convention, Single
+from batchnorm.kernels.torch.compat import is_compiling, is_scripting
+from batchnorm.spec import Operands, Spec
 from batchnorm.torch.arguments import ChannelError
-from batchnorm.torch.conventions import pytorch_convention
-from batchnorm.torch.functional import normalize
+from batchnorm.torch.conventions import pytorch_convention, pytorch_spec
+from batchnorm.torch.functional import normalize, one_mask
 from batchnorm.torch.joining import deferred
 from batchnorm.torch.registries import register_layer
 from batchnorm.torch.state import State
@@ -97,10 +97,10 @@ class Layer(nn.Module):
                 if y is not None:
                     return y
             training = self.normalizes_by_batch()
-            return normalize(
-                input, weight, bias, self.state, self.record,
-                training=training, is_tracked=training and self.track_running_stats, mask=mask, lengths=lengths,
-            )  # fmt: skip
+            masked = mask if lengths is None else one_mask(mask, lengths)
+            operands = Operands(input, weight, bias, None, masked)
+            tracks = training and self.track_running_stats
+            return normalize(self.spec(input.ndim), operands, self.state, training=training, is_tracked=tracks)
 
     def scripted_forward(self, input: Tensor) -> Tensor:
         """The forward pass that `torch.jit.script` compiles, by PyTorch's own batch norm."""
@@ -126,6 +126,14 @@ class Layer(nn.Module):
         if type(momentum) is Tensor or type(eps) is Tensor:  # which PyTorch's operator takes as well
             momentum, eps = (value.item() if type(value) is Tensor else value for value in (momentum, eps))
         return pytorch_convention(momentum, eps, self.single)
+
+    def spec(self, ndim: int) -> Spec:
+        """What a call on an input of this rank is."""
+        momentum: Any = self.momentum
+        eps: Any = self.eps
+        if type(momentum) is Tensor or type(eps) is Tensor:  # which PyTorch's operator takes as well
+            momentum, eps = (value.item() if type(value) is Tensor else value for value in (momentum, eps))
+        return pytorch_spec(ndim, momentum, eps, self.single)
 
     @property
     def state(self) -> State | None:

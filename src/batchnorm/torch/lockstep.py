@@ -6,7 +6,8 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch._C import _autograd as autograd
+
+from batchnorm.kernels.torch.compat import autograd
 
 try:
     from greenlet import GreenletExit, getcurrent, greenlet

@@ -9,10 +9,11 @@ from typing import Any
 import torch
 from torch import Tensor, strided
 from torch.nn import functional
-from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from batchnorm.convention import Convention
-from batchnorm.kernels.torch import PLAIN_TYPES
+from batchnorm.kernels.torch.autograd import TYPES
+from batchnorm.kernels.torch.compat import is_traceable_wrapper_subclass
+from batchnorm.spec import Operands, Spec
 from batchnorm.torch.activations import apply_activation
 from batchnorm.torch.conventions import is_training_of_torch
 from batchnorm.torch.state import State
@@ -21,7 +22,7 @@ from batchnorm.torch.state import State
 def is_foreign(*tensors: Tensor | None) -> bool:
     """Whether one of the tensors has its memory elsewhere: MKL-DNN's layout, or a subclass such as DTensor."""
     for tensor in tensors:
-        if tensor is None or (type(tensor) in PLAIN_TYPES and tensor.layout is strided):
+        if tensor is None or (type(tensor) in TYPES and tensor.layout is strided):
             continue
         if tensor.layout is not strided or is_traceable_wrapper_subclass(tensor):
             return True
@@ -29,19 +30,10 @@ def is_foreign(*tensors: Tensor | None) -> bool:
 
 
 def native_batch_norm(
-    x: Tensor,
-    gamma: Tensor | None,
-    beta: Tensor | None,
-    state: State | None,
-    convention: Convention,
-    *,
-    training: bool,
-    is_tracked: bool,
-    axis: int = 1,
-    activation: str | None = None,
-    residual: Tensor | None = None,
+    spec: Spec, operands: Operands, state: State | None, *, training: bool, is_tracked: bool
 ) -> Tensor:
-    """y by `torch.nn.functional.batch_norm`, with the state advanced as `torch.nn.BatchNorm2d` does."""
+    """y without the mask by `torch.nn.functional.batch_norm`, the state advanced as `torch.nn.BatchNorm2d` does."""
+    (x, gamma, beta, residual, _), axis, convention = operands, spec.axes.kept[0], spec.convention
     gamma, beta = (p if p is None or p.dtype == x.dtype else p.to(wide(x)) for p in (gamma, beta))
     buffers: tuple[Any, Any] = (None, None)
     if state is not None and (is_tracked or not training):
@@ -49,12 +41,10 @@ def native_batch_norm(
     if training and is_tracked and state is not None and state.steps is not None:
         state.steps.add_(1)
     momentum = 0.0 if convention.decay is None else 1 - convention.decay
-    z = functional.batch_norm(
-        x if axis == 1 else x.movedim(axis, 1), *buffers, gamma, beta, training, momentum, convention.eps
-    )  # fmt: skip
+    channels_second = x if axis == 1 else x.movedim(axis, 1)
+    z = functional.batch_norm(channels_second, *buffers, gamma, beta, training, momentum, convention.eps)
     z = z if axis == 1 else z.movedim(1, axis)
-    y = z if residual is None else z + residual
-    y = apply_activation(y, activation)
+    y = apply_activation(z if residual is None else z + residual, spec.activation)
     return y if y.dtype == x.dtype else y.to(x.dtype)
 
 

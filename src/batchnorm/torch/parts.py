@@ -15,44 +15,42 @@ import array_api_compat.torch as xp
 import torch
 from torch import Tensor
 
-from batchnorm.convention import Convention
 from batchnorm.core.moments import Moments
-from batchnorm.core.normalize import Statistics, statistics_of_batch
+from batchnorm.core.normalize import Statistics, xhat_factor
 from batchnorm.kernels import torch as kernel
-from batchnorm.kernels.agnostic import Gradients
-from batchnorm.kernels.launch import Rule
-from batchnorm.kernels.operands import Operands
+from batchnorm.kernels.generic import Gradients, own_statistics
+from batchnorm.spec import Operands, Spec
 
 
 @dataclass
 class Whole:
     """The whole of a batch: its moments, and what they make of every part."""
 
-    rule: Rule
+    spec: Spec
     moments: Moments
     statistics: Statistics
 
     @classmethod
-    def of(cls, parts: Iterable[Moments], convention: Convention) -> "Whole":
+    def of(cls, parts: Iterable[Moments], spec: Spec) -> "Whole":
         """The parts merged, in the order given.
 
         Raises:
             ValueError: There is one element for a channel, and the convention calls that an error.
         """
         moments = reduce(Moments.merge, parts)
-        if convention.single == "error" and bool((moments.count == 1).any()):
+        if spec.convention.single == "error" and bool((moments.count == 1).any()):
             raise ValueError("Expected more than 1 value per channel when training, got one in all parts together")
-        rule = Rule(convention.eps, convention.eps_train, convention.normalize_correction)
-        return cls(rule, moments, statistics_of_batch(xp, moments, *rule[:3]))
+        return cls(spec, moments, own_statistics(xp, spec, moments))
 
 
 def own_gradients(dy: Tensor, part: Operands, whole: Whole) -> tuple[Gradients, Tensor]:
-    """The gradients but for the way of x through the statistics, and the part's two sums."""
+    """The gradients with the statistics held constant, and this part's sums of dz and dz * xhat."""
     x, gamma, beta, *_ = part
-    channels = part.axes.statistics_shape(x.shape)
+    channels = whole.spec.axes.statistics_shape(x.shape)
     one, zero = (torch.full(channels, value, dtype=wide(x), device=x.device) for value in (1.0, 0.0))
     scale, shift = (own if given is None else given.to(wide(x)) for given, own in ((gamma, one), (beta, zero)))
-    dx, dgamma, dbeta, dresidual = kernel.backward_by(dy, part._replace(gamma=scale, beta=shift), whole.statistics)
+    operands = part._replace(gamma=scale, beta=shift)
+    dx, dgamma, dbeta, dresidual = kernel.gradients_by(whole.spec, dy, operands, whole.statistics)
     sums = torch.stack([dbeta, dgamma])  # type: ignore[list-item]
     dbeta, dgamma = (
         None if given is None else own.to(given.dtype) for given, own in zip((beta, gamma), sums, strict=True)
@@ -62,10 +60,10 @@ def own_gradients(dy: Tensor, part: Operands, whole: Whole) -> tuple[Gradients, 
 
 def gradient_through_statistics(part: Operands, whole: Whole, sums: Tensor) -> Tensor:
     """The other term of dx, by the sums of all parts, in the dtype of the statistics."""
-    x, gamma, _, _, mask, axes, _ = part
+    (x, gamma, _, _, mask), axes, convention = part, whole.spec.axes, whole.spec.convention
     mean, mean_lo, rstd = whole.statistics
-    count, factor = whole.moments.count, kernel.xhat_factor(whole.rule, whole.moments.count, whole.moments.m2)
-    scale = (rstd if gamma is None else gamma.to(rstd.dtype) * rstd) / count.clamp(min=1)
+    factor = xhat_factor(xp, whole.moments, convention.eps, convention.eps_train, convention.normalize_correction)
+    scale = (rstd if gamma is None else gamma.to(rstd.dtype) * rstd) / whole.moments.count.clamp(min=1)
     dbeta, dgamma = sums.to(rstd.dtype)
     slope = dgamma * rstd if factor is None else factor * dgamma * rstd
     deviation = (x.to(mean.dtype) - axes.spread_out(xp, mean)) - axes.spread_out(xp, mean_lo)

@@ -5,17 +5,15 @@ from typing import Any, NamedTuple
 
 import array_api_compat.torch as xp
 from torch import Tensor
-from torch._C import _are_functorch_transforms_active as are_transforms_active
-from torch._C import _current_graph_task_id as current_backward
 
 import batchnorm.functional as functional
-from batchnorm.arguments import check_running
 from batchnorm.convention import Convention
 from batchnorm.core.axes import split
 from batchnorm.core.moments import Moments
 from batchnorm.core.running import RunningStatistics, advance
-from batchnorm.kernels.torch_compat import user_stacklevel
-from batchnorm.kernels.torch_transforms import track_beneath
+from batchnorm.kernels.torch.compat import are_transforms_active, user_stacklevel
+from batchnorm.kernels.torch.transforms import track_beneath
+from batchnorm.validation import check_running
 
 
 class State(NamedTuple):
@@ -91,8 +89,3 @@ def warn_of_skipped(state: State | None) -> None:
         RuntimeWarning,
         stacklevel=user_stacklevel(),
     )
-
-
-def is_recomputed() -> bool:
-    """Whether autograd is computing a forward pass again, in the middle of a backward pass."""
-    return current_backward() != -1

@@ -16,17 +16,18 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 import batchnorm.functional as functional
-from batchnorm.convention import Convention, Single
-from batchnorm.core.axes import Axes, split
+from batchnorm.convention import Single
 from batchnorm.core.moments import Moments
 from batchnorm.core.moments import moments as measure
+from batchnorm.kernels import generic
 from batchnorm.kernels import torch as kernel
-from batchnorm.kernels.operands import Operands
+from batchnorm.kernels.torch.compat import is_recomputed
+from batchnorm.spec import Operands, Spec
 from batchnorm.torch.arguments import kept_by_lengths
 from batchnorm.torch.layers import BatchNorm1d, BatchNorm2d, BatchNorm3d, Layer, make_ours, native_class
 from batchnorm.torch.names import shortened
 from batchnorm.torch.parts import Whole, gradient_through_statistics, own_gradients, wide
-from batchnorm.torch.state import is_recomputed, track
+from batchnorm.torch.state import track
 
 Group = Any  # dist.ProcessGroup, which exists only in builds with torch.distributed
 
@@ -101,13 +102,12 @@ class SyncBatchNorm(Layer, _BatchNorm):
         self.check_input(input)
         if lengths is not None:
             mask = kept_by_lengths(input, lengths, 1)
-        convention, state = self.record, self.state
-        name = self._name or type(self).__name__
-        call = Call(name, self.process_group, self.timeout, convention, split(1, input.ndim), mask)
+        spec, state = self.spec(input.ndim), self.state
+        call = Call(self._name or type(self).__name__, self.process_group, self.timeout, spec, mask)
         y: Tensor = Synchronized.apply(input, self.weight, self.bias, call)  # type: ignore[no-untyped-call]
         if state is not None and self.track_running_stats and not is_recomputed():
             assert call.whole is not None
-            track(state, call.whole.moments, convention, is_masked=mask is not None)
+            track(state, call.whole.moments, spec.convention, is_masked=mask is not None)
         return y
 
     @classmethod
@@ -149,14 +149,13 @@ class Call:
     name: str
     group: Group
     timeout: float | None
-    convention: Convention
-    axes: Axes
+    spec: Spec
     mask: Tensor | None
     whole: Whole | None = None
 
     def part(self, x: Tensor, gamma: Tensor | None, beta: Tensor | None) -> Operands:
         """The operands of this process."""
-        return Operands(x, gamma, beta, None, self.mask, self.axes, None)
+        return Operands(x, gamma, beta, None, self.mask)
 
     def gathered(self, tensor: Tensor) -> Tensor:
         """The tensors of all processes, in the order of the ranks."""
@@ -191,7 +190,7 @@ class Call:
             for count, (mean, lo, m2) in zip(counts, gathered, strict=True)
         )
         try:
-            return Whole.of(parts, self.convention)
+            return Whole.of(parts, self.spec)
         except ValueError as error:
             raise ValueError(f"{self.name}: {error}") from None
 
@@ -207,7 +206,7 @@ class Synchronized(torch.autograd.Function):
         call.whole = call.merged(gathered[:, 1:], gathered[:, 0].round().to(torch.int64), batch.mean.dtype)
         ctx.call = call
         ctx.save_for_backward(x, gamma, beta)
-        y: Tensor = kernel.normalize_by(call.part(x, gamma, beta), call.whole.statistics)
+        y: Tensor = kernel.normalize_by(call.spec, call.part(x, gamma, beta), call.whole.statistics)
         return y
 
     @staticmethod
@@ -229,11 +228,11 @@ def differentiable_gradients(
     """Gradients that can be differentiated again, in every process together."""
     leaves = [t if t is None or t.requires_grad else t.detach().requires_grad_() for t in (x, gamma, beta)]
     with torch.enable_grad():
-        batch = measure(xp, leaves[0], call.axes, call.mask)
+        batch = measure(xp, leaves[0], call.spec.axes, call.mask)
         packed = torch.stack([moment.to(wide(x)) for moment in (batch.mean, batch.mean_lo, batch.m2)])
         gathered = Gathered.apply(packed, call)  # type: ignore[no-untyped-call]
         whole = call.merged(gathered, call.gathered(batch.count), batch.mean.dtype)
-        y = kernel.by_array_code(call.part(*leaves), whole.rule, whole.statistics)  # type: ignore[arg-type]
+        y = generic.output(xp, call.spec, call.part(*leaves), whole.statistics)  # type: ignore[arg-type]
         gradients = iter(torch.autograd.grad(y, [t for t in leaves if t is not None], dy, create_graph=True))
     return tuple(None if t is None else next(gradients) for t in leaves)
 

@@ -8,24 +8,37 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from typing import TYPE_CHECKING, NamedTuple
 
+import array_api_compat.torch as xp
 import torch
 from torch import Tensor
-from torch._C import _are_functorch_transforms_active as are_transforms_active
-from torch._C import _len_torch_dispatch_stack as dispatch_modes
-from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack
 from torch.nn.modules import module as modules
-from torch.utils._python_dispatch import _disable_current_modes
 
-from batchnorm.core.axes import split
-from batchnorm.kernels import plain
-from batchnorm.kernels import torch as kernel
-from batchnorm.kernels.operands import Operands
-from batchnorm.kernels.torch_autograd import PLAIN, is_forward_mode
+import batchnorm._native as _native
+from batchnorm.core.normalize import Statistics
+from batchnorm.kernels import generic
+from batchnorm.kernels.native import ACCEPTED, BATCH, REFUSED, RUNNING, TABLE_ALONE, TYPE
+from batchnorm.kernels.torch.autograd import CONSTANTS, KNOWN_STATISTICS, NATIVE, Way, apply, are_plain
+from batchnorm.kernels.torch.compat import (
+    are_transforms_active,
+    disable_current_modes,
+    dispatch_modes,
+    increment_version,
+    is_forward_mode,
+    is_recomputed,
+    is_traced,
+    temporarily_clear_interpreter_stack,
+)
+from batchnorm.spec import Operands
 from batchnorm.torch.arguments import is_single
-from batchnorm.torch.state import State, count_skipped, is_recomputed
+from batchnorm.torch.conventions import spec_of_record
+from batchnorm.torch.state import State, count_skipped
 
 if TYPE_CHECKING:
     from batchnorm.torch.layers import Layer
+
+BATCH_TABLE, RUNNING_TABLE = (
+    _native.Request(source=source, is_in_place=True, returns=TABLE_ALONE) for source in (BATCH, RUNNING)
+)
 
 Inputs = tuple[Tensor, Tensor | None, Tensor | None]  # x, weight and bias
 
@@ -37,7 +50,7 @@ def can_wait(layer: Layer, inputs: Inputs, state: State | None) -> bool:
     """Whether a call is an ordinary one, without anything to refuse and with nobody watching its result."""
     statistics = (None, None) if state is None else state[:2]
     tensors = (*inputs, *statistics)
-    if has_hooks(layer) or is_forward_mode() or not kernel.are_ordinary(*tensors):
+    if has_hooks(layer) or is_forward_mode() or not are_plain(*tensors):
         return False
     for tensor in tensors:
         if tensor is not None and (not tensor.is_cpu or not tensor.is_floating_point() or tensor.is_inference()):
@@ -99,9 +112,9 @@ class Call:
         others: The names of the functions that asked for the plain result.
     """
 
-    def __init__(self, layer: Layer, inputs: Inputs, table: Tensor, *, is_given: bool) -> None:
-        self.layer, self.inputs, self.table, self.is_given = layer, inputs, table, is_given
-        self.eps: float = layer.record.eps
+    def __init__(self, layer: Layer, inputs: Inputs, table: Tensor, way: Way) -> None:
+        self.layer, self.inputs, self.table, self.way = layer, inputs, table, way
+        self.record = layer.record
         self.before = [None if t is None else (t._version, t.requires_grad) for t in inputs]
         self.has_gradient = torch.is_grad_enabled()
         self.joined: list[str] = []
@@ -115,19 +128,21 @@ class Call:
 
         None for what is better computed at once: small or unusual tensors, and layers that are watched.
         """
-        x, state, record = inputs[0], layer.state, layer.record
+        x, state, spec = inputs[0], layer.state, layer.spec(inputs[0].ndim)
         if (x.numel() < smallest and recorder.records is None) or not can_wait(layer, inputs, state):
             return None
         if not layer.normalizes_by_batch():
-            table = None if state is None else plain.table_of_state(PLAIN, x, state, 1, record)
-            return None if table is None else cls(layer, inputs, table, is_given=True)
+            done = None if state is None else NATIVE.call(RUNNING_TABLE, spec, Operands(x), state)
+            return cls(layer, inputs, done[3], CONSTANTS) if type(done) is tuple else None
         tracked = state if layer.track_running_stats and not is_recomputed() else None
-        done = kernel.layer_statistics(x, tracked, 1, record)
-        if done is None:
+        done = NATIVE.call(BATCH_TABLE, spec, Operands(x), tracked)
+        if type(done) is not tuple:
             return None
-        if done[1] is False:
+        if done[1] == ACCEPTED and tracked is not None:
+            increment_version([tensor for tensor in tracked[:4] if tensor is not None])
+        elif done[1] == REFUSED:
             count_skipped(tracked)
-        return cls(layer, inputs, done[0], is_given=False)
+        return cls(layer, inputs, done[3], KNOWN_STATISTICS)
 
     def compute(self, activation: str | None, residual: Tensor | None) -> Tensor:
         """y, for the graph that the call belongs to."""
@@ -135,7 +150,7 @@ class Call:
             if are_transforms_active():  # the tensors of the call are none of theirs
                 stack.enter_context(temporarily_clear_interpreter_stack())
             if dispatch_modes():
-                stack.enter_context(_disable_current_modes())
+                stack.enter_context(disable_current_modes())
             if torch.is_inference_mode_enabled():
                 stack.enter_context(torch.inference_mode(False))
             if torch.is_grad_enabled() != self.has_gradient:
@@ -144,10 +159,13 @@ class Call:
 
     def of(self, inputs: tuple[Tensor | None, ...], activation: str | None, residual: Tensor | None) -> Tensor:
         """y of x, weight and bias."""
-        x, weight, bias = inputs
-        operands = Operands(x, weight, bias, residual, None, split(1, x.ndim), activation)  # type: ignore[union-attr]
-        y: Tensor = kernel.normalize_by_table(operands, self.eps, self.table, is_given=self.is_given)
-        return y
+        operands, ndim = Operands._make((*inputs, residual, None)), inputs[0].ndim  # type: ignore[union-attr]
+        spec = spec_of_record(self.record, 1, ndim, activation)
+        done = TYPE if is_traced() else apply(self.way, spec, operands, self.table)
+        if type(done) is tuple:
+            return done[0]  # type: ignore[no-any-return]
+        constants = Statistics(*self.table[:3]) if self.way is CONSTANTS else None
+        return generic.output(xp, spec, operands, constants)  # type: ignore[no-any-return]
 
     def unchanged(self) -> tuple[Tensor | None, ...]:
         """x, weight and bias as they were at the call; raises where they are not."""

@@ -12,10 +12,9 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch._C import _functorch as functorch
-from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack
 
 from batchnorm.core.moments import Moments
+from batchnorm.kernels.torch.compat import functorch, temporarily_clear_interpreter_stack
 
 
 class Unwrapped(NamedTuple):

@@ -1,4 +1,4 @@
-"""What the primitives of `jax_primitives` become in a program: calls of the C++ on a CPU, array code elsewhere."""
+"""What the primitives of `primitives` become in a program: calls of the C++ on a CPU, array code elsewhere."""
 
 import re
 from collections.abc import Callable
@@ -16,7 +16,7 @@ from jax.interpreters import mlir
 
 import batchnorm._native as _native
 from batchnorm.core.dtypes import Array
-from batchnorm.kernels.jax_formulas import (
+from batchnorm.kernels.jax.formulas import (
     Rule,
     absent,
     plain_backward,
@@ -25,9 +25,9 @@ from batchnorm.kernels.jax_formulas import (
     plain_sums,
     tangent_of_y,
 )
-from batchnorm.kernels.jax_primitives import backward_p, forward_p, spread_p, sums_p, tangent_p
-from batchnorm.kernels.jax_running import advance_p, native_advance, plain_advance
-from batchnorm.kernels.launch import activation_code
+from batchnorm.kernels.jax.primitives import backward_p, forward_p, spread_p, sums_p, tangent_p
+from batchnorm.kernels.jax.running import advance_p, native_advance, plain_advance
+from batchnorm.spec import activation_code
 
 
 def is_partitioned(context: Any) -> bool:

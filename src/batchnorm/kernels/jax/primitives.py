@@ -12,7 +12,7 @@ statistics are `sums`, whose transpose is `spread`, whose transpose is `sums`. D
 are those of array code. So all of JAX's transformations work, in any order, and on a CPU the C++ computes every
 reduction that they end in.
 
-Arrays are those of `jax_formulas`, to whose lanes `vmap` adds.
+Arrays are those of `formulas`, to whose lanes `vmap` adds.
 """
 
 from collections.abc import Callable, Sequence
@@ -27,7 +27,7 @@ from jax.interpreters import ad, batching
 from jax.sharding import NamedSharding, PartitionSpec
 
 from batchnorm.core.dtypes import Array
-from batchnorm.kernels.jax_formulas import (
+from batchnorm.kernels.jax.formulas import (
     Outputs,
     Rule,
     aligned,

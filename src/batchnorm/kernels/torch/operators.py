@@ -5,28 +5,38 @@ eager mode they would cost more than a small batch norm, so nothing but compiled
 """
 
 from dataclasses import replace
+from functools import lru_cache
 from typing import Any, cast
 
 import array_api_compat.torch as xp
 import torch
 from torch import Tensor, library
 
+import batchnorm._native as _native
 from batchnorm.convention import Tracked, with_any_decay
 from batchnorm.conventions import find
-from batchnorm.core.axes import split
 from batchnorm.core.moments import Moments
-from batchnorm.core.moments import moments as measure
-from batchnorm.core.normalize import Statistics, statistics_of_batch
+from batchnorm.core.normalize import xhat_factor
 from batchnorm.core.running import RunningStatistics
 from batchnorm.core.running import advance as advanced
-from batchnorm.kernels import agnostic, launch
-from batchnorm.kernels.agnostic import Cache, Plan
-from batchnorm.kernels.launch import Rule
-from batchnorm.kernels.operands import Operands
-from batchnorm.kernels.torch import refusal
-from batchnorm.kernels.torch_autograd import PLAIN, xhat_factor
+from batchnorm.kernels import generic
+from batchnorm.kernels.native import BATCH, EVERYTHING, TYPE
+from batchnorm.kernels.torch.autograd import NATIVE, are_plain, differentiable_gradients
+from batchnorm.spec import Operands, Spec, spec_of
 
 Results = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
+
+MEASURED_FORWARD = _native.Request(source=BATCH, is_in_place=False, returns=EVERYTHING)
+
+
+@lru_cache
+def spec_of_graph(
+    axis: int, ndim: int, eps: float, placement: str, correction: int, activation: str | None, group_size: int
+) -> Spec:
+    """The spec of an operator's arguments; the parameters are in effect, and single elements have been seen to."""
+    rules: dict[str, Any] = {"eps": eps, "eps_train": placement, "normalize_correction": correction}
+    convention = replace(find("pytorch"), single="clamp", zero_eps="allowed", **rules)
+    return replace(spec_of(convention, axis, ndim, activation), group_size=group_size)
 
 
 @library.custom_op("batchnorm::forward", mutates_args=())
@@ -36,23 +46,30 @@ def forward(
     beta: Tensor | None,
     residual: Tensor | None,
     mask: Tensor | None,
-    kept: list[int],
+    axis: int,
     eps: float,
     placement: str,
     correction: int,
     activation: str | None,
+    group_size: int,
 ) -> Results:
-    """y, mean, mean_lo, m2, rstd and count of a batch that is normalised by its own statistics."""
-    axes, rule = split(tuple(kept), x.ndim), Rule(eps, placement, correction)  # type: ignore[arg-type]
-    operands = Operands(x, gamma, beta, residual, mask, axes, activation)
-    if refusal((x, residual), (gamma, beta), axes, activation) is None:
-        y, measured = launch.normalize_batch(PLAIN, operands, rule, None, has_m2=True)
-        return y, measured.mean, measured.mean_lo, measured.m2, measured.rstd, measured.number
-    batch = measure(xp, x, axes, mask)
-    statistics = statistics_of_batch(xp, batch, *rule[:3])
-    z = agnostic.normalized(xp, x, axes, statistics, gamma, beta, mask, "zero")
-    y = agnostic.finish(xp, z, x, mask, "zero", activation, residual)
-    return y, batch.mean, batch.mean_lo, batch.m2, statistics.rstd, batch.count.clone()
+    """y, mean, mean_lo, m2, rstd and count of a batch that is normalised by its own statistics, or those of groups."""
+    spec = spec_of_graph(axis, x.ndim, eps, placement, correction, activation, group_size)
+    operands = Operands(x, gamma, beta, residual, mask)
+    done = NATIVE.call(MEASURED_FORWARD, spec, operands) if are_plain(*operands[:4]) else TYPE
+    if type(done) is tuple:
+        y, _, _, (mean, mean_lo, rstd, m2), count = done
+        return y, mean, mean_lo, m2, rstd, count
+    if not group_size:
+        batch = generic.moments(spec, x, mask)
+        statistics = generic.own_statistics(xp, spec, batch)
+        y = generic.output(xp, spec, operands, statistics)
+        return y, batch.mean, batch.mean_lo, batch.m2, statistics.rstd, batch.count.clone()
+    # The gradients are those of the array code, which need no statistics.
+    y = generic.output(xp, spec, operands)
+    _, *empty, count = fake_forward(x, gamma, beta, residual, mask, axis, eps, placement, correction, None, group_size)
+    mean, mean_lo, m2, rstd = (torch.full_like(tensor, torch.nan) for tensor in empty)
+    return y, mean, mean_lo, m2, rstd, torch.zeros_like(count)
 
 
 @forward.register_fake
@@ -62,15 +79,19 @@ def fake_forward(
     beta: Tensor | None,
     residual: Tensor | None,
     mask: Tensor | None,
-    kept: list[int],
+    axis: int,
     eps: float,
     placement: str,
     correction: int,
     activation: str | None,
+    group_size: int,
 ) -> Results:
     """Shapes, dtypes and layouts of the results."""
     dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
-    shape = [x.shape[axis] for axis in kept]
+    shape = [x.shape[axis]]
+    if group_size:
+        spec = spec_of_graph(axis, x.ndim, eps, placement, correction, None, group_size)
+        shape.insert(0, len(spec.groups(tuple(map(int, x.shape)))))
     mean, mean_lo, m2, rstd = (x.new_empty(shape, dtype=dtype) for _ in range(4))
     return torch.empty_like(x), mean, mean_lo, m2, rstd, x.new_empty(shape, dtype=torch.int64)
 
@@ -88,27 +109,24 @@ def backward(
     m2: Tensor,
     rstd: Tensor,
     count: Tensor,
-    kept: list[int],
+    axis: int,
     eps: float,
     placement: str,
     correction: int,
     activation: str | None,
+    group_size: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Gradients of x, gamma, beta and residual; without elements for what was not given."""
-    axes = split(tuple(kept), x.ndim)
-    statistics, plan = Statistics(mean, mean_lo, rstd), Plan(axes, activation or "identity", eps)
-    cache = Cache(x, gamma, beta, residual, mask, statistics, count, plan)
-    factor = xhat_factor(Rule(eps, placement, correction), count, m2)  # type: ignore[arg-type]
-    if refusal((dy, x, residual), (gamma, beta), axes, activation) is None:
-        gradients = launch.run_backward(PLAIN, dy, cache, factor=factor)
-    elif factor is None:
-        gradients = agnostic.backward(dy, cache)
-    else:
-        raise NotImplementedError(
-            f"compiled training on {x.device} with eps {placement} the root or another divisor than the count is not "
-            "there; run it without torch.compile, or on a CPU"
-        )
-    return tuple(x.new_empty(0) if gradient is None else gradient for gradient in gradients)  # type: ignore[return-value]
+    spec = spec_of_graph(axis, x.ndim, eps, placement, correction, activation, group_size)
+    operands = Operands(x, gamma, beta, residual, mask)
+    done: Any = TYPE
+    if are_plain(dy, *operands[:4]):
+        factor = xhat_factor(xp, Moments(count, mean, m2, mean_lo), eps, placement, correction)  # type: ignore[arg-type]
+        table = torch.stack([row.flatten() for row in (mean, mean_lo, rstd, factor) if row is not None])
+        done = NATIVE.call_backward(spec, dy, operands, (table, count), through_statistics=True)
+    if type(done) is not tuple:
+        done = differentiable_gradients(spec, operands, None, dy)
+    return tuple(x.new_empty(0) if gradient is None else gradient.detach() for gradient in done)  # type: ignore[return-value]
 
 
 @backward.register_fake
@@ -118,17 +136,7 @@ def fake_backward(
     gamma: Tensor | None,
     beta: Tensor | None,
     residual: Tensor | None,
-    mask: Tensor | None,
-    mean: Tensor,
-    mean_lo: Tensor,
-    m2: Tensor,
-    rstd: Tensor,
-    count: Tensor,
-    kept: list[int],
-    eps: float,
-    placement: str,
-    correction: int,
-    activation: str | None,
+    *_: Any,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Shapes, dtypes and layouts of the gradients."""
     given = (x, gamma, beta, residual)
@@ -139,16 +147,16 @@ def keep_for_backward(ctx: Any, inputs: tuple[Any, ...], output: Results) -> Non
     """What the gradients need: the arguments and the statistics."""
     _, *statistics = output
     ctx.save_for_backward(*inputs[:5], *statistics)
-    ctx.plan = inputs[5:]
+    ctx.rules = inputs[5:]
 
 
 def differentiate(ctx: Any, dy: Tensor, *_: Tensor | None) -> tuple[Tensor | None, ...]:
     """The gradients of `forward`; those of its statistics are not asked for."""
-    gradients = backward(dy, *ctx.saved_tensors, *ctx.plan)
+    gradients = backward(dy, *ctx.saved_tensors, *ctx.rules)
     given = ctx.saved_tensors[:4]
     return (
         *(None if tensor is None else gradient for tensor, gradient in zip(given, gradients, strict=True)),
-        *(None,) * 6,
+        *(None,) * 7,
     )
 
 
@@ -158,9 +166,9 @@ forward.register_autograd(differentiate, setup_context=keep_for_backward)
 @library.custom_op("batchnorm::moments", mutates_args=())
 def moments(x: Tensor, mask: Tensor | None, axis: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """count, mean, mean_lo and m2 of a batch; without derivatives."""
-    axes = split(axis, x.ndim)
-    is_native = refusal((x,), (), axes, None) is None
-    batch = launch.measure(PLAIN, x, axes, mask) if is_native else measure(xp, x, axes, mask)
+    spec = spec_of_graph(axis, x.ndim, 0.0, "inside", 0, None, 0)
+    batch = NATIVE.moments(spec, x, mask) if are_plain(x) else TYPE
+    batch = batch if type(batch) is Moments else generic.moments(spec, x, mask)
     return batch.count.clone(), batch.mean, batch.mean_lo, batch.m2
 
 

@@ -20,9 +20,9 @@ from batchnorm.core.dtypes import Array
 from batchnorm.core.moments import Moments
 from batchnorm.core.running import RunningStatistics, kind_of
 from batchnorm.core.running import advance as advance_by_array_code
-from batchnorm.kernels.averaging import numbers_of
-from batchnorm.kernels.jax_formulas import aligned
-from batchnorm.kernels.jax_primitives import all_zero, instantiated, primitive, zeros
+from batchnorm.kernels.jax.formulas import aligned
+from batchnorm.kernels.jax.primitives import all_zero, instantiated, primitive, zeros
+from batchnorm.spec import averaging_fields
 
 FIELDS = len(RunningStatistics._fields)
 
@@ -59,7 +59,7 @@ def plain_advance(*operands: Array, convention: Convention, masked: bool) -> tup
 def native_advance(context: Any, *operands: Any, convention: Convention, masked: bool) -> Any:
     """A call of the C++."""
     kinds: dict[type, Any] = {bool: bool, int: numpy.int64, float: numpy.float64}
-    numbers = {name: kinds[type(value)](value) for name, value in numbers_of(convention, masked=masked).items()}
+    numbers = {name: kinds[type(value)](value) for name, value in averaging_fields(convention, masked=masked).items()}
     return jax.ffi.ffi_lowering("batchnorm_advance")(context, *operands, **numbers)
 
 

@@ -8,9 +8,9 @@ from batchnorm.core import activations
 from batchnorm.core.dtypes import Array, cast
 from batchnorm.core.moments import Moments
 from batchnorm.core.normalize import rstd_of_var
-from batchnorm.kernels import jax_primitives
-from batchnorm.kernels.agnostic import read
-from batchnorm.kernels.jax_formulas import Across, Rule, given, mask_of
+from batchnorm.kernels.generic import read
+from batchnorm.kernels.jax import primitives
+from batchnorm.kernels.jax.formulas import Across, Rule, given, mask_of
 
 
 def normalize_across(across: Across, operands: list[Array], rule: Rule) -> tuple[Array, Moments]:
@@ -20,7 +20,7 @@ def normalize_across(across: Across, operands: list[Array], rule: Rule) -> tuple
     fuses: x is read twice and y written, as by the kernel for one device.
     """
     x, gamma, beta, residual, keep = operands
-    _, mean, mean_lo, m2, _, count = jax_primitives.forward(operands, rule._replace(has_output=False))
+    _, mean, mean_lo, m2, _, count = primitives.forward(operands, rule._replace(has_output=False))
     whole = across.merged(Moments(count, mean, m2, mean_lo))
     n = jnp.maximum(whole.count, 1).astype(mean.dtype)
     scale = rstd_of_var(jnp, whole.m2 / n, rule.eps, "inside")
@@ -31,7 +31,7 @@ def normalize_across(across: Across, operands: list[Array], rule: Rule) -> tuple
     offset = offset if given(beta) is None else offset + cast(jnp, beta, scale.dtype)
     mask = mask_of(keep, x)
     masked_output: MaskedOutput = "normalized" if rule.normalizes_padding else "zero"
-    z = jax_primitives.spread(offset, scale, x, keep, hi, lo, normalizes_padding=rule.normalizes_padding)
+    z = primitives.spread(offset, scale, x, keep, hi, lo, normalizes_padding=rule.normalizes_padding)
     if given(residual) is not None:
         z = z + cast(jnp, read(jnp, residual, mask, masked_output), z.dtype)
     y = activations.apply(jnp, z, rule.activation)

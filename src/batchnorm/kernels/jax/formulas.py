@@ -1,4 +1,4 @@
-"""What the primitives of `jax_primitives` compute, as array code.
+"""What the primitives of `primitives` compute, as array code.
 
 On other devices than the CPU, for arrays that XLA cuts up over several, and for derivatives of derivatives. Arrays of
 the shape of x are (L, N, C, S), or (L, N, C) where S is 1, with L lanes that are batch norms of their own; those with a
@@ -7,21 +7,25 @@ the leading elements along S that count. An operand that is absent has one dimen
 """
 
 from collections.abc import Callable
-from functools import partial
+from dataclasses import replace
+from functools import lru_cache, partial
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 
+from batchnorm.convention import MaskedOutput
+from batchnorm.conventions import find
 from batchnorm.core import activations
 from batchnorm.core.axes import split
 from batchnorm.core.dtypes import Array, accumulation_dtype, cast
 from batchnorm.core.moments import Moments, two_sum
 from batchnorm.core.moments import moments as measure
-from batchnorm.core.normalize import Statistics, statistics_of_batch
-from batchnorm.kernels import agnostic
-from batchnorm.kernels.agnostic import Cache, Plan
+from batchnorm.core.normalize import Statistics
+from batchnorm.kernels import generic
+from batchnorm.kernels.generic import Cache
+from batchnorm.spec import Operands, Spec
 
 AXES = {ndim: split((0, 2), ndim) for ndim in (3, 4)}  # XLA's loops over a last axis of one element are slow
 
@@ -33,6 +37,14 @@ class Rule(NamedTuple):
     activation: str | None
     normalizes_padding: bool  # masked elements come out normalized rather than as 0
     has_output: bool = True  # y, or dx, is computed as well, not the sums over channels alone
+
+
+@lru_cache
+def spec_of_rule(rule: Rule, ndim: int) -> Spec:
+    """The rule as the spec of arrays (L, N, C, S) or (L, N, C)."""
+    masked_output: MaskedOutput = "normalized" if rule.normalizes_padding else "zero"
+    convention = replace(find("pytorch"), eps=rule.eps, single="clamp", zero_eps="allowed", masked_output=masked_output)
+    return Spec(convention, AXES[ndim], rule.activation)
 
 
 class Outputs(NamedTuple):
@@ -68,19 +80,18 @@ def mask_of(keep: Array, x: Array) -> Array | None:
     return (jnp.arange(x.shape[-1]) < keep[:, :, None])[:, :, None, :]
 
 
+def operands_of(x: Array, gamma: Array, beta: Array, residual: Array, keep: Array) -> Operands:
+    """The operands, None where they are absent, with the mask as booleans."""
+    return Operands(x, given(gamma), given(beta), given(residual), mask_of(keep, x))
+
+
 def plain_forward(x: Array, gamma: Array, beta: Array, residual: Array, keep: Array, *, rule: Rule) -> Outputs:
     """The forward pass."""
-    scale, shift, addend = map(given, (gamma, beta, residual))
-    mask = mask_of(keep, x)
-    masked_output: Any = "normalized" if rule.normalizes_padding else "zero"
-    batch = measure(jnp, x, AXES[x.ndim], mask)
-    statistics = statistics_of_batch(jnp, batch, rule.eps)
-    count = batch.count.astype(jnp.int32)
-    if not rule.has_output:
-        return Outputs(absent(x.dtype), batch.mean, batch.mean_lo, batch.m2, statistics.rstd, count)
-    z = agnostic.normalized(jnp, x, AXES[x.ndim], statistics, scale, shift, mask, masked_output)
-    y = agnostic.finish(jnp, z, x, mask, masked_output, rule.activation, addend)
-    return Outputs(y, batch.mean, batch.mean_lo, batch.m2, statistics.rstd, count)
+    spec, operands = spec_of_rule(rule, x.ndim), operands_of(x, gamma, beta, residual, keep)
+    batch = measure(jnp, x, spec.axes, operands.mask)
+    statistics = generic.own_statistics(jnp, spec, batch)
+    y = generic.output(jnp, spec, operands, statistics) if rule.has_output else absent(x.dtype)
+    return Outputs(y, batch.mean, batch.mean_lo, batch.m2, statistics.rstd, batch.count.astype(jnp.int32))
 
 
 def plain_backward(
@@ -90,11 +101,9 @@ def plain_backward(
     """The gradients of x, gamma, beta and residual."""
     if rule.normalizes_padding and given(keep) is not None:
         return tuple(jax.vjp(y_of(keep, rule), x, gamma, beta, residual)[1](dy.astype(x.dtype)))
-    plan = Plan(AXES[x.ndim], rule.activation or "identity", rule.eps)
-    scale, shift, addend = map(given, (gamma, beta, residual))
-    mask = mask_of(keep, x)
-    cache = Cache(x, scale, shift, addend, mask, Statistics(mean, mean_lo, rstd), count, plan)
-    return tuple(map(stand_in, agnostic.backward(dy, cache)))
+    operands = operands_of(x, gamma, beta, residual, keep)
+    cache = Cache(*operands, Statistics(mean, mean_lo, rstd), count, spec_of_rule(rule, x.ndim))
+    return tuple(map(stand_in, generic.gradients(dy, cache)))
 
 
 def tangent_of_y(
@@ -105,21 +114,19 @@ def tangent_of_y(
     if rule.normalizes_padding and given(keep) is not None:
         directions = (tx, tgamma, tbeta, tresidual)
         return jax.jvp(y_of(keep, rule), (x, gamma, beta, residual), directions)[1]
-    statistics = Statistics(mean, mean_lo, rstd)
-    none, mask = absent(), mask_of(keep, x)
-    operands = aligned(tx, x, gamma, none, none, keep, count, mean, mean_lo, rstd)
-    total = jacobian(*operands, rule=rule._replace(activation=None))[0].astype(rstd.dtype)
-    if given(gamma) is not None:
-        xhat = agnostic.normalized(jnp, x, AXES[x.ndim], statistics, None, None, mask, "zero")
-        total += xhat * AXES[x.ndim].spread_out(jnp, tgamma.astype(rstd.dtype))
-    if given(beta) is not None:
-        total += AXES[x.ndim].spread_out(jnp, tbeta.astype(rstd.dtype))
-    if given(residual) is not None:
+    spec, operands, mask = spec_of_rule(rule, x.ndim), operands_of(x, gamma, beta, residual, keep), mask_of(keep, x)
+    statistics, axes, none = Statistics(mean, mean_lo, rstd), AXES[x.ndim], absent()
+    numbers = aligned(tx, x, gamma, none, none, keep, count, mean, mean_lo, rstd)
+    total = jacobian(*numbers, rule=rule._replace(activation=None))[0].astype(rstd.dtype)
+    if operands.gamma is not None:
+        xhat = generic.affine(jnp, spec, Operands(x, mask=mask), statistics)
+        total += xhat * axes.spread_out(jnp, tgamma.astype(rstd.dtype))
+    if operands.beta is not None:
+        total += axes.spread_out(jnp, tbeta.astype(rstd.dtype))
+    if operands.residual is not None:
         total += tresidual.astype(rstd.dtype)
     if rule.activation is not None:
-        z = agnostic.normalized(jnp, x, AXES[x.ndim], statistics, given(gamma), given(beta), mask, "zero")
-        if given(residual) is not None:
-            z += agnostic.read(jnp, residual, mask, "zero").astype(z.dtype)
+        z = generic.add_residual(jnp, spec, operands, generic.affine(jnp, spec, operands, statistics))
         total *= activations.find(rule.activation).derivative(jnp, z)
     return (total if mask is None else jnp.where(mask, total, 0.0)).astype(x.dtype)
 
@@ -157,7 +164,7 @@ def deviations(x: Array, keep: Array, mean: Array, mean_lo: Array, *, normalizes
     deviation = (x.astype(mean.dtype) - axes.spread_out(jnp, mean)) - axes.spread_out(jnp, mean_lo)
     if mask is None:
         return deviation
-    return jnp.where(agnostic.readable(jnp, x, mask, "normalized" if normalizes_padding else "zero"), deviation, 0.0)
+    return jnp.where(generic.readable(jnp, x, mask, "normalized" if normalizes_padding else "zero"), deviation, 0.0)
 
 
 def y_of(keep: Array, rule: Rule) -> Callable[..., Array]:

@@ -1,4 +1,7 @@
-"""What the public functions accept: every argument is checked here, once, before anything is computed or changed."""
+"""What the public functions accept. A call that a kernel declines is checked here, before anything is changed.
+
+Each function returns what the kernels take, or raises what is wrong, what is allowed and how to mend it.
+"""
 
 import math
 from typing import Any, NamedTuple
@@ -21,10 +24,11 @@ from batchnorm.core.dtypes import (
     placement,
     statistics_dtype,
 )
-from batchnorm.core.masks import Lengths, Mask, counts
+from batchnorm.core.masks import Lengths, Mask, counts, elementwise
 from batchnorm.core.moments import Moments
 from batchnorm.core.running import RunningStatistics
-from batchnorm.named import Axis, may_be_named, numbered_axis, unnamed, unnamed_like
+from batchnorm.named import Axis, is_named, may_be_named, numbered_axis, unnamed, unnamed_like
+from batchnorm.spec import Operands, Spec
 
 
 def known(condition: Any) -> bool | None:
@@ -350,17 +354,26 @@ def check_list(name: str, values: Any, kinds: str, requirement: str) -> numpy.nd
     return array
 
 
-def check_trainable(x: Array, axes: Axes, mask: Mask, convention: Convention) -> None:
+def check_trainable(spec: Spec, operands: Operands) -> None:
     """Raise where the convention refuses to train on this batch."""
+    (x, *_, mask), convention = operands, spec.convention
     check_positive_eps(convention)
     allowed = convention.single != "error" or (mask is not None and convention.masked_running_correction == 0)
     if allowed or 0 in x.shape:
         return
+    groups = spec.groups(x.shape)
     if mask is None:
-        is_single: bool | None = axes.elements(x.shape) == 1
+        inner = spec.axes.elements((1, *x.shape[1:]))
+        is_single: bool | None = any((end - begin) * inner == 1 for begin, end in groups)
+    elif len(groups) == 1:
+        xp = namespace(x)
+        is_single = known(xp.any(counts(xp, x, spec.axes, mask) == 1))
     else:
         xp = namespace(x)
-        is_single = known(xp.any(counts(xp, x, axes, mask) == 1))
+        keep: Any = elementwise(xp, mask, x, spec.axes)
+        parts = (keep if keep.shape[0] == 1 else keep[begin:end] for begin, end in groups)
+        own = (counts(xp, x[begin:end], spec.axes, part) for (begin, end), part in zip(groups, parts, strict=True))
+        is_single = known(xp.any(xp.stack(list(own)) == 1))
     if is_single:
         raise ValueError(
             f"x of shape {tuple(x.shape)} has one element per channel{' after masking' * (mask is not None)}, "
@@ -390,26 +403,49 @@ def check_enterable(batch: Moments, convention: Convention, *, masked: bool) -> 
         )
 
 
-class Operands(NamedTuple):
-    """The checked array arguments that the public functions share."""
+class Arguments(NamedTuple):
+    """The array arguments beside x, as they were passed."""
 
-    gamma: Array | None
-    beta: Array | None
-    mask: Mask
-    residual: Array | None
+    gamma: Any = None
+    beta: Any = None
+    residual: Any = None
+    mask: Any = None
+    lengths: Any = None
 
 
-def check_operands(
-    x: Any, gamma: Any, beta: Any, mask: Any, lengths: Any, residual: Any, axes: Axes, named: Any
-) -> Operands:
-    """All of them; `named` is x as it was given, by whose dimension names named arguments are aligned."""
+def check_call(
+    x: Any, arguments: Arguments, convention: Convention, axis: Axis | None = None, activation: Any = None
+) -> tuple[Spec, Operands]:
+    """The spec and the operands of a call; x may be a DataArray, by whose dimensions the others are aligned."""
+    named, x = x, x.data if is_named(x) else x
+    check_array("x", x)
+    axes = check_axes(named, x, convention.axis if axis is None else axis)
+    gamma, beta, residual, mask, lengths = arguments
     if may_be_named():
         gamma, beta = unnamed("gamma", gamma, named), unnamed("beta", beta, named)
         mask, lengths = unnamed_like("mask", mask, named), unnamed("lengths", lengths, named)
         residual = unnamed("residual", residual, named)
-    return Operands(
-        check_parameter("gamma", gamma, x, axes),
-        check_parameter("beta", beta, x, axes),
+    operands = Operands(
+        as_base(x),
+        as_base(check_parameter("gamma", gamma, x, axes)),
+        as_base(check_parameter("beta", beta, x, axes)),
+        as_base(check_residual(residual, x)),
         check_mask(mask, lengths, x, axes),
-        check_residual(residual, x),
     )
+    check_activation(activation)
+    return Spec(convention, axes, activation, dims=named.dims if is_named(named) else None), operands
+
+
+def as_base(array: Array) -> Array:
+    """An array of a subclass of NumPy's as one of NumPy's own; any other as it is."""
+    is_derived = isinstance(array, numpy.ndarray) and type(array) is not numpy.ndarray
+    return array.view(numpy.ndarray) if is_derived else array
+
+
+def check_or_initial(running: Any, spec: Spec, x: Array, training: bool | Array) -> RunningStatistics:
+    """The state of a call, or in training for None the one before the first batch."""
+    if running is not None:
+        return check_running(running, x, spec.axes, spec.convention)
+    if training is False:
+        raise ValueError("running is None at inference, which normalises by it; pass the state that training returned")
+    return spec.initial_state(x)

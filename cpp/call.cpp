@@ -1,0 +1,606 @@
+#include "call.hpp"
+
+#include <algorithm>
+#include <cmath>
+#include <memory>
+#include <vector>
+
+#include "checks.hpp"
+
+namespace nb = nanobind;
+using nb::handle;
+
+namespace batchnorm {
+namespace {
+
+// Memory for the numbers of the channels that no result holds.
+class Scratch {
+ public:
+  template <class T> T* take(int64_t length) {
+    blocks_.emplace_back(new char[length * sizeof(T)]);
+    return reinterpret_cast<T*>(blocks_.back().get());
+  }
+
+ private:
+  std::vector<std::unique_ptr<char[]>> blocks_;
+};
+
+handle lengths_of(handle mask) { return PyTuple_Check(mask.ptr()) ? handle(PyTuple_GET_ITEM(mask.ptr(), 0)) : handle(Py_None); }
+
+// The arguments of a pass.
+struct Operands {
+  handle objects;
+  Array x, gamma, beta, residual, mask, lengths;
+
+  Operands(const Library& library, handle tuple, const Spec& spec)
+      : objects(checked(tuple)), x(library.own(tuple, 0)), gamma(library.own(tuple, 1)), beta(library.own(tuple, 2)),
+        residual(library.own(tuple, 3)), mask(PyTuple_Check(item(4).ptr()) ? handle(Py_None) : library.own(tuple, 4)),
+        lengths(library.own(lengths_of(item(4)))) {
+    if (!x || x.ndim == 0 || (x.ndim < 32 && spec.channel_axes >> x.ndim)) decline(Refusal::shape);
+    if (spec.group_size && !spec.has_lanes() && (spec.channel_axes & 1)) decline(Refusal::shape);
+    x.dtype();
+    if (residual) check_like(residual, x);
+    for (const Array* parameter : {&gamma, &beta}) check_by_channel(*parameter, x, spec.channel_axes);
+    check_mask(mask, x);
+  }
+
+  static handle checked(handle tuple) {
+    if (!PyTuple_Check(tuple.ptr()) || PyTuple_GET_SIZE(tuple.ptr()) != 5) decline(Refusal::type);
+    return tuple;
+  }
+  handle item(int i) const { return handle(PyTuple_GET_ITEM(objects.ptr(), i)); }
+  bool is_masked() const { return mask || lengths; }
+
+  // The product of the sizes of x along its channel axes, or along the others, from axis `first` on.
+  int64_t size_along(uint32_t channel_axes, bool are_channels, int first) const {
+    int64_t size = 1;
+    for (int axis = first; axis < x.ndim; ++axis)
+      if (static_cast<bool>(channel_axes >> axis & 1) == are_channels) size *= x.shape[axis];
+    return size;
+  }
+};
+
+// Slices of the first axis with statistics of their own; one of everything where the spec has no groups.
+//
+// The last one may be smaller, unless it had one element for each channel: then the one before takes it in.
+class Groups {
+ public:
+  Groups(const Spec& spec, const Operands& operands, bool are_separate) : length_(operands.x.shape[0]) {
+    if (!spec.group_size || !are_separate) return;
+    are_sliced_ = true;
+    size_ = spec.group_size;
+    const int64_t rest = length_ % size_, inner = operands.size_along(spec.channel_axes, false, 1);
+    number_ = length_ / size_ + (rest * inner > 1);
+    if (!spec.has_lanes()) number_ = std::max<int64_t>(number_, 1);
+  }
+
+  int64_t number() const { return number_; }
+  int64_t begin(int64_t group) const { return group * size_; }
+  int64_t length(int64_t group) const { return group == number_ - 1 ? length_ - begin(group) : size_; }
+
+  // The arrays of one group. Groups follow each other: an array is narrowed from where the group before left it.
+  void narrow(int64_t group, std::initializer_list<Array*> arrays) const {
+    if (!are_sliced_) return;
+    for (Array* array : arrays) array->narrow(group ? length(group - 1) : 0, length(group));
+  }
+
+ private:
+  int64_t length_, size_ = 0, number_ = 1;
+  bool are_sliced_ = false;
+};
+
+// The channels of group `group` among those of all groups.
+Channels part_of(const Channels& all, int64_t group, int64_t C) {
+  if (!all.data) return all;
+  return {static_cast<char*>(all.data) + group * C * all.stride * size_of(all.dtype), all.dtype, all.stride};
+}
+
+// ---- numbers of the channels ----------------------------------------------------------------------------------------
+
+enum Row { mean_row, mean_lo_row, rstd_row, m2_row, factor_row, rows };
+
+// What a pass writes or reads of each channel of each group; null where it does neither.
+struct Numbers {
+  void* at[rows] = {};
+  int64_t* count = nullptr;
+
+  void enter(Problem& problem, int64_t group) const {
+    const int64_t bytes = problem.C * (problem.dtype == Dtype::float64 ? 8 : 4) * group;
+    const auto part = [bytes](void* all) -> void* { return all ? static_cast<char*>(all) + bytes : nullptr; };
+    problem.mean = part(at[mean_row]), problem.mean_lo = part(at[mean_lo_row]), problem.rstd = part(at[rstd_row]);
+    problem.m2 = part(at[m2_row]), problem.factor = part(at[factor_row]);
+    problem.count = count ? count + group * problem.C : nullptr;
+  }
+};
+
+Dtype wide_of(Dtype dtype) { return dtype == Dtype::float64 ? Dtype::float64 : Dtype::float32; }
+Element element_of(Dtype dtype) { return dtype == Dtype::float64 ? Element::float64 : Element::float32; }
+
+// Statistics that normalize, as `normalize` returned them or a caller computed them.
+class GivenStatistics {
+ public:
+  // `number`: of channels, of all groups.
+  GivenStatistics(const Library& library, handle statistics, Dtype dtype, int64_t number) {
+    const auto read = [&](handle object) -> const Array& {
+      arrays_.emplace_back(new Array(library.own(object)));
+      const Array& array = *arrays_.back();
+      if (!array) decline(Refusal::shape);
+      if (array.element != element_of(dtype)) decline(Refusal::dtype);
+      if (!array.is_contiguous()) decline(Refusal::strides);
+      return array;
+    };
+    if (PyTuple_Check(statistics.ptr())) {
+      if (PyTuple_GET_SIZE(statistics.ptr()) != 3) decline(Refusal::shape);
+      for (int i = 0; i < 3; ++i) {
+        const Array& array = read(handle(PyTuple_GET_ITEM(statistics.ptr(), i)));
+        if (array.size() != number) decline(Refusal::shape);
+        numbers.at[i] = array.data;
+      }
+      return;
+    }
+    const Array& table = read(statistics);
+    if (table.ndim != 2 || table.shape[1] != number || (table.shape[0] != 3 && table.shape[0] != 4)) decline(Refusal::shape);
+    for (int i = 0; i < table.shape[0]; ++i)
+      numbers.at[i < 3 ? i : factor_row] = static_cast<char*>(table.data) + i * number * size_of(wide_of(dtype));
+  }
+
+  Numbers numbers;
+
+ private:
+  std::vector<std::unique_ptr<Array>> arrays_;
+};
+
+// ---- running statistics ---------------------------------------------------------------------------------------------
+
+struct Averages {
+  Array mean, spread, steps, weight;
+
+  Averages(handle mean, handle spread, handle steps, handle weight, bool is_written)
+      : mean(mean, is_written), spread(spread, is_written), steps(steps, is_written), weight(weight, is_written) {}
+
+  Running values(int64_t C) const {
+    Running running{channels(mean, C), channels(spread, C)};
+    if (steps) running.steps = number(steps);
+    if (weight) running.weight = number(weight);
+    return running;
+  }
+
+  void set_scalars(const Running& running) const {
+    if (steps) set_number(steps, running.steps);
+    if (weight) set_number(weight, running.weight);
+  }
+
+ private:
+  static double number(const Array& array) {
+    if (array.element == Element::int64) return static_cast<double>(element_at<int64_t>(array.data, 0));
+    return value_at({array.data, array.dtype(), 1}, 0);
+  }
+  static void set_number(const Array& array, double value) {
+    if (array.element == Element::int64) set_element(array.data, 0, static_cast<int64_t>(value));
+    else set_value({array.data, array.dtype(), 1}, 0, value);
+  }
+};
+
+// The running statistics of a call: those of a layer, advanced in place, whose steps and weight may be absent and the
+// steps an integer; or those of a function, all of one dtype with scalars without axes, advanced in copies.
+class State {
+ public:
+  State(const Library& library, handle tuple, bool is_in_place, const Spec& spec, const Operands& operands)
+      : library_(library), tuple_(checked(tuple)), is_in_place_(is_in_place),
+        old_(own(0), own(1), own(2), own(3), is_in_place), C_(operands.size_along(spec.channel_axes, true, 0)) {
+    for (const Array* array : {&old_.mean, &old_.spread}) {
+      if (!*array || !is_wide(*array)) decline(Refusal::state);
+      check_by_channel(*array, operands.x, spec.channel_axes);
+    }
+    const Averaging& averaging = spec.averaging;
+    const bool needs_weight = averaging.debias == Debias::adam || averaging.debias == Debias::weight_sum;
+    const bool needs_steps = averaging.is_cumulative || averaging.debias == Debias::first_batch;
+    check_scalar(old_.steps, needs_steps);
+    check_scalar(old_.weight, needs_weight);
+    if (!is_in_place) check_scalar(Array(own(4)), true);
+    old_.values(C_);  // raises where they are not contiguous
+  }
+
+  // By a batch, `copies` being the result where it is accepted and they are not advanced in place.
+  Entry advance(const Batch& batch, const Averaging& averaging, nb::object& copies) {
+    std::unique_ptr<Averages> made;
+    nb::object copied[4];
+    if (!is_in_place_) {
+      const Array* const arrays[] = {&old_.mean, &old_.spread, &old_.steps, &old_.weight};
+      for (int i = 0; i < 4; ++i) copied[i] = library_.like(own(i), *arrays[i]);
+      made.reset(new Averages(copied[0], copied[1], copied[2], copied[3], true));
+    }
+    const Averages& target = made ? *made : old_;
+    Running updated = target.values(C_);
+    const Entry entry = batchnorm::advance(old_.values(C_), updated, batch, averaging, C_);
+    if (entry != Entry::accepted) return entry;
+    target.set_scalars(updated);
+    if (made) copies = nb::make_tuple(copied[0], copied[1], copied[2], copied[3]);
+    updated_ = std::move(made);
+    return entry;
+  }
+
+  // After the update, if there has been one.
+  Running current() const { return (updated_ ? *updated_ : old_).values(C_); }
+
+ private:
+  static handle checked(handle tuple) {
+    if (!PyTuple_Check(tuple.ptr()) || PyTuple_GET_SIZE(tuple.ptr()) < 5) decline(Refusal::state);
+    return tuple;
+  }
+  handle own(int i) const { return library_.own(tuple_, i); }
+
+  static bool is_wide(const Array& array) { return array.element == Element::float32 || array.element == Element::float64; }
+
+  void check_scalar(const Array& array, bool is_needed) const {
+    if (!array && is_in_place_ && !is_needed) return;
+    const bool fits = !array         ? false
+                      : is_in_place_ ? array.size() == 1 && (is_wide(array) || array.element == Element::int64)
+                                     : array.ndim == 0 && array.element == old_.mean.element;
+    if (!fits || (!is_in_place_ && old_.spread.element != old_.mean.element)) decline(Refusal::state);
+  }
+
+  const Library& library_;
+  handle tuple_;
+  bool is_in_place_;
+  Averages old_;
+  int64_t C_;
+  std::unique_ptr<Averages> updated_;
+};
+
+// ---- gamma and beta -------------------------------------------------------------------------------------------------
+
+// What the convention makes of the parameters, for all groups.
+class Parameters {
+ public:
+  Parameters(const Spec& spec, const Operands& operands) : spec_(spec), C_(operands.size_along(spec.channel_axes, true, 0)) {
+    if (spec.affine == Affine::ignored) return;
+    beta_ = channels(operands.beta, C_);
+    if (spec.affine == Affine::gamma_one || !operands.gamma) return;
+    gamma_ = channels(operands.gamma, C_);
+    if (spec.affine == Affine::plain) return;
+    given_.reset(new double[C_]);
+    effective_.reset(new double[C_]);
+    chosen_kernels().convert(gamma_, {given_.get(), Dtype::float64, 1}, C_);
+    for (int64_t c = 0; c < C_; ++c) effective_[c] = std::abs(given_[c]) + spec.eps;
+    gamma_ = {effective_.get(), Dtype::float64, 1};
+  }
+
+  void enter(Problem& problem, int64_t group) const {
+    problem.gamma = of_group(gamma_, group, problem.C), problem.beta = of_group(beta_, group, problem.C);
+    problem.activation = spec_.activation, problem.slope = spec_.slope;
+    problem.normalized_padding = spec_.normalized_padding;
+  }
+
+  // Lanes have parameters of their own, groups of one batch share them.
+  Channels of_group(const Channels& all, int64_t group, int64_t C) const {
+    return spec_.has_lanes() ? part_of(all, group, C) : all;
+  }
+
+  bool has_gamma() const { return gamma_.data != nullptr; }
+  bool has_beta() const { return beta_.data != nullptr; }
+  double derivative_of_gamma(int64_t c) const { return !given_ ? 1 : given_[c] > 0 ? 1 : given_[c] < 0 ? -1 : 0; }
+
+ private:
+  const Spec& spec_;
+  int64_t C_;
+  Channels gamma_, beta_;
+  std::unique_ptr<double[]> given_, effective_;
+};
+
+// The gradient of a parameter. The kernels write into it, or into doubles that are summed over the groups first.
+class ParameterGradient {
+ public:
+  ParameterGradient(const Array& array, int64_t C, bool is_summed) : target_(channels(array, C)), C_(C) {
+    if (!target_.data || !is_summed) return;
+    total_.assign(C, 0);
+    part_.assign(C, 0);
+  }
+
+  Channels part() { return total_.empty() ? target_ : Channels{part_.data(), Dtype::float64, 1}; }
+
+  void add() {
+    for (size_t c = 0; c < total_.size(); ++c) total_[c] += part_[c];
+  }
+
+  template <class Factor> void finish(const Factor& factor) {
+    if (total_.empty()) return;
+    for (int64_t c = 0; c < C_; ++c) total_[c] *= factor(c);
+    chosen_kernels().convert({total_.data(), Dtype::float64, 1}, target_, C_);
+  }
+
+ private:
+  Channels target_;
+  int64_t C_;
+  std::vector<double> total_, part_;
+};
+
+// ---- forward --------------------------------------------------------------------------------------------------------
+
+// One call of `normalize`.
+class Normalization {
+ public:
+  Normalization(const Library& library, const Request& request, const Spec& spec, handle operands, int threads)
+      : library_(library), request_(request), spec_(spec), operands_(library, operands, spec), parameters_(spec, operands_),
+        groups_(spec, operands_, request.source == Source::batch || spec.has_lanes()), threads_(threads),
+        C_(operands_.size_along(spec.channel_axes, true, spec.has_lanes() ? 1 : 0)), all_(groups_.number() * C_),
+        wide_(element_of(operands_.x.dtype())),
+        is_by_batch_(request.source == Source::batch && !spec.normalizes_by_running) {}
+
+  nb::object run(handle numbers, handle out) {
+    if (request_.source == Source::given) return by_given(numbers, out);
+    if (!numbers.is_none()) state_.reset(new State(library_, numbers, request_.is_in_place, spec_, operands_));
+    const bool is_training = request_.source == Source::batch;
+    if (is_training) check_trainable();
+    if (!is_by_batch_ && !state_) decline(Refusal::state);
+    Numbers measured;
+    nb::object y = nb::none(), statistics = nb::none(), count = nb::none(), copies = nb::none(), entry = nb::none();
+    if (is_training || (spec_.always_updates && state_)) {
+      if (is_by_batch_) statistics = allocate(measured, count);
+      allocate_rest(measured);
+      if (is_by_batch_ && request_.has_output()) y = output(out);
+      if (is_training && !out.is_none() && has_single_rule() && operands_.is_masked()) {  // before `out` is written
+        compute(measured, nb::none(), true);
+        check_single(measured);
+      }
+      compute(measured, y, true);
+      if (is_training) check_single(measured);
+      if (state_) entry = nb::cast(static_cast<int>(advance(measured, copies)));
+    }
+    if (!is_by_batch_) {
+      Numbers normalizing;
+      statistics = allocate(normalizing, count);
+      const Dtype dtype = wide_ == Element::float64 ? Dtype::float64 : Dtype::float32;
+      const auto row = [&](Row i) { return Channels{at(normalizing, i), dtype, 1}; };
+      statistics_of(state_->current(), spec_.averaging, spec_.eps_eval, {row(mean_row), row(mean_lo_row), row(rstd_row)}, all_);
+      if (request_.has_output()) {
+        y = output(out);
+        compute(normalizing, y, false);
+      }
+    }
+    return nb::make_tuple(y, entry, copies, statistics, count);
+  }
+
+ private:
+  nb::object by_given(handle numbers, handle out) {
+    const GivenStatistics given(library_, numbers, operands_.x.dtype(), all_);
+    nb::object y = output(out);
+    compute(given.numbers, y, false);
+    return nb::make_tuple(y, nb::none(), nb::none(), nb::none(), nb::none());
+  }
+
+  // ---- results ----
+
+  nb::object output(handle out) {
+    const Operands& a = operands_;
+    if (out.is_none()) return library_.like(a.item(0), a.x);
+    const Array y(library_.own(out), true);
+    check_like(y, a.x);
+    check_output(y);
+    for (const Array* input : {&a.x, &a.residual}) check_overlap(y, *input, true);
+    for (const Array* parameter : {&a.gamma, &a.beta}) check_overlap(y, *parameter, false);
+    return nb::borrow(out);
+  }
+
+  // The statistics that are returned, of all groups, and the counts.
+  nb::object allocate(Numbers& numbers, nb::object& count) {
+    const handle x = operands_.item(0);
+    if (request_.returns == Returns::output) return nb::none();
+    const bool has_count = !request_.returns_table() || operands_.is_masked();
+    int64_t shape[most_dimensions];
+    int ndim = 0;
+    if (spec_.group_size && !spec_.has_lanes() && is_by_batch_) shape[ndim++] = groups_.number();
+    for (int axis = 0; axis < operands_.x.ndim; ++axis)
+      if (spec_.channel_axes >> axis & 1) shape[ndim++] = operands_.x.shape[axis];
+    const auto row = [&](Row i) {
+      nb::object made = library_.empty(x, wide_, ndim, shape);
+      numbers.at[i] = Array(made, true).data;
+      return made;
+    };
+    if (is_by_batch_ && has_count) {
+      if (request_.returns_table()) shape[0] = all_, ndim = 1;
+      count = library_.empty(x, Element::int64, ndim, shape);
+      numbers.count = static_cast<int64_t*>(Array(count, true).data);
+    }
+    if (!request_.returns_table()) {
+      nb::object mean = row(mean_row), mean_lo = row(mean_lo_row);
+      if (request_.returns == Returns::moments) return nb::make_tuple(mean, mean_lo, row(m2_row));
+      nb::object rstd = row(rstd_row);
+      return request_.returns_m2() ? nb::make_tuple(mean, mean_lo, rstd, row(m2_row)) : nb::make_tuple(mean, mean_lo, rstd);
+    }
+    const bool has_factor = is_by_batch_ && spec_.has_factor();
+    const int64_t sizes[] = {has_factor ? 4 : 3, all_};
+    nb::object table = library_.empty(x, wide_, 2, sizes);
+    char* const begin = static_cast<char*>(Array(table, true).data);
+    const int64_t bytes = all_ * (wide_ == Element::float64 ? 8 : 4);
+    for (Row i : {mean_row, mean_lo_row, rstd_row}) numbers.at[i] = begin + i * bytes;
+    if (has_factor) numbers.at[factor_row] = begin + 3 * bytes;
+    return table;
+  }
+
+  // What the running update and the check of single elements need besides.
+  void allocate_rest(Numbers& numbers) {
+    if (state_)
+      for (Row i : {mean_row, mean_lo_row, m2_row}) at(numbers, i);
+    const bool has_counts = operands_.is_masked() || groups_.number() > 1;
+    if (has_counts && !numbers.count && (state_ || has_single_rule())) numbers.count = scratch_.take<int64_t>(all_);
+  }
+
+  // A row, in memory of this call where it is in no result.
+  void* at(Numbers& numbers, Row i) {
+    if (!numbers.at[i]) numbers.at[i] = scratch_.take<double>(all_);
+    return numbers.at[i];
+  }
+
+  // ---- the passes ----
+
+  // Over each group; y is None where x is only measured.
+  void compute(const Numbers& numbers, const nb::object& y_, bool measures) {
+    Operands& a = fresh_operands();
+    Array y(y_, true);
+    for (int64_t group = 0; group < groups_.number(); ++group) {
+      groups_.narrow(group, {&a.x, &a.residual, &a.mask, &y});
+      if (!spec_.has_lanes()) groups_.narrow(group, {&a.lengths});
+      Views views;
+      Problem& problem = views.problem;
+      views.add(a.x, problem.x);
+      views.add(a.residual, problem.residual);
+      views.add(y, problem.y);
+      views.finish(a.x, spec_.channel_axes, a.mask, a.lengths);
+      problem.threads = threads_ > 0 ? threads_ : num_threads();
+      parameters_.enter(problem, group);
+      numbers.enter(problem, group);
+      problem.measure = measures;
+      problem.eps = spec_.eps, problem.eps_placement = spec_.eps_train, problem.correction = spec_.correction;
+      compute_unlocked(Operation::forward, problem);
+    }
+  }
+
+  // The operands as they were given: groups narrow them.
+  Operands& fresh_operands() {
+    if (groups_.number() == 1) return operands_;
+    narrowed_.reset(new Operands(library_, operands_.objects, spec_));
+    return *narrowed_;
+  }
+
+  // ---- single elements ----
+
+  bool has_single_rule() const {
+    if (spec_.single == Single::error && operands_.is_masked()) return spec_.refuses_masked_single;
+    return spec_.single != Single::clamp;
+  }
+
+  void check_trainable() const {
+    if (!(spec_.eps <= 1e300) || (spec_.eps == 0 && spec_.refuses_zero_eps)) decline(Refusal::eps);
+    if (operands_.is_masked() || !has_single_rule()) return;
+    const int64_t inner = operands_.size_along(spec_.channel_axes, false, 1);
+    for (int64_t group = 0; group < groups_.number(); ++group) {
+      const int64_t along_first = spec_.channel_axes & 1 ? 1 : groups_.length(group);
+      if (along_first * inner == 1) decline(Refusal::single);
+    }
+  }
+
+  // Of a mask, by what it has left.
+  void check_single(const Numbers& numbers) const {
+    if (!operands_.is_masked() || !has_single_rule()) return;
+    const int64_t least = spec_.single == Single::error ? 1 : 0;
+    for (int64_t c = 0; c < all_; ++c)
+      if (numbers.count[c] >= least && numbers.count[c] <= 1) decline(Refusal::single);
+  }
+
+  // ---- the running update ----
+
+  Entry advance(const Numbers& numbers, nb::object& copies) {
+    const Averaging& averaging = operands_.is_masked() ? spec_.masked_averaging : spec_.averaging;
+    if (spec_.has_lanes() || groups_.number() == 1) return state_->advance(batch_of(numbers, 0), averaging, copies);
+    MergedMoments merged{scratch_.take<double>(C_), scratch_.take<double>(C_), scratch_.take<int64_t>(C_)};
+    std::fill_n(merged.mean, C_, 0), std::fill_n(merged.m2, C_, 0), std::fill_n(merged.count, C_, 0);
+    for (int64_t group = 0; group < groups_.number(); ++group) merged.merge(batch_of(numbers, group), C_);
+    double* const none = scratch_.take<double>(C_);
+    std::fill_n(none, C_, 0);
+    const auto doubles = [](double* values) { return Channels{values, Dtype::float64, 1}; };
+    return state_->advance({doubles(merged.mean), doubles(none), doubles(merged.m2), merged.count}, averaging, copies);
+  }
+
+  Batch batch_of(const Numbers& numbers, int64_t group) const {
+    const Dtype dtype = wide_ == Element::float64 ? Dtype::float64 : Dtype::float32;
+    const auto part = [&](Row i) { return part_of({numbers.at[i], dtype, 1}, group, C_); };
+    Batch batch{part(mean_row), part(mean_lo_row), part(m2_row)};
+    if (numbers.count) batch.count = numbers.count + group * C_;
+    else batch.shared_count = operands_.size_along(spec_.channel_axes, false, 0);
+    return batch;
+  }
+
+  const Library& library_;
+  const Request& request_;
+  const Spec& spec_;
+  Operands operands_;
+  Parameters parameters_;
+  Groups groups_;
+  int threads_;
+  int64_t C_, all_;  // channels of a group, and of all groups
+  Element wide_;
+  bool is_by_batch_;
+  Scratch scratch_;
+  std::unique_ptr<State> state_;
+  std::unique_ptr<Operands> narrowed_;
+};
+
+// ---- backward -------------------------------------------------------------------------------------------------------
+
+nb::object gradients_of(const Library& library, const Spec& spec, handle dy_, handle operands, handle statistics,
+                        handle count_, bool through_statistics, bool has_dx, int threads) {
+  Operands a(library, operands, spec);
+  Array dy(library.own(dy_)), count(library.own(count_));
+  if (!dy) decline(Refusal::shape);
+  check_like(dy, a.x);
+  const Groups groups(spec, a, through_statistics || spec.has_lanes());
+  const int64_t channels_of_all = a.size_along(spec.channel_axes, true, 0);
+  const int64_t C = a.size_along(spec.channel_axes, true, spec.has_lanes() ? 1 : 0);
+  const GivenStatistics given(library, statistics, a.x.dtype(), groups.number() * C);
+  Numbers numbers = given.numbers;
+  if (through_statistics && spec.has_factor() && !numbers.at[factor_row]) decline(Refusal::shape);
+  if (count) {
+    if (count.element != Element::int64 || !count.is_contiguous() || count.size() != groups.number() * C) decline(Refusal::shape);
+    numbers.count = static_cast<int64_t*>(count.data);
+  }
+  const auto like = [&](int i, const Array& array, bool is_wanted) {
+    return array && is_wanted ? library.like(a.item(i), array) : nb::none();
+  };
+  nb::object dx_ = like(0, a.x, has_dx), dgamma_ = like(1, a.gamma, true), dbeta_ = like(2, a.beta, true);
+  nb::object dresidual_ = like(3, a.residual, true);
+  Array dx(dx_, true), dgamma(dgamma_, true), dbeta(dbeta_, true), dresidual(dresidual_, true);
+  const Parameters parameters(spec, a);
+  const bool are_summed = !spec.has_lanes() && groups.number() > 1;
+  ParameterGradient of_gamma(dgamma, channels_of_all, are_summed || spec.affine != Affine::plain);
+  ParameterGradient of_beta(dbeta, channels_of_all, are_summed || spec.affine == Affine::ignored);
+  for (int64_t group = 0; group < groups.number(); ++group) {
+    groups.narrow(group, {&a.x, &a.residual, &a.mask, &dy, &dx, &dresidual});
+    if (!spec.has_lanes()) groups.narrow(group, {&a.lengths});
+    Views views;
+    Problem& problem = views.problem;
+    views.add(a.x, problem.x);
+    views.add(dy, problem.dy);
+    views.add(a.residual, problem.residual);
+    views.add(dx, problem.dx);
+    views.add(dresidual, problem.dresidual);
+    views.finish(a.x, spec.channel_axes, a.mask, a.lengths);
+    problem.threads = threads > 0 ? threads : num_threads();
+    parameters.enter(problem, group);
+    numbers.enter(problem, group);
+    if (parameters.has_gamma()) problem.dgamma = parameters.of_group(of_gamma.part(), group, problem.C);
+    if (parameters.has_beta()) problem.dbeta = parameters.of_group(of_beta.part(), group, problem.C);
+    problem.measure = false;
+    problem.through_statistics = through_statistics;
+    compute_unlocked(Operation::backward, problem);
+    if (are_summed) of_gamma.add(), of_beta.add();
+  }
+  if (!are_summed) of_gamma.add(), of_beta.add();
+  of_gamma.finish([&](int64_t c) { return parameters.has_gamma() ? parameters.derivative_of_gamma(c) : 0; });
+  of_beta.finish([](int64_t) { return 1; });
+  return nb::make_tuple(dx_, dgamma_, dbeta_, dresidual_);
+}
+
+template <class Compute> nb::object answer(const Compute& compute) {
+  try {
+    return compute();
+  } catch (const Declined& declined) {
+    return nb::cast(declined.reason);
+  }
+}
+
+}  // namespace
+
+nb::object normalize(const Library& library, const Request& request, const Spec& spec, handle operands, handle numbers,
+                     handle out, int threads) {
+  return answer([&] { return Normalization(library, request, spec, operands, threads).run(numbers, out); });
+}
+
+nb::object gradients(const Library& library, const Spec& spec, handle dy, handle operands, handle statistics,
+                     handle count, bool through_statistics, bool has_dx, int threads) {
+  return answer([&] {
+    return gradients_of(library, spec, dy, operands, statistics, count, through_statistics, has_dx, threads);
+  });
+}
+
+}  // namespace batchnorm

@@ -1,0 +1,318 @@
+"""The mathematics of `core` composed over any array-API namespace.
+
+Plain array code: a library that differentiates, compiles or vectorises its arrays (PyTorch, JAX) does so with these
+functions too. Arguments are checked by `functional`; nothing is checked here.
+"""
+
+from dataclasses import replace
+from functools import cache, lru_cache
+from typing import Any, NamedTuple, TypeVar
+
+import array_api_compat
+import numpy
+
+from batchnorm.convention import Convention, MaskedOutput
+from batchnorm.core import activations
+from batchnorm.core.axes import split
+from batchnorm.core.dtypes import Array, Namespace, accumulation_dtype, cast, statistics_dtype
+from batchnorm.core.gradients import gradients as gradients_by_batch
+from batchnorm.core.gradients import gradients_by_state
+from batchnorm.core.masks import Mask, elementwise
+from batchnorm.core.moments import Moments
+from batchnorm.core.moments import moments as measure
+from batchnorm.core.normalize import (
+    Statistics,
+    effective_beta,
+    effective_gamma,
+    gradient_of_beta,
+    gradient_of_gamma,
+    statistics_of_batch,
+)
+from batchnorm.core.normalize import normalize as apply_statistics
+from batchnorm.core.running import RunningStatistics, advance, statistics_of_state
+from batchnorm.spec import Operands, Spec
+
+
+class Cache(NamedTuple):
+    """What `backward` needs of a forward pass: x itself and one number of each kind for a channel. A pytree.
+
+    `count` is None where running statistics normalized, which do not depend on x.
+    """
+
+    x: Array
+    gamma: Array | None
+    beta: Array | None
+    residual: Array | None
+    mask: Mask
+    statistics: Statistics
+    count: Any
+    spec: Spec
+
+    @property
+    def operands(self) -> Operands:
+        """The arguments of the forward pass."""
+        return Operands(*self[:5])
+
+
+class Gradients(NamedTuple):
+    """Gradients of a scalar loss; None for an argument that was not given."""
+
+    dx: Array
+    dgamma: Array | None
+    dbeta: Array | None
+    dresidual: Array | None
+
+
+#: NaN, Inf and overflow in x are reported as statistics that are not finite, once, and not by each operation.
+quietly = numpy.errstate(divide="ignore", invalid="ignore", over="ignore")
+
+
+@quietly
+def normalize(
+    spec: Spec,
+    operands: Operands,
+    running: RunningStatistics,
+    training: bool | Array,
+    out: Array | None = None,
+    across: Any = None,
+) -> tuple[Array, RunningStatistics]:
+    """`functional.batch_norm` of checked arguments; `training` may be a traced boolean.
+
+    `across.merged` makes the moments of x those of the batch that x is a part of.
+    """
+    xp = array_api_compat.array_namespace(operands.x)
+    x, convention, axes = operands.x, spec.convention, spec.axes
+    mask = elementwise(xp, operands.mask, x, axes)
+    batch, updated = None, running
+    if training is not False or convention.update == "always":
+        batch = measure(xp, x, axes, mask)
+        batch = batch if across is None else across.merged(batch)
+        updated = advance(xp, running, batch, convention, masked=mask is not None)
+        if convention.update == "training":
+            updated = choose(xp, training, updated, running)
+    if spec.group_size and training is not False:
+        return deliver(by_groups(xp, spec, operands), out), detached(updated)
+
+    dtype = statistics_dtype(xp, x, running.mean)
+    statistics = statistics_of_state(xp, updated, convention, dtype)
+    if training is not False and batch is not None:
+        if convention.normalize_with == "batch":
+            statistics = choose(xp, training, own_statistics(xp, spec, batch), statistics)
+        if convention.single == "running":
+            by_state = statistics_of_state(xp, running, convention, dtype)
+            statistics = choose(xp, batch.count > 1, statistics, by_state)
+    operands = operands._replace(mask=mask)
+    z = affine(xp, spec, operands, statistics)
+    if convention.single == "identity" and batch is not None:
+        is_single = axes.spread_out(xp, (batch.count == 1) & training)
+        z = xp.where(is_single, cast(xp, read(xp, x, mask, convention.masked_output), z.dtype), z)
+    return deliver(activate(xp, spec, operands, z), out), detached(updated)
+
+
+@quietly
+def forward(
+    spec: Spec, operands: Operands, running: RunningStatistics | None = None, out: Array | None = None
+) -> tuple[Array, Cache]:
+    """`functional.forward` of checked arguments."""
+    xp, x = array_api_compat.array_namespace(operands.x), operands.x
+    if array_api_compat.is_jax_array(x):
+        register_spec_with_jax()
+    mask = elementwise(xp, operands.mask, x, spec.axes)
+    if running is None:
+        batch = measure(xp, x, spec.axes, mask)
+        statistics, count = own_statistics(xp, spec, batch), batch.count
+        y = deliver(output(xp, spec, operands, statistics), out)
+    else:
+        y, _ = normalize(spec, operands, running, False, out)
+        mean, _, rstd = statistics_of_state(xp, running, spec.convention, accumulation_dtype(xp, x))
+        hi = cast(xp, mean, statistics_dtype(xp, x))
+        statistics, count = Statistics(hi, cast(xp, mean - hi, hi.dtype), cast(xp, rstd, hi.dtype)), None
+    return y, Cache(*operands, statistics, count, spec)
+
+
+@quietly
+def gradients(dy: Array, cache: Cache) -> Gradients:
+    """`functional.backward`: the gradients of `forward`, with the pre-activation computed again from x."""
+    xp = array_api_compat.array_namespace(dy)
+    x, gamma, beta, residual, mask, statistics, count, spec = cache
+    convention, axes = spec.convention, spec.axes
+    mask, masked_output = elementwise(xp, mask, x, axes), convention.masked_output
+    dtype = statistics.rstd.dtype
+    dz = cast(xp, dy, dtype)
+    if mask is not None and masked_output == "zero":
+        dz = xp.where(mask, dz, 0.0)
+    if isinstance(spec.activation, str) and spec.activation != "identity":
+        operands = cache.operands._replace(mask=mask)
+        z = add_residual(xp, spec, operands, affine(xp, spec, operands, statistics))
+        dz = dz * activations.find(spec.activation).derivative(xp, z)
+    effective = effective_gamma(xp, gamma, convention, x)
+    if count is not None:
+        dx, dgamma, dbeta = gradients_by_batch(xp, dz, x, axes, statistics, count, effective, mask)
+    else:
+        is_read = None if mask is None else readable(xp, x, mask, masked_output)
+        dx, dgamma, dbeta = gradients_by_state(xp, dz, x, axes, statistics, effective, is_read)
+    if residual is not None and mask is not None and masked_output == "normalized":
+        dz = xp.where(readable(xp, residual, mask, masked_output), dz, 0.0)
+    return Gradients(
+        cast(xp, dx, x.dtype),
+        None if gamma is None else gradient_of_gamma(xp, gamma, None if effective is None else dgamma, convention),
+        None if beta is None else gradient_of_beta(xp, beta, dbeta, convention),
+        None if residual is None else cast(xp, dz, residual.dtype),
+    )
+
+
+@quietly
+def moments(spec: Spec, x: Array, mask: Mask) -> Moments:
+    """`functional.moments` of checked arguments."""
+    xp = array_api_compat.array_namespace(x)
+    return measure(xp, x, spec.axes, elementwise(xp, mask, x, spec.axes))
+
+
+@quietly
+def advance_by_moments(
+    running: RunningStatistics, batch: Moments, convention: Convention, *, masked: bool
+) -> RunningStatistics:
+    """`functional.advance` of checked arguments."""
+    xp = array_api_compat.array_namespace(running.mean)
+    return detached(advance(xp, running, batch, convention, masked=masked))
+
+
+def unsupported_reason(spec: Spec, operands: Operands, others: tuple[Array | None, ...]) -> str | None:
+    """None: there is no such call."""
+    return None
+
+
+def own_statistics(xp: Namespace, spec: Spec, batch: Moments) -> Statistics:
+    """What normalizes a batch by itself."""
+    convention = spec.convention
+    return statistics_of_batch(xp, batch, convention.eps, convention.eps_train, convention.normalize_correction)
+
+
+def output(xp: Namespace, spec: Spec, operands: Operands, statistics: Statistics | None = None) -> Array:
+    """y by given statistics, or for None by those of the batch, or of each of its groups."""
+    if statistics is None and spec.group_size:
+        return by_groups(xp, spec, operands)
+    operands = operands._replace(mask=elementwise(xp, operands.mask, operands.x, spec.axes))
+    if statistics is None:
+        statistics = own_statistics(xp, spec, measure(xp, operands.x, spec.axes, operands.mask))
+    return activate(xp, spec, operands, affine(xp, spec, operands, statistics))
+
+
+def by_groups(xp: Namespace, spec: Spec, operands: Operands) -> Array:
+    """y by the statistics of each group: equal groups as the lanes of one array, then the rest as one more."""
+    x = operands.x
+    operands = operands._replace(mask=elementwise(xp, operands.mask, x, spec.axes))
+    groups = spec.groups(x.shape)
+    last, total = groups[-1]
+    are_even = total - last == groups[0][1]
+    parts = [(0, total, len(groups))] if are_even else [(0, last, len(groups) - 1), (last, total, 1)]
+    y = [output(xp, in_lanes(spec), lanes_of(xp, operands, *part)) for part in parts]
+    y = [xp.reshape(lanes, (end - begin, *x.shape[1:])) for lanes, (begin, end, _) in zip(y, parts, strict=True)]
+    return y[0] if len(y) == 1 else xp.concat(y)
+
+
+@lru_cache
+def in_lanes(spec: Spec) -> Spec:
+    """The spec of groups that are the indices of one more axis in front."""
+    kept = (0, *(axis + 1 for axis in spec.axes.kept))
+    return replace(spec, axes=split(kept, spec.axes.ndim + 1), group_size=0)
+
+
+def lanes_of(xp: Namespace, operands: Operands, begin: int, end: int, number: int) -> Operands:
+    """The examples from `begin` to `end` as so many lanes, with parameters that they share."""
+    total = operands.x.shape[0]
+
+    def rows(array: Array | None) -> Array | None:
+        if array is None or array.shape[0] == 1:
+            return array if array is None else array[None]
+        own = array if (begin, end) == (0, total) else array[begin:end]  # a slice's gradient is a copy
+        return xp.reshape(own, (number, (end - begin) // number, *array.shape[1:]))
+
+    x, gamma, beta, residual, mask = operands
+    gamma, beta = (None if array is None else xp.broadcast_to(array, (number, *array.shape)) for array in (gamma, beta))
+    return Operands(rows(x), gamma, beta, rows(residual), rows(mask))
+
+
+@cache
+def register_spec_with_jax() -> None:
+    """Make `Spec` a part of a cache's structure rather than a leaf, so that a cache can cross `jax.jit`."""
+    import jax
+
+    jax.tree_util.register_static(Spec)
+
+
+def detached(running: RunningStatistics) -> RunningStatistics:
+    """The state outside PyTorch's graph: kept from step to step, it would keep every step's graph alive."""
+    if not array_api_compat.is_torch_array(running.mean):
+        return running
+    return running.map(lambda value: value.detach())
+
+
+def deliver(y: Array, out: Array | None) -> Array:
+    """y, written to `out` where that is given."""
+    if out is None:
+        return y
+    out[...] = y
+    return out
+
+
+T = TypeVar("T", Statistics, RunningStatistics)
+
+
+def choose(xp: Namespace, condition: bool | Array, a: T, b: T) -> T:
+    """`a` where the condition holds, else `b`: decided here where it is known, by the array library where traced."""
+    if isinstance(condition, bool):
+        return a if condition else b
+    pairs = zip(a, b, strict=True)
+    return type(a)(*(None if p is q is None else xp.where(condition, zeroed(p), zeroed(q)) for p, q in pairs))
+
+
+def zeroed(statistic: Array | None) -> Array | float:
+    """The statistic, 0 where it is None."""
+    return 0.0 if statistic is None else statistic
+
+
+def affine(xp: Namespace, spec: Spec, operands: Operands, statistics: Statistics) -> Array:
+    """gamma * xhat + beta in the dtype of the statistics, with xhat = 0 where x may not be read.
+
+    The mask is one of booleans.
+    """
+    (x, gamma, beta, _, mask), convention, axes = operands, spec.convention, spec.axes
+    gamma, beta = effective_gamma(xp, gamma, convention, x), effective_beta(beta, convention)
+    dtype = statistics.mean.dtype
+    x, gamma, beta = (None if array is None else cast(xp, array, dtype) for array in (x, gamma, beta))
+    if mask is None:
+        return apply_statistics(xp, x, axes, statistics, gamma, beta)
+    is_read = readable(xp, x, mask, convention.masked_output)
+    x = xp.where(is_read, x, axes.spread_out(xp, statistics.mean))
+    z = apply_statistics(xp, x, axes, statistics, gamma, beta)
+    return xp.where(is_read, z, 0.0 if beta is None else axes.spread_out(xp, beta))
+
+
+def readable(xp: Namespace, values: Array, mask: Array, masked_output: MaskedOutput) -> Array:
+    """Where `values` may be read.
+
+    With `zero` output that is where they are not masked. With `normalized` output it is also where they are finite,
+    so that NaN in padding comes out as xhat = 0 and receives no gradient.
+    """
+    return mask if masked_output == "zero" else mask | xp.isfinite(values)
+
+
+def read(xp: Namespace, values: Array, mask: Array | None, masked_output: MaskedOutput) -> Array:
+    """`values`, with 0 where they may not be read."""
+    return values if mask is None else xp.where(readable(xp, values, mask, masked_output), values, 0.0)
+
+
+def add_residual(xp: Namespace, spec: Spec, operands: Operands, z: Array) -> Array:
+    """Z plus the residual, where that may be read."""
+    if operands.residual is None:
+        return z
+    return z + cast(xp, read(xp, operands.residual, operands.mask, spec.convention.masked_output), z.dtype)
+
+
+def activate(xp: Namespace, spec: Spec, operands: Operands, z: Array) -> Array:
+    """activation(z + residual) in the dtype of x, with masked positions as the convention says."""
+    y = activations.apply(xp, add_residual(xp, spec, operands, z), spec.activation)
+    # Before the cast: where(mask, bfloat16, 0.0) is float64 in NumPy, to which that type is foreign.
+    has_zeros = operands.mask is not None and spec.convention.masked_output == "zero"
+    return cast(xp, xp.where(operands.mask, y, 0.0) if has_zeros else y, operands.x.dtype)

@@ -1,0 +1,202 @@
+"""The C++ kernels on PyTorch's CPU tensors, and in its autograd."""
+
+from typing import Any
+
+import array_api_compat.torch as xp
+import torch
+from torch import Tensor, get_num_threads
+from torch.nn import Parameter
+
+import batchnorm._native as _native
+from batchnorm.core.dtypes import Array
+from batchnorm.core.masks import Mask
+from batchnorm.core.normalize import Statistics
+from batchnorm.kernels import generic
+from batchnorm.kernels.native import ACCEPTED, BATCH, GIVEN, OUTPUT, RUNNING, STRIDES, TABLE, TYPE, Native
+from batchnorm.kernels.operands import ArrayOps, in_c_order
+from batchnorm.kernels.torch.compat import increment_version, is_batched, is_forward_mode, is_traced
+from batchnorm.spec import Operands, Spec
+
+TYPES = (Tensor, Parameter)
+DTYPES = {"float32": torch.float32, "float64": torch.float64, "int64": torch.int64}
+
+
+def empty(shape: tuple[int, ...], dtype: str) -> Array:
+    """An uninitialised tensor."""
+    return torch.empty(shape, dtype=DTYPES[dtype])
+
+
+def empty_like(array: Array) -> Array:
+    """An uninitialised tensor of the shape, dtype and layout of another, in memory that is kept for reuse."""
+    result = _native.result_like(array)
+    return torch.empty_like(array) if result is None else result
+
+
+def contiguous(array: Array) -> Array:
+    """The tensor in C order, outside of any graph; itself where it is."""
+    return array if array.is_contiguous() else array.detach().contiguous()
+
+
+LIBRARY = _native.Library(TYPES, torch.empty_like, torch.empty_like, empty)
+NATIVE = Native(LIBRARY, ArrayOps(xp, empty_like, contiguous), get_num_threads)
+
+
+class Way:
+    """Where a call takes its statistics from, as requests: of calls that autograd records, and of others.
+
+    Attributes:
+        is_in_place: Running statistics are advanced where they are.
+        is_by_batch: What normalizes depends on x.
+    """
+
+    def __init__(
+        self, source: int, *, is_in_place: bool = False, returns: int = OUTPUT, is_by_batch: bool | None = None
+    ) -> None:
+        self.is_in_place, self.is_by_batch = is_in_place, source == BATCH if is_by_batch is None else is_by_batch
+        self.eager = _native.Request(source=source, is_in_place=is_in_place, returns=returns)
+        kept = TABLE if returns == OUTPUT else returns
+        self.recorded = _native.Request(source=source, is_in_place=is_in_place, returns=kept)
+
+
+LAYER_TRAINING = Way(BATCH, is_in_place=True)
+LAYER_EVALUATION = Way(RUNNING, is_in_place=True)
+CONSTANTS, KNOWN_STATISTICS = (Way(GIVEN, is_by_batch=is_by_batch) for is_by_batch in (False, True))
+
+
+def has_derivatives(*tensors: Array | None) -> bool:
+    """Whether a result computed from these tensors has to be differentiable."""
+    if is_forward_mode():
+        return True
+    if torch.is_grad_enabled():
+        for tensor in tensors:  # `any` of a generator takes twice as long
+            if tensor is not None and tensor.requires_grad:
+                return True
+    return False
+
+
+def are_plain(*tensors: Array | None) -> bool:
+    """Whether these are tensors whose memory holds their numbers, in a call that nobody traces."""
+    if is_traced():
+        return False
+    for tensor in tensors:
+        if tensor is not None and (type(tensor) not in TYPES or tensor.is_neg() or tensor._is_zerotensor()):
+            return False
+    return True
+
+
+def apply(way: Way, spec: Spec, operands: Operands, numbers: Any = None, out: Array | None = None) -> Any:
+    """(y, entry, running, statistics, count) as `_native.normalize`, y with its place in the graph; or a Refusal.
+
+    `numbers` are running statistics, or those that normalize. In forward mode it is refused.
+    """
+    x, gamma, beta, residual, mask = operands
+    if is_forward_mode() or spec.native is None or not are_plain(x, gamma, beta, residual):
+        return TYPE
+    if not has_derivatives(x, gamma, beta, residual):
+        done = NATIVE.call(way.eager, spec, operands, numbers, out)
+    else:
+        affine = spec.convention.affine
+        if affine != "plain" and affine != "abs_eps":  # parameters without effect have no gradient, not one of 0
+            gamma, beta = None, None if affine == "ignored" else beta
+        if spec.convention.normalize_with == "running" and way.is_by_batch:
+            return TYPE
+        call = Call(way, spec, mask, numbers)
+        y, done = record(x, gamma, beta, residual, call), call.take()
+        if y is None:
+            return done
+        done = (generic.deliver(y, out), *done[1:])
+    if way.is_in_place and type(done) is tuple and done[1] == ACCEPTED:
+        increment_version([tensor for tensor in numbers[:4] if tensor is not None])
+    return done
+
+
+class Call:
+    """A normalization on its way through autograd, and what it keeps for its gradients."""
+
+    __slots__ = ("count", "done", "mask", "numbers", "spec", "statistics", "way")
+
+    def __init__(self, way: Way, spec: Spec, mask: Mask, numbers: Any) -> None:
+        self.way, self.spec, self.mask, self.numbers = way, spec, mask, numbers
+        self.statistics: Any = None
+        self.count: Any = None
+        self.done: Any = None
+
+    def take(self) -> Any:
+        """What the extension has answered, which nothing holds on to then: y is in it."""
+        done, self.done = self.done, None
+        return done
+
+    def constants(self, x: Array) -> Statistics | None:
+        """The statistics, if they do not depend on x."""
+        if self.way.is_by_batch:
+            return None
+        shape = self.spec.axes.statistics_shape(x.shape)
+        return Statistics(*(row.reshape(shape) for row in self.statistics))
+
+
+class Normalization(torch.autograd.Function):
+    """y of x, gamma, beta and residual.
+
+    The statistics are not saved by reference in the graph and x is not changed: two forwards may precede a backward.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Array, gamma: Array, beta: Array, residual: Array, call: Call) -> Array | None:
+        ctx.call = call
+        ctx.set_materialize_grads(False)  # no gradient is none, and not 0
+        ctx.save_for_backward(x, gamma, beta, residual)
+        spec, request, numbers = call.spec, call.way.recorded, call.numbers
+        operands = (x, gamma, beta, residual, call.mask)
+        done = _native.normalize(LIBRARY, request, spec.native, operands, numbers, None, get_num_threads())
+        if done is STRIDES:
+            done = NATIVE.call(request, spec, in_c_order(NATIVE.ops, spec, Operands(*operands)), numbers)
+        call.done = done
+        if type(done) is not tuple:
+            return None
+        call.numbers, call.statistics, call.count = None, done[3], done[4]
+        if call.statistics is None:
+            call.statistics = numbers
+        return done[0]
+
+    @staticmethod
+    def backward(ctx: Any, dy: Array) -> tuple[Array | None, ...]:
+        if dy is None:
+            return (None,) * 5
+        if dy._is_zerotensor():  # which has no memory
+            dy = torch.zeros(dy.shape, dtype=dy.dtype)
+        call, arrays = ctx.call, ctx.saved_tensors
+        operands = Operands._make((*arrays, call.mask))
+        if not (torch.is_grad_enabled() or is_forward_mode() or is_traced() or is_batched(dy)):
+            done = NATIVE.call_backward(
+                call.spec, dy.resolve_neg(), operands, (call.statistics, call.count),
+                through_statistics=call.way.is_by_batch, has_dx=ctx.needs_input_grad[0],
+            )  # fmt: skip
+            if type(done) is tuple:
+                return (*done, None)
+        return (*differentiable_gradients(call.spec, operands, call.constants(operands.x), dy), None)
+
+
+#: `Normalization.apply` without what it does for torch.func first, which takes as long as a small batch norm. Of calls
+#: that are neither traced nor transformed.
+record: Any = super(torch.autograd.Function, Normalization).apply
+
+
+def differentiable_gradients(
+    spec: Spec, operands: Operands, constants: Statistics | None, dy: Array
+) -> tuple[Array | None, ...]:
+    """Gradients of x, gamma, beta and residual that can be differentiated again, by array code."""
+    with torch.enable_grad():
+        # Aliases: hooks of the tensors themselves are for the gradients that are returned here, and one of the tensors
+        # may depend on another.
+        leaves = [alias(tensor) for tensor in operands[:4]]
+        y = generic.output(xp, spec, Operands._make((*leaves, operands.mask)), constants)
+        wanted = [leaf for leaf in leaves if leaf is not None]
+        gradients = iter(torch.autograd.grad(y, wanted, dy, create_graph=True))
+    return tuple(None if leaf is None else next(gradients) for leaf in leaves)
+
+
+def alias(tensor: Array | None) -> Array | None:
+    """The tensor as another object of the graph, which requires a gradient."""
+    if tensor is None:
+        return None
+    return tensor.view_as(tensor) if tensor.requires_grad else tensor.detach().requires_grad_()

@@ -1,0 +1,98 @@
+"""Private names of PyTorch, each with what it is used for. They hold for PyTorch 2.6 to 2.13.
+
+Nothing else in this package imports a private name of PyTorch, but for `torch.fx` and `torch._dynamo`, which are
+imported where they are needed.
+"""
+
+import os
+import sys
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import torch
+from torch._C import DisableTorchFunctionSubclass as DisableTorchFunctionSubclass
+from torch._C import _are_functorch_transforms_active as are_transforms_active
+from torch._C import _autograd as autograd
+from torch._C import _current_graph_task_id as current_backward
+from torch._C import _functorch as functorch
+from torch._C import _increment_version as increment_version
+from torch._C import _is_tracing as is_tracing
+from torch._C import _len_torch_dispatch_stack as dispatch_modes
+from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack
+from torch._jit_internal import is_scripting
+from torch.autograd import forward_ad
+from torch.compiler import is_compiling
+from torch.utils._python_dispatch import _disable_current_modes as disable_current_modes
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
+
+__all__ = [
+    "DisableTorchFunctionSubclass",
+    "are_transforms_active",
+    "autograd",
+    "constant_in_graphs",
+    "disable_current_modes",
+    "dispatch_modes",
+    "functorch",
+    "increment_version",
+    "is_batched",
+    "is_compiling",
+    "is_exporting",
+    "is_forward_mode",
+    "is_recomputed",
+    "is_scripting",
+    "is_traceable_wrapper_subclass",
+    "is_traced",
+    "is_tracing",
+    "temporarily_clear_interpreter_stack",
+    "user_stacklevel",
+]
+
+#: Where the code of PyTorch and of this library lies.
+LIBRARIES = tuple(
+    os.path.join(folder, "")
+    for folder in (os.path.dirname(torch.__file__), os.path.abspath(os.path.join(os.path.dirname(__file__), "../..")))
+)
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+
+#: Whether a graph is made that leaves PyTorch; before PyTorch 2.7 exporting looks like compiling.
+is_exporting: Callable[[], bool] = getattr(torch.compiler, "is_exporting", lambda: False)
+
+
+def is_traced() -> bool:
+    """Whether calls are being recorded or transformed rather than run: torch.func, torch.compile, export, fx."""
+    return are_transforms_active() or dispatch_modes() > 0 or is_compiling() or is_tracing()
+
+
+def is_forward_mode() -> bool:
+    """Whether a level of forward-mode differentiation is open, so that any tensor may carry a tangent."""
+    return forward_ad._current_level >= 0
+
+
+def is_batched(tensor: torch.Tensor) -> bool:
+    """Whether a tensor is one of `vmap`, the present one or the one of `torch.autograd.grad(is_grads_batched=True)`."""
+    return functorch.is_batchedtensor(tensor) or functorch.is_legacy_batchedtensor(tensor)
+
+
+def is_recomputed() -> bool:
+    """Whether autograd is computing a forward pass again, in the middle of a backward pass."""
+    return current_backward() != -1
+
+
+def constant_in_graphs(function: F) -> F:
+    """Let Dynamo call a function while it traces, and take the result for a constant.
+
+    What `torch.compiler.assume_constant_result` does, without importing Dynamo, which takes as long as importing all of
+    PyTorch.
+    """
+    function._dynamo_marked_constant = True  # type: ignore[attr-defined]
+    return function
+
+
+def user_stacklevel() -> int:
+    """The `stacklevel` with which a warning points at the innermost line that is neither PyTorch's nor ours."""
+    level, frame = 1, sys._getframe(1)
+    while frame.f_back is not None and frame.f_code.co_filename.startswith(LIBRARIES):
+        level, frame = level + 1, frame.f_back
+    return level

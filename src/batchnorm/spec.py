@@ -1,0 +1,189 @@
+"""What a call is, in two parts: everything but its arrays, looked up, and the arrays."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from functools import lru_cache
+from numbers import Real
+from typing import Any, NamedTuple, get_args, get_type_hints
+
+from batchnorm.convention import Convention, EpsPlacement, MaskedOutput, Single, Tracked
+from batchnorm.conventions import resolve
+from batchnorm.core import activations
+from batchnorm.core.axes import Axes, split
+from batchnorm.core.dtypes import Array
+from batchnorm.core.masks import Mask
+from batchnorm.core.running import RunningStatistics
+
+try:
+    import batchnorm._native as _native
+except ImportError:  # `kernels.registry` says so to whoever asks for the kernels
+    _native = None  # type: ignore[assignment]
+
+Activation = str | Callable[[Array], Array]
+
+#: The most dimensions of an array that the kernels read.
+MOST_DIMENSIONS = 32
+
+
+class Operands(NamedTuple):
+    """The arrays of a call; None where an argument is absent."""
+
+    x: Array
+    gamma: Array | None = None
+    beta: Array | None = None
+    residual: Array | None = None
+    mask: Mask = None
+
+
+@dataclass(frozen=True, slots=True)
+class Spec:
+    """What a call is but for its arrays; hashable, and a static part of the pytree of a cache.
+
+    Attributes:
+        convention: Whose rules, with the eps, decay, ... of the call.
+        axes: The split of the axes of x.
+        activation: Applied to the result.
+        group_size: In training so many indices of the first axis have statistics of their own, which enter the running
+            ones together (ghost batches); 0 is all of them.
+        dims: The names of the dimensions of x, if it has any.
+        unsupported: Why the kernels do not serve such a call, whatever its arrays; None if they do.
+        native: The counterpart in the extension; None where there is none.
+    """
+
+    convention: Convention
+    axes: Axes
+    activation: Activation | None = None
+    group_size: int = 0
+    dims: tuple[str, ...] | None = None
+    unsupported: str | None = field(init=False, compare=False)
+    native: Any = field(init=False, compare=False, repr=False)
+
+    def __post_init__(self) -> None:
+        reason = unsupported_reason(self.convention, self.axes, self.activation)
+        object.__setattr__(self, "unsupported", reason)
+        made = None if reason is not None or _native is None else native_spec(self)
+        object.__setattr__(self, "native", made)
+
+    def __reduce__(self) -> Any:
+        return Spec, (self.convention, self.axes, self.activation, self.group_size, self.dims)
+
+    @property
+    def is_in_lanes(self) -> bool:
+        """Whether the first axis keeps statistics and the next one does not: one batch norm for each of its indices."""
+        kept = self.axes.kept
+        return len(kept) > 1 and kept[0] == 0 and kept[1] > 1
+
+    def initial_state(self, x: Array) -> RunningStatistics:
+        """The running statistics before the first batch, beside x."""
+        return RunningStatistics.initial(self.axes.statistics_shape(x.shape), self.convention, like=x)
+
+    def groups(self, shape: tuple[int, ...]) -> list[tuple[int, int]]:
+        """The bounds, along the first axis, of the groups of an x of this shape.
+
+        The last may be smaller, unless it would have one element for each channel: then the one before takes it in.
+        """
+        total, size = shape[0], self.group_size or max(shape[0], 1)
+        begins = list(range(0, total, size)) or [0]
+        if len(begins) > 1 and self.axes.elements((total - begins[-1], *shape[1:])) == 1 < total - begins[-2]:
+            begins.pop()
+        return list(zip(begins, [*begins[1:], total], strict=True))
+
+
+def spec_of(
+    convention: str | Convention,
+    axis: int | tuple[int, ...] | None,
+    ndim: int,
+    activation: Activation | None = None,
+    eps: float | None = None,
+    decay: float | None = None,
+    single: Single | None = None,
+    masked_output: MaskedOutput | None = None,
+) -> Spec:
+    """The spec of a call on x of rank `ndim`; None arguments, and a None axis, are the convention's own.
+
+    Raises:
+        ValueError, TypeError: A value that no call may have.
+    """
+    record = resolve(convention, eps, decay, single, masked_output)
+    if isinstance(activation, str):
+        activations.find(activation)
+    return Spec(record, split(record.axis if axis is None else axis, ndim), activation)
+
+
+#: `spec_of`, cached, for calls without a callable activation, which a cache would keep alive. Typed: True is no axis.
+cached_spec = lru_cache(1024, typed=True)(spec_of)
+
+
+@lru_cache(1024)
+def with_plain_affine(spec: Spec) -> Spec:
+    """The spec for gamma and beta that are in effect already."""
+    return replace(spec, convention=replace(spec.convention, affine="plain"))
+
+
+# ---- the extension ------------------------------------------------------------------------------------------------
+
+
+def unsupported_reason(convention: Convention, axes: Axes, activation: Activation | None) -> str | None:
+    """Why the kernels do not serve calls with this convention, these axes and this activation; None if they do."""
+    if not (isinstance(convention.eps, Real) and isinstance(convention.decay, Real | None)):
+        return "eps or decay is being traced"
+    if callable(activation):
+        return "a callable activation is array code"
+    if axes.ndim > MOST_DIMENSIONS:
+        return f"x has more than {MOST_DIMENSIONS} dimensions"
+    own = axes.kept[1:] if len(axes.kept) > 1 and axes.kept[0] == 0 and axes.kept[1] > 1 else axes.kept
+    if own and own[-1] - own[0] >= len(own):
+        return "the axes with statistics of their own are not next to each other"
+    return None
+
+
+HINTS = get_type_hints(Convention)
+TRACKED, PLACEMENTS, SINGLE = get_args(Tracked), get_args(EpsPlacement), get_args(Single)
+DEBIAS, AFFINE = get_args(HINTS["debias"]), get_args(HINTS["affine"])
+
+
+def native_spec(spec: Spec) -> Any:
+    """The counterpart of a spec in the extension."""
+    convention, (activation, slope) = spec.convention, activation_code(spec.activation)
+    averaging, masked = (_native.Averaging(**averaging_fields(convention, masked=masked)) for masked in (False, True))
+    return _native.Spec(
+        channel_axes=spec.axes.kept_bits,
+        group_size=1 if spec.is_in_lanes else spec.group_size,
+        activation=activation,
+        slope=slope,
+        eps=convention.eps,
+        eps_train=PLACEMENTS.index(convention.eps_train),
+        eps_eval=PLACEMENTS.index(convention.eps_eval),
+        refuses_zero_eps=convention.zero_eps == "error",
+        correction=convention.normalize_correction,
+        affine=AFFINE.index(convention.affine),
+        normalized_padding=convention.masked_output == "normalized",
+        normalizes_by_running=convention.normalize_with == "running",
+        always_updates=convention.update == "always",
+        single=SINGLE.index(convention.single),
+        refuses_masked_single=convention.masked_running_correction != 0,
+        averaging=averaging,
+        masked_averaging=masked,
+    )
+
+
+def averaging_fields(convention: Convention, *, masked: bool) -> dict[str, Any]:
+    """The running update of a convention as the fields of `_native.Averaging`, for a batch with or without a mask."""
+    return {
+        "tracked": TRACKED.index(convention.tracked),
+        "debias": DEBIAS.index(convention.debias),
+        "correction": int(convention.correction(masked=masked)),
+        "corrects_tracked": convention.correction_on == "tracked",
+        "is_clamped": convention.single == "clamp",
+        "needs_two": convention.single in ("identity", "running"),
+        "is_cumulative": convention.decay is None,
+        "momentum": 0.0 if convention.decay is None else float(1 - convention.decay),
+        "eps": float(convention.eps),
+    }
+
+
+@lru_cache
+def activation_code(name: str | None) -> tuple[int, float]:
+    """The number of an activation in the kernels, and its slope."""
+    base, slope = activations.parse(name or "identity")
+    return tuple(activations.ACTIVATIONS).index(base), slope
