@@ -2,6 +2,7 @@
 // helpers that the caller has.
 #pragma once
 
+#include <cassert>
 #include <cstdint>
 
 #include "helpers.hpp"
@@ -43,10 +44,14 @@ class Team {
     for (int64_t i; (i = take(pieces)) >= 0; ++own) body(Range{begin + n * i / pieces, begin + n * (i + 1) / pieces});
     finish(own, pieces);
     ++step_;
+    assert(step_ >> (64 - piece_bits) == 0);
   }
 
  private:
-  static constexpr int piece_bits = 48;
+  // Half of the bits for the pieces, of which a step has 8 a thread, half for the steps. A call has nine at most, however
+  // large it is (a forward pass that measures twice); if they wrapped, no member would find its step and work would be
+  // left out without a word.
+  static constexpr int piece_bits = 32;
 
   // A piece of this step, negative if there is none left.
   int64_t take(int64_t pieces) const {

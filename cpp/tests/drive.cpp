@@ -326,6 +326,20 @@ int64_t exchange_blocks(int threads) {
   return wrong;
 }
 
+// A team goes through more steps than 16 bits count: every piece of every step is done, and once. Returns how many steps
+// were not.
+int64_t take_steps(int threads) {
+  constexpr int64_t steps = 70000, pieces = 5;
+  std::vector<int64_t> done(steps);
+  BATCHNORM_ISA::parallel(threads, nullptr, [&](BATCHNORM_ISA::Team& team) {
+    for (int64_t& step : done)
+      team.share(0, pieces, 1, [&](BATCHNORM_ISA::Team::Range range) {
+        __atomic_fetch_add(&step, range.end - range.begin, __ATOMIC_RELAXED);
+      });
+  });
+  return steps - std::count(done.begin(), done.end(), pieces);
+}
+
 // Each a thread of its own; they come early, in the midst of the work, or too late.
 const Helpers helpers{[](void*, void (*task)(void*), void* data) { std::thread(task, data).detach(); }, nullptr};
 
@@ -336,7 +350,7 @@ int main(int count, char** arguments) {
   using namespace batchnorm;
   const uint64_t problems = count > 1 ? std::strtoul(arguments[1], nullptr, 10) : 2000;
   const uint64_t first = count > 2 ? std::strtoul(arguments[2], nullptr, 10) : 0;
-  uint64_t planned = 0, wrong = exchange_blocks(4) != 0;
+  uint64_t planned = 0, wrong = (exchange_blocks(4) != 0) + (take_steps(2) != 0);
   for (uint64_t seed = first; seed < first + problems; ++seed) {
     const int threads = 2 + static_cast<int>(seed % 6);
     const bool is_streaming = seed % 4 == 3;
