@@ -1,6 +1,8 @@
 // A problem cut into tiles, with its workspace: what forward and backward have in common.
 #pragma once
 
+#include <cassert>
+
 #include "geometry.hpp"
 
 namespace batchnorm::BATCHNORM_ISA {
@@ -51,7 +53,8 @@ template <class T> class Job : public Geometry<T> {
   using typename Base::V;
   using Base::problem, Base::plan, Base::options;
 
-  Job(const Problem& problem, const Plan& plan, void* workspace) : Geometry<T>(problem, plan), free_(workspace) {
+  Job(const Problem& problem, const Plan& plan, void* workspace)
+      : Geometry<T>(problem, plan), free_(static_cast<char*>(workspace)), end_(free_ + plan.workspace) {
     first_ = take<double>(plan.chunks * problem.C);
     second_ = take<double>(plan.chunks * problem.C);
     tables = take_tables(problem.C);
@@ -72,7 +75,7 @@ template <class T> class Job : public Geometry<T> {
       return parallel(problem.threads, problem.helpers, [&](Team& team) { body(Scope{{0, C}, team, columns}); });
     }
     int64_t next = 0;
-    Tables<F>* columns = static_cast<Tables<F>*>(__builtin_alloca(problem.threads * sizeof(Tables<F>)));
+    Tables<F>* const columns = take<Tables<F>>(problem.threads);
     for (int i = 0; i < problem.threads; ++i) columns[i] = take_tables(plan.table_length);
     parallel(problem.threads, problem.helpers, [&](Team& team) {
       Team alone;
@@ -181,14 +184,16 @@ template <class T> class Job : public Geometry<T> {
 
   // ---- workspace ----
 
+  // As `make_plan` counts them.
   template <class P> P* take(int64_t length) {
-    char* begin = static_cast<char*>(free_);
-    begin += -reinterpret_cast<uintptr_t>(begin) % 64;
+    char* const begin = free_ + -reinterpret_cast<uintptr_t>(free_) % line_bytes;
     free_ = begin + length * sizeof(P);
+    assert(free_ <= end_);
     return reinterpret_cast<P*>(begin);
   }
   Tables<F> take_tables(int64_t length) {
-    const auto table = [&] { return take<F>(length + width<Pair>); };  // whole vectors are read at its end
+    static_assert(sizeof(Tables<F>) == coefficient_tables * sizeof(F*) && width<Pair> <= table_excess);
+    const auto table = [&] { return take<F>(length + table_excess); };
     return {table(), table(), table(), table(), table(), table(), table()};
   }
 
@@ -200,11 +205,14 @@ template <class T> class Job : public Geometry<T> {
   void spread(const Scope& scope, unsigned wanted) const {
     if (plan.family == Family::rows) return;
     using Vector = typename Compute<F>::V;
-    F* const Tables<F>::*const all[] = {&Tables<F>::hi, &Tables<F>::scale, &Tables<F>::offset, &Tables<F>::beta,
-                                        &Tables<F>::a, &Tables<F>::b, &Tables<F>::c};
+    const Tables<F>& columns = scope.columns;
+    struct Copy { unsigned table; const F* from; F* to; };
+    const Copy copies[] = {{HI, tables.hi, columns.hi}, {SCALE, tables.scale, columns.scale},
+                           {OFFSET, tables.offset, columns.offset}, {BETA, tables.beta, columns.beta},
+                           {A, tables.a, columns.a}, {B, tables.b, columns.b}, {C, tables.c, columns.c}};
     const auto for_tables = [&](const auto& body) {
-      for (int i = 0; i < 7; ++i)
-        if (wanted >> i & 1) body(tables.*all[i], scope.columns.*all[i]);
+      for (const auto& copy : copies)
+        if (wanted & copy.table) body(copy.from, copy.to);
     };
     if (plan.family == Family::columns)
       return scope.team.share(0, plan.width / problem.C, 1, [&](Range sides) {
@@ -369,7 +377,8 @@ template <class T> class Job : public Geometry<T> {
     if (row.dresidual) __builtin_memset(row.dresidual, 0, length * sizeof(T));
   }
 
-  void* free_;
+  char* free_;                        // what is left of the workspace, up to
+  [[maybe_unused]] const char* end_;  // where it ends
   double *first_, *second_;  // the sums of each chunk: [C][chunks], or, for columns, [chunks][C]
 };
 
