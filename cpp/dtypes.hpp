@@ -15,8 +15,7 @@ constexpr int64_t size_of(Dtype dtype) {
 }
 
 // Element i of an array of T in a caller's memory, which may start between two elements (a view into a packed buffer):
-// a load through a T* would be undefined there, and traps on some ARM. Always inlined: one copy of a function for all
-// instruction sets could be one that the machine cannot run.
+// a load through a T* would be undefined there, and traps on some ARM. Always inlined, for kernels.cpp.
 template <class T> inline __attribute__((always_inline)) T element_at(const void* data, int64_t i) {
   T value;
   __builtin_memcpy(&value, static_cast<const char*>(data) + i * static_cast<int64_t>(sizeof(T)), sizeof value);

@@ -73,17 +73,14 @@ enum class Form : uint8_t { plain, relu, relu_residual, plain_padding, general }
 // The form of the padding beside a form.
 constexpr Form padding_of(Form form) { return form == Form::plain ? Form::plain_padding : Form::general; }
 
-// A coefficient for the lanes of a vector: `by_channel` for the rows family, `by_column` for the other.
+// A coefficient for the lanes of a vector, from channel or column i of its table: `by_channel` for the rows family,
+// `by_column` for the others. A pass has its own by `coefficients<by_channel<V>>(i)` or `coefficients<by_column<V>>(i)`.
 template <class V> BATCHNORM_INLINE V by_channel(const ScalarOf<V>* table, int64_t channel) {
   return broadcast<V>(table[channel]);
 }
 template <class V> BATCHNORM_INLINE V by_column(const ScalarOf<V>* table, int64_t column) {
   return load_as<V>(table + column);
 }
-
-#define BATCHNORM_COEFFICIENTS(...)       \
-  struct Coefficients { V __VA_ARGS__; }; \
-  template <auto fetch> BATCHNORM_INLINE Coefficients coefficients(int64_t i) const
 
 // p = q = x - hi, with any value near the mean as hi: the sums of p and p * q give the moments.
 template <class T, bool is_masked> struct Deviations {
@@ -96,7 +93,8 @@ template <class T, bool is_masked> struct Deviations {
   static constexpr bool is_dots = false;
   static constexpr int arrays = 1;
   static constexpr unsigned reads = HI;
-  BATCHNORM_COEFFICIENTS(hi) { return {fetch(tables.hi, i)}; }
+  struct Coefficients { V hi; };
+  template <auto fetch> BATCHNORM_INLINE Coefficients coefficients(int64_t i) const { return {fetch(tables.hi, i)}; }
 
   template <class L> BATCHNORM_INLINE void terms(const Row<T>& row, int64_t j, const Coefficients& k, L lanes, V& p, V& q)
       const {
@@ -181,7 +179,8 @@ template <class T, Form form> struct Forward {
 
   static constexpr int arrays = form == Form::relu_residual ? 3 : 2;
   static constexpr unsigned reads = HI | SCALE | OFFSET | (form >= Form::plain_padding ? BETA : 0u);
-  BATCHNORM_COEFFICIENTS(hi, scale, offset, beta) {
+  struct Coefficients { V hi, scale, offset, beta; };
+  template <auto fetch> BATCHNORM_INLINE Coefficients coefficients(int64_t i) const {
     return {fetch(tables.hi, i), fetch(tables.scale, i), fetch(tables.offset, i), fetch(tables.beta, i)};
   }
 
@@ -238,7 +237,8 @@ template <class T, Form form> struct BackwardTerms : Backward<T, form> {
   static constexpr int arrays = form == Form::relu_residual ? 3 : 2;
   static constexpr unsigned reads =
       HI | (form == Form::plain || form == Form::plain_padding ? 0u : SCALE | OFFSET) | (form == Form::general ? BETA : 0u);
-  BATCHNORM_COEFFICIENTS(hi, scale, offset, beta) {
+  struct Coefficients { V hi, scale, offset, beta; };
+  template <auto fetch> BATCHNORM_INLINE Coefficients coefficients(int64_t i) const {
     const auto& t = this->tables;
     return {fetch(t.hi, i), fetch(t.scale, i), fetch(t.offset, i), fetch(t.beta, i)};
   }
@@ -270,7 +270,10 @@ template <class T> struct FoldedGradient {
 
   static constexpr int arrays = 3;
   static constexpr unsigned reads = A | B | C;
-  BATCHNORM_COEFFICIENTS(a, b, c) { return {fetch(tables.a, i), fetch(tables.b, i), fetch(tables.c, i)}; }
+  struct Coefficients { V a, b, c; };
+  template <auto fetch> BATCHNORM_INLINE Coefficients coefficients(int64_t i) const {
+    return {fetch(tables.a, i), fetch(tables.b, i), fetch(tables.c, i)};
+  }
 
   template <class L> BATCHNORM_INLINE void apply(const Row<T>& row, int64_t j, const Coefficients& k, L lanes, bool is_streaming)
       const {
@@ -285,7 +288,8 @@ template <class T, Form form> struct Gradient : Backward<T, form> {
 
   static constexpr int arrays = form == Form::relu_residual ? 5 : 3;
   static constexpr unsigned reads = BackwardTerms<T, form>::reads | A | B | C;
-  BATCHNORM_COEFFICIENTS(hi, scale, offset, beta, a, b, c) {
+  struct Coefficients { V hi, scale, offset, beta, a, b, c; };
+  template <auto fetch> BATCHNORM_INLINE Coefficients coefficients(int64_t i) const {
     const auto& t = this->tables;
     return {fetch(t.hi, i), fetch(t.scale, i), fetch(t.offset, i), fetch(t.beta, i),
             fetch(t.a, i), fetch(t.b, i), fetch(t.c, i)};

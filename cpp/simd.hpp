@@ -1,9 +1,8 @@
 // Vectors of the widest kind that the instruction set being compiled for has. Arithmetic is the compiler's own on vector
 // types (GCC and Clang); only what it has no operator for is spelled out per instruction set.
 //
-// Everything lives in a namespace named after the instruction set: this header is compiled once for each, and two
-// versions of one inline function under one name would let the linker keep the one that the machine cannot run. For
-// the same reason nothing here calls a function template of the standard library.
+// Everything from here up to kernels.cpp lives in a namespace named after the instruction set; kernels.cpp says why, and
+// why nothing of the standard library is called.
 #pragma once
 
 #include <cstdint>
