@@ -54,9 +54,8 @@ std::atomic<int> default_threads = 0;
 
 // OpenMP's pool does not survive a fork: a child that asked it for a second thread would wait for ever.
 std::atomic<bool> is_forked_child = false;
-[[maybe_unused]] const int registered = pthread_atfork(nullptr, nullptr, [] {
-  is_forked_child.store(true, std::memory_order_relaxed);
-});
+[[maybe_unused]] const int registered =
+    pthread_atfork(nullptr, nullptr, [] { is_forked_child.store(true, std::memory_order_relaxed); });
 
 // Below this many elements for each thread, waking it costs more than it computes.
 constexpr int64_t elements_for_a_thread = 32 << 10;
@@ -91,7 +90,8 @@ const Kernels& chosen_kernels() { return *chosen.load(std::memory_order_relaxed)
 void choose_kernels(const char* name) {
   const auto supported = supported_kernels();
   if (supported.empty())
-    throw std::invalid_argument("this machine has none of the instruction sets that are compiled in: build without BATCHNORM_ISAS");
+    throw std::invalid_argument(
+        "this machine has none of the instruction sets that are compiled in: build without BATCHNORM_ISAS");
   const auto choose = [](const Kernels* kernels) { chosen.store(kernels, std::memory_order_relaxed); };
   if (!name || !*name) return choose(supported.front());
   std::string message = "the instruction set ";

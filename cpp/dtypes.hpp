@@ -10,9 +10,7 @@ struct float16 { uint16_t bits; };
 
 enum class Dtype : uint8_t { float32, float64, bfloat16, float16 };
 
-constexpr int64_t size_of(Dtype dtype) {
-  return dtype == Dtype::float64 ? 8 : dtype == Dtype::float32 ? 4 : 2;
-}
+constexpr int64_t size_of(Dtype dtype) { return dtype == Dtype::float64 ? 8 : dtype == Dtype::float32 ? 4 : 2; }
 
 // Element i of an array of T in a caller's memory, which may start between two elements (a view into a packed buffer):
 // a load through a T* would be undefined there, and traps on some ARM. Always inlined, for kernels.cpp.

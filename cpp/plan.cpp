@@ -15,8 +15,8 @@ constexpr int64_t row_chunk = 8192;      // elements of a channel that are summe
 constexpr int64_t column_chunk = 32768;  // and of all columns, at least
 constexpr int64_t short_row = 128;       // S below which a row of one channel is too short to be taken by itself, and
 constexpr int64_t ragged_row = 1024;     // that below which it is if it is no number of whole vectors
-constexpr int64_t wide_row = 2048;       // columns that rows put side by side should have, where there are enough of them
-constexpr int64_t fewest_rows = 256;     // that they leave
+constexpr int64_t wide_row = 2048;       // columns that rows put side by side should have, if there are enough
+constexpr int64_t fewest_rows = 256;     // that this leaves
 
 // Several rows are walked at a time, and their terms added up before they enter the column's sum, from so many columns on:
 // such rows are long enough. Those of a tensor that lies in a near cache may be of any length.
@@ -94,7 +94,8 @@ void plan_columns(const Problem& p, Plan& plan, bool is_flat) {
   plan.block = ceil_div(at_least_1(ceil_div(plan.width, blocks)), 32) * 32;
   // Enough chunks that every thread has some, few enough that adding them up costs little.
   const bool is_small = plan.elements < 8 * column_chunk;
-  plan.chunks = is_small ? at_least_1(plan.elements / column_chunk) : std::clamp<int64_t>(plan.elements >> 18, 8, 256) / 8 * 8;
+  plan.chunks =
+      is_small ? at_least_1(plan.elements / column_chunk) : std::clamp<int64_t>(plan.elements >> 18, 8, 256) / 8 * 8;
   plan.chunk_n = 8 * at_least_1(ceil_div(plan.rows, 8 * plan.chunks));
   plan.chunks = ceil_div(plan.rows, plan.chunk_n);
 }
@@ -115,8 +116,8 @@ int64_t workspace_bytes(const Problem& p, const Plan& plan) {
   const int64_t scalar = p.dtype == Dtype::float64 ? 8 : 4;
   const auto tables = [&](int64_t length) { return coefficient_tables * array(length + table_excess, scalar); };
   const int64_t teams = plan.channels_apart ? p.threads : 1;
-  return line_bytes + 2 * array(plan.chunks * p.C, 8) + tables(p.C) + array(p.C, 1) + teams * tables(plan.table_length) +
-         array(teams * coefficient_tables, sizeof(void*));
+  return line_bytes + 2 * array(plan.chunks * p.C, 8) + tables(p.C) + array(p.C, 1) +
+         teams * tables(plan.table_length) + array(teams * coefficient_tables, sizeof(void*));
 }
 
 }  // namespace
@@ -132,19 +133,18 @@ bool make_plan(const Problem& p, Plan& plan) {
   const int64_t bytes = plan.elements * size_of(p.dtype);
   const auto streams_from = [&](int64_t least) { return (written + read) * bytes >= least; };
   const Tensor& keep = p.mask.keep;
-  const bool has_rows =
-      (p.S == 1 || all_tensors(p, [](const Tensor& t) { return t.s == 1; })) && (!keep.data || keep.s == 0 || keep.s == 1);
-  const bool has_columns =
-      (p.C == 1 || all_tensors(p, [](const Tensor& t) { return t.c == 1; })) && (!keep.data || keep.c == 0 || keep.c == 1);
+  const bool has_rows = (p.S == 1 || all_tensors(p, [](const Tensor& t) { return t.s == 1; })) &&
+                        (!keep.data || keep.s == 0 || keep.s == 1);
+  const bool has_columns = (p.C == 1 || all_tensors(p, [](const Tensor& t) { return t.c == 1; })) &&
+                           (!keep.data || keep.c == 0 || keep.c == 1);
   if (has_rows && (p.S > 1 || !has_columns || p.C == 1)) {
     const bool is_packed = all_tensors(p, [&](const Tensor& t) { return t.c == p.S; });
     const bool is_short = has_short_rows(p, is_read_once, streams_from(streamed_bytes));
     if (is_short && is_packed && !is_masked) plan_short_rows(p, plan);
     else plan_rows(p, plan);
   } else if (has_columns) {
-    plan_columns(p, plan, !is_masked && all_tensors(p, [&](const Tensor& t) {
-      return (p.S == 1 || t.s == p.C) && (p.N == 1 || t.n == p.C * p.S);
-    }));
+    const auto is_flat = [&](const Tensor& t) { return (p.S == 1 || t.s == p.C) && (p.N == 1 || t.n == p.C * p.S); };
+    plan_columns(p, plan, !is_masked && all_tensors(p, is_flat));
   } else {
     return false;
   }

@@ -45,7 +45,7 @@ constexpr int64_t widest_block = 2048;
 // The workspace: arrays that each begin a cache line, and tables of coefficients.
 constexpr int64_t line_bytes = 64;
 constexpr int64_t coefficient_tables = 7;  // as in `Tables`
-constexpr int64_t table_excess = 32;       // elements behind a table: it is read in whole vectors, of any instruction set
+constexpr int64_t table_excess = 32;       // elements behind a table: whole vectors of any instruction set are read
 
 // False where the tensors' strides fit no family.
 bool make_plan(const Problem& problem, Plan& plan);

@@ -164,7 +164,10 @@ struct Trial {
       const int64_t gap = is_packed ? 0 : random.below(4);
       if (is_last) t = {nullptr, p.S * (p.C + gap), 1, p.C + gap};
       else t = {nullptr, p.C * (p.S + gap), p.S + gap, 1};
-      if (!is_packed && random.one_in(4)) is_last ? t = {nullptr, p.C, 1, p.N * p.C} : t = {nullptr, p.S, p.N * p.S, 1};
+      if (!is_packed && random.one_in(4)) {
+        if (is_last) t = {nullptr, p.C, 1, p.N * p.C};
+        else t = {nullptr, p.S, p.N * p.S, 1};
+      }
       if (!is_packed && random.one_in(4)) t.n = -t.n;
       if (!is_packed && random.one_in(4)) (is_last ? t.s : t.c) *= -1;
       if (is_input && random.one_in(12)) t.n = 0;
