@@ -30,14 +30,18 @@ bench: $(VENV)/.dev ## Measure the speed against memory and every peer (an hour)
 sanitize: $(VENV)/.dev ## Run the kernels, and the extension, under three sanitizers and with hostile calls (eight minutes)
 	tests/kernels/sanitize.sh
 
-lint: $(VENV)/.dev ## Check style (ruff) and types (mypy --strict)
+CPP_FILES := $(wildcard cpp/*.[ch]pp cpp/tests/*.[ch]pp)
+
+lint: $(VENV)/.dev ## Check style (ruff, clang-format) and types (mypy --strict)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/clang-format --dry-run --Werror $(CPP_FILES)
 	$(BIN)/mypy
 
 format: $(VENV)/.dev ## Rewrite the code in the project's style
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+	$(BIN)/clang-format -i $(CPP_FILES)
 
 clean: ## Remove the environment and everything made
 	rm -rf $(VENV) build dist batchnorm-report* bench-report .coverage .hypothesis .mypy_cache .pytest_cache .ruff_cache

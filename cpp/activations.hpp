@@ -15,8 +15,8 @@
 // multiplied by the errors) in 50 digits; the errors stated are those after rounding the coefficients.
 #pragma once
 
-#include "problem.hpp"
 #include "pairs.hpp"
+#include "problem.hpp"
 
 #if !defined(__AVX2__) && defined(__SSE2__)
 #include <emmintrin.h>
@@ -111,10 +111,10 @@ template <> struct Exponential<Vd> {
   static constexpr double log2_e = 0x1.71547652b82fep0, log_2_high = 0x1.62e42feep-1, log_2_low = 0x1.a39ef35793c76p-33;
   static constexpr double integers = 0x1.8p52, lift = 128, unlift = 0x1p-128;
   static constexpr int bias = 1023, fraction_bits = 52;
-  static constexpr double remainder[] = {
-      2.5103347544011312e-08, 2.7626846964527015e-07, 2.7557261116092273e-06, 2.4801503249038469e-05,
-      0.00019841269868962495, 0.0013888888933232936, 0.0083333333333283841, 0.041666666666571789,
-      0.16666666666666669, 0.50000000000000056};
+  static constexpr double remainder[] = {2.5103347544011312e-08, 2.7626846964527015e-07, 2.7557261116092273e-06,
+                                         2.4801503249038469e-05, 0.00019841269868962495, 0.0013888888933232936,
+                                         0.0083333333333283841,  0.041666666666571789,   0.16666666666666669,
+                                         0.50000000000000056};
 };
 
 // x = n * log(2) + r with an integer n and abs(r) <= log(2)/2; power = 2^(n + lift).
@@ -212,14 +212,14 @@ template <> struct Ratio<Vf> {
 template <> struct Ratio<Vd> {
   static constexpr double furthest = 38.75;
   static constexpr double line[] = {2.5066282746304118, 1.5468546173681441e-10};
-  static constexpr double p[] = {
-      2.7958195401581444e-07, 8.7022171166508272e-06, 0.00013297566569693954, 0.0012975650603811943,
-      0.0088909766109118941, 0.044529034636621653, 0.16487733674856159, 0.44626006078548169,
-      0.84883617107981513, 1.034240371119183, 0.62470449224277358};
-  static constexpr double s[] = {
-      7.0080802571396176e-07, 2.1813223716165116e-05, 0.00033191893577528794, 0.0032088871897183449,
-      0.021626731189533895, 0.10533102015158333, 0.37199202145848198, 0.92631900462119365,
-      1.4994629373834181, 1.2494089843889145};
+  static constexpr double p[] = {2.7958195401581444e-07, 8.7022171166508272e-06, 0.00013297566569693954,
+                                 0.0012975650603811943,  0.0088909766109118941,  0.044529034636621653,
+                                 0.16487733674856159,    0.44626006078548169,    0.84883617107981513,
+                                 1.034240371119183,      0.62470449224277358};
+  static constexpr double s[] = {7.0080802571396176e-07, 2.1813223716165116e-05, 0.00033191893577528794,
+                                 0.0032088871897183449,  0.021626731189533895,   0.10533102015158333,
+                                 0.37199202145848198,    0.92631900462119365,    1.4994629373834181,
+                                 1.2494089843889145};
   static constexpr int64_t head_bits = ~0x7ffffff;
 };
 
@@ -259,9 +259,7 @@ template <class V> BATCHNORM_INLINE V gelu_derivative(V z) {
 // ---- relu6, hardswish -----------------------------------------------------------------------------------------
 
 template <class V> BATCHNORM_INLINE V relu6(V z) { return z <= V{} ? V{} : z >= 6 ? broadcast<V>(6) : z; }
-template <class V> BATCHNORM_INLINE V relu6_derivative(V z) {
-  return z <= V{} ? V{} : z >= 6 ? V{} : broadcast<V>(1);
-}
+template <class V> BATCHNORM_INLINE V relu6_derivative(V z) { return z <= V{} ? V{} : z >= 6 ? V{} : broadcast<V>(1); }
 
 // z * relu6(z + 3) / 6; its derivative is 0 at -3 and 1 at 3, as PyTorch's.
 template <class V> BATCHNORM_INLINE V hardswish(V z) { return z * relu6(z + 3) / 6; }

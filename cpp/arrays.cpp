@@ -35,13 +35,17 @@ struct ExchangeTable {
 // The table of a type; null if it has none. The first few answers are kept: a program's arrays are of one or two types
 // (PyTorch's tensors and parameters).
 ExchangeTable* exchange_table(PyTypeObject* type) {
-  struct Known { PyTypeObject* type; ExchangeTable* table; };
+  struct Known {
+    PyTypeObject* type;
+    ExchangeTable* table;
+  };
   static Known known[4] = {};
   static int next = 0;
   for (const Known& one : known)
     if (one.type == type) return one.table;
   ExchangeTable* table = nullptr;
-  nb::object capsule = nb::getattr(nb::handle(reinterpret_cast<PyObject*>(type)), "__dlpack_c_exchange_api__", nb::none());
+  nb::object capsule =
+      nb::getattr(nb::handle(reinterpret_cast<PyObject*>(type)), "__dlpack_c_exchange_api__", nb::none());
   if (PyCapsule_IsValid(capsule.ptr(), "dlpack_exchange_api")) {
     table = static_cast<ExchangeTable*>(PyCapsule_GetPointer(capsule.ptr(), "dlpack_exchange_api"));
     if (table->version.major != 1 || !table->view) table = nullptr;
@@ -249,7 +253,9 @@ Dtype Array::dtype() const {
 void Array::narrow(int64_t begin, int64_t length) {
   if (!is_present || (shape[0] == 1 && !is_narrowed_)) return;
   is_narrowed_ = true;
-  const int64_t bytes = element == Element::boolean ? 1 : element == Element::int64 ? 8 : size_of(static_cast<Dtype>(element));
+  const int64_t bytes = element == Element::boolean ? 1
+                        : element == Element::int64 ? 8
+                                                    : size_of(static_cast<Dtype>(element));
   data = static_cast<char*>(data) + begin * strides[0] * bytes;
   shape[0] = length;
 }

@@ -66,7 +66,8 @@ template <class T> class BackwardJob : public Job<T> {
   // xhat = rstd * (d - lo); about zero multiplied out, a * dy + b * x + c.
   template <class Terms> void finish(int64_t c, const Terms& terms, bool is_about_zero) {
     const double rstd = element_at<F>(problem.rstd, c), lo = element_at<F>(problem.mean_lo, c);
-    const double n = static_cast<double>(max(problem.count ? element_at<int64_t>(problem.count, c) : problem.N * problem.S, 1));
+    const double n =
+        static_cast<double>(max(problem.count ? element_at<int64_t>(problem.count, c) : problem.N * problem.S, 1));
     const double factor = problem.factor ? element_at<F>(problem.factor, c) : 1;
     double dbeta, product;
     this->total_of(c, dbeta, product);

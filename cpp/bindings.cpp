@@ -24,8 +24,15 @@ template <class Enum> Enum member(int64_t number, Enum last) {
 
 void make_averaging(Averaging* averaging, int64_t tracked, int64_t debias, int correction, bool corrects_tracked,
                     bool is_clamped, bool needs_two, bool is_cumulative, double momentum, double eps) {
-  new (averaging) Averaging{member(tracked, Tracked::log10_std), member(debias, Debias::first_batch), correction,
-                            corrects_tracked, is_clamped, needs_two, is_cumulative, momentum, eps};
+  new (averaging) Averaging{member(tracked, Tracked::log10_std),
+                            member(debias, Debias::first_batch),
+                            correction,
+                            corrects_tracked,
+                            is_clamped,
+                            needs_two,
+                            is_cumulative,
+                            momentum,
+                            eps};
 }
 
 void make_spec(Spec* spec, uint32_t channel_axes, int64_t group_size, int64_t activation, double slope, double eps,
@@ -33,10 +40,23 @@ void make_spec(Spec* spec, uint32_t channel_axes, int64_t group_size, int64_t ac
                bool normalized_padding, bool normalizes_by_running, bool always_updates, int64_t single,
                bool refuses_masked_single, const Averaging& averaging, const Averaging& masked_averaging) {
   if (group_size < 0) throw nb::value_error("group_size must not be negative");
-  new (spec) Spec{channel_axes, group_size, member(activation, Activation::hardswish), slope, eps,
-                  member(eps_train, EpsPlacement::absent), member(eps_eval, EpsPlacement::absent), refuses_zero_eps,
-                  correction, member(affine, Affine::gamma_one), normalized_padding, normalizes_by_running,
-                  always_updates, member(single, Single::running), refuses_masked_single, averaging, masked_averaging};
+  new (spec) Spec{channel_axes,
+                  group_size,
+                  member(activation, Activation::hardswish),
+                  slope,
+                  eps,
+                  member(eps_train, EpsPlacement::absent),
+                  member(eps_eval, EpsPlacement::absent),
+                  refuses_zero_eps,
+                  correction,
+                  member(affine, Affine::gamma_one),
+                  normalized_padding,
+                  normalizes_by_running,
+                  always_updates,
+                  member(single, Single::running),
+                  refuses_masked_single,
+                  averaging,
+                  masked_averaging};
 }
 
 void make_request(Request* request, int64_t source, bool is_in_place, int64_t returns) {

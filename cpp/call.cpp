@@ -25,7 +25,9 @@ class Scratch {
   std::vector<std::unique_ptr<char[]>> blocks_;
 };
 
-handle lengths_of(handle mask) { return PyTuple_Check(mask.ptr()) ? handle(PyTuple_GET_ITEM(mask.ptr(), 0)) : handle(Py_None); }
+handle lengths_of(handle mask) {
+  return PyTuple_Check(mask.ptr()) ? handle(PyTuple_GET_ITEM(mask.ptr(), 0)) : handle(Py_None);
+}
 
 // The arguments of a pass.
 struct Operands {
@@ -139,7 +141,8 @@ class GivenStatistics {
       return;
     }
     const Array& table = read(statistics);
-    if (table.ndim != 2 || table.shape[1] != number || (table.shape[0] != 3 && table.shape[0] != 4)) decline(Refusal::shape);
+    if (table.ndim != 2 || table.shape[1] != number || (table.shape[0] != 3 && table.shape[0] != 4))
+      decline(Refusal::shape);
     for (int i = 0; i < table.shape[0]; ++i)
       numbers.at[i < 3 ? i : factor_row] = static_cast<char*>(table.data) + i * number * size_of(wide_of(dtype));
   }
@@ -230,7 +233,9 @@ class State {
   }
   handle own(int i) const { return library_.own(tuple_, i); }
 
-  static bool is_wide(const Array& array) { return array.element == Element::float32 || array.element == Element::float64; }
+  static bool is_wide(const Array& array) {
+    return array.element == Element::float32 || array.element == Element::float64;
+  }
 
   void check_scalar(const Array& array, bool is_needed) const {
     if (!array && is_in_place_ && !is_needed) return;
@@ -253,7 +258,8 @@ class State {
 // What the convention makes of the parameters, for all groups.
 class Parameters {
  public:
-  Parameters(const Spec& spec, const Operands& operands) : spec_(spec), C_(operands.size_along(spec.channel_axes, true, 0)) {
+  Parameters(const Spec& spec, const Operands& operands)
+      : spec_(spec), C_(operands.size_along(spec.channel_axes, true, 0)) {
     if (spec.affine == Affine::ignored) return;
     beta_ = channels(operands.beta, C_);
     if (spec.affine == Affine::gamma_one || !operands.gamma) return;
@@ -321,10 +327,10 @@ class ParameterGradient {
 class Normalization {
  public:
   Normalization(const Library& library, const Request& request, const Spec& spec, handle operands, int threads)
-      : library_(library), request_(request), spec_(spec), operands_(library, operands, spec), parameters_(spec, operands_),
-        groups_(spec, operands_, request.source == Source::batch || spec.has_lanes()), threads_(threads),
-        C_(operands_.size_along(spec.channel_axes, true, spec.has_lanes() ? 1 : 0)), all_(groups_.number() * C_),
-        wide_(element_of(operands_.x.dtype())),
+      : library_(library), request_(request), spec_(spec), operands_(library, operands, spec),
+        parameters_(spec, operands_), groups_(spec, operands_, request.source == Source::batch || spec.has_lanes()),
+        threads_(threads), C_(operands_.size_along(spec.channel_axes, true, spec.has_lanes() ? 1 : 0)),
+        all_(groups_.number() * C_), wide_(element_of(operands_.x.dtype())),
         is_by_batch_(request.source == Source::batch && !spec.normalizes_by_running) {}
 
   nb::object run(handle numbers, handle out) {
@@ -352,7 +358,8 @@ class Normalization {
       statistics = allocate(normalizing, count);
       const Dtype dtype = wide_ == Element::float64 ? Dtype::float64 : Dtype::float32;
       const auto row = [&](Row i) { return Channels{at(normalizing, i), dtype, 1}; };
-      statistics_of(state_->current(), spec_.averaging, spec_.eps_eval, {row(mean_row), row(mean_lo_row), row(rstd_row)}, all_);
+      statistics_of(state_->current(), spec_.averaging, spec_.eps_eval,
+                    {row(mean_row), row(mean_lo_row), row(rstd_row)}, all_);
       if (request_.has_output()) {
         y = output(out);
         compute(normalizing, y, false);
@@ -406,7 +413,8 @@ class Normalization {
       nb::object mean = row(mean_row), mean_lo = row(mean_lo_row);
       if (request_.returns == Returns::moments) return nb::make_tuple(mean, mean_lo, row(m2_row));
       nb::object rstd = row(rstd_row);
-      return request_.returns_m2() ? nb::make_tuple(mean, mean_lo, rstd, row(m2_row)) : nb::make_tuple(mean, mean_lo, rstd);
+      return request_.returns_m2() ? nb::make_tuple(mean, mean_lo, rstd, row(m2_row))
+                                   : nb::make_tuple(mean, mean_lo, rstd);
     }
     const bool has_factor = is_by_batch_ && spec_.has_factor();
     const int64_t sizes[] = {has_factor ? 4 : 3, all_};
@@ -541,7 +549,8 @@ nb::object gradients_of(const Library& library, const Spec& spec, handle dy_, ha
   Numbers numbers = given.numbers;
   if (through_statistics && spec.has_factor() && !numbers.at[factor_row]) decline(Refusal::shape);
   if (count) {
-    if (count.element != Element::int64 || !count.is_contiguous() || count.size() != groups.number() * C) decline(Refusal::shape);
+    if (count.element != Element::int64 || !count.is_contiguous() || count.size() != groups.number() * C)
+      decline(Refusal::shape);
     numbers.count = static_cast<int64_t*>(count.data);
   }
   const auto like = [&](int i, const Array& array, bool is_wanted) {

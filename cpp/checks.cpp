@@ -64,7 +64,8 @@ void check_overlap(const Array& output, const Array& other, bool may_be_same) {
   if (!output || !other) return;
   const Extent a = extent(output), b = extent(other);
   if (a.begin >= b.end || b.begin >= a.end) return;
-  const bool is_same = output.data == other.data && std::equal(output.strides, output.strides + output.ndim, other.strides);
+  const bool is_same =
+      output.data == other.data && std::equal(output.strides, output.strides + output.ndim, other.strides);
   if (!(is_same && may_be_same)) decline(Refusal::output);
 }
 

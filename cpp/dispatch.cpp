@@ -1,30 +1,29 @@
 #include "dispatch.hpp"
 
-#ifdef BATCHNORM_HAS_X86
+#ifdef __x86_64__
 #include <cpuid.h>
 #endif
 #include <omp.h>
 #include <pthread.h>
 
 #include <algorithm>
+#include <atomic>
 #include <cstdlib>
 #include <memory>
 #include <stdexcept>
 
 namespace batchnorm {
 
+// CMakeLists.txt defines which of these are compiled; without its definitions the baseline is.
 namespace baseline { extern const Kernels kernels; }
-#ifdef BATCHNORM_HAS_X86
 namespace avx2 { extern const Kernels kernels; }
 namespace avx512 { extern const Kernels kernels; }
 namespace avx512bf16 { extern const Kernels kernels; }
-#endif
-#ifdef BATCHNORM_HAS_NEON
 namespace neon { extern const Kernels kernels; }
-#endif
 
-#ifdef BATCHNORM_HAS_X86
 namespace {
+
+#ifdef __x86_64__
 
 // By CPUID itself, what `__builtin_cpu_supports` of Clang 14 has no names for.
 bool has_f16c() {
@@ -32,72 +31,85 @@ bool has_f16c() {
   return __get_cpuid(1, &eax, &ebx, &ecx, &edx) && (ecx >> 29 & 1);
 }
 
-bool has_avx512bf16() {
+[[maybe_unused]] bool has_avx2() {
+  return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && has_f16c();
+}
+
+[[maybe_unused]] bool has_avx512() {
+  return has_avx2() && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+         __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
+}
+
+[[maybe_unused]] bool has_avx512bf16() {
   unsigned eax = 0, ebx = 0, ecx = 0, edx = 0;
-  return __get_cpuid_count(7, 1, &eax, &ebx, &ecx, &edx) && (eax >> 5 & 1);
+  return has_avx512() && __get_cpuid_count(7, 1, &eax, &ebx, &ecx, &edx) && (eax >> 5 & 1);
 }
 
-}  // namespace
 #endif
 
-std::vector<const Kernels*> supported_kernels() {
-  std::vector<const Kernels*> supported;
-#ifdef BATCHNORM_HAS_X86
-  __builtin_cpu_init();
-  const bool has_avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && has_f16c();
-  const bool has_avx512 = has_avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-                          __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
-  if (has_avx512 && has_avx512bf16()) supported.push_back(&avx512bf16::kernels);
-  if (has_avx512) supported.push_back(&avx512::kernels);
-  if (has_avx2) supported.push_back(&avx2::kernels);
-#endif
-#ifdef BATCHNORM_HAS_NEON
-  supported.push_back(&neon::kernels);
-#endif
-  supported.push_back(&baseline::kernels);
-  return supported;
-}
-
-namespace {
-
-const Kernels* chosen = nullptr;
-int default_threads = 0;
+// Threads of XLA read these without the GIL, under which they are written. Relaxed: nothing else is read through them but
+// `Kernels`, which are constants.
+std::atomic<const Kernels*> chosen = nullptr;
+std::atomic<int> default_threads = 0;
 
 // OpenMP's pool does not survive a fork: a child that asked it for a second thread would wait for ever.
-bool is_forked_child = false;
-[[maybe_unused]] const int registered = pthread_atfork(nullptr, nullptr, [] { is_forked_child = true; });
+std::atomic<bool> is_forked_child = false;
+[[maybe_unused]] const int registered =
+    pthread_atfork(nullptr, nullptr, [] { is_forked_child.store(true, std::memory_order_relaxed); });
 
 // Below this many elements for each thread, waking it costs more than it computes.
 constexpr int64_t elements_for_a_thread = 32 << 10;
 
 }  // namespace
 
-const Kernels& chosen_kernels() { return *chosen; }
+std::vector<const Kernels*> supported_kernels() {
+  std::vector<const Kernels*> supported;
+#ifdef __x86_64__
+  __builtin_cpu_init();
+#endif
+#ifdef BATCHNORM_HAS_AVX512BF16
+  if (has_avx512bf16()) supported.push_back(&avx512bf16::kernels);
+#endif
+#ifdef BATCHNORM_HAS_AVX512
+  if (has_avx512()) supported.push_back(&avx512::kernels);
+#endif
+#ifdef BATCHNORM_HAS_AVX2
+  if (has_avx2()) supported.push_back(&avx2::kernels);
+#endif
+#ifdef BATCHNORM_HAS_NEON
+  supported.push_back(&neon::kernels);
+#endif
+#ifndef BATCHNORM_WITHOUT_BASELINE
+  supported.push_back(&baseline::kernels);
+#endif
+  return supported;
+}
+
+const Kernels& chosen_kernels() { return *chosen.load(std::memory_order_relaxed); }
 
 void choose_kernels(const char* name) {
   const auto supported = supported_kernels();
-  if (!name || !*name) {
-    chosen = supported.front();
-    return;
-  }
+  if (supported.empty())
+    throw std::invalid_argument(
+        "this machine has none of the instruction sets that are compiled in: build without BATCHNORM_ISAS");
+  const auto choose = [](const Kernels* kernels) { chosen.store(kernels, std::memory_order_relaxed); };
+  if (!name || !*name) return choose(supported.front());
   std::string message = "the instruction set ";
   message.append(name).append(" is not one of those that are compiled in and that this machine has:");
   for (const Kernels* kernels : supported) {
-    if (std::string(kernels->name) == name) {
-      chosen = kernels;
-      return;
-    }
+    if (std::string(kernels->name) == name) return choose(kernels);
     message.append(" ").append(kernels->name);
   }
   throw std::invalid_argument(message);
 }
 
 int num_threads() {
-  if (is_forked_child) return 1;
-  return default_threads ? default_threads : omp_get_max_threads();
+  if (is_forked_child.load(std::memory_order_relaxed)) return 1;
+  const int threads = default_threads.load(std::memory_order_relaxed);
+  return threads ? threads : omp_get_max_threads();
 }
 
-void set_num_threads(int threads) { default_threads = threads; }
+void set_num_threads(int threads) { default_threads.store(threads, std::memory_order_relaxed); }
 
 // A mask of leading elements, the same for all channels, as lengths, and one of all elements as none: the kernels then
 // walk over whole rows. It costs a read of the mask, which is as large as a channel.
@@ -132,12 +144,13 @@ bool compute_simplified(Operation operation, Problem& problem) {
     large.reset(new char[plan.workspace]);
     workspace = large.get();
   }
-  (operation == Operation::forward ? chosen->forward : chosen->backward)(problem, plan, workspace);
+  const Kernels& kernels = chosen_kernels();
+  (operation == Operation::forward ? kernels.forward : kernels.backward)(problem, plan, workspace);
   return true;
 }
 
 bool compute(Operation operation, Problem& problem) {
-  if (is_forked_child || omp_in_parallel()) problem.threads = 1;
+  if (is_forked_child.load(std::memory_order_relaxed) || omp_in_parallel()) problem.threads = 1;
   if (problem.C == 0) return true;
   std::unique_ptr<int64_t[]> lengths;
   const Mask mask = problem.mask;

@@ -38,14 +38,14 @@ template <class T, class V> BATCHNORM_INLINE void put(T* p, V v, First lanes, bo
 // Where the elements of one row are.
 template <class T> struct Row {
   const T *x, *residual, *dy;
-  T *out, *dresidual;  // out: y or dx
+  T *out, *dresidual;   // out: y or dx
   const uint8_t* keep;  // of a mask element by element
 
   // Elements from one place to another in each array; 0 in those that are not there, which stay null.
   struct Step { int64_t x, residual, dy, out, dresidual, keep; };
 
   BATCHNORM_INLINE Row advanced(const Step& step, int64_t times) const {
-    return {x + times * step.x, residual + times * step.residual, dy + times * step.dy,
+    return {x + times * step.x,     residual + times * step.residual,   dy + times * step.dy,
             out + times * step.out, dresidual + times * step.dresidual, keep + times * step.keep};
   }
 };
@@ -58,10 +58,10 @@ template <class F> struct Tables { F *hi, *scale, *offset, *beta, *a, *b, *c; };
 struct Options {
   Activation activation;
   double slope;
-  bool has_mask;            // rows carry `keep`
-  bool is_padding;          // no element counts, all are normalised
-  bool normalized_padding;  // those that do not count are normalised, and have gradients, like the rest
-  bool through_statistics;  // backward
+  bool has_mask;                // rows carry `keep`
+  bool is_padding;              // no element counts, all are normalised
+  bool normalized_padding;      // those that do not count are normalised, and have gradients, like the rest
+  bool through_statistics;      // backward
   bool* has_unread;             // backward: set where padding is not finite
   bool has_short_runs = false;  // sums are folded into doubles after every addition or two
 };
@@ -73,17 +73,14 @@ enum class Form : uint8_t { plain, relu, relu_residual, plain_padding, general }
 // The form of the padding beside a form.
 constexpr Form padding_of(Form form) { return form == Form::plain ? Form::plain_padding : Form::general; }
 
-// A coefficient for the lanes of a vector: `by_channel` for the rows family, `by_column` for the other.
+// A coefficient for the lanes of a vector, from channel or column i of its table: `by_channel` for the rows family,
+// `by_column` for the others. A pass has its own by `coefficients<by_channel<V>>(i)` or `coefficients<by_column<V>>(i)`.
 template <class V> BATCHNORM_INLINE V by_channel(const ScalarOf<V>* table, int64_t channel) {
   return broadcast<V>(table[channel]);
 }
 template <class V> BATCHNORM_INLINE V by_column(const ScalarOf<V>* table, int64_t column) {
   return load_as<V>(table + column);
 }
-
-#define BATCHNORM_COEFFICIENTS(...)       \
-  struct Coefficients { V __VA_ARGS__; }; \
-  template <auto fetch> BATCHNORM_INLINE Coefficients coefficients(int64_t i) const
 
 // p = q = x - hi, with any value near the mean as hi: the sums of p and p * q give the moments.
 template <class T, bool is_masked> struct Deviations {
@@ -96,10 +93,11 @@ template <class T, bool is_masked> struct Deviations {
   static constexpr bool is_dots = false;
   static constexpr int arrays = 1;
   static constexpr unsigned reads = HI;
-  BATCHNORM_COEFFICIENTS(hi) { return {fetch(tables.hi, i)}; }
+  struct Coefficients { V hi; };
+  template <auto fetch> BATCHNORM_INLINE Coefficients coefficients(int64_t i) const { return {fetch(tables.hi, i)}; }
 
-  template <class L> BATCHNORM_INLINE void terms(const Row<T>& row, int64_t j, const Coefficients& k, L lanes, V& p, V& q)
-      const {
+  template <class L>
+  BATCHNORM_INLINE void terms(const Row<T>& row, int64_t j, const Coefficients& k, L lanes, V& p, V& q) const {
     V d = only(load(row.x + j, lanes) - k.hi, lanes);
     if constexpr (is_masked) d = select(keep_lanes<V>(row.keep + j, lanes), d, V{});
     p = q = d;
@@ -132,7 +130,8 @@ template <bool has_dy> struct Dots<bfloat16, has_dy> {
 
   // Of two rows, or one and none: those below each other, in the order of `interleave`.
   template <class L>
-  static BATCHNORM_INLINE void add(const Row<T>& row, const Row<T>& below, int64_t j, L lanes, Pair& first, Pair& second) {
+  static BATCHNORM_INLINE void add(const Row<T>& row, const Row<T>& below, int64_t j, L lanes, Pair& first,
+                                   Pair& second) {
     const auto both = [=](const T* p, const T* q) __attribute__((always_inline)) {
       return interleave(bits(p + j, lanes), q ? bits(q + j, lanes) : Vs{});
     };
@@ -149,7 +148,8 @@ template <bool has_dy> struct Dots<bfloat16, has_dy> {
 #endif
 
 // Which elements count.
-template <class V, class T, class L> BATCHNORM_INLINE MaskOf<V> kept(const Row<T>& row, int64_t j, const Options& options, L lanes) {
+template <class V, class T, class L>
+BATCHNORM_INLINE MaskOf<V> kept(const Row<T>& row, int64_t j, const Options& options, L lanes) {
   if (options.is_padding) return MaskOf<V>{};
   return options.has_mask ? keep_lanes<V>(row.keep + j, lanes) : ~MaskOf<V>{};
 }
@@ -166,7 +166,8 @@ BATCHNORM_INLINE V padded_z(const Row<T>& row, int64_t j, V d, const K& k, MaskO
 template <class T> struct Normalized {  // what both directions share
   using V = typename Compute<T>::V;
 
-  template <class L> static BATCHNORM_INLINE V z(const Row<T>& row, int64_t j, V d, V scale, V offset, bool has_residual, L lanes) {
+  template <class L>
+  static BATCHNORM_INLINE V z(const Row<T>& row, int64_t j, V d, V scale, V offset, bool has_residual, L lanes) {
     const V z = fma(scale, d, offset);
     return has_residual ? z + load(row.residual + j, lanes) : z;
   }
@@ -181,12 +182,13 @@ template <class T, Form form> struct Forward {
 
   static constexpr int arrays = form == Form::relu_residual ? 3 : 2;
   static constexpr unsigned reads = HI | SCALE | OFFSET | (form >= Form::plain_padding ? BETA : 0u);
-  BATCHNORM_COEFFICIENTS(hi, scale, offset, beta) {
+  struct Coefficients { V hi, scale, offset, beta; };
+  template <auto fetch> BATCHNORM_INLINE Coefficients coefficients(int64_t i) const {
     return {fetch(tables.hi, i), fetch(tables.scale, i), fetch(tables.offset, i), fetch(tables.beta, i)};
   }
 
-  template <class L> BATCHNORM_INLINE void apply(const Row<T>& row, int64_t j, const Coefficients& k, L lanes, bool is_streaming)
-      const {
+  template <class L>
+  BATCHNORM_INLINE void apply(const Row<T>& row, int64_t j, const Coefficients& k, L lanes, bool is_streaming) const {
     const V d = load(row.x + j, lanes) - k.hi;
     if constexpr (form == Form::plain_padding)
       return put(row.out + j, select(is_finite(d), fma(k.scale, d, k.offset), k.beta), lanes, is_streaming);
@@ -236,15 +238,16 @@ template <class T, Form form> struct BackwardTerms : Backward<T, form> {
 
   static constexpr bool is_dots = false;
   static constexpr int arrays = form == Form::relu_residual ? 3 : 2;
-  static constexpr unsigned reads =
-      HI | (form == Form::plain || form == Form::plain_padding ? 0u : SCALE | OFFSET) | (form == Form::general ? BETA : 0u);
-  BATCHNORM_COEFFICIENTS(hi, scale, offset, beta) {
+  static constexpr unsigned reads = HI | (form == Form::plain || form == Form::plain_padding ? 0u : SCALE | OFFSET) |
+                                    (form == Form::general ? BETA : 0u);
+  struct Coefficients { V hi, scale, offset, beta; };
+  template <auto fetch> BATCHNORM_INLINE Coefficients coefficients(int64_t i) const {
     const auto& t = this->tables;
     return {fetch(t.hi, i), fetch(t.scale, i), fetch(t.offset, i), fetch(t.beta, i)};
   }
 
-  template <class L> BATCHNORM_INLINE void terms(const Row<T>& row, int64_t j, const Coefficients& k, L lanes, V& p, V& q)
-      const {
+  template <class L>
+  BATCHNORM_INLINE void terms(const Row<T>& row, int64_t j, const Coefficients& k, L lanes, V& p, V& q) const {
     const V d = load(row.x + j, lanes) - k.hi;
     p = only(this->dz(row, j, d, k, lanes), lanes);
     q = only(d, lanes);
@@ -270,10 +273,13 @@ template <class T> struct FoldedGradient {
 
   static constexpr int arrays = 3;
   static constexpr unsigned reads = A | B | C;
-  BATCHNORM_COEFFICIENTS(a, b, c) { return {fetch(tables.a, i), fetch(tables.b, i), fetch(tables.c, i)}; }
+  struct Coefficients { V a, b, c; };
+  template <auto fetch> BATCHNORM_INLINE Coefficients coefficients(int64_t i) const {
+    return {fetch(tables.a, i), fetch(tables.b, i), fetch(tables.c, i)};
+  }
 
-  template <class L> BATCHNORM_INLINE void apply(const Row<T>& row, int64_t j, const Coefficients& k, L lanes, bool is_streaming)
-      const {
+  template <class L>
+  BATCHNORM_INLINE void apply(const Row<T>& row, int64_t j, const Coefficients& k, L lanes, bool is_streaming) const {
     put(row.out + j, fma(k.a, load(row.dy + j, lanes), fma(k.b, load(row.x + j, lanes), k.c)), lanes, is_streaming);
   }
 };
@@ -285,14 +291,15 @@ template <class T, Form form> struct Gradient : Backward<T, form> {
 
   static constexpr int arrays = form == Form::relu_residual ? 5 : 3;
   static constexpr unsigned reads = BackwardTerms<T, form>::reads | A | B | C;
-  BATCHNORM_COEFFICIENTS(hi, scale, offset, beta, a, b, c) {
+  struct Coefficients { V hi, scale, offset, beta, a, b, c; };
+  template <auto fetch> BATCHNORM_INLINE Coefficients coefficients(int64_t i) const {
     const auto& t = this->tables;
     return {fetch(t.hi, i), fetch(t.scale, i), fetch(t.offset, i), fetch(t.beta, i),
-            fetch(t.a, i), fetch(t.b, i), fetch(t.c, i)};
+            fetch(t.a, i),  fetch(t.b, i),     fetch(t.c, i)};
   }
 
-  template <class L> BATCHNORM_INLINE void apply(const Row<T>& row, int64_t j, const Coefficients& k, L lanes, bool is_streaming)
-      const {
+  template <class L>
+  BATCHNORM_INLINE void apply(const Row<T>& row, int64_t j, const Coefficients& k, L lanes, bool is_streaming) const {
     const V d = load(row.x + j, lanes) - k.hi;
     V dz = this->dz(row, j, d, k, lanes);
     if constexpr (form == Form::plain_padding)

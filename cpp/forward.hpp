@@ -32,9 +32,10 @@ template <class T> class ForwardJob : public Job<T> {
   template <Form form> void run() {
     Base::run(problem.measure, [&](const Scope& scope) {
       if (problem.measure) measure(scope);
-      else this->for_channels(scope, [&](Range mine) {
-        for (int64_t c = mine.begin; c < mine.end; ++c) this->fill_tables(c);
-      });
+      else
+        this->for_channels(scope, [&](Range mine) {
+          for (int64_t c = mine.begin; c < mine.end; ++c) this->fill_tables(c);
+        });
       if (problem.y.data) this->map(scope, Forward<T, form>{{}, options});
     });
   }
@@ -85,9 +86,7 @@ template <class T> class ForwardJob : public Job<T> {
     sample_weight_ = 1.0 / max(sample_count_, 1);
   }
 
-  void add_sample(int64_t e) {
-    samples_[sample_count_++] = e / problem.S * problem.x.n + e % problem.S * problem.x.s;
-  }
+  void add_sample(int64_t e) { samples_[sample_count_++] = e / problem.S * problem.x.n + e % problem.S * problem.x.s; }
 
   double value_near_mean(int64_t c) const {
     const T* x = Base::template at<const T>(problem.x, 0, c, 0);
@@ -124,7 +123,8 @@ template <class T> class ForwardJob : public Job<T> {
       delta[i] = sum[i] / n[i];
       mean[i] = shift[i] + delta[i];
       m2[i] = square[i] - sum[i] * delta[i];
-      rest[i] = (shift[i] - (mean[i] - (mean[i] - shift[i]))) + (delta[i] - (mean[i] - shift[i]));  // of rounding (two_sum)
+      const double moved = mean[i] - shift[i];
+      rest[i] = (shift[i] - (mean[i] - moved)) + (delta[i] - moved);  // of rounding (two_sum)
     }
     bool is_wanted[together];
     for (int i = 0; i < taken; ++i) {
@@ -187,7 +187,7 @@ template <class T> class ForwardJob : public Job<T> {
   }
 
   const bool can_dot_ = this->can_dot();  // then the first sums are about 0
-  int64_t shared_count_ = -1;  // where every channel has the same
+  int64_t shared_count_ = -1;             // where every channel has the same
   int64_t samples_[most_samples];
   int sample_count_ = 0;
   double sample_weight_ = 1;

@@ -28,16 +28,21 @@ template <class T> class Geometry {
     const Tensor& out = problem.y.data ? problem.y : problem.dx;
     const bool has_mask = keep.data && (plan.family == Family::rows ? keep.s : keep.c) != 0;
     const bool is_masked = keep.data || problem.mask.lengths;
+    // clang-format off
     options = {problem.activation, problem.slope, has_mask, false, is_masked && problem.normalized_padding,
                problem.through_statistics, &has_unread_};
+    // clang-format on
     const auto is_there = [](const void* data) { return static_cast<int64_t>(data != nullptr); };
-    element_ = {1, is_there(problem.residual.data), is_there(problem.dy.data), is_there(out.data),
-                is_there(problem.dresidual.data), has_mask};
+    element_ = {1,
+                is_there(problem.residual.data),
+                is_there(problem.dy.data),
+                is_there(out.data),
+                is_there(problem.dresidual.data),
+                has_mask};
     if (plan.is_flat) step_ = times(element_, plan.width);
     else if (plan.family == Family::short_rows)
       step_ = {problem.x.n, problem.residual.n, problem.dy.n, out.n, problem.dresidual.n, 0};
-    else
-      step_ = {problem.x.s, problem.residual.s, problem.dy.s, out.s, problem.dresidual.s, has_mask ? keep.s : 0};
+    else step_ = {problem.x.s, problem.residual.s, problem.dy.s, out.s, problem.dresidual.s, has_mask ? keep.s : 0};
   }
 
   const Problem& problem;
@@ -61,7 +66,8 @@ template <class T> class Geometry {
     int64_t count = 0;
     for (int64_t n = 0; n < p.N; ++n) {
       if (p.mask.lengths) count += p.mask.lengths[n];
-      else for (int64_t s = 0; s < p.S; ++s) count += *at<const uint8_t>(p.mask.keep, n, c, s) != 0;
+      else
+        for (int64_t s = 0; s < p.S; ++s) count += *at<const uint8_t>(p.mask.keep, n, c, s) != 0;
     }
     return count;
   }
@@ -75,9 +81,9 @@ template <class T> class Geometry {
 
   Row<T> row(int64_t n, int64_t c, int64_t s) const {
     const Problem& p = problem;
-    return {at<const T>(p.x, n, c, s), at<const T>(p.residual, n, c, s), at<const T>(p.dy, n, c, s),
-            at<T>(p.y.data ? p.y : p.dx, n, c, s), at<T>(p.dresidual, n, c, s),
-            options.has_mask ? at<const uint8_t>(p.mask.keep, n, c, s) : nullptr};
+    return {at<const T>(p.x, n, c, s),   at<const T>(p.residual, n, c, s),
+            at<const T>(p.dy, n, c, s),  at<T>(p.y.data ? p.y : p.dx, n, c, s),
+            at<T>(p.dresidual, n, c, s), options.has_mask ? at<const uint8_t>(p.mask.keep, n, c, s) : nullptr};
   }
 
   // The part of row r that belongs to a scope, and its length.

@@ -1,6 +1,8 @@
 // A problem cut into tiles, with its workspace: what forward and backward have in common.
 #pragma once
 
+#include <cassert>
+
 #include "geometry.hpp"
 
 namespace batchnorm::BATCHNORM_ISA {
@@ -51,7 +53,8 @@ template <class T> class Job : public Geometry<T> {
   using typename Base::V;
   using Base::problem, Base::plan, Base::options;
 
-  Job(const Problem& problem, const Plan& plan, void* workspace) : Geometry<T>(problem, plan), free_(workspace) {
+  Job(const Problem& problem, const Plan& plan, void* workspace)
+      : Geometry<T>(problem, plan), free_(static_cast<char*>(workspace)), end_(free_ + plan.workspace) {
     first_ = take<double>(plan.chunks * problem.C);
     second_ = take<double>(plan.chunks * problem.C);
     tables = take_tables(problem.C);
@@ -72,7 +75,7 @@ template <class T> class Job : public Geometry<T> {
       return parallel(problem.threads, problem.helpers, [&](Team& team) { body(Scope{{0, C}, team, columns}); });
     }
     int64_t next = 0;
-    Tables<F>* columns = static_cast<Tables<F>*>(__builtin_alloca(problem.threads * sizeof(Tables<F>)));
+    Tables<F>* const columns = take<Tables<F>>(problem.threads);
     for (int i = 0; i < problem.threads; ++i) columns[i] = take_tables(plan.table_length);
     parallel(problem.threads, problem.helpers, [&](Team& team) {
       Team alone;
@@ -104,8 +107,7 @@ template <class T> class Job : public Geometry<T> {
     if (plan.family == Family::rows)
       for_tiles(scope, problem.N * plan.chunks_per_row, true,
                 [&](int64_t part, Range block) { map_rows(pass, part, block); });
-    else
-      for_tiles(scope, plan.chunks, true, [&](int64_t k, Range block) { map_columns_of(scope, pass, k, block); });
+    else for_tiles(scope, plan.chunks, true, [&](int64_t k, Range block) { map_columns_of(scope, pass, k, block); });
   }
 
   // A step of a scope's team: body(range) for parts of its channels.
@@ -181,30 +183,41 @@ template <class T> class Job : public Geometry<T> {
 
   // ---- workspace ----
 
+  // As `make_plan` counts them.
   template <class P> P* take(int64_t length) {
-    char* begin = static_cast<char*>(free_);
-    begin += -reinterpret_cast<uintptr_t>(begin) % 64;
+    char* const begin = free_ + -reinterpret_cast<uintptr_t>(free_) % line_bytes;
     free_ = begin + length * sizeof(P);
+    assert(free_ <= end_);
     return reinterpret_cast<P*>(begin);
   }
   Tables<F> take_tables(int64_t length) {
-    const auto table = [&] { return take<F>(length + width<Pair>); };  // whole vectors are read at its end
+    static_assert(sizeof(Tables<F>) == coefficient_tables * sizeof(F*) && width<Pair> <= table_excess);
+    const auto table = [&] { return take<F>(length + table_excess); };
     return {table(), table(), table(), table(), table(), table(), table()};
   }
 
-  const Tables<F>& tables_of(const Scope& scope) const {
-    return plan.family == Family::rows ? tables : scope.columns;
-  }
+  const Tables<F>& tables_of(const Scope& scope) const { return plan.family == Family::rows ? tables : scope.columns; }
 
   // Copies the coefficients of the channels, those that `wanted` names, to their columns.
   void spread(const Scope& scope, unsigned wanted) const {
     if (plan.family == Family::rows) return;
     using Vector = typename Compute<F>::V;
-    F* const Tables<F>::*const all[] = {&Tables<F>::hi, &Tables<F>::scale, &Tables<F>::offset, &Tables<F>::beta,
-                                        &Tables<F>::a, &Tables<F>::b, &Tables<F>::c};
+    const Tables<F>& columns = scope.columns;
+    struct Copy {
+      unsigned table;
+      const F* from;
+      F* to;
+    };
+    const Copy copies[] = {{HI, tables.hi, columns.hi},
+                           {SCALE, tables.scale, columns.scale},
+                           {OFFSET, tables.offset, columns.offset},
+                           {BETA, tables.beta, columns.beta},
+                           {A, tables.a, columns.a},
+                           {B, tables.b, columns.b},
+                           {C, tables.c, columns.c}};
     const auto for_tables = [&](const auto& body) {
-      for (int i = 0; i < 7; ++i)
-        if (wanted >> i & 1) body(tables.*all[i], scope.columns.*all[i]);
+      for (const auto& copy : copies)
+        if (wanted & copy.table) body(copy.from, copy.to);
     };
     if (plan.family == Family::columns)
       return scope.team.share(0, plan.width / problem.C, 1, [&](Range sides) {
@@ -267,7 +280,8 @@ template <class T> class Job : public Geometry<T> {
         if constexpr (has_padding<Pass>)
           if (rest && options.normalized_padding) {
             const auto padding = padding_of(pass, pass.tables);
-            reduce_row(padding, here.advanced(element_, counting), padding.template coefficients<by_channel<V>>(c), rest, sum);
+            reduce_row(padding, here.advanced(element_, counting), padding.template coefficients<by_channel<V>>(c),
+                       rest, sum);
           }
       }
     for (int64_t c = channels.begin; c < channels.end; ++c) {
@@ -283,9 +297,10 @@ template <class T> class Job : public Geometry<T> {
       const int64_t counting = max(0, min(kept(n, c), end) - s), rest = end - s - counting;
       const Row<T> here = row(n, c, s), beyond = here.advanced(element_, counting);
       if (counting) map_row(pass, here, pass.template coefficients<by_channel<V>>(c), counting, plan.is_streaming);
-      if (rest) pad(pass, beyond, rest, [&](const auto& padding) {
-        map_row(padding, beyond, padding.template coefficients<by_channel<V>>(c), rest, false);
-      });
+      if (rest)
+        pad(pass, beyond, rest, [&](const auto& padding) {
+          map_row(padding, beyond, padding.template coefficients<by_channel<V>>(c), rest, false);
+        });
     }
   }
 
@@ -295,8 +310,7 @@ template <class T> class Job : public Geometry<T> {
   // shorter rows are read faster one after the other, as they lie (twice as fast from memory at 256 columns).
   template <class Pass> static constexpr int group = Pass::arrays <= 2 ? 8 : 4;
 
-  template <class Pass>
-  void reduce_columns_of(const Scope& scope, const Pass& pass, int64_t k, Range columns) const {
+  template <class Pass> void reduce_columns_of(const Scope& scope, const Pass& pass, int64_t k, Range columns) const {
     constexpr int64_t widest = widest_block + width<Pair>;
     const int longest_run = 4 * run_of(pass);  // rows that are summed in the element's own precision
     const int64_t width = columns.end - columns.begin;
@@ -349,13 +363,14 @@ template <class T> class Job : public Geometry<T> {
     this->for_runs(scope, k, [&](Row<T> row, int64_t rows, int64_t length, bool is_kept) {
       const int64_t begin = columns.begin, end = min(columns.end, length);
       if (end <= begin) return;
-      for (; is_kept && plan.has_groups && rows >= group<Pass>; rows -= group<Pass>, row = row.advanced(step_, group<Pass>))
+      for (; is_kept && plan.has_groups && rows >= group<Pass>;
+           rows -= group<Pass>, row = row.advanced(step_, group<Pass>))
         map_columns<group<Pass>>(pass, row, step_, begin, end, plan.is_streaming);
       for (; rows; --rows, row = row.advanced(step_, 1)) {
         if (is_kept) map_columns<1>(pass, row, step_, begin, end, plan.is_streaming);
-        else pad(pass, row.advanced(element_, begin), end - begin, [&](const auto& padding) {
-          map_columns<1>(padding, row, step_, begin, end, false);
-        });
+        else
+          pad(pass, row.advanced(element_, begin), end - begin,
+              [&](const auto& padding) { map_columns<1>(padding, row, step_, begin, end, false); });
       }
     });
   }
@@ -369,8 +384,9 @@ template <class T> class Job : public Geometry<T> {
     if (row.dresidual) __builtin_memset(row.dresidual, 0, length * sizeof(T));
   }
 
-  void* free_;
-  double *first_, *second_;  // the sums of each chunk: [C][chunks], or, for columns, [chunks][C]
+  char* free_;                        // what is left of the workspace, up to
+  [[maybe_unused]] const char* end_;  // where it ends
+  double *first_, *second_;           // the sums of each chunk: [C][chunks], or, for columns, [chunks][C]
 };
 
 }  // namespace batchnorm::BATCHNORM_ISA

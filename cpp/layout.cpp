@@ -20,9 +20,10 @@ struct Group {
   void merge(int arrays, int first_alone) {
     int kept = 0;
     for (int i = 1; i < length; ++i) {
-      const bool merges = i != first_alone && std::all_of(axes[i].strides, axes[i].strides + arrays, [&](const int64_t& inner) {
-        return axes[kept].strides[&inner - axes[i].strides] == inner * axes[i].size;
-      });
+      const bool merges =
+          i != first_alone && std::all_of(axes[i].strides, axes[i].strides + arrays, [&](const int64_t& inner) {
+            return axes[kept].strides[&inner - axes[i].strides] == inner * axes[i].size;
+          });
       if (merges) {
         axes[kept].size *= axes[i].size;
         std::copy_n(axes[i].strides, arrays, axes[kept].strides);
@@ -62,9 +63,8 @@ bool view(const Viewed* arrays, int count, uint32_t kept, bool is_ordered, Probl
       added.strides[i] = arrays[i].array->shape[axis] == x.shape[axis] ? arrays[i].array->strides[axis] : 0;
   }
   if (!is_ordered)
-    std::stable_sort(reduced.axes, reduced.axes + reduced.length, [](const Axis& a, const Axis& b) {
-      return std::abs(a.strides[0]) > std::abs(b.strides[0]);
-    });
+    std::stable_sort(reduced.axes, reduced.axes + reduced.length,
+                     [](const Axis& a, const Axis& b) { return std::abs(a.strides[0]) > std::abs(b.strides[0]); });
   channels.merge(count, -1);
   reduced.merge(count, first_alone);
   if (channels.length > 1 || reduced.length > 2) return false;

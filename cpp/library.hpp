@@ -26,7 +26,11 @@ class Library {
   nanobind::object empty(nanobind::handle x, Element element, int ndim, const int64_t* shape) const;
 
  private:
-  struct Prototype { Element element; int64_t length; nanobind::object array; };
+  struct Prototype {
+    Element element;
+    int64_t length;
+    nanobind::object array;
+  };
   const Prototype& prototype(Element element, int64_t length) const;
 
   nanobind::tuple types_;

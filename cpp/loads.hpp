@@ -99,9 +99,10 @@ BATCHNORM_INLINE Vs narrow(Pair v, float16) {
     // Subnormal results: adding 0.5 leaves the rounded number in the low bits of the sum, in units of 2^-24.
     const Vu subnormal = (Vu)((Vf)magnitude + 0.5f) - 0x3f000000;
     const Vu normal = (magnitude - 0x38000000 + 0xfff + ((magnitude >> 13) & 1)) >> 13;
-    Vu half = magnitude < 0x38800000 ? subnormal : normal;  // below 2^-14
-    half = magnitude >= 0x477ff000 ? Vu{} + 0x7c00 : half;  // 65520 and above round to Inf
-    half = magnitude > 0x7f800000 ? ((magnitude >> 13) & 0x3ff) | 0x7e00 : half;  // NaN
+    // Subnormal below 2^-14; 65520 and above round to Inf; above Inf lie NaN.
+    Vu half = magnitude < 0x38800000 ? subnormal : normal;
+    half = magnitude >= 0x477ff000 ? Vu{} + 0x7c00 : half;
+    half = magnitude > 0x7f800000 ? ((magnitude >> 13) & 0x3ff) | 0x7e00 : half;
     return half | (sign >> 16);
   };
   return lower_halves(narrowed(v.low), narrowed(v.high));
@@ -203,7 +204,11 @@ template <> constexpr bool has_dots<bfloat16> = true;
 // sums[i] + p[2 * i] * q[2 * i] + p[2 * i + 1] * q[2 * i + 1], with zeros for subnormal numbers.
 BATCHNORM_INLINE Vf dot(Vs p, Vs q, Vf sums) { return (Vf)_mm512_dpbf16_ps((__m512)sums, (__m512bh)p, (__m512bh)q); }
 
-BATCHNORM_INLINE Vs load_bits(const bfloat16* p) { Vs v; __builtin_memcpy(&v, p, sizeof v); return v; }
+BATCHNORM_INLINE Vs load_bits(const bfloat16* p) {
+  Vs v;
+  __builtin_memcpy(&v, p, sizeof v);
+  return v;
+}
 BATCHNORM_INLINE Vs load_bits(const bfloat16* p, int n) {
   return (Vs)_mm512_maskz_loadu_epi16((__mmask32)((1ull << n) - 1), p);
 }

@@ -77,9 +77,8 @@ void* take_block(int64_t bytes) {
   {
     Waiting& all = waiting();
     const std::lock_guard lock(all.mutex);
-    const auto found = std::find_if(all.blocks.rbegin(), all.blocks.rend(), [bytes](const Block& block) {
-      return block.bytes == bytes;
-    });
+    const auto found = std::find_if(all.blocks.rbegin(), all.blocks.rend(),
+                                    [bytes](const Block& block) { return block.bytes == bytes; });
     if (found != all.blocks.rend()) {
       void* const begin = found->begin;
       all.bytes -= bytes;

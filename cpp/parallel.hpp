@@ -2,6 +2,7 @@
 // helpers that the caller has.
 #pragma once
 
+#include <cassert>
 #include <cstdint>
 
 #include "helpers.hpp"
@@ -36,17 +37,22 @@ class Team {
   // them are done, and at once if they were before this member came.
   template <class Body> void share(int64_t begin, int64_t end, int64_t least, const Body& body) {
     if (size == 1) return body(Range{begin, end});
-    constexpr int64_t pieces_each = 8;  // enough that the last ones end together, few enough that taking them is nothing
+    // Enough that the last ones end together, few enough that taking them is nothing.
+    constexpr int64_t pieces_each = 8;
     const int64_t n = end - begin, enough = (n + least - 1) / least, most = pieces_each * size;
     const int64_t pieces = enough < 1 ? 1 : enough < most ? enough : most;
     int64_t own = 0;
     for (int64_t i; (i = take(pieces)) >= 0; ++own) body(Range{begin + n * i / pieces, begin + n * (i + 1) / pieces});
     finish(own, pieces);
     ++step_;
+    assert(step_ >> (64 - piece_bits) == 0);
   }
 
  private:
-  static constexpr int piece_bits = 48;
+  // Half of the bits for the pieces, of which a step has 8 a thread, half for the steps. A call has nine at most, however
+  // large it is (a forward pass that measures twice); if they wrapped, no member would find its step and work would be
+  // left out without a word.
+  static constexpr int piece_bits = 32;
 
   // A piece of this step, negative if there is none left.
   int64_t take(int64_t pieces) const {
@@ -65,7 +71,8 @@ class Team {
       __atomic_store_n(&progress_->done, 0, __ATOMIC_RELAXED);
       __atomic_store_n(&progress_->next, (step_ + 1) << piece_bits, __ATOMIC_RELEASE);
     }
-    for (int spins = 0; __atomic_load_n(&progress_->next, __ATOMIC_ACQUIRE) >> piece_bits == step_; ++spins) relax(spins);
+    for (int spins = 0; __atomic_load_n(&progress_->next, __ATOMIC_ACQUIRE) >> piece_bits == step_; ++spins)
+      relax(spins);
   }
 
   Progress* progress_ = nullptr;
@@ -84,7 +91,8 @@ template <class Body> void parallel(int threads, const Helpers* helpers, const B
     body(team);
   };
   if (helpers)
-    return with_helpers(*helpers, threads, [](const void* m, int rank) { (*static_cast<decltype(&member)>(m))(rank); }, &member);
+    return with_helpers(
+        *helpers, threads, [](const void* m, int rank) { (*static_cast<decltype(&member)>(m))(rank); }, &member);
 #ifdef BATCHNORM_PTHREADS
   std::vector<std::thread> others;
   for (int rank = 1; rank < threads; ++rank) others.emplace_back([&, rank] { member(rank); });

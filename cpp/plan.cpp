@@ -6,27 +6,39 @@
 namespace batchnorm {
 namespace {
 
-constexpr int64_t row_chunk = 8192;     // elements of a channel that are summed in one go
-constexpr int64_t column_chunk = 32768; // and of all columns, at least
-constexpr int64_t short_row = 128;      // S below which a row of one channel is too short to be taken by itself, and
-constexpr int64_t ragged_row = 1024;    // that below which it is if it is no number of whole vectors;
-constexpr int64_t ragged_row_read_once = 512;  // the same of a pass that neither comes back to the elements nor streams
-constexpr int64_t wide_row = 2048;      // columns that rows put side by side should have, where there are enough of them
-constexpr int64_t fewest_rows = 256;    // that they leave
-constexpr int64_t page_row = 768;       // columns from which rows are long enough to be walked several at a time
+// ---- What decides the order of sums ----
+//
+// Fixed for ever, like `widest_block`, `vector_width` and the numbers in `plan_short_rows` and `plan_columns`: with any
+// other value results would have other bits than those of earlier versions.
+
+constexpr int64_t row_chunk = 8192;      // elements of a channel that are summed in one go
+constexpr int64_t column_chunk = 32768;  // and of all columns, at least
+constexpr int64_t short_row = 128;       // S below which a row of one channel is too short to be taken by itself, and
+constexpr int64_t ragged_row = 1024;     // that below which it is if it is no number of whole vectors
+constexpr int64_t wide_row = 2048;       // columns that rows put side by side should have, if there are enough
+constexpr int64_t fewest_rows = 256;     // that this leaves
+
+// Several rows are walked at a time, and their terms added up before they enter the column's sum, from so many columns on:
+// such rows are long enough. Those of a tensor that lies in a near cache may be of any length.
+constexpr int64_t page_row = 768;
+constexpr int64_t small_bytes = 256 << 10;
+
+// ---- What decides speed alone ----
+//
+// Free to change: these choose who computes a sum, how results are stored, or the family of a pass without sums.
+
+// `ragged_row` of a pass that takes no sums and does not stream.
+constexpr int64_t ragged_row_read_once = 512;
 
 // What a thread reads between two passes over it. More than fits some second-level caches: with few channels at a time
 // the stretches of contiguous memory are short, and starting on one costs more than a read from the third level.
 constexpr int64_t cache_bytes = 1 << 20;
 
-// Of a tensor that lies in a near cache: its rows may be of any length.
-constexpr int64_t small_bytes = 256 << 10;
-
 // Bytes of all tensors from which results are streamed: they would push each other out of a third level of 32 MiB. Sooner
 // where a thread goes over the same channels twice: results would push these out of the second level.
 constexpr int64_t streamed_bytes = 28 << 20, streamed_bytes_of_channels = 24 << 20;
 
-// The same where results are new: a line that is in no cache would be read before it is written.
+// The thresholds where results are new: a line that is in no cache would be read before it is written.
 constexpr int64_t streamed_bytes_of_new = 16 << 20, streamed_bytes_of_new_channels = 4 << 20;
 
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
@@ -82,7 +94,8 @@ void plan_columns(const Problem& p, Plan& plan, bool is_flat) {
   plan.block = ceil_div(at_least_1(ceil_div(plan.width, blocks)), 32) * 32;
   // Enough chunks that every thread has some, few enough that adding them up costs little.
   const bool is_small = plan.elements < 8 * column_chunk;
-  plan.chunks = is_small ? at_least_1(plan.elements / column_chunk) : std::clamp<int64_t>(plan.elements >> 18, 8, 256) / 8 * 8;
+  plan.chunks =
+      is_small ? at_least_1(plan.elements / column_chunk) : std::clamp<int64_t>(plan.elements >> 18, 8, 256) / 8 * 8;
   plan.chunk_n = 8 * at_least_1(ceil_div(plan.rows, 8 * plan.chunks));
   plan.chunks = ceil_div(plan.rows, plan.chunk_n);
 }
@@ -96,6 +109,17 @@ int64_t channels_apart(const Problem& p, const Plan& plan, int64_t bytes_of_a_ch
   return unit * at_least_1(std::min(cache_bytes / at_least_1(bytes_of_a_channel * unit), units / (4 * p.threads)));
 }
 
+// The arrays that `Job` takes: partial sums, tables by channel, whether it is measured again, and for each team tables by
+// column, with their pointers where there are several teams. An array begins a line, the first of which may be cut.
+int64_t workspace_bytes(const Problem& p, const Plan& plan) {
+  const auto array = [](int64_t length, int64_t size) { return ceil_div(length * size, line_bytes) * line_bytes; };
+  const int64_t scalar = p.dtype == Dtype::float64 ? 8 : 4;
+  const auto tables = [&](int64_t length) { return coefficient_tables * array(length + table_excess, scalar); };
+  const int64_t teams = plan.channels_apart ? p.threads : 1;
+  return line_bytes + 2 * array(plan.chunks * p.C, 8) + tables(p.C) + array(p.C, 1) +
+         teams * tables(plan.table_length) + array(teams * coefficient_tables, sizeof(void*));
+}
+
 }  // namespace
 
 bool make_plan(const Problem& p, Plan& plan) {
@@ -103,30 +127,27 @@ bool make_plan(const Problem& p, Plan& plan) {
   plan.chunks_per_row = 1;
   plan.elements = p.N * p.C * p.S;
   const bool is_masked = p.mask.lengths || p.mask.keep.data, is_read_once = p.y.data && !p.measure;
-  int64_t written = 0, read = 0;
-  all_tensors(p, [&](const Tensor& t) {
-    return ++(&t == &p.y || &t == &p.dx || &t == &p.dresidual ? written : read);
-  });
+  int64_t read = 0, written = 0;
+  for (const Tensor* t : {&p.x, &p.residual, &p.dy}) read += t->data != nullptr;
+  for (const Tensor* t : {&p.y, &p.dx, &p.dresidual}) written += t->data != nullptr;
   const int64_t bytes = plan.elements * size_of(p.dtype);
   const auto streams_from = [&](int64_t least) { return (written + read) * bytes >= least; };
   const Tensor& keep = p.mask.keep;
-  const bool has_rows =
-      (p.S == 1 || all_tensors(p, [](const Tensor& t) { return t.s == 1; })) && (!keep.data || keep.s == 0 || keep.s == 1);
-  const bool has_columns =
-      (p.C == 1 || all_tensors(p, [](const Tensor& t) { return t.c == 1; })) && (!keep.data || keep.c == 0 || keep.c == 1);
+  const bool has_rows = (p.S == 1 || all_tensors(p, [](const Tensor& t) { return t.s == 1; })) &&
+                        (!keep.data || keep.s == 0 || keep.s == 1);
+  const bool has_columns = (p.C == 1 || all_tensors(p, [](const Tensor& t) { return t.c == 1; })) &&
+                           (!keep.data || keep.c == 0 || keep.c == 1);
   if (has_rows && (p.S > 1 || !has_columns || p.C == 1)) {
     const bool is_packed = all_tensors(p, [&](const Tensor& t) { return t.c == p.S; });
     const bool is_short = has_short_rows(p, is_read_once, streams_from(streamed_bytes));
     if (is_short && is_packed && !is_masked) plan_short_rows(p, plan);
     else plan_rows(p, plan);
   } else if (has_columns) {
-    plan_columns(p, plan, !is_masked && all_tensors(p, [&](const Tensor& t) {
-      return (p.S == 1 || t.s == p.C) && (p.N == 1 || t.n == p.C * p.S);
-    }));
+    const auto is_flat = [&](const Tensor& t) { return (p.S == 1 || t.s == p.C) && (p.N == 1 || t.n == p.C * p.S); };
+    plan_columns(p, plan, !is_masked && all_tensors(p, is_flat));
   } else {
     return false;
   }
-  const int64_t scalar = p.dtype == Dtype::float64 ? 8 : 4, line = 64;
   const bool goes_by_channels = plan.family != Family::columns && !is_read_once;
   const int64_t all = p.has_new_results ? streamed_bytes_of_new : streamed_bytes;
   const int64_t channels = p.has_new_results ? streamed_bytes_of_new_channels : streamed_bytes_of_channels;
@@ -136,13 +157,9 @@ bool make_plan(const Problem& p, Plan& plan) {
   plan.has_groups = std::min(plan.width, plan.block) >= page_row || bytes <= small_bytes;
   plan.channels_apart = channels_apart(p, plan, read * p.N * p.S * size_of(p.dtype));
 
-  // As `Job` lays it out: partial sums, tables by channel, tables by column for each team.
-  const int64_t partials = plan.chunks * p.C;
   if (plan.family == Family::columns) plan.table_length = plan.width;
   if (plan.family == Family::short_rows) plan.table_length = (plan.channels_apart ? plan.channels_apart : p.C) * p.S;
-  const int64_t teams = plan.channels_apart ? p.threads : 1;
-  const auto tables = [&](int64_t length) { return 7 * (scalar * (length + 32) + line); };
-  plan.workspace = 2 * 8 * partials + tables(p.C) + teams * tables(plan.table_length) + p.C + 8 * line;
+  plan.workspace = workspace_bytes(p, plan);
   return true;
 }
 

@@ -37,8 +37,15 @@ struct Plan {
   int64_t workspace;     // bytes that the kernels need besides their arguments
 };
 
-constexpr int64_t row_block = 32;       // channels of a tile of rows, and
-constexpr int64_t widest_block = 2048;  // columns of one of columns: their sums are on the stack
+constexpr int64_t row_block = 32;  // channels of a tile of rows: their sums are on the stack
+
+// Columns of a tile of columns, whose sums are on the stack. It decides the order of sums (see plan.cpp), for ever.
+constexpr int64_t widest_block = 2048;
+
+// The workspace: arrays that each begin a cache line, and tables of coefficients.
+constexpr int64_t line_bytes = 64;
+constexpr int64_t coefficient_tables = 7;  // as in `Tables`
+constexpr int64_t table_excess = 32;       // elements behind a table: whole vectors of any instruction set are read
 
 // False where the tensors' strides fit no family.
 bool make_plan(const Problem& problem, Plan& plan);

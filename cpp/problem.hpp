@@ -45,13 +45,14 @@ struct Problem {
   bool has_new_results = false;      // each call writes where no call has for a while: in no cache
 
   // Arrays of the shape of x. They share one layout: s (or N = S = 1) is the unit stride of all, or c is.
-  Tensor x, residual = {}, dy = {};      // read
+  Tensor x, residual = {}, dy = {};        // read
   Tensor y = {}, dx = {}, dresidual = {};  // written; null where it is not wanted
 
   Activation activation = Activation::identity;
-  double slope = 0;                 // of leaky_relu
-  bool normalized_padding = false;  // masked elements are normalised like the rest, and have gradients: y is not 0 there
-  Channels gamma = {}, beta = {};   // null: 1 and 0
+  double slope = 0;  // of leaky_relu
+  // Masked elements are normalised like the rest, and have gradients: y is not 0 there.
+  bool normalized_padding = false;
+  Channels gamma = {}, beta = {};  // null: 1 and 0
 
   // One for each channel, contiguous, of any alignment; float, or double for float64. Forward writes them if it measures
   // and reads mean, mean_lo and rstd if not; backward reads those.
@@ -69,8 +70,8 @@ struct Problem {
   void* factor = nullptr;
 
   // Backward only.
-  bool through_statistics = true;      // the statistics depend on x; if not, dx = gamma * rstd * dz
-  Channels dgamma = {}, dbeta = {};    // written; null where it is not wanted
+  bool through_statistics = true;    // the statistics depend on x; if not, dx = gamma * rstd * dz
+  Channels dgamma = {}, dbeta = {};  // written; null where it is not wanted
 };
 
 struct Plan;

@@ -36,9 +36,11 @@ double rstd_of_spread(double spread, const Averaging& averaging, EpsPlacement pl
   const bool is_inside = placement == EpsPlacement::inside;
   switch (averaging.tracked) {
     case Tracked::rstd: return spread;
-    case Tracked::var: case Tracked::var_eps: return 1 / std_of_var(spread, averaging.eps, placement);
+    case Tracked::var:
+    case Tracked::var_eps: return 1 / std_of_var(spread, averaging.eps, placement);
     case Tracked::log10_std: spread = std::pow(10, spread); break;
-    case Tracked::std: case Tracked::std_eps: break;
+    case Tracked::std:
+    case Tracked::std_eps: break;
   }
   if (is_inside) return 1 / std_of_var(spread * spread, averaging.eps, placement);
   return 1 / (spread + (placement == EpsPlacement::outside ? averaging.eps : 0));
@@ -69,7 +71,8 @@ void MergedMoments::merge(const Batch& other, int64_t C) {
 }
 
 // In double, and rounded once: three roundings of rstd would be half of what y may be off.
-void statistics_of(const Running& running, const Averaging& averaging, EpsPlacement placement, const StatisticsRows& rows, int64_t C) {
+void statistics_of(const Running& running, const Averaging& averaging, EpsPlacement placement,
+                   const StatisticsRows& rows, int64_t C) {
   const bool is_weighted = averaging.debias == Debias::adam || averaging.debias == Debias::weight_sum;
   const double weight = is_weighted && running.weight != 0 ? running.weight : 1;
   for (int64_t c = 0; c < C; ++c) {

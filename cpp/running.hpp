@@ -52,7 +52,8 @@ Entry advance(const Running& running, Running& updated, const Batch& batch, cons
 
 // The statistics that normalize by the averages: mean, what rounding takes of it, and rstd, for each of C channels.
 struct StatisticsRows { Channels mean, mean_lo, rstd; };
-void statistics_of(const Running& running, const Averaging& averaging, EpsPlacement placement, const StatisticsRows& rows, int64_t C);
+void statistics_of(const Running& running, const Averaging& averaging, EpsPlacement placement,
+                   const StatisticsRows& rows, int64_t C);
 
 // Element c, float or double.
 double value_at(const Channels& values, int64_t c);

@@ -1,9 +1,8 @@
 // Vectors of the widest kind that the instruction set being compiled for has. Arithmetic is the compiler's own on vector
 // types (GCC and Clang); only what it has no operator for is spelled out per instruction set.
 //
-// Everything lives in a namespace named after the instruction set: this header is compiled once for each, and two
-// versions of one inline function under one name would let the linker keep the one that the machine cannot run. For
-// the same reason nothing here calls a function template of the standard library.
+// Everything from here up to kernels.cpp lives in a namespace named after the instruction set; kernels.cpp says why, and
+// why nothing of the standard library is called.
 #pragma once
 
 #include <cstdint>
@@ -40,6 +39,7 @@ struct Pair { Vf low, high; };
 struct PairMask { Vi low, high; };
 
 // The type that elements are computed in, its vector, and the vector of its lanes' truth values (all bits or none).
+// clang-format off
 template <class T> struct Compute { using Scalar = float; using V = Pair; };
 template <> struct Compute<float> { using Scalar = float; using V = Vf; };
 template <> struct Compute<double> { using Scalar = double; using V = Vd; };
@@ -47,6 +47,7 @@ template <class V> struct Lanes;
 template <> struct Lanes<Vf> { using Scalar = float; using Int = int32_t; using Mask = Vi; };
 template <> struct Lanes<Vd> { using Scalar = double; using Int = int64_t; using Mask = Vl; };
 template <> struct Lanes<Pair> { using Scalar = float; using Int = int32_t; using Mask = PairMask; };
+// clang-format on
 template <class V> using MaskOf = typename Lanes<V>::Mask;
 template <class V> using ScalarOf = typename Lanes<V>::Scalar;
 template <class V> constexpr int width = sizeof(V) / sizeof(ScalarOf<V>);
@@ -103,8 +104,16 @@ BATCHNORM_INLINE Halves widen(Vf v) {
 #endif
 }
 
-BATCHNORM_INLINE Vf load(const float* p) { Vf v; __builtin_memcpy(&v, p, sizeof v); return v; }
-BATCHNORM_INLINE Vd load(const double* p) { Vd v; __builtin_memcpy(&v, p, sizeof v); return v; }
+BATCHNORM_INLINE Vf load(const float* p) {
+  Vf v;
+  __builtin_memcpy(&v, p, sizeof v);
+  return v;
+}
+BATCHNORM_INLINE Vd load(const double* p) {
+  Vd v;
+  __builtin_memcpy(&v, p, sizeof v);
+  return v;
+}
 BATCHNORM_INLINE void store(float* p, Vf v) { __builtin_memcpy(p, &v, sizeof v); }
 BATCHNORM_INLINE void store(double* p, Vd v) { __builtin_memcpy(p, &v, sizeof v); }
 

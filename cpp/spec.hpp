@@ -39,8 +39,8 @@ enum class Source : uint8_t { batch, running, given };
 enum class Returns : uint8_t { output, cache, moments, everything, table, table_alone };
 
 struct Request {
-  Source source;    // of the statistics
-  bool is_in_place; // running statistics are advanced where they are, rather than in copies
+  Source source;     // of the statistics
+  bool is_in_place;  // running statistics are advanced where they are, rather than in copies
   Returns returns;
 
   bool has_output() const { return returns != Returns::moments && returns != Returns::table_alone; }

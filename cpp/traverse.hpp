@@ -109,7 +109,8 @@ inline void reduce_row(const Pass pass, const Row<T> row, const typename Pass::C
       for (int u = 0; u < unroll; ++u) accumulate(pass, row, j + u * W, k, All{}, first[u], second[u]);
     for (; j + W <= end; j += W) accumulate(pass, row, j, k, All{}, first[0], second[0]);
     if (j < end) accumulate(pass, row, j, k, First{static_cast<int>(end - j)}, first[1], second[1]);
-    if constexpr (unroll == 4) first[0] += first[2], first[1] += first[3], second[0] += second[2], second[1] += second[3];
+    if constexpr (unroll == 4)
+      first[0] += first[2], first[1] += first[3], second[0] += second[2], second[1] += second[3];
     sums.fold(first[0] + first[1], second[0] + second[1]);
   }
 }
@@ -160,8 +161,8 @@ inline void map_row(const Pass pass, const Row<T> row, const typename Pass::Coef
 
 // Stores the results of `count` evenly spaced rows for the columns in [begin, end).
 template <int count, class Pass, class T>
-inline void map_columns(const Pass pass, const Row<T> row, const typename Row<T>::Step step, int64_t begin,
-                        int64_t end, bool is_streaming) {
+inline void map_columns(const Pass pass, const Row<T> row, const typename Row<T>::Step step, int64_t begin, int64_t end,
+                        bool is_streaming) {
   using V = typename Pass::V;
   constexpr int W = width<V>;
   for (int r = 0; r < count; ++r) is_streaming = is_streaming && is_aligned(row.advanced(step, r), begin);
@@ -170,7 +171,8 @@ inline void map_columns(const Pass pass, const Row<T> row, const typename Row<T>
     for (int r = 0; r < count; ++r) pass.apply(row.advanced(step, r), j, k, lanes, streams);
   };
   int64_t j = begin;
-  if (is_streaming) for (; j + W <= end; j += W) block(j, All{}, true);
+  if (is_streaming)
+    for (; j + W <= end; j += W) block(j, All{}, true);
   for (; j + W <= end; j += W) block(j, All{}, false);
   if (j < end) block(j, First{static_cast<int>(end - j)}, false);
 }

@@ -29,7 +29,9 @@ struct Failure {
   std::string message;
 };
 
-[[noreturn]] void refuse(const std::string& message) { throw Failure{ErrorCode::invalid_argument, "batchnorm: " + message}; }
+[[noreturn]] void refuse(const std::string& message) {
+  throw Failure{ErrorCode::invalid_argument, "batchnorm: " + message};
+}
 
 xla::Error* error_of(const xla::Api& api, ErrorCode code, const char* message) {
   // Through `code`, not sizeof: a later version may put a field into the padding behind it.
@@ -83,7 +85,8 @@ class Call {
   const void* scalar(const char* name, DataType dtype) const {
     const xla::Attrs& attrs = frame_.attrs;
     for (int64_t i = 0; i < attrs.size; ++i) {
-      if (attrs.names[i]->size != std::strlen(name) || std::memcmp(attrs.names[i]->data, name, attrs.names[i]->size)) continue;
+      if (attrs.names[i]->size != std::strlen(name) || std::memcmp(attrs.names[i]->data, name, attrs.names[i]->size))
+        continue;
       const auto* value = static_cast<const xla::Scalar*>(attrs.attrs[i]);
       if (attrs.types[i] == xla::AttrType::scalar && value->dtype == dtype) return value->value;
       refuse(std::string("the attribute ") + name + " has another type than it was declared with");
@@ -221,7 +224,9 @@ class Lanes {
   }
 
   void compute(Operation operation, ThreadPool pool) {
-    const auto schedule = [](void* to, void (*task)(void*), void* data) { static_cast<ThreadPool*>(to)->schedule(task, data); };
+    const auto schedule = [](void* to, void (*task)(void*), void* data) {
+      static_cast<ThreadPool*>(to)->schedule(task, data);
+    };
     const Helpers helpers{schedule, &pool};
     problem.helpers = &helpers;
     problem.has_new_results = true;
@@ -235,7 +240,8 @@ class Lanes {
       problem.threads = threads;  // `compute` lowers it to what the size is worth
       if (!batchnorm::compute(operation, problem)) refuse("no kernel walks such strides");
       if (counts && operation == Operation::forward)
-        std::transform(wide_counts_.begin(), wide_counts_.end(), counts, [](int64_t n) { return static_cast<int32_t>(n); });
+        std::transform(wide_counts_.begin(), wide_counts_.end(), counts,
+                       [](int64_t n) { return static_cast<int32_t>(n); });
       for (const auto& [data, bytes] : strides_) *data = static_cast<char*>(*data) + bytes;
     }
   }
@@ -247,7 +253,10 @@ class Lanes {
   }
   int64_t size() const { return problem.N * problem.C * problem.S; }
 
-  struct Stride { void** data; int64_t bytes; };  // from one lane to the next
+  struct Stride {  // from one lane to the next
+    void** data;
+    int64_t bytes;
+  };
   std::vector<Stride> strides_;
   std::vector<int64_t> wide_counts_, wide_lengths_;
   const int32_t* lengths_ = nullptr;
@@ -264,10 +273,13 @@ void forward(const xla::CallFrame& frame) {
   const Call call(frame, args, rets, 4);
   Lanes lanes(call.arg(x));
   Problem& problem = lanes.problem;
-  lanes.large(call.arg(x), problem.x), lanes.large(call.arg(residual), problem.residual), lanes.large(call.ret(y), problem.y);
-  lanes.mask(call.arg(keep)), lanes.parameter(call.arg(gamma), problem.gamma), lanes.parameter(call.arg(beta), problem.beta);
+  lanes.large(call.arg(x), problem.x), lanes.large(call.arg(residual), problem.residual),
+      lanes.large(call.ret(y), problem.y);
+  lanes.mask(call.arg(keep)), lanes.parameter(call.arg(gamma), problem.gamma),
+      lanes.parameter(call.arg(beta), problem.beta);
   lanes.statistic(call.ret(mean), problem.mean), lanes.statistic(call.ret(mean_lo), problem.mean_lo);
-  lanes.statistic(call.ret(m2), problem.m2), lanes.statistic(call.ret(rstd), problem.rstd), lanes.counts(call.ret(count));
+  lanes.statistic(call.ret(m2), problem.m2), lanes.statistic(call.ret(rstd), problem.rstd),
+      lanes.counts(call.ret(count));
   problem.eps = call.float64("eps"), problem.slope = call.float64("slope");
   problem.normalized_padding = call.boolean("normalized_padding");
   problem.activation = activation_of(call);
@@ -280,8 +292,10 @@ void backward(const xla::CallFrame& frame) {
   const Call call(frame, args, rets, 3);
   Lanes lanes(call.arg(x));
   Problem& problem = lanes.problem;
-  lanes.large(call.arg(x), problem.x), lanes.large(call.arg(dy), problem.dy), lanes.large(call.arg(residual), problem.residual);
-  lanes.large(call.ret(dx), problem.dx), lanes.large(call.ret(dresidual), problem.dresidual), lanes.mask(call.arg(keep));
+  lanes.large(call.arg(x), problem.x), lanes.large(call.arg(dy), problem.dy),
+      lanes.large(call.arg(residual), problem.residual);
+  lanes.large(call.ret(dx), problem.dx), lanes.large(call.ret(dresidual), problem.dresidual),
+      lanes.mask(call.arg(keep));
   lanes.parameter(call.arg(gamma), problem.gamma), lanes.parameter(call.arg(beta), problem.beta);
   lanes.parameter(call.ret(dgamma), problem.dgamma), lanes.parameter(call.ret(dbeta), problem.dbeta);
   lanes.statistic(call.arg(mean), problem.mean), lanes.statistic(call.arg(mean_lo), problem.mean_lo);
@@ -344,7 +358,8 @@ void advance(const xla::CallFrame& frame) {
 bool answer_metadata(const xla::CallFrame& frame) {
   if (!frame.extensions || frame.extensions->type != xla::ExtensionType::metadata) return false;
   xla::Metadata& metadata = *reinterpret_cast<xla::MetadataExtension*>(frame.extensions)->metadata;
-  if (metadata.struct_size < offsetof(xla::Metadata, traits) + sizeof metadata.traits) refuse("XLA's metadata are too small");
+  if (metadata.struct_size < offsetof(xla::Metadata, traits) + sizeof metadata.traits)
+    refuse("XLA's metadata are too small");
   metadata.version = {sizeof metadata.version, nullptr, xla::major_version, xla::minor_version};
   metadata.traits = 0;
   metadata.state_type = 0;  // behind what the size counts, but part of the struct since version 0.1

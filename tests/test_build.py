@@ -60,6 +60,10 @@ MISSING = {
         lambda folder: (["-DCMAKE_DISABLE_FIND_PACKAGE_nanobind=ON"], {}),
         ["nanobind is missing for Python at", "pip install .", "-m pip install nanobind"],
     ),
+    "instruction set": (
+        lambda folder: (["-DBATCHNORM_ISAS=baseline;sse9"], {}),
+        ["BATCHNORM_ISAS names sse9, which is no instruction set of", "leave it out"],
+    ),
 }
 
 
@@ -128,6 +132,11 @@ def test_a_second_build_compiles_what_has_changed(build):
     assert build() == []
     (build.project / "cpp" / "memory.cpp").touch()
     assert build() == ["memory.cpp"]
+
+
+def test_one_instruction_set_by_itself(monkeypatch, request):
+    monkeypatch.setenv("CMAKE_ARGS", "-DBATCHNORM_ISAS=baseline")
+    assert request.getfixturevalue("build")().count("kernels.cpp") == 1
 
 
 def test_make_builds_without_isolation():

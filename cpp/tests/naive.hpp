@@ -14,8 +14,8 @@ namespace batchnorm::naive {
 inline double widen_half(uint16_t bits) {
   const int exponent = bits >> 10 & 31, fraction = bits & 1023;
   const double magnitude = exponent == 31 ? (fraction ? NAN : INFINITY)
-                           : exponent    ? std::ldexp(1024 + fraction, exponent - 25)
-                                         : std::ldexp(fraction, -24);
+                           : exponent     ? std::ldexp(1024 + fraction, exponent - 25)
+                                          : std::ldexp(fraction, -24);
   return bits & 0x8000 ? -magnitude : magnitude;
 }
 
@@ -97,7 +97,7 @@ inline std::vector<double> kinks_of(Activation activation) {
 }
 
 struct Results {
-  std::vector<double> mean, var, rstd, dgamma, dbeta;  // by channel
+  std::vector<double> mean, var, rstd, factor, dgamma, dbeta;  // by channel
   std::vector<int64_t> count;
   std::vector<double> y, z, dz, dx, dresidual;  // [n][c][s]
 };
@@ -126,10 +126,14 @@ inline Results results(const Problem& p) {
     };
     int64_t count = 0;
     double sum = 0, m2 = 0;
-    each([&](int64_t n, int64_t s, int64_t, bool is_kept) { if (is_kept) ++count, sum += at(p.x, n, c, s); });
+    each([&](int64_t n, int64_t s, int64_t, bool is_kept) {
+      if (is_kept) ++count, sum += at(p.x, n, c, s);
+    });
     const double n_kept = static_cast<double>(std::max<int64_t>(count, 1));
     double mean = sum / n_kept;
-    each([&](int64_t n, int64_t s, int64_t, bool is_kept) { if (is_kept) m2 += std::pow(at(p.x, n, c, s) - mean, 2); });
+    each([&](int64_t n, int64_t s, int64_t, bool is_kept) {
+      if (is_kept) m2 += std::pow(at(p.x, n, c, s) - mean, 2);
+    });
     const double divisor = std::max(n_kept - p.correction, 1.0), var = m2 / divisor;
     double std = p.eps_placement == EpsPlacement::inside ? std::sqrt(var + p.eps) : std::sqrt(var);
     if (p.eps_placement == EpsPlacement::outside) std += p.eps;
@@ -148,14 +152,17 @@ inline Results results(const Problem& p) {
       dbeta += dz, dgamma += dz * xhat, dshift += is_kept || std::isfinite(x) ? dz : 0;
       r.dz[i] = dz, r.dresidual[i] = is_kept || std::isfinite(residual) ? dz : 0;
     });
-    const double factor = parameter(p.factor, c, 1);
-    if (p.dy.data) each([&](int64_t n, int64_t s, int64_t i, bool is_kept) {
-      const double x = at(p.x, n, c, s), xhat = (x - mean) * rstd, dz = r.dz[i];
-      if (!is_kept && !(p.normalized_padding && std::isfinite(x))) return;
-      const bool is_through = is_kept && p.through_statistics;
-      r.dx[i] = gamma * rstd * (is_through ? dz - dshift / n_kept - factor * xhat * dgamma / n_kept : dz);
-    });
+    const double factor = p.dy.data && p.factor ? get(p.factor, statistic, c) : 1;
+    if (p.dy.data)
+      each([&](int64_t n, int64_t s, int64_t i, bool is_kept) {
+        const double x = at(p.x, n, c, s), xhat = (x - mean) * rstd, dz = r.dz[i];
+        if (!is_kept && !(p.normalized_padding && std::isfinite(x))) return;
+        const bool is_through = is_kept && p.through_statistics;
+        r.dx[i] = gamma * rstd * (is_through ? dz - dshift / n_kept - factor * xhat * dgamma / n_kept : dz);
+      });
     r.mean.push_back(mean), r.var.push_back(m2 / n_kept), r.rstd.push_back(rstd), r.count.push_back(count);
+    r.factor.push_back(n_kept / divisor *
+                       (p.eps_placement == EpsPlacement::outside && var > 0 ? std / std::sqrt(var) : 1));
     r.dgamma.push_back(dgamma), r.dbeta.push_back(dbeta);
   }
   return r;

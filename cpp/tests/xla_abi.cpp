@@ -1,15 +1,16 @@
 // Compiles only if xla_abi.hpp is what XLA's own header declares: each place and size of a field, and each number.
 //
 //     c++ -std=c++20 -fsyntax-only -Icpp -I"$(python -c 'import jax; print(jax.ffi.include_dir())')" cpp/tests/xla_abi.cpp
+#include "xla_abi.hpp"
+
 #include <type_traits>
 
 #include "xla/ffi/api/c_api.h"
-#include "xla_abi.hpp"
 
 namespace xla = batchnorm::xla;
 
-#define SAME_FIELD(ours, field, theirs, their_field)                            \
-  static_assert(offsetof(xla::ours, field) == offsetof(theirs, their_field) &&  \
+#define SAME_FIELD(ours, field, theirs, their_field)                           \
+  static_assert(offsetof(xla::ours, field) == offsetof(theirs, their_field) && \
                 sizeof(xla::ours::field) == sizeof(theirs::their_field))
 
 #define SAME_NUMBER(ours, theirs) static_assert(static_cast<int64_t>(xla::ours) == static_cast<int64_t>(theirs))
@@ -20,7 +21,8 @@ namespace xla = batchnorm::xla;
   SAME_FIELD(ours, extensions, theirs, extension_start)
 
 // One that XLA embeds in another or refuses unless its size is this one.
-#define SAME_SIZE(ours, theirs) static_assert(sizeof(xla::ours) == sizeof(theirs) && sizeof(xla::ours) == theirs##_STRUCT_SIZE)
+#define SAME_SIZE(ours, theirs) \
+  static_assert(sizeof(xla::ours) == sizeof(theirs) && sizeof(xla::ours) == theirs##_STRUCT_SIZE)
 
 // Neither an older interface nor one with other places.
 static_assert(XLA_FFI_API_MAJOR == xla::major_version && XLA_FFI_API_MINOR >= xla::minor_version);

@@ -5,6 +5,8 @@
 `sanitize.sh` runs it with an extension that is compiled with sanitizers; by itself it takes the installed one.
 """
 
+from __future__ import annotations
+
 import argparse
 import gc
 import importlib.util
@@ -12,6 +14,7 @@ import itertools
 import sys
 import warnings
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -93,105 +96,94 @@ class Maker:
         self.axis = int(self.rng.integers(ndim))
         self.wide = np.dtype("float64" if self.dtype == np.float64 else "float32")
         self.layout = self.among(LAYOUTS) if min(shape) else "c"
-        name = self.among(("forward", "backward", "normalize", "normalize", "gradients"))
+        self.spec = self.any_spec()
+        name = self.among(("normalize", "normalize", "gradients"))
         arguments = getattr(self, name)()
         if self.one_in(3):
             arguments = {key: as_tensor(value) for key, value in arguments.items()}
         return Call(name, arguments, self.untouched)
 
+    def any_spec(self) -> Spec:
+        """Any convention, along one axis, in lanes, or in groups of examples."""
+        rules = {
+            "eps_train": self.among(("inside", "outside", "absent")), "single": self.among(("clamp", "error", "running")),
+            "normalize_correction": int(self.rng.integers(2)), "affine": self.among(("plain", "plain", "abs_eps", "ignored")),
+            "normalize_with": self.among(("batch", "batch", "running")), "update": self.among(("training", "always")),
+            "masked_output": self.among(("zero", "normalized")), "decay": self.among((0.9, None)),
+            "tracked": self.among(("var", "std", "log10_std")), "debias": self.among(("none", "adam", "first_batch")),
+        }  # fmt: skip
+        convention = replace(CONVENTIONS["pytorch"], zero_eps="allowed", **rules)
+        axis = (0, len(self.shape) - 1) if len(self.shape) > 2 and self.one_in(4) else self.axis
+        spec = spec_of(convention, axis, len(self.shape), self.among((None, "relu", "silu", "leaky_relu(0.3)")))
+        return replace(spec, group_size=int(self.among((1, 2, 3)))) if self.one_in(4) and spec.axes.kept[0] else spec
+
     def of_x(self) -> np.ndarray:
-        return as_bits(self.input(self.shape, self.dtype, self.layout, self.axis))
+        return self.input(self.shape, self.dtype, self.layout, self.axis)
 
-    def like_x(self) -> np.ndarray:
-        return as_bits(self.guarded(self.shape, self.dtype))
+    def by_channel(self) -> tuple[int, ...]:
+        return self.spec.axes.statistics_shape(self.shape)
 
-    def activation(self) -> dict[str, Any]:
-        return {"activation": int(self.rng.integers(9)), "slope": 0.01, "threads": int(self.rng.integers(1, 4))}
+    def operands(self) -> tuple[Any, ...]:
+        shape = self.by_channel()
+        gamma, beta = (self.channels(shape[0]) if len(shape) == 1 else self.numbers(shape, self.wide) for _ in range(2))
+        return self.of_x(), gamma, beta, self.of_x() if self.one_in(3) else None, self.mask()
 
-    def affine(self) -> dict[str, Any]:
-        gamma, beta = (self.channels(self.shape[self.axis]) for _ in range(2))
-        return {"gamma": as_bits(gamma), "beta": as_bits(beta), "residual": self.of_x() if self.one_in(3) else None}
-
-    def statistics(self, *names: str) -> dict[str, Any]:
-        return {name: self.guarded((self.shape[self.axis],), self.wide) for name in names}
-
-    def masked(self) -> dict[str, Any]:
-        keep = lengths = None
+    def mask(self) -> Any:
         if self.one_in(3):
             sizes = [size if self.one_in(2) else 1 for size in self.shape]
-            keep = placed(self.rng.random(sizes) < 0.7, self.among(("c", "f", "bytes")), 0)
-        elif len(self.shape) > 2 and self.one_in(2):
-            first, steps = [size for a, size in enumerate(self.shape) if a != self.axis][:2]
-            lengths = placed(self.rng.integers(0, steps + 1, size=first), self.among(("c", "bytes")), 0)
-        return {"mask": keep, "lengths": lengths, "normalized_padding": self.one_in(2), "kept": 1 << self.axis}
+            return placed(self.rng.random(sizes) < 0.7, self.among(("c", "f", "bytes")), 0)
+        if len(self.spec.axes.reduced) > 1 and self.one_in(2):
+            first, steps = (self.shape[axis] for axis in self.spec.axes.reduced[:2])
+            return (placed(self.rng.integers(0, steps + 1, size=first), self.among(("c", "bytes")), 0),)
+        return None
 
-    def forward(self) -> dict[str, Any]:
-        C = self.shape[self.axis]
+    def state(self, is_in_place: bool) -> tuple[Any, ...]:
+        dtype = self.among((np.float32, np.float64))
+        mean, spread = (self.guarded(self.by_channel(), dtype) for _ in range(2))
+        if is_in_place:
+            return mean, spread, self.guarded((), np.int64), self.guarded((), dtype), None
+        return mean, spread, *(self.guarded((), dtype) for _ in range(3))
+
+    def normalize(self) -> dict[str, Any]:
+        source, is_in_place = int(self.rng.integers(2)), self.one_in(2)
+        numbers = None if source == 0 and self.one_in(3) else self.state(is_in_place)
+        out = self.guarded(self.shape, self.dtype) if self.one_in(4) else None
+        if self.one_in(6):
+            source, numbers = 2, tuple(self.guarded(self.by_channel(), self.wide) for _ in range(3))
         return {
-            "x": self.of_x(), "y": self.like_x(), **self.affine(), **self.statistics("mean", "mean_lo", "m2", "rstd"),
-            "count": self.guarded((C,), np.int64), **self.masked(), "measure": not self.one_in(4), "eps": 1e-5,
-            "eps_placement": int(self.rng.integers(3)), "correction": int(self.rng.integers(2)), **self.activation(),
+            "library": NUMPY, "request": _native.Request(source, is_in_place, int(self.rng.integers(6))),
+            "spec": self.spec.native, "operands": self.operands(), "numbers": numbers, "out": out,
+            "threads": int(self.rng.integers(1, 4)),
         }  # fmt: skip
 
-    def backward(self) -> dict[str, Any]:
-        affine, C = self.affine(), self.shape[self.axis]
-        results = {f"d{name}": None if affine[name] is None else np.ones(C, self.wide) for name in ("gamma", "beta")}
+    def gradients(self) -> dict[str, Any]:
+        is_grouped = self.spec.group_size > 0
+        groups = len(self.spec.groups(self.shape)) if is_grouped else 1
+        channels = groups * int(np.prod(self.by_channel()))
+        through = not self.one_in(4)
+        channels = channels if through or not is_grouped else channels // groups
+        table = self.guarded((self.among((3, 4)), channels), self.wide)
+        rows = tuple(self.guarded((channels,), self.wide) for _ in range(3))
         return {
-            "dy": self.of_x(), "x": self.of_x(), "dx": self.like_x(), **affine, **results,
-            "dresidual": None if affine["residual"] is None else self.like_x(),
-            **self.statistics("mean", "mean_lo", "rstd"), "count": self.guarded((C,), np.int64), "factor": None,
-            **self.masked(), "through_statistics": not self.one_in(4), **self.activation(),
+            "library": NUMPY, "spec": self.spec.native, "dy": self.of_x(), "operands": self.operands(),
+            "statistics": table if self.one_in(2) else rows, "count": self.guarded((channels,), np.int64),
+            "through_statistics": through, "has_dx": not self.one_in(8), "threads": int(self.rng.integers(1, 4)),
         }  # fmt: skip
-
-    def forward_plain(self) -> dict[str, Any]:
-        running, C = {"running_mean": None, "running_var": None, "steps": None}, self.shape[self.axis]
-        if self.one_in(2):
-            running = self.statistics("running_mean", "running_var") | {"steps": self.guarded((), np.int64)}
-        return {
-            "x": self.of_x(), **self.affine(), "out": self.like_x() if self.one_in(4) else None, "axis": self.axis,
-            "eps": 1e-5, **self.activation(), "empty_like": empty_like, "statistic_like": np.empty(C, self.wide),
-            "count_like": np.empty(C, np.int64), **running, "momentum": self.among((0.1, -1.0)),
-            "correction": int(self.rng.integers(2)), "in_table": False, "has_output": not self.one_in(8),
-        }  # fmt: skip
-
-    def inference_plain(self) -> dict[str, Any]:
-        return {
-            "x": self.of_x(), **self.affine(), **self.statistics("mean", "var"), "axis": self.axis, "eps": 1e-5,
-            "eps_placement": int(self.rng.integers(3)), **self.activation(), "empty_like": empty_like,
-            "keeps_statistics": self.one_in(8), "has_output": not self.one_in(8),
-        }  # fmt: skip
-
-    def backward_plain(self) -> dict[str, Any]:
-        statistics = tuple(self.statistics("mean", "mean_lo", "rstd").values())
-        return {
-            "dy": self.of_x(), "x": self.of_x(), **self.affine(), "statistics": statistics,
-            "count": self.guarded((self.shape[self.axis],), np.int64), "kept": 1 << self.axis, **self.activation(),
-            "empty_like": empty_like, "has_dx": not self.one_in(8), "through_statistics": not self.one_in(4),
-        }  # fmt: skip
-
-
-def as_bits(array: np.ndarray | None) -> np.ndarray | None:
-    """The array, or, of bfloat16, for which NumPy has no buffer, as uint16."""
-    return array.view(np.uint16) if array is not None and array.dtype == DTYPES["bfloat16"] else array
 
 
 def as_tensor(value: Any) -> Any:
     """A tensor on the memory of an array, where PyTorch can have one."""
-    if value is empty_like:
-        return torch.empty_like
+    if value is NUMPY:
+        return PYTORCH
     if isinstance(value, tuple):
         return tuple(map(as_tensor, value))
     if not isinstance(value, np.ndarray) or not value.flags.writeable or not value.flags.aligned:
         return value
     if any(stride < 0 or stride % value.itemsize for stride in value.strides):
         return value
-    if value.dtype == np.uint16:
+    if value.dtype == DTYPES["bfloat16"]:
         return torch.from_numpy(value.view(np.int16)).view(torch.bfloat16)
     return torch.from_numpy(value)
-
-
-def empty_like(array: Any) -> Any:
-    return np.empty_like(array) if isinstance(array, np.ndarray) else torch.empty_like(array)
 
 
 def hostile_values() -> list[Any]:
@@ -235,15 +227,19 @@ class Liar:
 
 
 def spoiled(call: Call, rng: np.random.Generator, values: list[Any]) -> Call:
-    """The call with an argument or two replaced, left out or added; what allocates results is the caller's own code."""
+    """The call with an argument or two, or a part of one, replaced, left out or added."""
     arguments = dict(call.arguments)
-    names = [name for name in arguments if name != "empty_like"]
+    names = [name for name in arguments if name not in ("library", "request", "spec") or rng.integers(20) == 0]
     for _ in range(1 + int(rng.integers(2))):
-        name = names[rng.integers(len(names))]
+        name, value = names[rng.integers(len(names))], values[rng.integers(len(values))]
+        parts = arguments.get(name)
         if rng.integers(20) == 0:
             arguments.pop(name, None)
+        elif isinstance(parts, tuple) and parts and rng.integers(4):
+            place = rng.integers(len(parts))
+            arguments[name] = (*parts[:place], value, *parts[place + 1 :])
         else:
-            arguments[name if rng.integers(40) else "surprise"] = values[rng.integers(len(values))]
+            arguments[name if rng.integers(40) else "surprise"] = value
     return call._replace(arguments=arguments)
 
 
@@ -253,7 +249,7 @@ def make(call: Call) -> str:
         done = getattr(_native, call.name)(**call.arguments)
     except (*REFUSALS, KeyboardInterrupt):  # the latter of `Liar`
         return "refused"
-    return "declined" if done is None or done is False else "computed"
+    return "computed" if type(done) is tuple else f"declined ({done.name})"
 
 
 def check_untouched(call: Call) -> None:
@@ -272,7 +268,7 @@ def run(calls: int, seed: int) -> dict[str, Counter]:
     maker, values = Maker(rng), hostile_values()
     gc.collect()
     references = [sys.getrefcount(value) for value in values if isinstance(value, np.ndarray | torch.Tensor | Liar)]
-    outcomes = {"proper": Counter(), "hostile": Counter()}
+    outcomes: dict[str, Counter] = {"proper": Counter(), "hostile": Counter()}
     in_use = []
     for i in range(calls):
         if i in (calls // 3, 2 * calls // 3):
@@ -313,7 +309,12 @@ if "--extension" in sys.argv[:-1]:  # before anything imports the installed one
 import torch  # noqa: E402
 from layouts import DTYPES, placed  # noqa: E402
 
-from batchnorm import _native  # noqa: E402
+from batchnorm import CONVENTIONS, _native  # noqa: E402
+from batchnorm.kernels.native import KERNEL  # noqa: E402
+from batchnorm.kernels.torch.autograd import LIBRARY as PYTORCH  # noqa: E402
+from batchnorm.spec import Spec, spec_of  # noqa: E402
+
+NUMPY = KERNEL.library
 
 if __name__ == "__main__":
     main()

@@ -37,7 +37,7 @@ build_extension() {
   "${CXX:-c++}" "${flags[@]}" -DBATCHNORM_ISA=baseline '-DBATCHNORM_INSTRUCTION_SETS="baseline"' -DNDEBUG "${memory[@]}" \
     -fPIC -shared -fvisibility=hidden -fno-strict-aliasing -isystem "$of_python" -isystem "$of_nanobind" \
     -isystem "$of_nanobind/../ext/robin_map/include" "$of_nanobind/../src/nb_combined.cpp" \
-    cpp/{bindings,plain,checks,arrays,layout,dispatch,helpers,memory,plan,running,xla,kernels}.cpp -o "$folder/_native.so"
+    cpp/{bindings,call,library,checks,arrays,layout,dispatch,helpers,memory,plan,running,xla,kernels}.cpp -o "$folder/_native.so"
 }
 
 # has NAMES...: whether the processor has all of these.
