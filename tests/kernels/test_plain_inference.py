@@ -10,7 +10,6 @@ from oracle import wide
 
 import batchnorm as bn
 
-
 RNG = np.random.default_rng(15)
 LIBRARIES = {"numpy": np.asarray, "torch": tensor}
 everywhere = pytest.mark.parametrize("library", LIBRARIES.values(), ids=LIBRARIES)
