@@ -33,7 +33,7 @@ struct ExchangeTable {
 };
 
 // The table of a type; null if it has none. The first few answers are kept: a program's arrays are of one or two types
-// (PyTorch's tensors and parameters).
+// (PyTorch's tensors and parameters). Guarded by the GIL.
 ExchangeTable* exchange_table(PyTypeObject* type) {
   struct Known {
     PyTypeObject* type;

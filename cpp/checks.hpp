@@ -2,6 +2,7 @@
 // reading or writing out of bounds. What does not pass throws Declined.
 #pragma once
 
+#include <cassert>
 #include <memory>
 
 #include "arrays.hpp"
@@ -33,7 +34,9 @@ struct Views {
   Problem problem = {};
 
   void add(const Array& array, Tensor& tensor) {
-    if (array) viewed_[count_++] = {&array, &tensor};
+    if (!array) return;
+    assert(count_ < most);
+    viewed_[count_++] = {&array, &tensor};
   }
 
   // Fills in the views, the first of which is x, and the mask or the lengths: for each index of the first reduced axis,

@@ -18,20 +18,19 @@ struct Group {
 
   // Axes next to each other become one where each array steps through them evenly.
   void merge(int arrays, int first_alone) {
-    int kept = 0;
+    int merged = 0;
     for (int i = 1; i < length; ++i) {
-      const bool merges =
-          i != first_alone && std::all_of(axes[i].strides, axes[i].strides + arrays, [&](const int64_t& inner) {
-            return axes[kept].strides[&inner - axes[i].strides] == inner * axes[i].size;
-          });
-      if (merges) {
-        axes[kept].size *= axes[i].size;
-        std::copy_n(axes[i].strides, arrays, axes[kept].strides);
+      bool is_even = i != first_alone;
+      for (int k = 0; k < arrays && is_even; ++k)
+        is_even = axes[merged].strides[k] == axes[i].strides[k] * axes[i].size;
+      if (is_even) {
+        axes[merged].size *= axes[i].size;
+        std::copy_n(axes[i].strides, arrays, axes[merged].strides);
       } else {
-        axes[++kept] = axes[i];
+        axes[++merged] = axes[i];
       }
     }
-    length = std::min(length, kept + 1);
+    length = std::min(length, merged + 1);
   }
 };
 

@@ -61,9 +61,10 @@ class Spec:
     native: Any = field(init=False, compare=False, repr=False)
 
     def __post_init__(self) -> None:
-        reason = unsupported_reason(self.convention, self.axes, self.activation)
+        reason, convention = unsupported_reason(self.axes, self.activation), self.convention
+        is_static = isinstance(convention.eps, Real) and isinstance(convention.decay, Real | None)  # not traced by JAX
+        made = native_spec(self) if reason is None and is_static and _native is not None else None
         object.__setattr__(self, "unsupported", reason)
-        made = None if reason is not None or _native is None else native_spec(self)
         object.__setattr__(self, "native", made)
 
     def __reduce__(self) -> Any:
@@ -125,10 +126,8 @@ def with_plain_affine(spec: Spec) -> Spec:
 # ---- the extension ------------------------------------------------------------------------------------------------
 
 
-def unsupported_reason(convention: Convention, axes: Axes, activation: Activation | None) -> str | None:
-    """Why the kernels do not serve calls with this convention, these axes and this activation; None if they do."""
-    if not (isinstance(convention.eps, Real) and isinstance(convention.decay, Real | None)):
-        return "eps or decay is being traced"
+def unsupported_reason(axes: Axes, activation: Activation | None) -> str | None:
+    """Why the kernels do not serve calls with these axes and this activation; None if they do."""
     if callable(activation):
         return "a callable activation is array code"
     if axes.ndim > MOST_DIMENSIONS:

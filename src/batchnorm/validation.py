@@ -250,6 +250,9 @@ def check_out(out: Any, x: Array, residual: Array | None) -> None:
         )
     if array_api_compat.is_numpy_array(out) and not out.flags.writeable:
         raise ValueError("out is read-only; pass a writable array")
+    strides = out.strides if array_api_compat.is_numpy_array(out) else out.stride()
+    if any(size > 1 and stride == 0 for size, stride in zip(out.shape, strides, strict=True)):
+        raise ValueError("out has elements that share memory, as a broadcast array has; pass an array of its own")
     for name, array in (("x", x), ("residual", residual)):
         if array is not None and shares_memory(out, array) and not is_same_view(out, array):
             raise ValueError(f"out overlaps {name} without being the same view of it; pass another array")

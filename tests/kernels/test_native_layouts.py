@@ -61,11 +61,11 @@ class Draw:
         return values, np.repeat(values, 2)[::2]
 
 
-def check_close(draw, name, ours, theirs):
+def check_close(draw, name, ours, theirs, dtype=None):
     ours = np.asarray(ours.detach().double() if isinstance(ours, torch.Tensor) else ours).astype(np.float64)
     theirs = np.asarray(theirs).astype(np.float64)
     assert ours.shape == theirs.shape
-    tolerance = TOLERANCES[draw.dtype] * np.abs(theirs).max(initial=1.0)
+    tolerance = TOLERANCES[dtype or draw.dtype] * np.abs(theirs).max(initial=1.0)
     np.testing.assert_allclose(ours, theirs, rtol=0, atol=tolerance, err_msg=f"{name} {vars(draw)}")
 
 
@@ -116,8 +116,9 @@ def test_batch_norm_by_states(library, training):
         x, gamma, beta, mean, spread = (convert(array[1]) for array in (x, gamma, beta, mean, spread))
         y, ours = bn.batch_norm(x, gamma, beta, bn.RunningStatistics(mean, spread), lengths=lengths[1], **options)
         check_close(draw, "y", y, expected)
-        check_close(draw, "mean", ours.mean, after.mean)
-        check_close(draw, "spread", ours.spread, after.spread)
+        coarser = "float32" if wide == "float32" and draw.dtype == "float64" else None
+        check_close(draw, "mean", ours.mean, after.mean, coarser)
+        check_close(draw, "spread", ours.spread, after.spread, coarser)
 
 
 @pytest.mark.parametrize("library", CONVERSIONS)

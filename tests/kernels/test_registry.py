@@ -16,9 +16,9 @@ from oracle import check_gradients, check_within, check_y, expected, wide
 import batchnorm as bn
 from batchnorm import _native
 from batchnorm.kernels import generic, registry
-from batchnorm.kernels.jax import KERNEL as JAX
+from batchnorm.kernels.jax.kernel import KERNEL as JAX
 from batchnorm.kernels.native import KERNEL as NUMPY
-from batchnorm.kernels.torch import KERNEL as TORCH
+from batchnorm.kernels.torch.kernel import KERNEL as TORCH
 from batchnorm.spec import Operands, spec_of
 
 RNG = np.random.default_rng(13)

@@ -10,6 +10,7 @@ from torch.autograd import forward_ad
 from torch.autograd.functional import jacobian, jvp
 
 import batchnorm as bn
+import batchnorm.torch as bnt
 
 PYTORCH = bn.CONVENTIONS["pytorch"]
 MASK = torch.tensor([[True, False, True, True, False], [True, True, True, False, True]])[:, None]
@@ -156,3 +157,15 @@ def test_backward_is_differentiable():
     for a, b in zip(*(torch.autograd.grad(p, (x, gamma, dy)) for p in (ours, theirs)), strict=True):
         torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-12)
     assert torch.autograd.gradcheck(penalty, (x, gamma, dy))
+
+
+@pytest.mark.parametrize("name", ["mask", "lengths"])
+def test_a_mask_that_is_changed_before_the_backward_pass(name):
+    """It is saved as the tensors are: PyTorch notices, where the gradient would be of another mask."""
+    layer, x = bnt.BatchNorm1d(3), torch.randn(4, 3, 5, requires_grad=True)
+    masks = {"mask": torch.rand(4, 1, 5) < 0.8, "lengths": torch.tensor([5, 2, 3, 4])}
+    layer(x, **{name: masks[name]}).sum().backward()
+    y = layer(x, **{name: masks[name]})
+    masks[name].zero_()
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        y.sum().backward()

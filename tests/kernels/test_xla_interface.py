@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 from batchnorm import _native
-from batchnorm.kernels import jax as jax_kernel
+from batchnorm.kernels.jax import kernel as jax_kernel
 
 CPP = Path(__file__).parents[2] / "cpp"
 HEADER = Path("xla", "ffi", "api", "c_api.h")

@@ -34,6 +34,9 @@ MEASURE = _native.Request(source=BATCH, is_in_place=False, returns=MOMENTS)
 APPLY = _native.Request(source=GIVEN, is_in_place=False, returns=OUTPUT)
 
 
+By = tuple[Any, Any, bool, bool]  #: statistics, count, whether they depend on x, whether dx is wanted
+
+
 class Native:
     """The C++ kernels on arrays of one library."""
 
@@ -54,29 +57,20 @@ class Native:
         out[...] = done[0]
         return out, *done[1:]
 
-    def call_backward(
-        self,
-        spec: Spec,
-        dy: Array,
-        operands: Operands,
-        statistics: tuple[Any, Any],
-        *,
-        through_statistics: bool,
-        has_dx: bool = True,
-    ) -> Any:
-        """`_native.gradients` by (statistics, count); once declined, with dy in the layout of x, then in C order."""
+    def call_backward(self, spec: Spec, dy: Array, operands: Operands, by: By) -> Any:
+        """`_native.gradients`."""
         if spec.native is None:
             return STRIDES
-        for attempt in range(3):
-            if attempt == 1:
-                dy, operands = in_layout_of_x(self.ops, dy, operands)
-            elif attempt == 2:
-                dy, operands = self.ops.contiguous(dy), in_c_order(self.ops, spec, operands)
-            done = _native.gradients(
-                self.library, spec.native, dy, operands, *statistics, through_statistics, has_dx, self.threads()
-            )
-            if done is not STRIDES:
-                break
+        done = _native.gradients(self.library, spec.native, dy, operands, *by, self.threads())
+        return self.copied_backward(spec, dy, operands, by) if done is STRIDES else done
+
+    def copied_backward(self, spec: Spec, dy: Array, operands: Operands, by: By) -> Any:
+        """`call_backward` with dy and the residual in the layout of x or, if that is declined, all in C order."""
+        copied, alike = in_layout_of_x(self.ops, dy, operands)
+        done = _native.gradients(self.library, spec.native, copied, alike, *by, self.threads())
+        if done is STRIDES:
+            dy, operands = self.ops.contiguous(dy), in_c_order(self.ops, spec, operands)
+            done = _native.gradients(self.library, spec.native, dy, operands, *by, self.threads())
         return done
 
     def normalize(
@@ -105,9 +99,8 @@ class Native:
     def gradients(self, dy: Array, cache: Cache) -> Any:
         """`functional.backward`."""
         *operands, statistics, count, spec = cache
-        done = self.call_backward(
-            spec, dy, new_tuple(Operands, operands), (statistics, count), through_statistics=count is not None
-        )
+        by = (statistics, count, count is not None, True)
+        done = self.call_backward(spec, dy, new_tuple(Operands, operands), by)
         return done if type(done) is not tuple else new_tuple(Gradients, done)
 
     def moments(self, spec: Spec, x: Array, mask: Mask) -> Any:

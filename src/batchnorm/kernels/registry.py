@@ -106,28 +106,28 @@ def native_for_numpy() -> tuple[ModuleType | None, str]:
 
 @cache
 def native_for_torch() -> tuple[ModuleType | None, str]:
-    """`kernels.torch`, unless the extension is not there."""
+    """`kernels.torch.kernel`, unless the extension is not there."""
     module, reason = native_for_numpy()
     if module is None:
         return None, reason
-    from batchnorm.kernels import torch
+    from batchnorm.kernels.torch import kernel
 
-    return torch, ""
+    return kernel, ""
 
 
 @cache
 def native_for_jax() -> tuple[ModuleType | None, str]:
-    """`kernels.jax`, unless the extension is not there, or JAX is older than it."""
+    """`kernels.jax.kernel`, unless the extension is not there, or JAX is older than it."""
     module, reason = native_for_numpy()
     if module is None:
         return None, reason
     try:
-        from batchnorm.kernels import jax
+        from batchnorm.kernels.jax import kernel
     except ImportError as error:
         return None, str(error)
     except FileNotFoundError as error:
         return None, f"the version of XLA's interface is unknown: jaxlib has no {error.filename}"
-    return jax, ""
+    return kernel, ""
 
 
 def set_num_threads(threads: int) -> None:

@@ -22,7 +22,7 @@ import batchnorm.functional as functional
 import batchnorm.torch.lockstep as lockstep
 from batchnorm.core.moments import Moments
 from batchnorm.core.normalize import effective_beta, effective_gamma
-from batchnorm.kernels import torch as kernel
+from batchnorm.kernels.torch import kernel
 from batchnorm.kernels.torch.compat import is_recomputed
 from batchnorm.spec import Operands, Spec, with_plain_affine
 from batchnorm.torch.arguments import kept_by_lengths

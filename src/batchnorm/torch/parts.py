@@ -17,8 +17,8 @@ from torch import Tensor
 
 from batchnorm.core.moments import Moments
 from batchnorm.core.normalize import Statistics, xhat_factor
-from batchnorm.kernels import torch as kernel
 from batchnorm.kernels.generic import Gradients, own_statistics
+from batchnorm.kernels.torch import kernel
 from batchnorm.spec import Operands, Spec
 
 

@@ -20,7 +20,7 @@ from batchnorm.convention import Single
 from batchnorm.core.moments import Moments
 from batchnorm.core.moments import moments as measure
 from batchnorm.kernels import generic
-from batchnorm.kernels import torch as kernel
+from batchnorm.kernels.torch import kernel
 from batchnorm.kernels.torch.compat import is_recomputed
 from batchnorm.spec import Operands, Spec
 from batchnorm.torch.arguments import kept_by_lengths

@@ -9,7 +9,7 @@ from torch.nn import Parameter
 
 import batchnorm._native as _native
 from batchnorm.core.dtypes import Array
-from batchnorm.core.masks import Mask
+from batchnorm.core.masks import Lengths, Mask
 from batchnorm.core.normalize import Statistics
 from batchnorm.kernels import generic
 from batchnorm.kernels.native import ACCEPTED, BATCH, GIVEN, OUTPUT, RUNNING, STRIDES, TABLE, TYPE, Native
@@ -121,10 +121,11 @@ def apply(way: Way, spec: Spec, operands: Operands, numbers: Any = None, out: Ar
 class Call:
     """A normalization on its way through autograd, and what it keeps for its gradients."""
 
-    __slots__ = ("count", "done", "mask", "numbers", "spec", "statistics", "way")
+    __slots__ = ("count", "done", "has_lengths", "mask", "numbers", "spec", "statistics", "way")
 
     def __init__(self, way: Way, spec: Spec, mask: Mask, numbers: Any) -> None:
         self.way, self.spec, self.mask, self.numbers = way, spec, mask, numbers
+        self.has_lengths = False
         self.statistics: Any = None
         self.count: Any = None
         self.done: Any = None
@@ -145,9 +146,6 @@ class Normalization(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Array, gamma: Array, beta: Array, residual: Array, call: Call) -> Array | None:
-        ctx.call = call
-        ctx.set_materialize_grads(False)  # no gradient is none, and not 0
-        ctx.save_for_backward(x, gamma, beta, residual)
         spec, request, numbers = call.spec, call.way.recorded, call.numbers
         operands = (x, gamma, beta, residual, call.mask)
         done = _native.normalize(LIBRARY, request, spec.native, operands, numbers, None, get_num_threads())
@@ -156,6 +154,12 @@ class Normalization(torch.autograd.Function):
         call.done = done
         if type(done) is not tuple:
             return None
+        ctx.call = call
+        ctx.set_materialize_grads(False)  # no gradient is none, and not 0
+        mask, call.mask = call.mask, None
+        if isinstance(mask, Lengths):
+            mask, call.has_lengths = mask.values, True
+        ctx.save_for_backward(x, gamma, beta, residual, mask)
         call.numbers, call.statistics, call.count = None, done[3], done[4]
         if call.statistics is None:
             call.statistics = numbers
@@ -167,16 +171,17 @@ class Normalization(torch.autograd.Function):
             return (None,) * 5
         if dy._is_zerotensor():  # which has no memory
             dy = torch.zeros(dy.shape, dtype=dy.dtype)
-        call, arrays = ctx.call, ctx.saved_tensors
-        operands = Operands._make((*arrays, call.mask))
-        if not (torch.is_grad_enabled() or is_forward_mode() or is_traced() or is_batched(dy)):
-            done = NATIVE.call_backward(
-                call.spec, dy.resolve_neg(), operands, (call.statistics, call.count),
-                through_statistics=call.way.is_by_batch, has_dx=ctx.needs_input_grad[0],
-            )  # fmt: skip
+        call, (x, gamma, beta, residual, mask) = ctx.call, ctx.saved_tensors
+        spec, mask = call.spec, Lengths(mask) if call.has_lengths else mask
+        operands = (x, gamma, beta, residual, mask)
+        if not (torch.is_grad_enabled() or is_forward_mode() or is_traced() or is_batched(dy) or dy.is_neg()):
+            by = (call.statistics, call.count, call.way.is_by_batch, ctx.needs_input_grad[0])
+            done = _native.gradients(LIBRARY, spec.native, dy, operands, *by, get_num_threads())
+            if done is STRIDES:
+                done = NATIVE.copied_backward(spec, dy, Operands(*operands), by)
             if type(done) is tuple:
                 return (*done, None)
-        return (*differentiable_gradients(call.spec, operands, call.constants(operands.x), dy), None)
+        return (*differentiable_gradients(spec, Operands(*operands), call.constants(x), dy), None)
 
 
 #: `Normalization.apply` without what it does for torch.func first, which takes as long as a small batch norm. Of calls

@@ -123,7 +123,7 @@ def backward(
     if are_plain(dy, *operands[:4]):
         factor = xhat_factor(xp, Moments(count, mean, m2, mean_lo), eps, placement, correction)  # type: ignore[arg-type]
         table = torch.stack([row.flatten() for row in (mean, mean_lo, rstd, factor) if row is not None])
-        done = NATIVE.call_backward(spec, dy, operands, (table, count), through_statistics=True)
+        done = NATIVE.call_backward(spec, dy, operands, (table, count, True, True))
     if type(done) is not tuple:
         done = differentiable_gradients(spec, operands, None, dy)
     return tuple(x.new_empty(0) if gradient is None else gradient.detach() for gradient in done)  # type: ignore[return-value]

@@ -1,0 +1,148 @@
+"""The interface of the C++ kernels for JAX's arrays, by the primitives of `primitives`."""
+
+import math
+from functools import partial
+from numbers import Real
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from batchnorm.core.dtypes import FLOATS, Array, cast, dtype_name
+from batchnorm.core.masks import Lengths, Mask, elementwise
+from batchnorm.core.moments import Moments
+from batchnorm.core.normalize import Statistics, effective_beta, effective_gamma
+from batchnorm.core.running import RunningStatistics
+from batchnorm.kernels import generic
+from batchnorm.kernels.generic import Cache, Gradients
+from batchnorm.kernels.jax import lowering, primitives
+from batchnorm.kernels.jax.devices import normalize_across
+from batchnorm.kernels.jax.formulas import Across, Rule, aligned, stand_in
+from batchnorm.kernels.jax.primitives import backward_p
+from batchnorm.kernels.jax.running import advance
+from batchnorm.kernels.native import different_dtypes
+from batchnorm.spec import Activation, Operands, Spec
+
+lowering.register()
+
+
+class JAX:
+    """The kernel of JAX's arrays, which never declines: what the primitives do not serve is array code."""
+
+    def normalize(
+        self,
+        spec: Spec,
+        operands: Operands,
+        running: RunningStatistics,
+        training: bool | Array,
+        out: None = None,
+        across: Across | None = None,
+    ) -> tuple[Array, RunningStatistics]:
+        """`functional.batch_norm`; of a traced `training`, only the branch that it chooses is computed.
+
+        `across` is the axis of devices, or of lanes, along which the batch is spread.
+        """
+        x, convention = operands.x, spec.convention
+        if not isinstance(training, bool):  # both branches return a state that varies over devices as x does
+            running = running._replace(**dict(zip(running._fields, aligned(*running, x), strict=False)))
+            branches = (
+                partial(self.normalize, spec, operands, running, value, None, across) for value in (True, False)
+            )
+            return lax.cond(training, *branches)  # type: ignore[no-any-return]
+        if not training or not has_kernel(spec, operands):
+            return generic.normalize(spec, operands, running, training, None, across)
+        rule = Rule(convention.eps, named(spec.activation), convention.masked_output == "normalized")
+        gamma, beta = effective_gamma(jnp, operands.gamma, convention, x), effective_beta(operands.beta, convention)
+        views = views_of(operands._replace(gamma=gamma, beta=beta), spec)
+        y, batch = normalize_batch(views, rule) if across is None else normalize_across(across, views, rule)
+        batch = Moments(*(jnp.reshape(value, spec.axes.statistics_shape(x.shape)) for value in batch))
+        return y.reshape(x.shape), advance(running, batch, convention, masked=operands.mask is not None)
+
+    def forward(
+        self, spec: Spec, operands: Operands, running: RunningStatistics | None = None, out: None = None
+    ) -> tuple[Array, Cache]:
+        """`functional.forward`."""
+        if running is not None:
+            return generic.forward(spec, operands, running)
+        generic.register_spec_with_jax()
+        x, shape = operands.x, spec.axes.statistics_shape(operands.x.shape)
+        results = primitives.forward(views_of(operands, spec), Rule(spec.convention.eps, named(spec.activation), False))
+        mean, mean_lo, rstd, count = (jnp.reshape(results[i], shape) for i in (1, 2, 4, 5))
+        return results.y.reshape(x.shape), Cache(*operands, Statistics(mean, mean_lo, rstd), count, spec)
+
+    def gradients(self, dy: Array, cache: Cache) -> Gradients:
+        """`functional.backward`."""
+        if cache.count is None:
+            return generic.gradients(dy, cache)
+        spec, arguments, views = cache.spec, cache.operands[:4], views_of(cache.operands, cache.spec)
+        channels = (views[0].shape[0], views[0].shape[2])
+        by_channel = (jnp.reshape(array, channels) for array in (cache.count, *cache.statistics))
+        dy = cast(jnp, dy, cache.x.dtype).reshape(views[0].shape)
+        rule = Rule(spec.convention.eps, named(spec.activation), False)
+        results = backward_p.bind(*aligned(dy, *views, *by_channel), rule=rule)
+        return Gradients(*(None if a is None else r.reshape(a.shape) for a, r in zip(arguments, results, strict=True)))
+
+    def moments(self, spec: Spec, x: Array, mask: Mask) -> Moments:
+        """`functional.moments`."""
+        return generic.moments(spec, x, mask)
+
+    def unsupported_reason(self, spec: Spec, operands: Operands, others: tuple[Array | None, ...]) -> str | None:
+        """Why the kernels do not serve these arrays; None if they do."""
+        for array in (*operands[:4], *others):
+            if array is not None and (not isinstance(array, jax.Array) or dtype_name(array.dtype) not in FLOATS):
+                return f"a {type(array).__name__} of {getattr(array, 'dtype', 'no dtype')} is not an array of JAX"
+            if array is not None and any(axes is not None for axes in jax.typeof(array).sharding.spec):
+                return "an array is cut up over the axes of a mesh"
+        if operands.x.size == 0:
+            return "x has no elements"
+        return different_dtypes(operands.x, operands.residual, *others) or spec.unsupported
+
+
+KERNEL = JAX()
+
+
+def has_kernel(spec: Spec, operands: Operands) -> bool:
+    """Whether the primitives train as the convention does, on this batch."""
+    convention = spec.convention
+    normalization = (convention.normalize_with, convention.eps_train, convention.normalize_correction)
+    if normalization != ("batch", "inside", 0) or not isinstance(convention.eps, Real):  # a traced one
+        return False
+    has_rule = convention.single in ("identity", "running")
+    return not (has_rule and (operands.mask is not None or spec.axes.elements(operands.x.shape) <= 1))
+
+
+def normalize_batch(operands: list[Array], rule: Rule) -> tuple[Array, Moments]:
+    """y, and the moments (L, C) of the batch."""
+    y, mean, mean_lo, m2, _, count = primitives.forward(operands, rule)
+    return y, Moments(count, mean, m2, mean_lo)
+
+
+def named(activation: Activation | None) -> str | None:
+    """The name of the activation, None for one that does nothing."""
+    assert not callable(activation)
+    return None if activation == "identity" else activation
+
+
+def views_of(operands: Operands, spec: Spec) -> list[Array]:
+    """The operands of a primitive: (L, N, C, S) or (L, N, C), (L, C), and the mask."""
+    (x, gamma, beta, residual, mask), axes = operands, spec.axes
+    shape, begin = x.shape, 1 if spec.is_in_lanes else 0
+    own = axes.kept[begin:]
+    first, last = (own[0], own[-1] + 1) if own else (len(shape), len(shape))
+    lanes = shape[0] if begin else 1
+    L, N, C, S = (lanes, *(math.prod(shape[a:b]) for a, b in ((begin, first), (first, last), (last, len(shape)))))
+    inner = () if S == 1 else (S,)
+    if isinstance(mask, Lengths) and axes.reduced[:2] == (begin, last) and first == begin + 1 and inner:
+        # The batch is N, and time leads S. Traced lengths may be anything.
+        lengths = jnp.clip(mask.values, 0, shape[last]).astype(jnp.int32) * (S // shape[last])
+        keep: Array | None = jnp.broadcast_to(lengths, (L, N))
+    else:
+        keep = elementwise(jnp, mask, x, axes)
+        if keep is not None:
+            # As large as x, but for the channels where it is the same for all of them.
+            per_channel = any(keep.shape[axis] != 1 for axis in own)
+            expanded = tuple(1 if axis in own and not per_channel else size for axis, size in enumerate(shape))
+            keep = jnp.broadcast_to(keep, expanded).reshape(L, N, C if per_channel else 1, *inner)
+    parameters = (None if array is None else array.reshape(L, C) for array in (gamma, beta))
+    x, residual = (None if array is None else array.reshape(L, N, C, *inner) for array in (x, residual))
+    return [stand_in(array) for array in (x, *parameters, residual, keep)]
