@@ -47,6 +47,7 @@ struct Operands {
     if (residual) check_like(residual, x);
     for (const Array* parameter : {&gamma, &beta}) check_by_channel(*parameter, x, spec.channel_axes);
     check_mask(mask, x);
+    check_lengths(lengths, x, spec.channel_axes);
   }
 
   static handle checked(handle tuple) {

@@ -21,6 +21,16 @@ Extent extent(const Array& array) {
   return {low, high};
 }
 
+// The first two axes without statistics of their own.
+struct TimeAxes {
+  int batch = 0, time = 0, found = 0;
+
+  TimeAxes(const Array& x, uint32_t channel_axes) {
+    for (int axis = 0; axis < x.ndim && found < 2; ++axis)
+      if (!(channel_axes >> axis & 1)) (found++ ? time : batch) = axis;
+  }
+};
+
 }  // namespace
 
 void check_like(const Array& array, const Array& x) {
@@ -69,24 +79,27 @@ void check_overlap(const Array& output, const Array& other, bool may_be_same) {
   if (!(is_same && may_be_same)) decline(Refusal::output);
 }
 
+void check_lengths(const Array& lengths, const Array& x, uint32_t channel_axes) {
+  if (!lengths) return;
+  const TimeAxes axes(x, channel_axes);
+  if (axes.found < 2 || lengths.ndim != 1 || lengths.shape[0] != x.shape[axes.batch]) decline(Refusal::shape);
+  if (lengths.element != Element::int64) decline(Refusal::dtype);
+  if (!lengths.has_whole_strides) decline(Refusal::dtype);
+  for (int64_t n = 0; n < lengths.shape[0]; ++n) {
+    const int64_t length = element_at<int64_t>(lengths.data, n * lengths.strides[0]);
+    if (length < 0 || length > x.shape[axes.time]) decline(Refusal::shape);
+  }
+}
+
 void Views::finish(const Array& x, uint32_t channel_axes, const Array& mask, const Array& lengths) {
   problem.dtype = x.dtype();
   add(mask, problem.mask.keep);
   if (!view(viewed_, count_, channel_axes, static_cast<bool>(lengths), problem)) decline(Refusal::strides);
   if (!lengths) return;
-  int reduced[2], found = 0;
-  for (int axis = 0; axis < x.ndim && found < 2; ++axis)
-    if (!(channel_axes >> axis & 1)) reduced[found++] = axis;
-  if (found < 2 || lengths.ndim != 1 || lengths.shape[0] != x.shape[reduced[0]]) decline(Refusal::shape);
-  if (lengths.element != Element::int64) decline(Refusal::dtype);
-  if (!lengths.has_whole_strides) decline(Refusal::strides);
-  const int64_t steps = x.shape[reduced[1]];
+  const int64_t steps = x.shape[TimeAxes(x, channel_axes).time];
   lengths_.reset(new int64_t[problem.N + 1]());
-  for (int64_t n = 0; n < lengths.shape[0]; ++n) {
-    const int64_t length = element_at<int64_t>(lengths.data, n * lengths.strides[0]);
-    if (length < 0 || length > steps) decline(Refusal::shape);
-    if (n < problem.N) lengths_[n] = steps ? length * (problem.S / steps) : 0;
-  }
+  for (int64_t n = 0; steps && n < std::min(problem.N, lengths.shape[0]); ++n)
+    lengths_[n] = element_at<int64_t>(lengths.data, n * lengths.strides[0]) * (problem.S / steps);
   problem.mask.lengths = lengths_.get();
 }
 

@@ -24,6 +24,9 @@ Channels channels(const Array& array, int64_t C);
 // A boolean mask that broadcasts to x, padded to its rank.
 void check_mask(Array& mask, const Array& x);
 
+// For each index of the first axis without statistics of its own, how many of the second one count.
+void check_lengths(const Array& lengths, const Array& x, uint32_t channel_axes);
+
 // An output whose elements share no memory, neither with each other nor with an input; it may be an input itself,
 // element for element, if `may_be_same`.
 void check_output(const Array& output);
@@ -39,8 +42,7 @@ struct Views {
     viewed_[count_++] = {&array, &tensor};
   }
 
-  // Fills in the views, the first of which is x, and the mask or the lengths: for each index of the first reduced axis,
-  // how many of the second count.
+  // Fills in the views, the first of which is x, and the checked mask or lengths.
   void finish(const Array& x, uint32_t channel_axes, const Array& mask, const Array& lengths);
 
  private:

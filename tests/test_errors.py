@@ -227,3 +227,10 @@ def test_no_axis_passes_because_an_equal_integer_did():
     for axis, name in (((1.0,), "(1.0,)"), ((True,), "(True,)"), ((False,), "(False,)")):
         with pytest.raises(TypeError, match=re.escape(f"axis is {name}; it must be an integer")):
             bn.batch_norm(X, axis=axis)
+
+
+@pytest.mark.parametrize(("shape", "axis"), [((2, 3), (0, 1)), ((7,), 0), ((7,), -1), ((4, 1, 5), (0, 2)), ((1, 3), 1)])
+def test_one_element_per_channel_along_any_axes(shape, axis):
+    for array in (np.ones(shape, np.float32), torch.ones(shape)):
+        with pytest.raises(ValueError, match="has one element per channel, which has no variance"):
+            bn.batch_norm(array, axis=axis)

@@ -366,8 +366,8 @@ def check_trainable(spec: Spec, operands: Operands) -> None:
         return
     groups = spec.groups(x.shape)
     if mask is None:
-        inner = spec.axes.elements((1, *x.shape[1:]))
-        is_single: bool | None = any((end - begin) * inner == 1 for begin, end in groups)
+        sizes = [(end - begin, *x.shape[1:]) for begin, end in groups]
+        is_single: bool | None = any(spec.axes.elements(size) == 1 for size in sizes)
     elif len(groups) == 1:
         xp = namespace(x)
         is_single = known(xp.any(counts(xp, x, spec.axes, mask) == 1))
@@ -378,8 +378,9 @@ def check_trainable(spec: Spec, operands: Operands) -> None:
         own = (counts(xp, x[begin:end], spec.axes, part) for (begin, end), part in zip(groups, parts, strict=True))
         is_single = known(xp.any(xp.stack(list(own)) == 1))
     if is_single:
+        where = " after masking" * (mask is not None) + f" in a group of {spec.group_size}" * (len(groups) > 1)
         raise ValueError(
-            f"x of shape {tuple(x.shape)} has one element per channel{' after masking' * (mask is not None)}, "
+            f"x of shape {tuple(x.shape)} has one element per channel{where}, "
             f"which has no variance, and {convention.name} refuses it in training; use a larger batch, or pass "
             "single='running' (normalise by the running statistics), 'clamp' (y = beta) or 'identity' (y = x)"
         )

@@ -186,6 +186,9 @@ def test_lengths_out_of_range(lengths):
     assert type(normalize(spec=spec, x=x, mask=Lengths(np.array([7, 0, 1, 2, 3])))) is tuple
     assert normalize(spec=spec, x=x, mask=Lengths(np.array(lengths))) is Refusal.shape
     assert gradients(spec=spec, x=x, dy=x, mask=Lengths(np.array(lengths))) is Refusal.shape
+    scattered = floats(10, 6, 14)[::2, ::2, ::2]  # whose strides are declined as well, and copied
+    with pytest.raises(ValueError, match="lengths"):
+        bn.forward(scattered, lengths=np.array(lengths))
 
 
 def overlapping(first, second, shape=(5, 3)):

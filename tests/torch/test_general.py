@@ -111,3 +111,31 @@ def test_wrong_arguments(options, message):
 def test_wrong_input():
     with pytest.raises(ValueError, match="3 channels along axis -1"):
         bnt.BatchNorm(3, axis=-1)(torch.ones(2, 4))
+
+
+@pytest.mark.parametrize("single", ["running", "identity", "clamp"])
+def test_a_group_with_one_element(single):
+    """Of a channel, after masking: by the layer's running statistics, as it is, or the shift alone."""
+    layer = bnt.BatchNorm(2, virtual_batch_size=2, single=single).double()
+    layer.running_mean.fill_(3.0), layer.running_var.fill_(4.0)
+    layer.bias.data.fill_(0.5)
+    x = torch.randn(6, 2, dtype=torch.float64)
+    mask = torch.ones(6, 2, dtype=torch.bool)
+    mask[1, 0] = False
+    y = layer(x, mask=mask)
+    expected = {"running": (x[0, 0] - 3) / (4 + 1e-5) ** 0.5 + 0.5, "identity": x[0, 0], "clamp": torch.tensor(0.5)}
+    torch.testing.assert_close(y[0, 0], expected[single].double())
+    assert y[1, 0] == 0
+    own = [x[begin : begin + 2] for begin in (0, 2, 4)]
+    others = torch.cat([(g - g.mean(0)) / (g.var(0, correction=0) + 1e-5).sqrt() + 0.5 for g in own])
+    torch.testing.assert_close(y[:, 1], others[:, 1])
+    torch.testing.assert_close(y[2:, 0], others[2:, 0])
+
+
+def test_a_group_with_one_element_is_an_error():
+    layer = bnt.BatchNorm(2, virtual_batch_size=2)
+    mask = torch.ones(6, 2, dtype=torch.bool)
+    mask[1, 0] = False
+    with pytest.raises(ValueError, match="one element per channel after masking in a group of 2"):
+        layer(torch.randn(6, 2), mask=mask)
+    assert layer.num_batches_tracked == 0

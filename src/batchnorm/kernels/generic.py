@@ -91,7 +91,8 @@ def normalize(
         if convention.update == "training":
             updated = choose(xp, training, updated, running)
     if spec.group_size and training is not False and convention.normalize_with == "batch":
-        return deliver(by_groups(xp, spec, operands), out), detached(updated)
+        by_state = statistics_of_state(xp, running, convention, statistics_dtype(xp, x, running.mean))
+        return deliver(by_groups(xp, spec, operands, by_state), out), detached(updated)
 
     dtype = statistics_dtype(xp, x, running.mean)
     statistics = statistics_of_state(xp, updated, convention, dtype)
@@ -103,9 +104,8 @@ def normalize(
             statistics = choose(xp, batch.count > 1, statistics, by_state)
     operands = operands._replace(mask=mask)
     z = affine(xp, spec, operands, statistics)
-    if convention.single == "identity" and batch is not None:
-        is_single = axes.spread_out(xp, (batch.count == 1) & training)
-        z = xp.where(is_single, cast(xp, read(xp, x, mask, convention.masked_output), z.dtype), z)
+    if batch is not None:
+        z = keep_single_elements(xp, spec, operands, z, (batch.count == 1) & training)
     return deliver(activate(xp, spec, operands, z), out), detached(updated)
 
 
@@ -198,17 +198,38 @@ def output(xp: Namespace, spec: Spec, operands: Operands, statistics: Statistics
     return activate(xp, spec, operands, affine(xp, spec, operands, statistics))
 
 
-def by_groups(xp: Namespace, spec: Spec, operands: Operands) -> Array:
-    """y by the statistics of each group: equal groups as the lanes of one array, then the rest as one more."""
+def by_groups(xp: Namespace, spec: Spec, operands: Operands, by_state: Statistics | None = None) -> Array:
+    """y by the statistics of each group: equal groups as the lanes of one array, then the rest as one more.
+
+    `by_state` are the statistics that normalize a single element where the convention's rule is `running`.
+    """
     x = operands.x
     operands = operands._replace(mask=elementwise(xp, operands.mask, x, spec.axes))
     groups = spec.groups(x.shape)
     last, total = groups[-1]
     are_even = total - last == groups[0][1]
     parts = [(0, total, len(groups))] if are_even else [(0, last, len(groups) - 1), (last, total, 1)]
-    y = [output(xp, in_lanes(spec), lanes_of(xp, operands, *part)) for part in parts]
+    y = [by_lanes(xp, in_lanes(spec), lanes_of(xp, operands, *part), by_state) for part in parts]
     y = [xp.reshape(lanes, (end - begin, *x.shape[1:])) for lanes, (begin, end, _) in zip(y, parts, strict=True)]
     return y[0] if len(y) == 1 else xp.concat(y)
+
+
+def by_lanes(xp: Namespace, spec: Spec, operands: Operands, by_state: Statistics | None) -> Array:
+    """y by the statistics of each lane, with the convention's rule for single elements."""
+    batch = measure(xp, operands.x, spec.axes, operands.mask)
+    statistics = own_statistics(xp, spec, batch)
+    if by_state is not None and spec.convention.single == "running":
+        statistics = choose(xp, batch.count > 1, statistics, by_state)
+    z = affine(xp, spec, operands, statistics)
+    return activate(xp, spec, operands, keep_single_elements(xp, spec, operands, z, batch.count == 1))
+
+
+def keep_single_elements(xp: Namespace, spec: Spec, operands: Operands, z: Array, is_single: Array) -> Array:
+    """Z, or x where a channel has one element and the convention's rule is `identity`."""
+    if spec.convention.single != "identity":
+        return z
+    x = cast(xp, read(xp, operands.x, operands.mask, spec.convention.masked_output), z.dtype)
+    return xp.where(spec.axes.spread_out(xp, is_single), x, z)
 
 
 @lru_cache

@@ -34,7 +34,7 @@ MEASURE = _native.Request(source=BATCH, is_in_place=False, returns=MOMENTS)
 APPLY = _native.Request(source=GIVEN, is_in_place=False, returns=OUTPUT)
 
 
-By = tuple[Any, Any, bool, bool]  #: statistics, count, whether they depend on x, whether dx is wanted
+BackwardOptions = tuple[Any, Any, bool, bool]  #: statistics, count, whether they depend on x, whether dx is wanted
 
 
 class Native:
@@ -57,20 +57,20 @@ class Native:
         out[...] = done[0]
         return out, *done[1:]
 
-    def call_backward(self, spec: Spec, dy: Array, operands: Operands, by: By) -> Any:
+    def call_backward(self, spec: Spec, dy: Array, operands: Operands, options: BackwardOptions) -> Any:
         """`_native.gradients`."""
         if spec.native is None:
             return STRIDES
-        done = _native.gradients(self.library, spec.native, dy, operands, *by, self.threads())
-        return self.copied_backward(spec, dy, operands, by) if done is STRIDES else done
+        done = _native.gradients(self.library, spec.native, dy, operands, *options, self.threads())
+        return self.copied_backward(spec, dy, operands, options) if done is STRIDES else done
 
-    def copied_backward(self, spec: Spec, dy: Array, operands: Operands, by: By) -> Any:
+    def copied_backward(self, spec: Spec, dy: Array, operands: Operands, options: BackwardOptions) -> Any:
         """`call_backward` with dy and the residual in the layout of x or, if that is declined, all in C order."""
         copied, alike = in_layout_of_x(self.ops, dy, operands)
-        done = _native.gradients(self.library, spec.native, copied, alike, *by, self.threads())
+        done = _native.gradients(self.library, spec.native, copied, alike, *options, self.threads())
         if done is STRIDES:
             dy, operands = self.ops.contiguous(dy), in_c_order(self.ops, spec, operands)
-            done = _native.gradients(self.library, spec.native, dy, operands, *by, self.threads())
+            done = _native.gradients(self.library, spec.native, dy, operands, *options, self.threads())
         return done
 
     def normalize(
@@ -99,8 +99,8 @@ class Native:
     def gradients(self, dy: Array, cache: Cache) -> Any:
         """`functional.backward`."""
         *operands, statistics, count, spec = cache
-        by = (statistics, count, count is not None, True)
-        done = self.call_backward(spec, dy, new_tuple(Operands, operands), by)
+        options = (statistics, count, count is not None, True)
+        done = self.call_backward(spec, dy, new_tuple(Operands, operands), options)
         return done if type(done) is not tuple else new_tuple(Gradients, done)
 
     def moments(self, spec: Spec, x: Array, mask: Mask) -> Any:

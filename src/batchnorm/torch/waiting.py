@@ -17,7 +17,7 @@ import batchnorm._native as _native
 from batchnorm.core.normalize import Statistics
 from batchnorm.kernels import generic
 from batchnorm.kernels.native import ACCEPTED, BATCH, REFUSED, RUNNING, TABLE_ALONE, TYPE
-from batchnorm.kernels.torch.autograd import CONSTANTS, KNOWN_STATISTICS, NATIVE, Way, apply, are_plain
+from batchnorm.kernels.torch.autograd import CONSTANTS, KNOWN_STATISTICS, NATIVE, Mode, apply, are_plain
 from batchnorm.kernels.torch.compat import (
     are_transforms_active,
     disable_current_modes,
@@ -112,8 +112,8 @@ class Call:
         others: The names of the functions that asked for the plain result.
     """
 
-    def __init__(self, layer: Layer, inputs: Inputs, table: Tensor, way: Way) -> None:
-        self.layer, self.inputs, self.table, self.way = layer, inputs, table, way
+    def __init__(self, layer: Layer, inputs: Inputs, table: Tensor, mode: Mode) -> None:
+        self.layer, self.inputs, self.table, self.mode = layer, inputs, table, mode
         self.record = layer.record
         self.before = [None if t is None else (t._version, t.requires_grad) for t in inputs]
         self.has_gradient = torch.is_grad_enabled()
@@ -161,10 +161,10 @@ class Call:
         """y of x, weight and bias."""
         operands, ndim = Operands._make((*inputs, residual, None)), inputs[0].ndim  # type: ignore[union-attr]
         spec = spec_of_record(self.record, 1, ndim, activation)
-        done = TYPE if is_traced() else apply(self.way, spec, operands, self.table)
+        done = TYPE if is_traced() else apply(self.mode, spec, operands, self.table)
         if type(done) is tuple:
             return done[0]  # type: ignore[no-any-return]
-        constants = Statistics(*self.table[:3]) if self.way is CONSTANTS else None
+        constants = Statistics(*self.table[:3]) if self.mode is CONSTANTS else None
         return generic.output(xp, spec, operands, constants)  # type: ignore[no-any-return]
 
     def unchanged(self) -> tuple[Tensor | None, ...]:

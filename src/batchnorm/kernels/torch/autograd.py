@@ -41,7 +41,7 @@ LIBRARY = _native.Library(TYPES, torch.empty_like, torch.empty_like, empty)
 NATIVE = Native(LIBRARY, ArrayOps(xp, empty_like, contiguous), get_num_threads)
 
 
-class Way:
+class Mode:
     """Where a call takes its statistics from, as requests: of calls that autograd records, and of others.
 
     Attributes:
@@ -58,9 +58,9 @@ class Way:
         self.recorded = _native.Request(source=source, is_in_place=is_in_place, returns=kept)
 
 
-LAYER_TRAINING = Way(BATCH, is_in_place=True)
-LAYER_EVALUATION = Way(RUNNING, is_in_place=True)
-CONSTANTS, KNOWN_STATISTICS = (Way(GIVEN, is_by_batch=is_by_batch) for is_by_batch in (False, True))
+LAYER_TRAINING = Mode(BATCH, is_in_place=True)
+LAYER_EVALUATION = Mode(RUNNING, is_in_place=True)
+CONSTANTS, KNOWN_STATISTICS = (Mode(GIVEN, is_by_batch=is_by_batch) for is_by_batch in (False, True))
 
 
 def has_derivatives(*tensors: Array | None) -> bool:
@@ -90,7 +90,7 @@ def are_in_memory(*tensors: Array | None) -> bool:
     return True
 
 
-def apply(way: Way, spec: Spec, operands: Operands, numbers: Any = None, out: Array | None = None) -> Any:
+def apply(mode: Mode, spec: Spec, operands: Operands, numbers: Any = None, out: Array | None = None) -> Any:
     """(y, entry, running, statistics, count) as `_native.normalize`, y with its place in the graph; or a Refusal.
 
     `numbers` are running statistics, or those that normalize. Refused in forward mode and under transformations; no
@@ -100,20 +100,20 @@ def apply(way: Way, spec: Spec, operands: Operands, numbers: Any = None, out: Ar
     if is_transformed() or is_forward_mode() or spec.native is None or not are_in_memory(x, gamma, beta, residual):
         return TYPE
     if not has_gradients(x, gamma, beta, residual):
-        done = NATIVE.call(way.eager, spec, operands, numbers, out)
+        done = NATIVE.call(mode.eager, spec, operands, numbers, out)
     else:
         affine = spec.convention.affine
         if affine != "plain" and affine != "abs_eps":  # parameters without effect have no gradient, not one of 0
             gamma, beta = None, None if affine == "ignored" else beta
-        if spec.convention.normalize_with == "running" and way.is_by_batch:
+        if spec.convention.normalize_with == "running" and mode.is_by_batch:
             return TYPE
-        call = Call(way, spec, mask, numbers)
+        call = Call(mode, spec, mask, numbers)
         y = record(x, gamma, beta, residual, call)
         done, call.done = call.done, None  # which holds y
         if y is None:
             return done
         done = (y if out is None else generic.deliver(y, out), *done[1:])
-    if way.is_in_place and type(done) is tuple and done[1] == ACCEPTED:
+    if mode.is_in_place and type(done) is tuple and done[1] == ACCEPTED:
         increment_version([tensor for tensor in numbers[:4] if tensor is not None])
     return done
 
@@ -121,10 +121,10 @@ def apply(way: Way, spec: Spec, operands: Operands, numbers: Any = None, out: Ar
 class Call:
     """A normalization on its way through autograd, and what it keeps for its gradients."""
 
-    __slots__ = ("count", "done", "has_lengths", "mask", "numbers", "spec", "statistics", "way")
+    __slots__ = ("count", "done", "has_lengths", "mask", "mode", "numbers", "spec", "statistics")
 
-    def __init__(self, way: Way, spec: Spec, mask: Mask, numbers: Any) -> None:
-        self.way, self.spec, self.mask, self.numbers = way, spec, mask, numbers
+    def __init__(self, mode: Mode, spec: Spec, mask: Mask, numbers: Any) -> None:
+        self.mode, self.spec, self.mask, self.numbers = mode, spec, mask, numbers
         self.has_lengths = False
         self.statistics: Any = None
         self.count: Any = None
@@ -132,7 +132,7 @@ class Call:
 
     def constants(self, x: Array) -> Statistics | None:
         """The statistics, if they do not depend on x."""
-        if self.way.is_by_batch:
+        if self.mode.is_by_batch:
             return None
         shape = self.spec.axes.statistics_shape(x.shape)
         return Statistics(*(row.reshape(shape) for row in self.statistics))
@@ -146,7 +146,7 @@ class Normalization(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Array, gamma: Array, beta: Array, residual: Array, call: Call) -> Array | None:
-        spec, request, numbers = call.spec, call.way.recorded, call.numbers
+        spec, request, numbers = call.spec, call.mode.recorded, call.numbers
         operands = (x, gamma, beta, residual, call.mask)
         done = _native.normalize(LIBRARY, request, spec.native, operands, numbers, None, get_num_threads())
         if done is STRIDES:
@@ -175,10 +175,10 @@ class Normalization(torch.autograd.Function):
         spec, mask = call.spec, Lengths(mask) if call.has_lengths else mask
         operands = (x, gamma, beta, residual, mask)
         if not (torch.is_grad_enabled() or is_forward_mode() or is_traced() or is_batched(dy) or dy.is_neg()):
-            by = (call.statistics, call.count, call.way.is_by_batch, ctx.needs_input_grad[0])
-            done = _native.gradients(LIBRARY, spec.native, dy, operands, *by, get_num_threads())
+            options = (call.statistics, call.count, call.mode.is_by_batch, ctx.needs_input_grad[0])
+            done = _native.gradients(LIBRARY, spec.native, dy, operands, *options, get_num_threads())
             if done is STRIDES:
-                done = NATIVE.copied_backward(spec, dy, Operands(*operands), by)
+                done = NATIVE.copied_backward(spec, dy, Operands(*operands), options)
             if type(done) is tuple:
                 return (*done, None)
         return (*differentiable_gradients(spec, Operands(*operands), call.constants(x), dy), None)

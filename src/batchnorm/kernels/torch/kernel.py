@@ -24,7 +24,7 @@ from batchnorm.kernels.native import (
 from batchnorm.kernels.torch.autograd import (
     NATIVE,
     TYPES,
-    Way,
+    Mode,
     apply,
     are_plain,
     differentiable_gradients,
@@ -33,8 +33,8 @@ from batchnorm.kernels.torch.autograd import (
 from batchnorm.kernels.torch.compat import is_in_graph, is_traced
 from batchnorm.spec import Operands, Spec, new_tuple
 
-TRAINING, INFERENCE = Way(BATCH), Way(RUNNING)
-FORWARD, FORWARD_BY_STATE = Way(BATCH, returns=CACHE), Way(RUNNING, returns=CACHE)
+TRAINING, INFERENCE = Mode(BATCH), Mode(RUNNING)
+FORWARD, FORWARD_BY_STATE = Mode(BATCH, returns=CACHE), Mode(RUNNING, returns=CACHE)
 
 
 class PyTorch:
