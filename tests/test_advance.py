@@ -13,8 +13,7 @@ from libraries import LIBRARIES
 import batchnorm as bn
 from batchnorm.convention import TRACKED_WITH_EPS, Convention
 
-RNG = np.random.default_rng(31)
-BATCHES = RNG.normal(2, 3, size=(3, 6, 4))
+BATCHES = np.random.default_rng(31).normal(2, 3, size=(3, 6, 4))
 MASK = np.arange(6)[:, None] < 4
 everywhere = pytest.mark.parametrize("library", LIBRARIES.values(), ids=lambda library: library.name)
 
@@ -75,8 +74,8 @@ def test_merged_parts_enter_as_the_whole(library):
         check_same_state(library, bn.advance(running, parts), expected, 1e-13)
 
 
-def test_several_channel_axes_and_half_moments():
-    x = RNG.normal(size=(4, 3, 5, 2))
+def test_several_channel_axes_and_half_moments(rng):
+    x = rng.normal(size=(4, 3, 5, 2))
     _, expected = bn.batch_norm(x, axis=(1, 3))
     ours = bn.advance(bn.RunningStatistics.initial((3, 2), like=x), bn.moments(x, axis=(1, 3)))
     check_same_state(LIBRARIES["numpy"], ours, expected, 1e-13)

@@ -13,11 +13,21 @@ import batchnorm as bn
 from batchnorm.convention import TRACKED_WITH_EPS, Convention
 from batchnorm.kernels import generic
 
-RNG = np.random.default_rng(23)
-X, DY, RESIDUAL = RNG.normal(1, 2, size=(3, 4, 5, 7))[0], *RNG.normal(size=(2, 4, 5, 7))
-MEAN, SPREAD = RNG.normal(size=5), RNG.uniform(0.3, 2, size=5)
-GAMMA, BETA = RNG.normal(size=5), RNG.normal(size=5)
-MASK = RNG.random((4, 1, 7)) < 0.6
+
+def arrays():
+    """x, dy, the residual; the running mean and spread; gamma, beta; the mask."""
+    rng = np.random.default_rng(23)
+    elements = rng.normal(1, 2, size=(4, 5, 7)), *rng.normal(size=(2, 4, 5, 7))
+    return (
+        *elements,
+        rng.normal(size=5),
+        rng.uniform(0.3, 2, size=5),
+        *rng.normal(size=(2, 5)),
+        rng.random((4, 1, 7)) < 0.6,
+    )
+
+
+X, DY, RESIDUAL, MEAN, SPREAD, GAMMA, BETA, MASK = arrays()
 ARRAYS = (X, GAMMA, BETA, RESIDUAL)
 TRACKED = ("var", "std", "std_eps", "rstd", "var_eps", "log10_std")
 everywhere = pytest.mark.parametrize("library", LIBRARIES.values(), ids=lambda library: library.name)
@@ -68,7 +78,7 @@ def test_every_tracked_quantity(library, tracked, activation):
 
 
 @pytest.mark.parametrize("tracked", TRACKED)
-def test_finite_differences(tracked):
+def test_finite_differences(tracked, rng):
     convention = convention_of(tracked)
     library, step = LIBRARIES["numpy"], 1e-5
     ours = gradients(library, convention, activation="tanh", mask=MASK)
@@ -82,7 +92,7 @@ def test_finite_differences(tracked):
         return np.sum(y * DY)
 
     for number, gradient in enumerate(ours):
-        direction = RNG.normal(size=ARRAYS[number].shape)
+        direction = rng.normal(size=ARRAYS[number].shape)
         moved = [list(ARRAYS) for _ in range(2)]
         moved[0][number], moved[1][number] = (ARRAYS[number] + sign * step * direction for sign in (1, -1))
         slope = (loss(moved[0]) - loss(moved[1])) / (2 * step)

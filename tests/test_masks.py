@@ -6,14 +6,13 @@ from libraries import LIBRARIES
 
 import batchnorm as bn
 
-RNG = np.random.default_rng(7)
 everywhere = pytest.mark.parametrize("library", LIBRARIES.values(), ids=lambda library: library.name)
 
 
 @everywhere
 @pytest.mark.parametrize("mask_shape", [(5, 7, 1), (5, 1, 1), (7, 1), (1, 7, 1), (5, 7, 4), (1, 1, 4), (4,)])
-def test_mask_is_the_same_as_leaving_out(library, mask_shape):
-    x = RNG.normal(size=(5, 7, 4))
+def test_mask_is_the_same_as_leaving_out(library, mask_shape, rng):
+    x = rng.normal(size=(5, 7, 4))
     mask = np.arange(np.prod(mask_shape)).reshape(mask_shape) % 3 != 1
     full = np.broadcast_to(mask, x.shape)
     with library.context("float64"):
@@ -36,10 +35,10 @@ def test_mask_is_the_same_as_leaving_out(library, mask_shape):
 
 
 @everywhere
-def test_lengths_are_a_mask_of_leading_elements(library):
+def test_lengths_are_a_mask_of_leading_elements(library, rng):
     lengths = np.array([7, 4, 0, 6, 3])
     for shape, axis, time in (((5, 7, 4), -1, 1), ((5, 4, 7), 1, 2), ((5, 7, 2, 4), -1, 1), ((4, 5, 7), 0, 2)):
-        x = RNG.normal(size=shape)
+        x = rng.normal(size=shape)
         positions = np.arange(7).reshape([-1 if a == time else 1 for a in range(x.ndim)])
         mask = positions < lengths.reshape([-1 if n == 5 else 1 for n in shape])
         with library.context("float64"):
@@ -47,19 +46,19 @@ def test_lengths_are_a_mask_of_leading_elements(library):
             by_mask, _ = bn.forward(library.array(x), axis=axis, mask=library.array(mask))
             np.testing.assert_allclose(library.numpy(by_lengths), library.numpy(by_mask), rtol=1e-13, atol=1e-15)
             assert library.numpy(by_lengths)[np.broadcast_to(~mask, shape)].any() == False  # noqa: E712
-    from_list, _ = bn.forward(RNG.normal(size=(2, 3, 1)), axis=-1, lengths=[1, 3])
+    from_list, _ = bn.forward(rng.normal(size=(2, 3, 1)), axis=-1, lengths=[1, 3])
     assert from_list[0, 1, 0] == 0
 
 
 @everywhere
 @pytest.mark.parametrize("garbage", [np.nan, np.inf, 1e30])
 @pytest.mark.parametrize("activation", [None, "gelu"])
-def test_padding_reaches_nothing(library, garbage, activation):
-    x, dy, residual = (RNG.normal(size=(5, 7, 4)) for _ in range(3))
-    mask = RNG.random(size=(5, 7, 1)) > 0.4
+def test_padding_reaches_nothing(library, garbage, activation, rng):
+    x, dy, residual = (rng.normal(size=(5, 7, 4)) for _ in range(3))
+    mask = rng.random(size=(5, 7, 1)) > 0.4
     dirty = [np.where(mask, values, garbage) for values in (x, dy, residual)]
     with library.context("float64"):
-        gamma = library.array(RNG.normal(size=4))
+        gamma = library.array(rng.normal(size=4))
 
         def run(x, dy, residual):
             x, dy, residual = map(library.array, (x, dy, residual))
@@ -74,8 +73,8 @@ def test_padding_reaches_nothing(library, garbage, activation):
 
 
 @everywhere
-def test_gradients_are_those_of_the_kept_part(library):
-    x, dy, gamma = RNG.normal(size=(6, 3, 4)), RNG.normal(size=(6, 3, 4)), RNG.normal(size=3)
+def test_gradients_are_those_of_the_kept_part(library, rng):
+    x, dy, gamma = rng.normal(size=(6, 3, 4)), rng.normal(size=(6, 3, 4)), rng.normal(size=3)
     kept = np.array([True, False, True, True, False, True])
     with library.context("float64"):
 
@@ -91,8 +90,8 @@ def test_gradients_are_those_of_the_kept_part(library):
 
 
 @everywhere
-def test_normalized_padding(library):
-    x, mask = RNG.normal(size=(6, 2)), np.array([1, 1, 0, 1, 0, 1], bool)[:, None]
+def test_normalized_padding(library, rng):
+    x, mask = rng.normal(size=(6, 2)), np.array([1, 1, 0, 1, 0, 1], bool)[:, None]
     with library.context("float64"):
         y, _ = bn.batch_norm(library.array(x), mask=library.array(mask), masked_output="normalized")
     kept = x[mask[:, 0]]

@@ -18,9 +18,8 @@ import batchnorm as bn
 from batchnorm.convention import Convention
 
 PYTORCH = bn.CONVENTIONS["pytorch"]
-RNG = np.random.default_rng(11)
 STEPS = 50
-BATCHES = RNG.normal(2, 3, size=(STEPS, 6, 4))
+BATCHES = np.random.default_rng(11).normal(2, 3, size=(STEPS, 6, 4))
 everywhere = pytest.mark.parametrize("library", LIBRARIES.values(), ids=lambda library: library.name)
 
 
