@@ -5,12 +5,10 @@ import pickle
 import numpy as np
 import pytest
 import torch
-from libraries import LIBRARIES
+from libraries import LIBRARIES, every_library
 
 import batchnorm as bn
 from batchnorm import reference
-
-everywhere = pytest.mark.parametrize("library", LIBRARIES.values(), ids=lambda library: library.name)
 
 
 def rows(x, gamma, beta, axis, eps=1e-5):
@@ -20,7 +18,7 @@ def rows(x, gamma, beta, axis, eps=1e-5):
     return reference.from_rows(y, x.shape, axis % x.ndim)
 
 
-@everywhere
+@every_library
 @pytest.mark.parametrize("shape", [(5,), (2, 7), (9, 3, 1), (2, 7, 3, 5), (2, 3, 4, 5, 6), (1, 2, 1, 2, 3, 2)])
 def test_any_rank_and_channel_axis(library, shape, rng):
     x = rng.normal(3, 2, size=shape)
@@ -35,7 +33,7 @@ def test_any_rank_and_channel_axis(library, shape, rng):
             np.testing.assert_allclose(library.numpy(running.spread), x.var(axis=reduced), atol=1e-12)
 
 
-@everywhere
+@every_library
 def test_several_channel_axes_keep_each_combination(library, rng):
     x = rng.normal(size=(4, 3, 5, 2))
     gamma = rng.normal(size=(3, 2))
@@ -47,7 +45,7 @@ def test_several_channel_axes_keep_each_combination(library, rng):
             np.testing.assert_allclose(library.numpy(y), expected * gamma[:, None, :], atol=1e-12)
 
 
-@everywhere
+@every_library
 @pytest.mark.parametrize("axis", [[1], [-2], (1,), range(1, 2), np.array([1]), np.int64(1), np.array(1), [np.int32(1)]])
 def test_an_axis_in_any_form(library, axis, rng):
     """In every function that takes one, also where running statistics normalise."""
@@ -67,7 +65,7 @@ def test_an_axis_in_any_form(library, axis, rng):
             np.testing.assert_array_equal(library.numpy(call(axis)), library.numpy(call(1)))
 
 
-@everywhere
+@every_library
 def test_no_channel_axis_is_one_statistic(library, rng):
     x = rng.normal(size=(4, 3))
     with library.context("float64"):
@@ -80,7 +78,7 @@ def test_no_channel_axis_is_one_statistic(library, rng):
         assert bn.backward(y, cache).dgamma.shape == ()
 
 
-@everywhere
+@every_library
 def test_every_axis_kept_normalises_nothing_away_but_the_value(library):
     with library.context("float64"):
         y, cache = bn.forward(library.array([[5.0, 6.0]]), axis=(0, 1))
@@ -129,7 +127,7 @@ def test_out_receives_y(library, rng):
     np.testing.assert_array_equal(library.numpy(in_place), library.numpy(expected))
 
 
-@everywhere
+@every_library
 def test_affine_folds_inference(library, rng):
     x, gamma, beta, mean = (rng.normal(size=n) for n in ((4, 3), 3, 3, 3))
     var = rng.random(size=3) + 0.5
@@ -152,7 +150,7 @@ def test_affine_without_parameters_and_with_eps():
     assert scale.dtype == np.float64
 
 
-@everywhere
+@every_library
 def test_output_dtypes(library, rng):
     x32 = library.array(rng.normal(size=(4, 3)), "float32")
     y, running = bn.batch_norm(x32)

@@ -3,12 +3,10 @@
 import numpy as np
 import pytest
 import torch
-from libraries import LIBRARIES
+from libraries import every_library
 from oracle import ACTIVATIONS
 
 import batchnorm as bn
-
-everywhere = pytest.mark.parametrize("library", LIBRARIES.values(), ids=lambda library: library.name)
 
 
 def torch_activation(name):
@@ -27,7 +25,7 @@ def torch_activation(name):
     }[name]
 
 
-@everywhere
+@every_library
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 def test_activation_and_residual_against_pytorch(library, activation, rng):
     x, residual, dy = (rng.normal(size=(4, 3, 5)) for _ in range(3))

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 import xarray
-from libraries import LIBRARIES
+from libraries import LIBRARIES, every_library
 
 import batchnorm as bn
 from batchnorm.convention import TRACKED_WITH_EPS, Convention
@@ -30,7 +30,6 @@ def arrays():
 X, DY, RESIDUAL, MEAN, SPREAD, GAMMA, BETA, MASK = arrays()
 ARRAYS = (X, GAMMA, BETA, RESIDUAL)
 TRACKED = ("var", "std", "std_eps", "rstd", "var_eps", "log10_std")
-everywhere = pytest.mark.parametrize("library", LIBRARIES.values(), ids=lambda library: library.name)
 
 
 def convention_of(tracked="var", **fields):
@@ -66,7 +65,7 @@ def by_autograd(convention, arrays=ARRAYS, dy=DY, **options):
     return [np.zeros(leaf.shape) if g is None else g.numpy() for leaf, g in zip(leaves, found, strict=True)]
 
 
-@everywhere
+@every_library
 @pytest.mark.parametrize("tracked", TRACKED)
 @pytest.mark.parametrize("activation", [None, "silu", "leaky_relu(0.2)"])
 def test_every_tracked_quantity(library, tracked, activation):
@@ -112,7 +111,7 @@ def test_dx_is_that_of_constants():
     assert np.abs(dx.sum(axis=(0, 2))).min() > 0.01
 
 
-@everywhere
+@every_library
 @pytest.mark.parametrize("masked_output", ["zero", "normalized"])
 @pytest.mark.parametrize("activation", [None, "silu"])
 @pytest.mark.parametrize("is_poisoned", [False, True])
@@ -131,7 +130,7 @@ def test_padding(library, masked_output, activation, is_poisoned):
         np.testing.assert_allclose(gradient, exact, rtol=1e-12, atol=1e-12)
 
 
-@everywhere
+@every_library
 def test_lengths(library):
     lengths = np.array([7, 0, 3, 5])
     mask = (np.arange(7) < lengths[:, None])[:, None, :]
@@ -143,7 +142,7 @@ def test_lengths(library):
         np.testing.assert_allclose(gradient, exact, rtol=1e-12, atol=1e-12)
 
 
-@everywhere
+@every_library
 @pytest.mark.parametrize("affine", ["plain", "ignored", "abs_eps", "gamma_one"])
 def test_what_a_convention_makes_of_the_parameters(library, affine):
     convention = convention_of(affine=affine)
@@ -154,7 +153,7 @@ def test_what_a_convention_makes_of_the_parameters(library, affine):
         np.testing.assert_allclose(gradient, expected, rtol=1e-12, atol=1e-12)
 
 
-@everywhere
+@every_library
 @pytest.mark.parametrize("name", bn.CONVENTIONS)
 def test_every_convention(library, name):
     convention = replace(bn.CONVENTIONS[name], axis=1)

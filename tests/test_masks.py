@@ -2,14 +2,12 @@
 
 import numpy as np
 import pytest
-from libraries import LIBRARIES
+from libraries import every_library
 
 import batchnorm as bn
 
-everywhere = pytest.mark.parametrize("library", LIBRARIES.values(), ids=lambda library: library.name)
 
-
-@everywhere
+@every_library
 @pytest.mark.parametrize("mask_shape", [(5, 7, 1), (5, 1, 1), (7, 1), (1, 7, 1), (5, 7, 4), (1, 1, 4), (4,)])
 def test_mask_is_the_same_as_leaving_out(library, mask_shape, rng):
     x = rng.normal(size=(5, 7, 4))
@@ -34,7 +32,7 @@ def test_mask_is_the_same_as_leaving_out(library, mask_shape, rng):
     np.testing.assert_array_equal(y[~full], 0)
 
 
-@everywhere
+@every_library
 def test_lengths_are_a_mask_of_leading_elements(library, rng):
     lengths = np.array([7, 4, 0, 6, 3])
     for shape, axis, time in (((5, 7, 4), -1, 1), ((5, 4, 7), 1, 2), ((5, 7, 2, 4), -1, 1), ((4, 5, 7), 0, 2)):
@@ -50,7 +48,7 @@ def test_lengths_are_a_mask_of_leading_elements(library, rng):
     assert from_list[0, 1, 0] == 0
 
 
-@everywhere
+@every_library
 @pytest.mark.parametrize("garbage", [np.nan, np.inf, 1e30])
 @pytest.mark.parametrize("activation", [None, "gelu"])
 def test_padding_reaches_nothing(library, garbage, activation, rng):
@@ -72,7 +70,7 @@ def test_padding_reaches_nothing(library, garbage, activation, rng):
             np.testing.assert_array_equal(value, expected)
 
 
-@everywhere
+@every_library
 def test_gradients_are_those_of_the_kept_part(library, rng):
     x, dy, gamma = rng.normal(size=(6, 3, 4)), rng.normal(size=(6, 3, 4)), rng.normal(size=3)
     kept = np.array([True, False, True, True, False, True])
@@ -89,7 +87,7 @@ def test_gradients_are_those_of_the_kept_part(library, rng):
     np.testing.assert_allclose([dgamma, dbeta], expected[1:], atol=1e-13)
 
 
-@everywhere
+@every_library
 def test_normalized_padding(library, rng):
     x, mask = rng.normal(size=(6, 2)), np.array([1, 1, 0, 1, 0, 1], bool)[:, None]
     with library.context("float64"):

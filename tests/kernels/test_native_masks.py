@@ -24,7 +24,7 @@ CASES = {
 }
 
 
-def sample(rng, case, dtype):
+def masked_sample(rng, case, dtype):
     shape, axis, layout, along = CASES[case]
     lengths = None
     if along == "lengths":
@@ -45,7 +45,7 @@ def sample(rng, case, dtype):
 @pytest.mark.parametrize("case", CASES)
 def test_normalized_padding(instruction_set, case, dtype, rng):
     """Normalised by the statistics of what counts; NaN and Inf come out as the mean does."""
-    x, residual, gamma, beta, mask, counting, axis = sample(rng, case, dtype)
+    x, residual, gamma, beta, mask, counting, axis = masked_sample(rng, case, dtype)
     options = {"axis": axis, "activation": "silu", "residual": residual, "single": "clamp", **counting}
     y, _ = bn.batch_norm(x, gamma, beta, masked_output="normalized", kernel="native", **options)
     exact = expected(x, None, gamma, beta, residual, axis=axis, mask=mask, activation="silu")
@@ -64,7 +64,7 @@ def test_normalized_padding(instruction_set, case, dtype, rng):
 @pytest.mark.parametrize("activation", [None, "relu", "gelu"])
 def test_gradients_at_inference(instruction_set, case, activation, rng):
     """Of statistics that do not depend on x, by autograd."""
-    x, residual, gamma, beta, mask, counting, axis = sample(rng, case, "float64")
+    x, residual, gamma, beta, mask, counting, axis = masked_sample(rng, case, "float64")
     dy, (mean, var) = rng.normal(size=x.shape), rng.random((2, x.shape[axis])) + 0.5
     leaves = [tensor(a).requires_grad_() for a in (x, gamma, beta, residual)]
     running = bn.RunningStatistics(tensor(mean), tensor(var))
@@ -92,7 +92,7 @@ def test_nothing_counts(instruction_set):
 @pytest.mark.parametrize("case", CASES)
 def test_gradients_of_normalized_padding(instruction_set, case, has_residual, activation, rng):
     """By autograd, against array code: of padding too, whose NaN and Inf leave its y to beta and the residual alone."""
-    x, residual, gamma, beta, _, counting, axis = sample(rng, case, "float64")
+    x, residual, gamma, beta, _, counting, axis = masked_sample(rng, case, "float64")
     arrays = (x, gamma.astype(float), beta.astype(float), residual if has_residual else None)
     options = {"axis": axis, "activation": activation, "single": "clamp", "masked_output": "normalized"}
     options |= {name: tensor(value) for name, value in counting.items()}
@@ -111,7 +111,7 @@ def test_gradients_of_normalized_padding(instruction_set, case, has_residual, ac
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_masks_of_leading_elements_are_lengths(instruction_set, dtype, rng):
     """Channels first, to the bit; and a mask of everything is none."""
-    x, _, gamma, beta, mask, counting, axis = sample(rng, "rows, lengths", dtype)
+    x, _, gamma, beta, mask, counting, axis = masked_sample(rng, "rows, lengths", dtype)
     by_lengths, by_mask = (
         bn.forward(x, gamma, beta, axis=axis, kernel="native", **options) for options in (counting, {"mask": mask})
     )

@@ -8,14 +8,14 @@ from layouts import DTYPES, LAYOUTS, placed, tensor
 import batchnorm as bn
 
 
-def sample(rng, layout="c", shape=(4, 3, 6)):
+def numbers(rng, layout="c", shape=(4, 3, 6)):
     return placed(rng.normal(size=shape).astype(np.float32), layout)
 
 
 @pytest.mark.parametrize("layout", [*LAYOUTS, "step1", "step2", "part1", "part2"])
 @pytest.mark.parametrize("library", [np.asarray, tensor])
 def test_out_of_any_layout(library, layout, rng):
-    x, out, around = library(sample(rng)), library(sample(rng, layout)), library(sample(rng, layout))
+    x, out, around = library(numbers(rng)), library(numbers(rng, layout)), library(numbers(rng, layout))
     expected, _ = bn.forward(x, activation="relu")
     y, _ = bn.forward(x, activation="relu", out=out)
     assert y is out
@@ -28,7 +28,7 @@ def test_out_of_any_layout(library, layout, rng):
 
 def test_nothing_is_written_between_the_elements_of_out(rng):
     memory = np.full((4, 6, 9), 7, np.float32)
-    x = sample(rng)
+    x = numbers(rng)
     for out in (memory[:, 1:4, 2:8], memory[:, ::2, 2:8], memory[:, ::-2, 2:8]):
         memory[...] = 7
         bn.forward(x, out=out)
@@ -40,7 +40,7 @@ def test_nothing_is_written_between_the_elements_of_out(rng):
 @pytest.mark.parametrize("layout", [*LAYOUTS, "step2", "part2"])
 @pytest.mark.parametrize("library", [np.asarray, tensor])
 def test_in_place(library, layout, rng):
-    x, residual = library(sample(rng, layout)), library(sample(rng, layout))
+    x, residual = library(numbers(rng, layout)), library(numbers(rng, layout))
     expected, _ = bn.forward(x, residual=residual, activation="silu")
     assert bn.forward(x, residual=residual, activation="silu", out=residual)[0] is residual
     np.testing.assert_array_equal(residual, expected)
@@ -57,14 +57,14 @@ def test_partial_overlap_is_refused(library, rng):
     with pytest.raises(ValueError, match="out overlaps x without being the same view"):
         bn.forward(x, out=out)
     with pytest.raises(ValueError, match="out overlaps residual without being the same view"):
-        bn.forward(library(sample(rng)), residual=x, out=out)
+        bn.forward(library(numbers(rng)), residual=x, out=out)
     np.testing.assert_array_equal(block, before)
 
 
 def test_out_whose_elements_share_memory(rng):
     out = np.lib.stride_tricks.as_strided(np.zeros((3, 6), np.float32), (4, 3, 6), (0, 24, 4))
     with pytest.raises(ValueError, match="share memory"):
-        bn.forward(sample(rng), out=out)
+        bn.forward(numbers(rng), out=out)
 
 
 @pytest.mark.parametrize(
@@ -140,7 +140,7 @@ def test_strides_that_are_no_multiple_of_an_element(rng):
 
 
 def test_parameters_of_several_axes_in_any_order(rng):
-    x, gamma = sample(rng, shape=(5, 3, 4)), np.asfortranarray(rng.normal(size=(3, 4)).astype(np.float32))
+    x, gamma = numbers(rng, shape=(5, 3, 4)), np.asfortranarray(rng.normal(size=(3, 4)).astype(np.float32))
     y, cache = bn.forward(x, gamma, gamma[::-1], axis=(1, 2))
     plain, plain_cache = bn.forward(x, gamma.copy("C"), gamma[::-1].copy("C"), axis=(1, 2))
     np.testing.assert_array_equal(y, plain)
@@ -149,9 +149,9 @@ def test_parameters_of_several_axes_in_any_order(rng):
 
 
 def test_layouts_are_kept(rng):
-    for x in (np.asfortranarray(sample(rng)), sample(rng, "last"), sample(rng, "c")):
+    for x in (np.asfortranarray(numbers(rng)), numbers(rng, "last"), numbers(rng, "c")):
         y, cache = bn.forward(x)
-        assert y.strides == x.strides == bn.backward(sample(rng), cache).dx.strides
+        assert y.strides == x.strides == bn.backward(numbers(rng), cache).dx.strides
     x = torch.randn(4, 3, 5, 6).to(memory_format=torch.channels_last)
     y, cache = bn.forward(x)
     assert y.is_contiguous(memory_format=torch.channels_last)

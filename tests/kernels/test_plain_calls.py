@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import torch
 from layouts import DTYPES, placed, tensor
+from libraries import every_native_library
 from oracle import check_gradients, check_y, expected, wide
 
 import batchnorm as bn
@@ -11,11 +12,8 @@ from batchnorm import _native
 from batchnorm.kernels.native import FORWARD
 from batchnorm.spec import spec_of
 
-LIBRARIES = {"numpy": np.asarray, "torch": tensor}
-everywhere = pytest.mark.parametrize("library", LIBRARIES.values(), ids=LIBRARIES)
 
-
-@everywhere
+@every_native_library
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("layout", ["c", "f", "last", "part1", "step2", "reversed0"])
 def test_the_same_as_step_by_step(library, dtype, layout, extension, rng):
@@ -43,7 +41,7 @@ def test_the_same_as_step_by_step(library, dtype, layout, extension, rng):
     check_gradients(bn.backward(*in_order), exact, dtype)
 
 
-@everywhere
+@every_native_library
 @pytest.mark.parametrize("dtype", ["float16", "float32", "float64"])
 @pytest.mark.parametrize("layout", ["c", "last", "step2"])
 def test_into_an_array(library, dtype, layout, extension, rng):
@@ -106,7 +104,7 @@ def bad_calls():
     }
 
 
-@everywhere
+@every_native_library
 @pytest.mark.parametrize("name", bad_calls())
 def test_the_same_errors(library, name):
     arguments, options = bad_calls()[name]
@@ -126,7 +124,7 @@ def test_the_same_errors(library, name):
     assert str(at_once.value) == str(step_by_step.value)
 
 
-@everywhere
+@every_native_library
 def test_dy_that_does_not_fit(library):
     x = library(np.ones((4, 3), np.float32))
     _, cache = bn.forward(x)

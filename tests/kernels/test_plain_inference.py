@@ -6,12 +6,10 @@ import numpy as np
 import pytest
 import torch
 from layouts import DTYPES, placed, tensor
+from libraries import every_native_library
 from oracle import wide
 
 import batchnorm as bn
-
-LIBRARIES = {"numpy": np.asarray, "torch": tensor}
-everywhere = pytest.mark.parametrize("library", LIBRARIES.values(), ids=LIBRARIES)
 
 
 def state(rng, channels=3, convention="pytorch", dtype=np.float32, library=np.asarray):
@@ -23,7 +21,7 @@ def state(rng, channels=3, convention="pytorch", dtype=np.float32, library=np.as
     return running.map(lambda value: library(np.asarray(value)))
 
 
-@everywhere
+@every_native_library
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32", "float64"])
 @pytest.mark.parametrize("of_state", [np.float32, np.float64])
 @pytest.mark.parametrize("layout", ["c", "f", "last", "part1", "step2", "reversed0"])
@@ -44,7 +42,7 @@ def test_the_same_as_step_by_step(library, dtype, of_state, layout, extension, r
         assert after is running
 
 
-@everywhere
+@every_native_library
 @pytest.mark.parametrize("convention", sorted(bn.CONVENTIONS))
 def test_every_convention(library, convention, extension, rng):
     axis = bn.CONVENTIONS[convention].axis
@@ -62,7 +60,7 @@ def test_every_convention(library, convention, extension, rng):
     assert extension.taken() == {"normalize": 1}
 
 
-@everywhere
+@every_native_library
 @pytest.mark.parametrize("placement", ["inside", "outside", "absent"])
 def test_placements_of_eps(library, placement, extension, rng):
     convention = replace(bn.CONVENTIONS["pytorch"], eps=0.3, eps_eval=placement)
@@ -74,7 +72,7 @@ def test_placements_of_eps(library, placement, extension, rng):
     assert extension.taken() == {"normalize": 1}
 
 
-@everywhere
+@every_native_library
 def test_variances_that_are_none(library, rng):
     """0 without eps gives infinities, below 0 NaN, as step by step."""
     x = library(rng.normal(size=(5, 3)).astype(np.float32))
