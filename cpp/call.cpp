@@ -25,8 +25,11 @@ class Scratch {
   std::vector<std::unique_ptr<char[]>> blocks_;
 };
 
+// The lengths in the place of a mask; None where that holds a mask or nothing.
 handle lengths_of(handle mask) {
-  return PyTuple_Check(mask.ptr()) ? handle(PyTuple_GET_ITEM(mask.ptr(), 0)) : handle(Py_None);
+  if (!PyTuple_Check(mask.ptr())) return handle(Py_None);
+  if (PyTuple_GET_SIZE(mask.ptr()) != 1) decline(Refusal::type);
+  return handle(PyTuple_GET_ITEM(mask.ptr(), 0));
 }
 
 // The arguments of a pass.
@@ -327,11 +330,12 @@ class ParameterGradient {
 class Normalization {
  public:
   Normalization(const Library& library, const Request& request, const Spec& spec, handle operands, int threads)
-      : library_(library), request_(request), spec_(spec), operands_(library, operands, spec),
-        parameters_(spec, operands_), groups_(spec, operands_, request.source == Source::batch || spec.has_lanes()),
-        threads_(threads), C_(operands_.size_along(spec.channel_axes, true, spec.has_lanes() ? 1 : 0)),
-        all_(groups_.number() * C_), wide_(element_of(operands_.x.dtype())),
-        is_by_batch_(request.source == Source::batch && !spec.normalizes_by_running) {}
+      : library_(library), request_(request), spec_(spec),
+        is_by_batch_(request.source == Source::batch && !spec.normalizes_by_running), threads_(threads),
+        operands_(library, operands, spec), parameters_(spec, operands_),
+        groups_(spec, operands_, is_by_batch_ || spec.has_lanes()),
+        C_(operands_.size_along(spec.channel_axes, true, spec.has_lanes() ? 1 : 0)), all_(groups_.number() * C_),
+        wide_(element_of(operands_.x.dtype())) {}
 
   nb::object run(handle numbers, handle out) {
     if (request_.source == Source::given) return by_given(numbers, out);
@@ -522,13 +526,13 @@ class Normalization {
   const Library& library_;
   const Request& request_;
   const Spec& spec_;
+  bool is_by_batch_;  // normalizes by the batch's own statistics
+  int threads_;
   Operands operands_;
   Parameters parameters_;
   Groups groups_;
-  int threads_;
   int64_t C_, all_;  // channels of a group, and of all groups
   Element wide_;
-  bool is_by_batch_;
   Scratch scratch_;
   std::unique_ptr<State> state_;
   std::unique_ptr<Operands> narrowed_;

@@ -2,7 +2,7 @@
 //
 // Arrays are dense and row-major: those of the shape of x are (L, N, C, S) or (L, N, C), with L lanes that are batch norms of
 // their own, those with a number for each channel (L, C), and the scalars of a state (L, 1). An absent operand has one
-// dimension. Nothing is checked that the primitives in kernels/jax_primitives.py and jax_running.py have put together, but for
+// dimension. Nothing is checked that the primitives of kernels/jax/primitives.py and running.py have put together, but for
 // what would read or write out of bounds.
 #include "xla.hpp"
 

@@ -21,7 +21,7 @@ from batchnorm.kernels.generic import Cache, Gradients
 from batchnorm.kernels.interface import Kernel
 from batchnorm.kernels.registry import KERNELS, select
 from batchnorm.named import Axis, is_named, renamed
-from batchnorm.spec import Activation, Operands, Spec, cached_spec
+from batchnorm.spec import Activation, Operands, Spec, cached_spec, new_tuple
 from batchnorm.validation import (
     Arguments,
     as_base,
@@ -39,8 +39,6 @@ from batchnorm.validation import (
     check_training,
     known,
 )
-
-new_tuple: Any = tuple.__new__  # as a named tuple's class does, but for a detour through Python
 
 
 def batch_norm(

@@ -21,6 +21,8 @@ except ImportError:  # `kernels.registry` says so to whoever asks for the kernel
 
 Activation = str | Callable[[Array], Array]
 
+new_tuple: Any = tuple.__new__  #: as a named tuple's class does, but for a detour through Python
+
 #: The most dimensions of an array that the kernels read.
 MOST_DIMENSIONS = 32
 

@@ -105,13 +105,19 @@ class Maker:
 
     def any_spec(self) -> Spec:
         """Any convention, along one axis, in lanes, or in groups of examples."""
-        rules = {
-            "eps_train": self.among(("inside", "outside", "absent")), "single": self.among(("clamp", "error", "running")),
-            "normalize_correction": int(self.rng.integers(2)), "affine": self.among(("plain", "plain", "abs_eps", "ignored")),
-            "normalize_with": self.among(("batch", "batch", "running")), "update": self.among(("training", "always")),
-            "masked_output": self.among(("zero", "normalized")), "decay": self.among((0.9, None)),
-            "tracked": self.among(("var", "std", "log10_std")), "debias": self.among(("none", "adam", "first_batch")),
-        }  # fmt: skip
+        choices: dict[str, tuple[Any, ...]] = {
+            "eps_train": ("inside", "outside", "absent"),
+            "single": ("clamp", "error", "running"),
+            "normalize_correction": (0, 1),
+            "affine": ("plain", "plain", "abs_eps", "ignored"),
+            "normalize_with": ("batch", "batch", "running"),
+            "update": ("training", "always"),
+            "masked_output": ("zero", "normalized"),
+            "decay": (0.9, None),
+            "tracked": ("var", "std", "log10_std"),
+            "debias": ("none", "adam", "first_batch"),
+        }
+        rules = {name: self.among(values) for name, values in choices.items()}
         convention = replace(CONVENTIONS["pytorch"], zero_eps="allowed", **rules)
         axis = (0, len(self.shape) - 1) if len(self.shape) > 2 and self.one_in(4) else self.axis
         spec = spec_of(convention, axis, len(self.shape), self.among((None, "relu", "silu", "leaky_relu(0.3)")))

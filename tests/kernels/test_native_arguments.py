@@ -170,7 +170,7 @@ def test_declined(operation, changes, reason):
 
 
 def test_numbers_that_name_nothing():
-    fields = {name: 0 for name in ("tracked", "debias", "correction", "momentum", "eps")}
+    fields = dict.fromkeys(("tracked", "debias", "correction", "momentum", "eps"), 0)
     flags = dict.fromkeys(("corrects_tracked", "is_clamped", "needs_two", "is_cumulative"), False)
     for changes in ({"tracked": 6}, {"tracked": -1}, {"debias": 4}):
         with pytest.raises(ValueError, match="no such member"):

@@ -90,7 +90,7 @@ def normalize(
         updated = advance(xp, running, batch, convention, masked=mask is not None)
         if convention.update == "training":
             updated = choose(xp, training, updated, running)
-    if spec.group_size and training is not False:
+    if spec.group_size and training is not False and convention.normalize_with == "batch":
         return deliver(by_groups(xp, spec, operands), out), detached(updated)
 
     dtype = statistics_dtype(xp, x, running.mean)

@@ -14,13 +14,12 @@ from batchnorm.core.normalize import Statistics
 from batchnorm.core.running import RunningStatistics, with_arrays
 from batchnorm.kernels.generic import Cache, Gradients
 from batchnorm.kernels.operands import ArrayOps, in_c_order, in_layout_of_x
-from batchnorm.spec import Operands, Spec
+from batchnorm.spec import Operands, Spec, new_tuple
 
 _native.set_instruction_set(os.environ.get("BATCHNORM_INSTRUCTION_SET", ""))
 
 Refusal = _native.Refusal
 STRIDES, STATE, TYPE = Refusal.strides, Refusal.state, Refusal.type
-new_tuple: Any = tuple.__new__  # as a named tuple's class does, but for a detour through Python
 
 # The enumerations of cpp/spec.hpp.
 BATCH, RUNNING, GIVEN = range(3)

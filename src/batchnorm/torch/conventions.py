@@ -50,7 +50,13 @@ def pytorch_spec(
     ndim: int, momentum: float | None, eps: float, single: Single = "error", activation: str | None = None
 ) -> Spec:
     """The spec of a layer of PyTorch's on inputs of this rank."""
-    return spec_of_record(cached_pytorch_convention(momentum, eps, single), 1, ndim, activation)
+    return cached_pytorch_spec(ndim, momentum, eps, single, activation)
+
+
+@lru_cache(1024, typed=True)
+def cached_pytorch_spec(ndim: int, momentum: float | None, eps: float, single: Single, activation: str | None) -> Spec:
+    """`pytorch_spec`, cached: building a spec takes longer than a small batch norm."""
+    return spec_of(cached_pytorch_convention(momentum, eps, single), 1, ndim, activation)
 
 
 @constant_in_graphs

@@ -14,7 +14,7 @@ from batchnorm.functional import checked_batch_norm
 from batchnorm.kernels.native import REFUSED
 from batchnorm.kernels.registry import select
 from batchnorm.kernels.torch.autograd import LAYER_EVALUATION, LAYER_TRAINING, apply
-from batchnorm.kernels.torch.compat import are_transforms_active, is_compiling, is_recomputed, is_tracing
+from batchnorm.kernels.torch.compat import are_transforms_active, is_in_graph, is_recomputed
 from batchnorm.spec import Activation, Operands, Spec
 from batchnorm.torch.arguments import check_batch, check_channels, check_tensors, in_words_of_torch, kept_by_lengths
 from batchnorm.torch.conventions import pytorch_spec
@@ -107,7 +107,7 @@ def normalize(spec: Spec, operands: Operands, state: State | None, *, training: 
 
     Not when autograd computes the forward pass again, as checkpointing does: the batch has been taken in.
     """
-    if is_compiling() or is_tracing():
+    if is_in_graph():
         from batchnorm.torch.graphs import normalize_in_graph  # which imports Dynamo: a second and more
 
         return normalize_in_graph(spec, operands, state, training=training, is_tracked=is_tracked)

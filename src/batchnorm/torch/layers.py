@@ -12,7 +12,7 @@ from torch.nn.parameter import is_lazy
 
 from batchnorm.convention import Convention, Single
 from batchnorm.kernels.torch.compat import is_compiling, is_scripting
-from batchnorm.spec import Operands, Spec
+from batchnorm.spec import Operands, Spec, new_tuple
 from batchnorm.torch.arguments import ChannelError
 from batchnorm.torch.conventions import pytorch_convention, pytorch_spec
 from batchnorm.torch.functional import normalize, one_mask
@@ -145,7 +145,8 @@ class Layer(nn.Module):
         get, skipped = buffers.get, self.skipped
         if skipped is not None and skipped.is_meta and not mean.is_meta:
             skipped = None  # of a layer that lends its code to the numbers of others (torch.func.functional_call)
-        return State(mean, var, get("num_batches_tracked"), get("running_weight"), skipped, self._name)
+        buffers_of_state = (mean, var, get("num_batches_tracked"), get("running_weight"), skipped, self._name)
+        return new_tuple(State, buffers_of_state)  # type: ignore[no-any-return]
 
     def check_input(self, input: Tensor) -> None:
         """Raise unless the input has the rank and the channels of this layer."""

@@ -19,7 +19,6 @@ from batchnorm.kernels.native import (
     STATE,
     TYPE,
     different_dtypes,
-    new_tuple,
     updated,
 )
 from batchnorm.kernels.torch.autograd import (
@@ -31,8 +30,8 @@ from batchnorm.kernels.torch.autograd import (
     differentiable_gradients,
     has_derivatives,
 )
-from batchnorm.kernels.torch.compat import is_traced
-from batchnorm.spec import Operands, Spec
+from batchnorm.kernels.torch.compat import is_in_graph, is_traced
+from batchnorm.spec import Operands, Spec, new_tuple
 
 TRAINING, INFERENCE = Way(BATCH), Way(RUNNING)
 FORWARD, FORWARD_BY_STATE = Way(BATCH, returns=CACHE), Way(RUNNING, returns=CACHE)
@@ -45,7 +44,7 @@ class PyTorch:
         self, spec: Spec, operands: Operands, running: RunningStatistics, training: bool, out: Array | None = None
     ) -> Any:
         """`functional.batch_norm`."""
-        if not is_state_of(running, spec):
+        if is_in_graph() or not is_state_of(running, spec):
             return STATE
         done = apply(TRAINING if training else INFERENCE, spec, operands, running, out)
         return done if type(done) is not tuple else (done[0], updated(running, done[1], done[2]))
@@ -54,7 +53,7 @@ class PyTorch:
         self, spec: Spec, operands: Operands, running: RunningStatistics | None = None, out: Array | None = None
     ) -> Any:
         """`functional.forward`."""
-        if running is not None and not is_state_of(running, spec):
+        if is_in_graph() or (running is not None and not is_state_of(running, spec)):
             return STATE
         done = apply(FORWARD if running is None else FORWARD_BY_STATE, spec, operands, running, out)
         if type(done) is not tuple:

@@ -14,7 +14,7 @@ from batchnorm.core.normalize import Statistics
 from batchnorm.kernels import generic
 from batchnorm.kernels.native import ACCEPTED, BATCH, GIVEN, OUTPUT, RUNNING, STRIDES, TABLE, TYPE, Native
 from batchnorm.kernels.operands import ArrayOps, in_c_order
-from batchnorm.kernels.torch.compat import increment_version, is_batched, is_forward_mode, is_traced
+from batchnorm.kernels.torch.compat import increment_version, is_batched, is_forward_mode, is_traced, is_transformed
 from batchnorm.spec import Operands, Spec
 
 TYPES = (Tensor, Parameter)
@@ -65,8 +65,11 @@ CONSTANTS, KNOWN_STATISTICS = (Way(GIVEN, is_by_batch=is_by_batch) for is_by_bat
 
 def has_derivatives(*tensors: Array | None) -> bool:
     """Whether a result computed from these tensors has to be differentiable."""
-    if is_forward_mode():
-        return True
+    return is_forward_mode() or has_gradients(*tensors)
+
+
+def has_gradients(*tensors: Array | None) -> bool:
+    """Whether autograd records what is computed from these tensors."""
     if torch.is_grad_enabled():
         for tensor in tensors:  # `any` of a generator takes twice as long
             if tensor is not None and tensor.requires_grad:
@@ -75,9 +78,12 @@ def has_derivatives(*tensors: Array | None) -> bool:
 
 
 def are_plain(*tensors: Array | None) -> bool:
-    """Whether these are tensors whose memory holds their numbers, in a call that nobody traces."""
-    if is_traced():
-        return False
+    """Whether these are tensors whose memory holds their numbers, in a call that nothing traces."""
+    return not is_traced() and are_in_memory(*tensors)
+
+
+def are_in_memory(*tensors: Array | None) -> bool:
+    """Whether these are tensors whose memory holds their numbers."""
     for tensor in tensors:
         if tensor is not None and (type(tensor) not in TYPES or tensor.is_neg() or tensor._is_zerotensor()):
             return False
@@ -87,12 +93,13 @@ def are_plain(*tensors: Array | None) -> bool:
 def apply(way: Way, spec: Spec, operands: Operands, numbers: Any = None, out: Array | None = None) -> Any:
     """(y, entry, running, statistics, count) as `_native.normalize`, y with its place in the graph; or a Refusal.
 
-    `numbers` are running statistics, or those that normalize. In forward mode it is refused.
+    `numbers` are running statistics, or those that normalize. Refused in forward mode and under transformations; no
+    graph must be made of the call (`is_in_graph`).
     """
     x, gamma, beta, residual, mask = operands
-    if is_forward_mode() or spec.native is None or not are_plain(x, gamma, beta, residual):
+    if is_transformed() or is_forward_mode() or spec.native is None or not are_in_memory(x, gamma, beta, residual):
         return TYPE
-    if not has_derivatives(x, gamma, beta, residual):
+    if not has_gradients(x, gamma, beta, residual):
         done = NATIVE.call(way.eager, spec, operands, numbers, out)
     else:
         affine = spec.convention.affine
@@ -101,10 +108,11 @@ def apply(way: Way, spec: Spec, operands: Operands, numbers: Any = None, out: Ar
         if spec.convention.normalize_with == "running" and way.is_by_batch:
             return TYPE
         call = Call(way, spec, mask, numbers)
-        y, done = record(x, gamma, beta, residual, call), call.take()
+        y = record(x, gamma, beta, residual, call)
+        done, call.done = call.done, None  # which holds y
         if y is None:
             return done
-        done = (generic.deliver(y, out), *done[1:])
+        done = (y if out is None else generic.deliver(y, out), *done[1:])
     if way.is_in_place and type(done) is tuple and done[1] == ACCEPTED:
         increment_version([tensor for tensor in numbers[:4] if tensor is not None])
     return done
@@ -120,11 +128,6 @@ class Call:
         self.statistics: Any = None
         self.count: Any = None
         self.done: Any = None
-
-    def take(self) -> Any:
-        """What the extension has answered, which nothing holds on to then: y is in it."""
-        done, self.done = self.done, None
-        return done
 
     def constants(self, x: Array) -> Statistics | None:
         """The statistics, if they do not depend on x."""

@@ -38,11 +38,13 @@ __all__ = [
     "is_compiling",
     "is_exporting",
     "is_forward_mode",
+    "is_in_graph",
     "is_recomputed",
     "is_scripting",
     "is_traceable_wrapper_subclass",
     "is_traced",
     "is_tracing",
+    "is_transformed",
     "temporarily_clear_interpreter_stack",
     "user_stacklevel",
 ]
@@ -60,9 +62,19 @@ F = TypeVar("F", bound=Callable[..., Any])
 is_exporting: Callable[[], bool] = getattr(torch.compiler, "is_exporting", lambda: False)
 
 
+def is_in_graph() -> bool:
+    """Whether a graph is made of the calls: torch.compile, export, torch.jit.trace."""
+    return is_compiling() or is_tracing()
+
+
+def is_transformed() -> bool:
+    """Whether calls are transformed, or seen by a dispatch mode: torch.func, fx, fake tensors."""
+    return are_transforms_active() or dispatch_modes() > 0
+
+
 def is_traced() -> bool:
-    """Whether calls are being recorded or transformed rather than run: torch.func, torch.compile, export, fx."""
-    return are_transforms_active() or dispatch_modes() > 0 or is_compiling() or is_tracing()
+    """Whether calls are being recorded or transformed rather than run."""
+    return is_in_graph() or is_transformed()
 
 
 def is_forward_mode() -> bool:
