@@ -4,8 +4,10 @@ import numpy as np
 import pytest
 from families import CHUNKED, sample
 from golden import case_inputs, load
+from instruction_sets import every_instruction_set
 from layouts import DTYPES
 from oracle import FRACTION_BITS, GRADIENTS, check_gradients, check_moments, check_within, check_y, expected, wide
+from pairwise import pairwise
 
 import batchnorm as bn
 
@@ -15,6 +17,7 @@ def sample_at(family, ratio, dtype="float32"):
     return sample(CHUNKED[family], dtype, mean=0.37 * ratio, std=0.37)
 
 
+@every_instruction_set
 @pytest.mark.parametrize("ratio", [0, 1, 1e2, 1e4, 1e6])
 @pytest.mark.parametrize("family", CHUNKED)
 def test_float32_at_any_mean(instruction_set, family, ratio):
@@ -28,14 +31,21 @@ def test_float32_at_any_mean(instruction_set, family, ratio):
         check_within(name, ours, theirs, GRADIENTS["float32"] * np.abs(theirs).max())
 
 
-@pytest.mark.parametrize(("of_x", "of_dy"), [(1e18, 1e22), (1e-16, 1e-24), (1e18, 1e-30), (1e-16, 1e20)])
-@pytest.mark.parametrize("is_masked", [False, True])
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-@pytest.mark.parametrize("family", CHUNKED)
-def test_products_beyond_the_range_of_float32(instruction_set, family, dtype, is_masked, of_x, of_dy):
+#: Of x and of dy.
+SCALES = [(1e18, 1e22), (1e-16, 1e-24), (1e18, 1e-30), (1e-16, 1e20)]
+
+
+@every_instruction_set
+@pytest.mark.parametrize(
+    ("family", "dtype", "is_masked", "scales"),
+    pairwise(list(CHUNKED), ["float32", "bfloat16"], [False, True], SCALES),
+)
+def test_products_beyond_the_range_of_float32(instruction_set, family, dtype, is_masked, scales):
     """dy * (x - mean) overflows, or loses its digits, where the gradients do not."""
     x, dy, *_, axis = sample_at(family, 1, dtype)
-    x, dy = ((a.astype(np.float32) * np.float32(scale)).astype(a.dtype) for a, scale in ((x, of_x), (dy, of_dy)))
+    x, dy = (
+        (a.astype(np.float32) * np.float32(scale)).astype(a.dtype) for a, scale in zip((x, dy), scales, strict=True)
+    )
     mask = np.random.default_rng(1).random(x.shape) < 0.6 if is_masked else None
     exact = expected(x, dy, axis=axis, eps=0.0, mask=mask)
     cache = bn.forward(x, np.ones(x.shape[axis], np.float32), None, axis=axis, eps=0.0, mask=mask, kernel="native")[1]
@@ -46,6 +56,7 @@ def test_products_beyond_the_range_of_float32(instruction_set, family, dtype, is
         check_within(name, ours, theirs, GRADIENTS[dtype] * np.abs(theirs).max() + rounding + 1e-40)
 
 
+@every_instruction_set
 @pytest.mark.parametrize("ratio", [0, 1e4, 1e6])
 @pytest.mark.parametrize("family", CHUNKED)
 def test_float32_behind_a_mask(instruction_set, family, ratio):
@@ -58,6 +69,7 @@ def test_float32_behind_a_mask(instruction_set, family, ratio):
     check_gradients(bn.backward(dy, cache), exact, "float32")
 
 
+@every_instruction_set
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float64"])
 @pytest.mark.parametrize("family", CHUNKED)
 def test_other_types_at_any_mean(instruction_set, family, dtype):
@@ -70,6 +82,7 @@ def test_other_types_at_any_mean(instruction_set, family, dtype):
         check_gradients(bn.backward(dy, cache), exact, dtype)
 
 
+@every_instruction_set
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
 def test_half_precision_is_rounded_once(instruction_set, dtype):
     """Within 2 % of half a unit in the last place of y itself, which two roundings exceed now and then."""
@@ -80,6 +93,7 @@ def test_half_precision_is_rounded_once(instruction_set, dtype):
     check_within("y", y, exact, 0.51 * np.maximum(unit, 2.0**-24) + 1e-6)
 
 
+@every_instruction_set
 def test_ill_conditioned_float32(instruction_set):
     """mean 1e4 and std 1e-2, where rounding the mean to float32 is 2 to 5 % off, against 60 digits."""
     given = case_inputs("ill")

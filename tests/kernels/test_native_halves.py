@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 from families import OF_EVERY_HALF
+from instruction_sets import every_instruction_set
 from layouts import DTYPES, placed
 
 import batchnorm as bn
@@ -41,6 +42,7 @@ def zero_where(condition, x, y):
         return np.where(condition(x.astype(np.float32)), x.dtype.type(0), y)
 
 
+@every_instruction_set
 @halves
 @pytest.mark.parametrize("shape", OF_EVERY_HALF)
 def test_unchanged(instruction_set, dtype, shape):
@@ -49,6 +51,7 @@ def test_unchanged(instruction_set, dtype, shape):
     assert_same_bits(by_statistics(x, 1, None), zero_where(lambda x: x == 0, x, x), dtype)
 
 
+@every_instruction_set
 @halves
 @pytest.mark.parametrize("shape", OF_EVERY_HALF)
 def test_relu(instruction_set, dtype, shape):
@@ -56,6 +59,7 @@ def test_relu(instruction_set, dtype, shape):
     assert_same_bits(by_statistics(x, 1, None, activation="relu"), zero_where(lambda x: x <= 0, x, x), dtype)
 
 
+@every_instruction_set
 @halves
 @pytest.mark.parametrize("gamma", [2.0, -1.5, 2.0**-3, 2.0**-12, 1e-3, 3e4])
 def test_scaled_and_rounded_once(instruction_set, dtype, gamma):
@@ -66,6 +70,7 @@ def test_scaled_and_rounded_once(instruction_set, dtype, gamma):
     assert_same_bits(by_statistics(x, 1, gamma), zero_where(lambda x: x == 0, x, expected), dtype)
 
 
+@every_instruction_set
 @halves
 def test_added_to_a_residual(instruction_set, dtype):
     x = every_number(dtype, *OF_EVERY_HALF["short rows"])
@@ -84,6 +89,7 @@ def test_the_comparison_can_fail(dtype):
         assert_same_bits(wrong, x, dtype)
 
 
+@every_instruction_set
 @halves
 @pytest.mark.parametrize("shape", [(3, 2, 300), (3, 2, 21), (700, 2)])
 def test_a_nan_with_every_bit_set_stays_one(instruction_set, dtype, shape):

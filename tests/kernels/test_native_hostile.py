@@ -5,6 +5,7 @@ import pytest
 from families import SMALL, Place, sample
 from layouts import DTYPES, placed
 from oracle import ULPS, VARIANCES, check_gradients, check_within, check_y, expected, wide
+from pairwise import pairwise
 
 import batchnorm as bn
 
@@ -18,9 +19,7 @@ def of_channel(array, axis, channel=0):
     return array if axis == () else np.moveaxis(array, axis, 0)[channel]
 
 
-@every_place
-@pytest.mark.parametrize("distance", [3, 4.5, 1e3, 1e6])
-@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize(("place", "distance", "masked"), pairwise(list(SMALL), [3, 4.5, 1e3, 1e6], [False, True]))
 def test_the_first_look_at_a_channel_is_misleading(instruction_set, place, distance, masked):
     """The shift of the sums is a mean of some elements; all of those are outliers here."""
     x, dy, *_, axis = sample(SMALL[place])
@@ -102,9 +101,10 @@ def test_one_outlier(instruction_set, place, size):
     check_gradients(bn.backward(dy, cache), exact, "float32")
 
 
-@every_place
-@pytest.mark.parametrize("dtype", ["float32", "float64"])
-@pytest.mark.parametrize("value", [0.1, -7.3, 1e30, 1e-30, 3e38, -1e37, 1e-42])
+@pytest.mark.parametrize(
+    ("place", "value", "dtype"),
+    pairwise(list(SMALL), [0.1, -7.3, 1e30, 1e-30, 3e38, -1e37, 1e-42], ["float32", "float64"]),
+)
 def test_constant_channel(instruction_set, place, value, dtype):
     x, dy, *_, axis = sample(SMALL[place])
     x, value = x.astype(dtype), np.dtype(dtype).type(value)
