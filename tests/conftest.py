@@ -1,9 +1,10 @@
-"""Eight simulated devices for JAX, before it is imported; what the extension answered."""
+"""Eight simulated devices for JAX, before it is imported; a generator for each test; what the extension answered."""
 
 import os
 from collections import Counter
 
 import pytest
+from seeds import generator_of
 
 os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=8".strip()
 
@@ -31,6 +32,12 @@ class Answers:
         calls = dict(self.calls)
         self.calls.clear()
         return calls
+
+
+@pytest.fixture
+def rng(request):
+    """Random numbers of the test's own, so that it sees under any selection what it sees in the suite."""
+    return generator_of(request.node.nodeid)
 
 
 @pytest.fixture

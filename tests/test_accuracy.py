@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 import torch
 from golden import case_inputs, load
-from libraries import LIBRARIES
+from libraries import LIBRARIES, every_library
 
 import batchnorm as bn
 from batchnorm import reference
@@ -29,7 +29,7 @@ def error(ours, theirs):
     return difference / largest if largest > 0 else difference
 
 
-@pytest.mark.parametrize("library", LIBRARIES.values(), ids=lambda library: library.name)
+@every_library
 @pytest.mark.parametrize("dtype", BUDGETS)
 @pytest.mark.parametrize("case", CASES)
 def test_forward_and_backward_against_exact(library, dtype, case):

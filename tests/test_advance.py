@@ -8,15 +8,13 @@ import jax
 import numpy as np
 import pytest
 import torch
-from libraries import LIBRARIES
+from libraries import LIBRARIES, every_library
 
 import batchnorm as bn
 from batchnorm.convention import TRACKED_WITH_EPS, Convention
 
-RNG = np.random.default_rng(31)
-BATCHES = RNG.normal(2, 3, size=(3, 6, 4))
+BATCHES = np.random.default_rng(31).normal(2, 3, size=(3, 6, 4))
 MASK = np.arange(6)[:, None] < 4
-everywhere = pytest.mark.parametrize("library", LIBRARIES.values(), ids=lambda library: library.name)
 
 
 def check_same_state(library, ours, theirs, rtol):
@@ -39,7 +37,7 @@ def steps_agree(library, convention, dtype, rtol, mask=None, **options):
     assert np.abs(library.numpy(trained.mean)).min() > 1e-3
 
 
-@everywhere
+@every_library
 @pytest.mark.parametrize("name", bn.CONVENTIONS)
 @pytest.mark.parametrize("mask", [None, MASK], ids=["whole", "masked"])
 def test_every_convention(library, name, mask):
@@ -64,7 +62,7 @@ def test_cumulative_average():
     steps_agree(LIBRARIES["numpy"], replace(bn.CONVENTIONS["pytorch"], decay=None), "float64", 1e-13)
 
 
-@everywhere
+@every_library
 def test_merged_parts_enter_as_the_whole(library):
     with library.context("float64"):
         x = library.array(BATCHES.reshape(18, 4))
@@ -75,8 +73,8 @@ def test_merged_parts_enter_as_the_whole(library):
         check_same_state(library, bn.advance(running, parts), expected, 1e-13)
 
 
-def test_several_channel_axes_and_half_moments():
-    x = RNG.normal(size=(4, 3, 5, 2))
+def test_several_channel_axes_and_half_moments(rng):
+    x = rng.normal(size=(4, 3, 5, 2))
     _, expected = bn.batch_norm(x, axis=(1, 3))
     ours = bn.advance(bn.RunningStatistics.initial((3, 2), like=x), bn.moments(x, axis=(1, 3)))
     check_same_state(LIBRARIES["numpy"], ours, expected, 1e-13)
@@ -85,7 +83,7 @@ def test_several_channel_axes_and_half_moments():
     assert (after.mean, after.spread, after.mean.dtype) == (0.5, 2.0, np.float32)
 
 
-@everywhere
+@every_library
 @pytest.mark.parametrize("single", ["clamp", "identity", "running"])
 def test_single_elements_follow_the_convention(library, single):
     convention = replace(bn.CONVENTIONS["pytorch"], single=single)
@@ -111,14 +109,14 @@ def test_single_elements_are_refused_where_training_refuses_them():
     check_same_state(LIBRARIES["numpy"], bn.advance(running, some, convention, masked=True), expected, 1e-13)
 
 
-@everywhere
+@every_library
 def test_empty_batches_change_nothing(library):
     x = library.array(np.zeros((0, 4)), "float32")
     running = bn.RunningStatistics.initial(4, like=x)
     check_same_state(library, bn.advance(running, bn.moments(x)), running, 0)
 
 
-@everywhere
+@every_library
 def test_moments_that_are_not_finite_are_skipped_with_a_warning(library):
     bad = BATCHES[0].copy()
     bad[2, 1] = np.nan

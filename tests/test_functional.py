@@ -5,13 +5,10 @@ import pickle
 import numpy as np
 import pytest
 import torch
-from libraries import LIBRARIES
+from libraries import LIBRARIES, every_library
 
 import batchnorm as bn
 from batchnorm import reference
-
-RNG = np.random.default_rng(7)
-everywhere = pytest.mark.parametrize("library", LIBRARIES.values(), ids=lambda library: library.name)
 
 
 def rows(x, gamma, beta, axis, eps=1e-5):
@@ -21,13 +18,13 @@ def rows(x, gamma, beta, axis, eps=1e-5):
     return reference.from_rows(y, x.shape, axis % x.ndim)
 
 
-@everywhere
+@every_library
 @pytest.mark.parametrize("shape", [(5,), (2, 7), (9, 3, 1), (2, 7, 3, 5), (2, 3, 4, 5, 6), (1, 2, 1, 2, 3, 2)])
-def test_any_rank_and_channel_axis(library, shape):
-    x = RNG.normal(3, 2, size=shape)
+def test_any_rank_and_channel_axis(library, shape, rng):
+    x = rng.normal(3, 2, size=shape)
     with library.context("float64"):
         for axis in (*range(len(shape)), -1):
-            gamma, beta = RNG.normal(size=shape[axis]), RNG.normal(size=shape[axis])
+            gamma, beta = rng.normal(size=shape[axis]), rng.normal(size=shape[axis])
             arrays = map(library.array, (x, gamma, beta))
             y, running = bn.batch_norm(*arrays, axis=axis, convention="flax", decay=0.0)
             np.testing.assert_allclose(library.numpy(y), rows(x, gamma, beta, axis), atol=1e-12)
@@ -36,10 +33,10 @@ def test_any_rank_and_channel_axis(library, shape):
             np.testing.assert_allclose(library.numpy(running.spread), x.var(axis=reduced), atol=1e-12)
 
 
-@everywhere
-def test_several_channel_axes_keep_each_combination(library):
-    x = RNG.normal(size=(4, 3, 5, 2))
-    gamma = RNG.normal(size=(3, 2))
+@every_library
+def test_several_channel_axes_keep_each_combination(library, rng):
+    x = rng.normal(size=(4, 3, 5, 2))
+    gamma = rng.normal(size=(3, 2))
     with library.context("float64"):
         for axis in ((1, 3), (3, 1), (-1, 1), (-3, -1)):
             y, running = bn.batch_norm(library.array(x), library.array(gamma), axis=axis, convention="flax", decay=0.0)
@@ -48,12 +45,12 @@ def test_several_channel_axes_keep_each_combination(library):
             np.testing.assert_allclose(library.numpy(y), expected * gamma[:, None, :], atol=1e-12)
 
 
-@everywhere
+@every_library
 @pytest.mark.parametrize("axis", [[1], [-2], (1,), range(1, 2), np.array([1]), np.int64(1), np.array(1), [np.int32(1)]])
-def test_an_axis_in_any_form(library, axis):
+def test_an_axis_in_any_form(library, axis, rng):
     """In every function that takes one, also where running statistics normalise."""
     with library.context("float64"):
-        x, dy = (library.array(RNG.normal(size=(4, 3, 5))) for _ in range(2))
+        x, dy = (library.array(rng.normal(size=(4, 3, 5))) for _ in range(2))
         running = bn.RunningStatistics.initial(3, like=x)
         calls = (
             lambda axis: bn.batch_norm(x, axis=axis)[0],
@@ -68,9 +65,9 @@ def test_an_axis_in_any_form(library, axis):
             np.testing.assert_array_equal(library.numpy(call(axis)), library.numpy(call(1)))
 
 
-@everywhere
-def test_no_channel_axis_is_one_statistic(library):
-    x = RNG.normal(size=(4, 3))
+@every_library
+def test_no_channel_axis_is_one_statistic(library, rng):
+    x = rng.normal(size=(4, 3))
     with library.context("float64"):
         moments = bn.moments(library.array(x), axis=())
         np.testing.assert_allclose(library.numpy(moments.mean), x.mean(), atol=1e-15)
@@ -81,7 +78,7 @@ def test_no_channel_axis_is_one_statistic(library):
         assert bn.backward(y, cache).dgamma.shape == ()
 
 
-@everywhere
+@every_library
 def test_every_axis_kept_normalises_nothing_away_but_the_value(library):
     with library.context("float64"):
         y, cache = bn.forward(library.array([[5.0, 6.0]]), axis=(0, 1))
@@ -89,8 +86,8 @@ def test_every_axis_kept_normalises_nothing_away_but_the_value(library):
         np.testing.assert_array_equal(library.numpy(bn.backward(library.array([[1.0, 2.0]]), cache).dx), [[0.0, 0.0]])
 
 
-def test_strided_misaligned_and_read_only_input():
-    base = RNG.normal(size=(6, 8, 10)).astype(np.float32)
+def test_strided_misaligned_and_read_only_input(rng):
+    base = rng.normal(size=(6, 8, 10)).astype(np.float32)
     buffer = np.zeros(base.nbytes + 1, np.uint8)
     misaligned = buffer[1:].view(np.float32).reshape(base.shape)
     misaligned[...] = base
@@ -104,8 +101,8 @@ def test_strided_misaligned_and_read_only_input():
     assert swapped.dtype == np.dtype(">f4")
 
 
-def test_arguments_are_left_alone():
-    x, gamma, beta = RNG.normal(size=(4, 3)), RNG.normal(size=3), RNG.normal(size=3)
+def test_arguments_are_left_alone(rng):
+    x, gamma, beta = rng.normal(size=(4, 3)), rng.normal(size=3), rng.normal(size=3)
     running = bn.RunningStatistics.initial(3, like=x)
     mask = np.array([[True], [False], [True], [True]])
     before = pickle.dumps((x, gamma, beta, running, mask))
@@ -116,9 +113,9 @@ def test_arguments_are_left_alone():
 
 
 @pytest.mark.parametrize("library", ["numpy", "torch"])
-def test_out_receives_y(library):
+def test_out_receives_y(library, rng):
     library = LIBRARIES[library]
-    x = RNG.normal(size=(4, 3)).astype(np.float32)
+    x = rng.normal(size=(4, 3)).astype(np.float32)
     expected, _ = bn.forward(library.array(x), activation="relu")
     for call in (lambda **k: bn.forward(**k)[0], lambda **k: bn.batch_norm(**k)[0]):
         out = library.array(np.zeros_like(x))
@@ -130,10 +127,10 @@ def test_out_receives_y(library):
     np.testing.assert_array_equal(library.numpy(in_place), library.numpy(expected))
 
 
-@everywhere
-def test_affine_folds_inference(library):
-    x, gamma, beta, mean = (RNG.normal(size=n) for n in ((4, 3), 3, 3, 3))
-    var = RNG.random(size=3) + 0.5
+@every_library
+def test_affine_folds_inference(library, rng):
+    x, gamma, beta, mean = (rng.normal(size=n) for n in ((4, 3), 3, 3, 3))
+    var = rng.random(size=3) + 0.5
     with library.context("float64"):
         arrays = [library.array(values) for values in (x, gamma, beta)]
         for convention, record in bn.CONVENTIONS.items():
@@ -153,9 +150,9 @@ def test_affine_without_parameters_and_with_eps():
     assert scale.dtype == np.float64
 
 
-@everywhere
-def test_output_dtypes(library):
-    x32 = library.array(RNG.normal(size=(4, 3)), "float32")
+@every_library
+def test_output_dtypes(library, rng):
+    x32 = library.array(rng.normal(size=(4, 3)), "float32")
     y, running = bn.batch_norm(x32)
     assert str(y.dtype).endswith("float32")
     assert all(str(value.dtype).endswith("float32") for value in running)
@@ -164,7 +161,7 @@ def test_output_dtypes(library):
         y, running = bn.batch_norm(x32, running=wide)
         assert str(y.dtype).endswith("float32")
         assert all(str(value.dtype).endswith("float64") for value in running)
-        x64 = library.array(RNG.normal(size=(4, 3)), "float64")
+        x64 = library.array(rng.normal(size=(4, 3)), "float64")
         narrow = bn.RunningStatistics.initial(3, like=x32)
         y, running = bn.batch_norm(x64, running=narrow)
         assert str(y.dtype).endswith("float64")
@@ -188,7 +185,7 @@ def test_gradients_take_the_dtype_of_their_argument():
     assert dtypes == [torch.bfloat16, torch.float32, torch.float64, torch.float16]
 
 
-def test_kernel_by_name():
-    x = RNG.normal(size=(4, 3))
+def test_kernel_by_name(rng):
+    x = rng.normal(size=(4, 3))
     np.testing.assert_array_equal(bn.forward(x, kernel="native")[0], bn.forward(x)[0])
     np.testing.assert_allclose(bn.forward(x, kernel="agnostic")[0], bn.forward(x)[0], rtol=1e-14)

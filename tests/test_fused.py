@@ -3,13 +3,10 @@
 import numpy as np
 import pytest
 import torch
-from libraries import LIBRARIES
+from libraries import every_library
 from oracle import ACTIVATIONS
 
 import batchnorm as bn
-
-RNG = np.random.default_rng(7)
-everywhere = pytest.mark.parametrize("library", LIBRARIES.values(), ids=lambda library: library.name)
 
 
 def torch_activation(name):
@@ -28,11 +25,11 @@ def torch_activation(name):
     }[name]
 
 
-@everywhere
+@every_library
 @pytest.mark.parametrize("activation", ACTIVATIONS)
-def test_activation_and_residual_against_pytorch(library, activation):
-    x, residual, dy = (RNG.normal(size=(4, 3, 5)) for _ in range(3))
-    gamma, beta = RNG.normal(size=3), RNG.normal(size=3)
+def test_activation_and_residual_against_pytorch(library, activation, rng):
+    x, residual, dy = (rng.normal(size=(4, 3, 5)) for _ in range(3))
+    gamma, beta = rng.normal(size=3), rng.normal(size=3)
     leaves = [torch.tensor(values, requires_grad=True) for values in (x, gamma, beta, residual)]
     z = torch.nn.functional.batch_norm(leaves[0], None, None, leaves[1], leaves[2], training=True) + leaves[3]
     expected = torch_activation(activation)(z)
@@ -48,8 +45,8 @@ def test_activation_and_residual_against_pytorch(library, activation):
         np.testing.assert_array_equal(library.numpy(trained), library.numpy(y))
 
 
-def test_missing_arguments_have_no_gradient():
-    x = RNG.normal(size=(4, 3))
+def test_missing_arguments_have_no_gradient(rng):
+    x = rng.normal(size=(4, 3))
     gradients = bn.backward(x, bn.forward(x)[1])
     assert gradients[1:] == (None, None, None)
     assert gradients._fields == ("dx", "dgamma", "dbeta", "dresidual")
@@ -58,8 +55,8 @@ def test_missing_arguments_have_no_gradient():
     np.testing.assert_allclose(only_beta.dbeta, x.sum(axis=0))
 
 
-def test_callable_activation():
-    x = RNG.normal(size=(4, 3))
+def test_callable_activation(rng):
+    x = rng.normal(size=(4, 3))
     y, cache = bn.forward(x, activation=np.square)
     np.testing.assert_allclose(y, bn.forward(x)[0] ** 2)
     with pytest.raises(ValueError, match=r"derivative of <ufunc 'square'> is not known; use a named activation"):

@@ -3,15 +3,11 @@
 import numpy as np
 import pytest
 from golden import Replay, case_inputs, relative_error, results, tolerance
-from libraries import LIBRARIES
+from libraries import LIBRARIES, by_name
 
 import batchnorm as bn
 
 DIFFERENTIATING = [LIBRARIES["torch"], LIBRARIES["jax"]]
-
-
-def by_name(library):
-    return library.name
 
 
 def limits(system, case, config, dtype, convention, **options):

@@ -7,20 +7,29 @@ import numpy as np
 import pytest
 import torch
 import xarray
-from libraries import LIBRARIES
+from libraries import LIBRARIES, every_library
 
 import batchnorm as bn
 from batchnorm.convention import TRACKED_WITH_EPS, Convention
 from batchnorm.kernels import generic
 
-RNG = np.random.default_rng(23)
-X, DY, RESIDUAL = RNG.normal(1, 2, size=(3, 4, 5, 7))[0], *RNG.normal(size=(2, 4, 5, 7))
-MEAN, SPREAD = RNG.normal(size=5), RNG.uniform(0.3, 2, size=5)
-GAMMA, BETA = RNG.normal(size=5), RNG.normal(size=5)
-MASK = RNG.random((4, 1, 7)) < 0.6
+
+def arrays():
+    """x, dy, the residual; the running mean and spread; gamma, beta; the mask."""
+    rng = np.random.default_rng(23)
+    elements = rng.normal(1, 2, size=(4, 5, 7)), *rng.normal(size=(2, 4, 5, 7))
+    return (
+        *elements,
+        rng.normal(size=5),
+        rng.uniform(0.3, 2, size=5),
+        *rng.normal(size=(2, 5)),
+        rng.random((4, 1, 7)) < 0.6,
+    )
+
+
+X, DY, RESIDUAL, MEAN, SPREAD, GAMMA, BETA, MASK = arrays()
 ARRAYS = (X, GAMMA, BETA, RESIDUAL)
 TRACKED = ("var", "std", "std_eps", "rstd", "var_eps", "log10_std")
-everywhere = pytest.mark.parametrize("library", LIBRARIES.values(), ids=lambda library: library.name)
 
 
 def convention_of(tracked="var", **fields):
@@ -56,7 +65,7 @@ def by_autograd(convention, arrays=ARRAYS, dy=DY, **options):
     return [np.zeros(leaf.shape) if g is None else g.numpy() for leaf, g in zip(leaves, found, strict=True)]
 
 
-@everywhere
+@every_library
 @pytest.mark.parametrize("tracked", TRACKED)
 @pytest.mark.parametrize("activation", [None, "silu", "leaky_relu(0.2)"])
 def test_every_tracked_quantity(library, tracked, activation):
@@ -68,7 +77,7 @@ def test_every_tracked_quantity(library, tracked, activation):
 
 
 @pytest.mark.parametrize("tracked", TRACKED)
-def test_finite_differences(tracked):
+def test_finite_differences(tracked, rng):
     convention = convention_of(tracked)
     library, step = LIBRARIES["numpy"], 1e-5
     ours = gradients(library, convention, activation="tanh", mask=MASK)
@@ -82,7 +91,7 @@ def test_finite_differences(tracked):
         return np.sum(y * DY)
 
     for number, gradient in enumerate(ours):
-        direction = RNG.normal(size=ARRAYS[number].shape)
+        direction = rng.normal(size=ARRAYS[number].shape)
         moved = [list(ARRAYS) for _ in range(2)]
         moved[0][number], moved[1][number] = (ARRAYS[number] + sign * step * direction for sign in (1, -1))
         slope = (loss(moved[0]) - loss(moved[1])) / (2 * step)
@@ -102,7 +111,7 @@ def test_dx_is_that_of_constants():
     assert np.abs(dx.sum(axis=(0, 2))).min() > 0.01
 
 
-@everywhere
+@every_library
 @pytest.mark.parametrize("masked_output", ["zero", "normalized"])
 @pytest.mark.parametrize("activation", [None, "silu"])
 @pytest.mark.parametrize("is_poisoned", [False, True])
@@ -121,7 +130,7 @@ def test_padding(library, masked_output, activation, is_poisoned):
         np.testing.assert_allclose(gradient, exact, rtol=1e-12, atol=1e-12)
 
 
-@everywhere
+@every_library
 def test_lengths(library):
     lengths = np.array([7, 0, 3, 5])
     mask = (np.arange(7) < lengths[:, None])[:, None, :]
@@ -133,7 +142,7 @@ def test_lengths(library):
         np.testing.assert_allclose(gradient, exact, rtol=1e-12, atol=1e-12)
 
 
-@everywhere
+@every_library
 @pytest.mark.parametrize("affine", ["plain", "ignored", "abs_eps", "gamma_one"])
 def test_what_a_convention_makes_of_the_parameters(library, affine):
     convention = convention_of(affine=affine)
@@ -144,7 +153,7 @@ def test_what_a_convention_makes_of_the_parameters(library, affine):
         np.testing.assert_allclose(gradient, expected, rtol=1e-12, atol=1e-12)
 
 
-@everywhere
+@every_library
 @pytest.mark.parametrize("name", bn.CONVENTIONS)
 def test_every_convention(library, name):
     convention = replace(bn.CONVENTIONS[name], axis=1)

@@ -6,13 +6,11 @@ import numpy as np
 
 import batchnorm as bn
 
-RNG = np.random.default_rng(7)
 
-
-def test_jax_jit_grad_vmap_agree_with_plain_calls():
+def test_jax_jit_grad_vmap_agree_with_plain_calls(rng):
     with jax.enable_x64(True):
-        x, dy = jnp.asarray(RNG.normal(size=(6, 4, 3))), jnp.asarray(RNG.normal(size=(6, 4, 3)))
-        gamma, beta = jnp.asarray(RNG.normal(size=3)), jnp.asarray(RNG.normal(size=3))
+        x, dy = jnp.asarray(rng.normal(size=(6, 4, 3))), jnp.asarray(rng.normal(size=(6, 4, 3)))
+        gamma, beta = jnp.asarray(rng.normal(size=3)), jnp.asarray(rng.normal(size=3))
 
         def loss(x, gamma, beta, dy):
             y, running = bn.batch_norm(x, gamma, beta, convention="flax", activation="gelu")
@@ -30,8 +28,8 @@ def test_jax_jit_grad_vmap_agree_with_plain_calls():
         np.testing.assert_allclose(lanes[1], loss(x[1], gamma, beta, dy[1])[0], rtol=1e-12)
 
 
-def test_jax_traced_training_flag():
-    x = jnp.asarray(RNG.normal(size=(8, 3)), jnp.float32)
+def test_jax_traced_training_flag(rng):
+    x = jnp.asarray(rng.normal(size=(8, 3)), jnp.float32)
     running = bn.RunningStatistics(jnp.full(3, 2.0), jnp.full(3, 4.0))
 
     @jax.jit
@@ -49,8 +47,8 @@ def test_jax_traced_training_flag():
     np.testing.assert_allclose(gradient(x, False), 3 * ((x - 2) ** 2) / (4 + 1e-5) ** 1.5, rtol=1e-5)
 
 
-def test_jax_state_in_a_scan():
-    x = jnp.asarray(RNG.normal(size=(50, 8, 3)), jnp.float32)
+def test_jax_state_in_a_scan(rng):
+    x = jnp.asarray(rng.normal(size=(50, 8, 3)), jnp.float32)
 
     def step(running, x):
         y, running = bn.batch_norm(x, running=running)
@@ -64,17 +62,17 @@ def test_jax_state_in_a_scan():
     np.testing.assert_allclose(running.spread, expected.spread, rtol=1e-5)
 
 
-def test_jax_cache_and_gradients_cross_jit():
-    x, dy = (jnp.asarray(RNG.normal(size=(8, 3)), jnp.float32) for _ in range(2))
+def test_jax_cache_and_gradients_cross_jit(rng):
+    x, dy = (jnp.asarray(rng.normal(size=(8, 3)), jnp.float32) for _ in range(2))
     _, cache = jax.jit(lambda x: bn.forward(x, activation="relu"))(x)
     gradients = jax.jit(bn.backward)(dy, cache)
     np.testing.assert_allclose(gradients.dx, bn.backward(dy, bn.forward(x, activation="relu")[1]).dx, atol=1e-6)
     assert len(jax.tree.leaves(bn.moments(x))) == 4
 
 
-def test_jax_variance_of_constants():
+def test_jax_variance_of_constants(rng):
     """Sums in float32 miss their mean, and what they leave of the variance is rounding, which is not kept."""
-    x = jnp.broadcast_to(jnp.asarray(RNG.uniform(0.1, 10, 64), jnp.float32), (4097, 64))
+    x = jnp.broadcast_to(jnp.asarray(rng.uniform(0.1, 10, 64), jnp.float32), (4097, 64))
     m2 = jax.jit(lambda x: bn.moments(x).m2)(x)
     np.testing.assert_array_equal(m2, 0)
     y, _ = jax.jit(lambda x: bn.batch_norm(x, eps=0.0, convention="flax", kernel="agnostic"))(x)

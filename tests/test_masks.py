@@ -2,18 +2,15 @@
 
 import numpy as np
 import pytest
-from libraries import LIBRARIES
+from libraries import every_library
 
 import batchnorm as bn
 
-RNG = np.random.default_rng(7)
-everywhere = pytest.mark.parametrize("library", LIBRARIES.values(), ids=lambda library: library.name)
 
-
-@everywhere
+@every_library
 @pytest.mark.parametrize("mask_shape", [(5, 7, 1), (5, 1, 1), (7, 1), (1, 7, 1), (5, 7, 4), (1, 1, 4), (4,)])
-def test_mask_is_the_same_as_leaving_out(library, mask_shape):
-    x = RNG.normal(size=(5, 7, 4))
+def test_mask_is_the_same_as_leaving_out(library, mask_shape, rng):
+    x = rng.normal(size=(5, 7, 4))
     mask = np.arange(np.prod(mask_shape)).reshape(mask_shape) % 3 != 1
     full = np.broadcast_to(mask, x.shape)
     with library.context("float64"):
@@ -35,11 +32,11 @@ def test_mask_is_the_same_as_leaving_out(library, mask_shape):
     np.testing.assert_array_equal(y[~full], 0)
 
 
-@everywhere
-def test_lengths_are_a_mask_of_leading_elements(library):
+@every_library
+def test_lengths_are_a_mask_of_leading_elements(library, rng):
     lengths = np.array([7, 4, 0, 6, 3])
     for shape, axis, time in (((5, 7, 4), -1, 1), ((5, 4, 7), 1, 2), ((5, 7, 2, 4), -1, 1), ((4, 5, 7), 0, 2)):
-        x = RNG.normal(size=shape)
+        x = rng.normal(size=shape)
         positions = np.arange(7).reshape([-1 if a == time else 1 for a in range(x.ndim)])
         mask = positions < lengths.reshape([-1 if n == 5 else 1 for n in shape])
         with library.context("float64"):
@@ -47,19 +44,19 @@ def test_lengths_are_a_mask_of_leading_elements(library):
             by_mask, _ = bn.forward(library.array(x), axis=axis, mask=library.array(mask))
             np.testing.assert_allclose(library.numpy(by_lengths), library.numpy(by_mask), rtol=1e-13, atol=1e-15)
             assert library.numpy(by_lengths)[np.broadcast_to(~mask, shape)].any() == False  # noqa: E712
-    from_list, _ = bn.forward(RNG.normal(size=(2, 3, 1)), axis=-1, lengths=[1, 3])
+    from_list, _ = bn.forward(rng.normal(size=(2, 3, 1)), axis=-1, lengths=[1, 3])
     assert from_list[0, 1, 0] == 0
 
 
-@everywhere
+@every_library
 @pytest.mark.parametrize("garbage", [np.nan, np.inf, 1e30])
 @pytest.mark.parametrize("activation", [None, "gelu"])
-def test_padding_reaches_nothing(library, garbage, activation):
-    x, dy, residual = (RNG.normal(size=(5, 7, 4)) for _ in range(3))
-    mask = RNG.random(size=(5, 7, 1)) > 0.4
+def test_padding_reaches_nothing(library, garbage, activation, rng):
+    x, dy, residual = (rng.normal(size=(5, 7, 4)) for _ in range(3))
+    mask = rng.random(size=(5, 7, 1)) > 0.4
     dirty = [np.where(mask, values, garbage) for values in (x, dy, residual)]
     with library.context("float64"):
-        gamma = library.array(RNG.normal(size=4))
+        gamma = library.array(rng.normal(size=4))
 
         def run(x, dy, residual):
             x, dy, residual = map(library.array, (x, dy, residual))
@@ -73,9 +70,9 @@ def test_padding_reaches_nothing(library, garbage, activation):
             np.testing.assert_array_equal(value, expected)
 
 
-@everywhere
-def test_gradients_are_those_of_the_kept_part(library):
-    x, dy, gamma = RNG.normal(size=(6, 3, 4)), RNG.normal(size=(6, 3, 4)), RNG.normal(size=3)
+@every_library
+def test_gradients_are_those_of_the_kept_part(library, rng):
+    x, dy, gamma = rng.normal(size=(6, 3, 4)), rng.normal(size=(6, 3, 4)), rng.normal(size=3)
     kept = np.array([True, False, True, True, False, True])
     with library.context("float64"):
 
@@ -90,9 +87,9 @@ def test_gradients_are_those_of_the_kept_part(library):
     np.testing.assert_allclose([dgamma, dbeta], expected[1:], atol=1e-13)
 
 
-@everywhere
-def test_normalized_padding(library):
-    x, mask = RNG.normal(size=(6, 2)), np.array([1, 1, 0, 1, 0, 1], bool)[:, None]
+@every_library
+def test_normalized_padding(library, rng):
+    x, mask = rng.normal(size=(6, 2)), np.array([1, 1, 0, 1, 0, 1], bool)[:, None]
     with library.context("float64"):
         y, _ = bn.batch_norm(library.array(x), mask=library.array(mask), masked_output="normalized")
     kept = x[mask[:, 0]]

@@ -12,16 +12,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
-from libraries import LIBRARIES
+from libraries import LIBRARIES, every_library
 
 import batchnorm as bn
 from batchnorm.convention import Convention
 
 PYTORCH = bn.CONVENTIONS["pytorch"]
-RNG = np.random.default_rng(11)
 STEPS = 50
-BATCHES = RNG.normal(2, 3, size=(STEPS, 6, 4))
-everywhere = pytest.mark.parametrize("library", LIBRARIES.values(), ids=lambda library: library.name)
+BATCHES = np.random.default_rng(11).normal(2, 3, size=(STEPS, 6, 4))
 
 
 def plain(**fields):
@@ -47,7 +45,7 @@ TRACKED = {
 }
 
 
-@everywhere
+@every_library
 @pytest.mark.parametrize("tracked", TRACKED)
 @pytest.mark.parametrize("correction_on", ["variance", "tracked"])
 @pytest.mark.parametrize("correction", [0, 1])
@@ -84,7 +82,7 @@ def test_exponential_average(steps):
     assert (state.steps, state.weight, state.skipped) == (steps, 1, 0)
 
 
-@everywhere
+@every_library
 def test_cumulative_average(library):
     with library.context("float64"):
         states = run(replace(PYTORCH, decay=None), library=library)
@@ -93,7 +91,7 @@ def test_cumulative_average(library):
             np.testing.assert_allclose(library.numpy(states[steps].mean), expected, rtol=1e-12)
 
 
-@everywhere
+@every_library
 def test_adam_debias_is_a_weighted_average_from_the_first_step(library):
     convention = plain(decay=0.9, debias="adam", initial_spread=0.0)
     with library.context("float64"):
@@ -184,7 +182,7 @@ def test_update_always_takes_the_batch_in_before_inference():
 # --- one element per channel -----------------------------------------------------------------------------------------
 
 
-@everywhere
+@every_library
 def test_single_element_policies(library):
     x, beta = np.array([[5.0, -7.0]]), np.array([0.5, 1.5])
     gamma = np.array([3.0, 3.0])
@@ -236,7 +234,7 @@ def test_identity_has_the_gradient_of_identity():
 # --- what never enters -----------------------------------------------------------------------------------------------
 
 
-@everywhere
+@every_library
 @pytest.mark.parametrize("poison", [np.nan, np.inf, -np.inf])
 def test_batch_that_is_not_finite_is_skipped_and_counted(library, poison):
     bad = BATCHES[0].copy()
@@ -271,7 +269,7 @@ def test_skipping_under_jit():
     assert np.isfinite(after.spread).all()
 
 
-@everywhere
+@every_library
 @pytest.mark.parametrize("shape", [(0, 3), (2, 3, 0), (0, 3, 4, 4)])
 def test_empty_batch_changes_nothing(library, shape):
     running = bn.RunningStatistics.initial(3, like=library.array(np.zeros(1)))
@@ -285,7 +283,7 @@ def test_empty_batch_changes_nothing(library, shape):
         np.testing.assert_array_equal(library.numpy(new), library.numpy(old))
 
 
-@everywhere
+@every_library
 def test_fully_masked_batch_changes_nothing(library):
     x = library.array(np.full((4, 3), np.nan))
     running = bn.RunningStatistics.initial(3, like=x)
@@ -309,7 +307,7 @@ def test_channel_without_elements_keeps_its_estimate(debias):
     assert abs(kept[0][1] - expected[0][1]) > 1e-6
 
 
-@everywhere
+@every_library
 @pytest.mark.parametrize("tracked", ["var", "std", "std_eps", "var_eps"])
 @pytest.mark.filterwarnings("ignore:invalid value:RuntimeWarning")
 def test_inference_by_a_deviation_of_zero_is_infinite(library, tracked):
@@ -350,7 +348,7 @@ def test_state_taken_from_a_layer():
 # --- the tracked quantity --------------------------------------------------------------------------------------------
 
 
-@everywhere
+@every_library
 def test_a_state_of_another_quantity_is_refused(library):
     """Lasagne's deviations read as variances made the deviation of y 1.377 in place of 0.995, and nothing was said."""
     with library.context("float64"):

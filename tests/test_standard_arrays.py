@@ -10,10 +10,19 @@ from array_api_strict import Device
 import batchnorm as bn
 from batchnorm.core.activations import ACTIVATIONS
 
-RNG = np.random.default_rng(41)
-X, DY, RESIDUAL = RNG.normal(2, 3, size=(4, 3, 5)), *RNG.normal(size=(2, 4, 3, 5))
-GAMMA, BETA = RNG.normal(size=3), RNG.normal(size=3)
-MASK = RNG.random((4, 1, 5)) < 0.6
+
+def arrays():
+    """x, dy, the residual; gamma, beta; the mask."""
+    rng = np.random.default_rng(41)
+    return (
+        rng.normal(2, 3, size=(4, 3, 5)),
+        *rng.normal(size=(2, 4, 3, 5)),
+        *rng.normal(size=(2, 3)),
+        rng.random((4, 1, 5)) < 0.6,
+    )
+
+
+X, DY, RESIDUAL, GAMMA, BETA, MASK = arrays()
 
 
 # ---- versions ------------------------------------------------------------------------------------------------------

@@ -14,7 +14,7 @@ import pytest
 import torch
 from flax import nnx
 from golden import case_inputs, load, meta, relative_error, results, tolerance
-from libraries import LIBRARIES
+from libraries import LIBRARIES, by_name
 from torch.utils.checkpoint import checkpoint
 
 from batchnorm.compat.lasagne import BatchNormLayer, batch_norm, identity
@@ -23,10 +23,6 @@ from batchnorm.compat.shared import Shared
 SYSTEMS = ("lasagne_theano105_py37", "lasagne_theano082_py27")
 THEANO = SYSTEMS[0]
 OPTIONS = {key: value for key, value in meta(THEANO)["configs"].items() if "/" in key}
-
-
-def by_name(library):
-    return library.name
 
 
 def made(config, shape, *, faithful=False):

@@ -12,8 +12,7 @@ import pytest
 
 from batchnorm.flax import linen, nnx
 
-RNG = np.random.default_rng(29)
-VALUES = RNG.normal(1, 2, (6, 5, 3))
+VALUES = np.random.default_rng(29).normal(1, 2, (6, 5, 3))
 DTYPES = (jnp.bfloat16, jnp.float32, jnp.float64)
 
 
@@ -64,19 +63,19 @@ def test_dtypes_of_nnx(dtype):
 INTEGERS = ("bool", "int8", "uint8", "int16", "uint16", "int32", "uint32")
 
 
-def integers(dtype):
+def integers(rng, dtype):
     """Values near the largest of a dtype, where one number of a half precision stands for several integers."""
     if dtype == "bool":
-        return jnp.asarray(RNG.random((64, 3)) < 0.3)
+        return jnp.asarray(rng.random((64, 3)) < 0.3)
     most = min(np.iinfo(dtype).max, 60000)
-    return jnp.asarray(RNG.integers(most - most // 50 - 2, most, (64, 3)), dtype)
+    return jnp.asarray(rng.integers(most - most // 50 - 2, most, (64, 3)), dtype)
 
 
 @pytest.mark.parametrize("given", INTEGERS)
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32", None])
-def test_integers_are_not_rounded_to_a_half(given, dtype):
+def test_integers_are_not_rounded_to_a_half(given, dtype, rng):
     """In training and in evaluation, as Flax's linen; nnx of Flax rounds x to `dtype` first, ours do not."""
-    x = integers(given)
+    x = integers(rng, given)
     exact = np.asarray(x, float)
     xhat = (exact - exact.mean(0)) / np.sqrt(exact.var(0) + 1e-5)
     options = {"dtype": dtype, "momentum": 0.0}
@@ -102,9 +101,9 @@ def test_integers_are_not_rounded_to_a_half(given, dtype):
     np.testing.assert_allclose(received.spread, exact.var(0), rtol=1e-4)
 
 
-def test_what_nnx_of_flax_makes_of_integers():
+def test_what_nnx_of_flax_makes_of_integers(rng):
     """The example of `docs/flax.md`: three neighbours that are one number in bfloat16, from Flax 0.12.1 on."""
-    x = 1000 + jnp.asarray(RNG.integers(0, 3, (64, 3)))
+    x = 1000 + jnp.asarray(rng.integers(0, 3, (64, 3)))
     theirs, ours = (
         kind(3, dtype=jnp.bfloat16, momentum=0.0, rngs=flax.nnx.Rngs(0)) for kind in (flax.nnx.BatchNorm, nnx.BatchNorm)
     )
@@ -150,12 +149,12 @@ def test_float64_statistics_are_exact():
     ("kind", "options"),
     [(flax.linen.BatchNorm, {}), (linen.BatchNorm, {}), (linen.BatchNorm, {"count_skipped": True})],
 )
-def test_a_carry_of_scan(kind, options):
+def test_a_carry_of_scan(kind, options, rng):
     """Statistics in bfloat16 stay in it, so that `lax.scan` can carry them."""
     layer = kind(
         use_running_average=False, momentum=0.5, param_dtype=jnp.bfloat16, force_float32_reductions=False, **options
     )
-    batches = jnp.asarray(RNG.normal(1, 2, (7, 6, 3)), jnp.bfloat16)
+    batches = jnp.asarray(rng.normal(1, 2, (7, 6, 3)), jnp.bfloat16)
     variables = layer.init(jax.random.key(0), batches[0])
 
     def step(state, x):
@@ -170,7 +169,7 @@ def test_a_carry_of_scan(kind, options):
     np.testing.assert_allclose(np.asarray(state["mean"], float), expected, atol=0.05)
 
 
-COMPLEX = jnp.asarray(VALUES + 1j * RNG.normal(size=VALUES.shape), jnp.complex64)
+COMPLEX = jnp.asarray(VALUES + 1j * np.random.default_rng(30).normal(size=VALUES.shape), jnp.complex64)
 
 
 def test_complex_input_of_linen():

@@ -19,18 +19,17 @@ import batchnorm as bn
 import batchnorm.jax as bnj
 from batchnorm.flax import linen, nnx
 
-RNG = np.random.default_rng(29)
 DECAY = 0.8
 KINDS = ("linen", "nnx")
 
 
-def numbers(*shape):
-    return jnp.asarray(RNG.normal(2, 3, shape), jnp.float32)
+def numbers(rng, *shape):
+    return jnp.asarray(rng.normal(2, 3, shape), jnp.float32)
 
 
-X = numbers(6, 5, 3)
-BATCHES = [numbers(6, 5, 3) for _ in range(5)]
-MASK, LENGTHS = jnp.asarray(RNG.uniform(size=(6, 5, 1)) < 0.7), jnp.asarray([5, 3, 1, 4, 2, 5])
+X, *BATCHES = numbers(np.random.default_rng(29), 6, 6, 5, 3)
+MASK = jnp.asarray(np.random.default_rng(30).uniform(size=(6, 5, 1)) < 0.7)
+LENGTHS = jnp.asarray([5, 3, 1, 4, 2, 5])
 STATE = bn.RunningStatistics.initial(3, "flax", like=X)._replace(
     mean=jnp.asarray([1.0, 2, 3]), spread=jnp.asarray([4.0, 1, 9])
 )
@@ -73,7 +72,7 @@ OPTIONS = {
     "no scale": ({"use_scale": False, "use_bias": False}, {}),
     "mask": ({}, {"mask": MASK}),
     "lengths": ({"convention": "pytorch", "axis": -1}, {"lengths": LENGTHS}),
-    "residual": ({"activation": "relu"}, {"residual": numbers(6, 5, 4)}),
+    "residual": ({"activation": "relu"}, {"residual": numbers(np.random.default_rng(31), 6, 5, 4)}),
     "deviations": ({"convention": "lasagne-gist", "axis": -1}, {}),
 }
 
@@ -235,9 +234,9 @@ def test_initialisation_makes_no_update(kind):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_the_axis_is_the_convention_s(kind):
+def test_the_axis_is_the_convention_s(kind, rng):
     layer = Layer(kind, features=2, convention="pytorch")  # of the (2, 2, 2) that linen is initialised with
-    x = numbers(6, 2, 3)
+    x = numbers(rng, 6, 2, 3)
     received = jax.grad(lambda p: jnp.sum(layer(p, x)))(layer.parameters)["running"]
     np.testing.assert_allclose(received.mean, x.mean((0, 2)), rtol=1e-5)
     assert layer.module.axis == 1
@@ -557,7 +556,7 @@ def test_options_are_checked_by_the_constructors(kind, options, error, message):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_other_channels_than_those_of_x(kind):
+def test_other_channels_than_those_of_x(kind, rng):
     """In the words of the constructor of nnx; linen itself checks the shapes of parameters."""
     layer = Layer(kind)
     message = {
@@ -565,7 +564,7 @@ def test_other_channels_than_those_of_x(kind):
         "linen": r"scale.*\(3,\)",
     }[kind]
     with pytest.raises((ValueError, flax.errors.ScopeParamShapeError), match=message):
-        layer(layer.parameters, numbers(6, 4))
+        layer(layer.parameters, numbers(rng, 6, 4))
     with pytest.raises(ValueError, match="x is a scalar"):
         layer(layer.parameters, 1.0)
     with pytest.raises(TypeError, match="mask is a str of strings; it must hold booleans"):

@@ -9,8 +9,7 @@ import pytest
 
 from batchnorm.flax import nnx, with_batch_norm
 
-RNG = np.random.default_rng(37)
-X = jnp.asarray(RNG.normal(1, 2, (4, 6, 6, 3)), jnp.float32)
+X = jnp.asarray(np.random.default_rng(37).normal(1, 2, (4, 6, 6, 3)), jnp.float32)
 ONES = jax.nn.initializers.ones
 
 LINEN = [

@@ -15,10 +15,9 @@ from jax.sharding import PartitionSpec as P
 
 from batchnorm.flax import linen, nnx
 
-RNG = np.random.default_rng(17)
-X = jnp.asarray(RNG.normal(1, 2, (4, 5, 6, 3)), jnp.float32)
-DY = jnp.asarray(RNG.normal(size=X.shape), jnp.float32)
-MASK = jnp.asarray(RNG.random((4, 5, 6, 1)) < 0.7)
+X = jnp.asarray(np.random.default_rng(17).normal(1, 2, (4, 5, 6, 3)), jnp.float32)
+DY = jnp.asarray(np.random.default_rng(18).normal(size=X.shape), jnp.float32)
+MASK = jnp.asarray(np.random.default_rng(19).random((4, 5, 6, 1)) < 0.7)
 EPS = {jnp.dtype("float32"): 2e-5, jnp.dtype("bfloat16"): 0.04, jnp.dtype("float64"): 1e-5}
 
 
@@ -121,9 +120,9 @@ def test_nnx_is_that_of_flax(options, dtype):
     close(layers[1](x), layers[0](x), 0.1 if options.get("dtype") == jnp.bfloat16 else None)
 
 
-def test_bfloat16_statistics_in_evaluation():
+def test_bfloat16_statistics_in_evaluation(rng):
     """nnx casts them to `dtype`: 0.2 off at a mean of 50, where ours are within a rounding of y."""
-    x = jnp.asarray(RNG.normal(50, 2, (64, 3)), jnp.float32)
+    x = jnp.asarray(rng.normal(50, 2, (64, 3)), jnp.float32)
     exact = (np.asarray(x, float) - np.mean(x, 0, float)) / np.sqrt(np.var(np.asarray(x, float), 0) + 1e-5)
     errors = []
     for kind in (flax.nnx.BatchNorm, nnx.BatchNorm):
@@ -236,9 +235,9 @@ def test_rematerialisation_updates_once():
 class TestPains:
     """What Flax's layers do wrong; each test shows it."""
 
-    def test_large_mean(self):
+    def test_large_mean(self, rng):
         """Negative or cancelled variances (flax#1491)."""
-        x = jnp.asarray(RNG.normal(1e4, 1, (256, 3)), jnp.float32)
+        x = jnp.asarray(rng.normal(1e4, 1, (256, 3)), jnp.float32)
         layers = [kind(use_running_average=False) for kind in (flax.linen.BatchNorm, linen.BatchNorm)]
         variables = layers[0].init(jax.random.key(0), x)
         theirs, ours = (layer.apply(variables, x, mutable=["batch_stats"])[0] for layer in layers)
@@ -276,11 +275,11 @@ class TestPains:
         assert any(np.isnan(gradient).any() for gradient in theirs)
         assert all(np.isfinite(gradient).all() for gradient in ours)
 
-    def test_uneven_masks_over_devices(self):
+    def test_uneven_masks_over_devices(self, rng):
         """By counts, not by devices (flax#2417); statistics come back equal on all of them (flax#877)."""
         mesh = jax.make_mesh((4,), ("d",), axis_types=(AxisType.Auto,), devices=jax.devices()[:4])
         mask = jnp.asarray([True] * 5 + [False] * 3)[:, None]
-        x = jnp.asarray(RNG.normal(2, 1, (8, 3)), jnp.float32)
+        x = jnp.asarray(rng.normal(2, 1, (8, 3)), jnp.float32)
         errors = []
         for kind in (flax.linen.BatchNorm, linen.BatchNorm):
             layer = kind(use_running_average=False, axis_name="d", momentum=0.0)

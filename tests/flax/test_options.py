@@ -19,8 +19,7 @@ import batchnorm.flax
 import batchnorm.jax as bnj
 from batchnorm.flax import linen, nnx
 
-RNG = np.random.default_rng(23)
-X = jnp.asarray(RNG.normal(1, 2, (6, 5, 3)), jnp.float32)
+X = jnp.asarray(np.random.default_rng(23).normal(1, 2, (6, 5, 3)), jnp.float32)
 KINDS = ("linen", "nnx")
 
 
@@ -41,20 +40,20 @@ def steps_of(kind, batches, *, evaluated=None, features=3, **options):
     return results, variables["batch_stats"], y
 
 
-def batches_of(number):
-    return [jnp.asarray(RNG.normal(1, 2, (6, 5, 3)), jnp.float32) for _ in range(number)]
+def batches_of(rng, number):
+    return [jnp.asarray(rng.normal(1, 2, (6, 5, 3)), jnp.float32) for _ in range(number)]
 
 
 # ---- initialisation, axes and signatures ----------------------------------------------------------------------------
 
 
-def test_initialisation_needs_no_named_axis():
+def test_initialisation_needs_no_named_axis(rng):
     """The groups are of an axis that does not exist yet; the layer normalises within them once it does."""
     layer = linen.BatchNorm(
         axis_name="i", axis_index_groups=[[0, 1], [2, 3]], use_running_average=False, momentum=0.0
     )  # fmt: skip
     variables = layer.init(jax.random.key(0), X)
-    parts = jnp.asarray(RNG.normal(1, 2, (4, 5, 3)), jnp.float32)
+    parts = jnp.asarray(rng.normal(1, 2, (4, 5, 3)), jnp.float32)
     y, state = jax.pmap(lambda x: layer.apply(variables, x, mutable=["batch_stats"]), axis_name="i")(parts)
     for group in (slice(0, 2), slice(2, 4)):
         expected = parts[group].mean((0, 1))
@@ -135,7 +134,7 @@ def test_a_scalar_is_refused(kind):
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("name", ["mask", "residual"])
-def test_arguments_that_are_no_numbers(kind, name):
+def test_arguments_that_are_no_numbers(kind, name, rng):
     """Before anything is compiled; lists of numbers are taken."""
     for value, message in (
         ("abc", f"{name} is a str of strings; it must"),
@@ -144,7 +143,7 @@ def test_arguments_that_are_no_numbers(kind, name):
     ):
         with pytest.raises(TypeError, match=message):
             called(kind, {}, **{name: value})
-    value = np.asarray(RNG.integers(0, 2, X.shape), np.float32)
+    value = np.asarray(rng.integers(0, 2, X.shape), np.float32)
     for given in (value.tolist(), value.astype(jnp.bfloat16), value.astype(int)):
         y, expected = (called(kind, {}, **{name: one}) for one in (given, jnp.asarray(value)))
         np.testing.assert_array_equal(y, expected)
@@ -189,8 +188,8 @@ def test_names_are_checked_by_the_constructors(option, value, message):
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("number", [np.float32, np.asarray, jnp.asarray, Fraction])
-def test_momentum_and_epsilon_as_arrays(kind, number):
-    batches = batches_of(3)
+def test_momentum_and_epsilon_as_arrays(kind, number, rng):
+    batches = batches_of(rng, 3)
     ours, state, y = steps_of(kind, batches, momentum=number(0.75), epsilon=number(0.125), evaluated=X)
     expected, statistics_of_floats, evaluated = steps_of(kind, batches, momentum=0.75, epsilon=0.125, evaluated=X)
     np.testing.assert_allclose(ours[-1], expected[-1], atol=2e-6)
@@ -276,9 +275,9 @@ def test_a_sweep_over_momentum_and_epsilon():
     assert np.ptp(results[0][1], axis=0).min() > 0.5
 
 
-def test_a_schedule_of_the_momentum():
+def test_a_schedule_of_the_momentum(rng):
     """momentum as a function of the step, in one compiled function: the cumulative average."""
-    batches = batches_of(4)
+    batches = batches_of(rng, 4)
 
     @jax.jit
     def step(state, x, number):
@@ -316,10 +315,10 @@ VARIABLES = {
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("name", [*bn.CONVENTIONS, *EXTRA])
-def test_every_convention(kind, name):
+def test_every_convention(kind, name, rng):
     """The layers compute and keep what the function does, with the convention's own momentum and epsilon."""
     convention = EXTRA.get(name, name)
-    batches = batches_of(3)
+    batches = batches_of(rng, 3)
     if name == "always" and kind == "linen":
         ours, state, y = *steps_of(kind, batches, convention=convention, axis=-1)[:2], None
     else:
@@ -479,9 +478,9 @@ def test_operations_are_counted(monkeypatch):
     assert "batchnorm_forward" in str(jax.make_jaxpr(lambda: called("linen", {}))())
 
 
-def test_eager_calls_are_no_slower():
+def test_eager_calls_are_no_slower(rng):
     """Small, so that the time is that of Python and of dispatch: ours takes about 0.4 of Flax's."""
-    x = jnp.asarray(RNG.normal(size=(8, 16)), jnp.float32)
+    x = jnp.asarray(rng.normal(size=(8, 16)), jnp.float32)
     layers = [kind(16, rngs=flax.nnx.Rngs(0)) for kind in (flax.nnx.BatchNorm, nnx.BatchNorm)]
     times = ([], [])
     for _ in range(60):

@@ -16,8 +16,7 @@ import pytest
 import batchnorm.flax
 from batchnorm.flax import linen, nnx
 
-RNG = np.random.default_rng(31)
-X = jnp.asarray(RNG.normal(1, 2, (4, 6, 6, 3)), jnp.float32)
+X = jnp.asarray(np.random.default_rng(31).normal(1, 2, (4, 6, 6, 3)), jnp.float32)
 
 
 def is_by_ours(function, *arguments):
@@ -392,8 +391,8 @@ def test_lifted_transformations_within_the_context():
     assert len(report.replaced) == 1
 
 
-def test_masks_and_a_flag_at_each_call():
-    mask = jnp.asarray(RNG.random((4, 6, 6, 1)) < 0.7)
+def test_masks_and_a_flag_at_each_call(rng):
+    mask = jnp.asarray(rng.random((4, 6, 6, 1)) < 0.7)
     layer = flax.linen.BatchNorm(momentum=0.5)
     variables = layer.init(jax.random.key(0), X, use_running_average=False)
     expected = layer.apply(variables, X, False, mask=mask, mutable=["batch_stats"])

@@ -13,21 +13,20 @@ import batchnorm.jax as bnj
 from batchnorm.core import activations
 from batchnorm.kernels.jax import formulas, primitives
 
-RNG = np.random.default_rng(3)
 SHAPES = [((6, 5), 1), ((4, 7, 3), -1), ((4, 3, 17), 1), ((2, 7, 5, 3), 1), ((2, 5, 3, 7), 3), ((3, 4, 5, 2), (1, 2)),
           ((3, 5, 4), (0, 2)), ((5, 40, 33), 0), ((33, 1), 1)]  # fmt: skip
 TOLERANCES = {"float16": 2e-3, "bfloat16": 2e-2, "float32": 3e-6, "float64": 1e-12}
 
 
-def arrays(shape, axis, dtype, *, has_mask=False):
+def arrays(rng, shape, axis, dtype, *, has_mask=False):
     """x, gamma, beta, residual, mask."""
     axes = axis if isinstance(axis, tuple) else (axis,)
     channels = tuple(shape[a] for a in sorted(a % len(shape) for a in axes))
-    x, residual = (jnp.asarray(RNG.normal(0.5, 2, shape), dtype) for _ in range(2))
-    gamma, beta = (jnp.asarray(RNG.uniform(0.5, 1.5, channels)) for _ in range(2))
+    x, residual = (jnp.asarray(rng.normal(0.5, 2, shape), dtype) for _ in range(2))
+    gamma, beta = (jnp.asarray(rng.uniform(0.5, 1.5, channels)) for _ in range(2))
     mask = None
     if has_mask:
-        mask = jnp.asarray(RNG.random(tuple(1 if a in axes else size for a, size in enumerate(shape))) < 0.7)
+        mask = jnp.asarray(rng.random(tuple(1 if a in axes else size for a, size in enumerate(shape))) < 0.7)
     return x, gamma, beta, residual, mask
 
 
@@ -41,11 +40,11 @@ CASES += [((2, 7, 5, 3), 1, dtype, False, "tanh") for dtype in TOLERANCES]
 
 
 @pytest.mark.parametrize(("shape", "axis", "dtype", "has_mask", "activation"), CASES)
-def test_kernels_against_array_code(shape, axis, dtype, has_mask, activation):
+def test_kernels_against_array_code(shape, axis, dtype, has_mask, activation, rng):
     """y, all gradients and the state; array code computes them in float64."""
     with jax.enable_x64(True):
-        x, gamma, beta, residual, mask = arrays(shape, axis, dtype, has_mask=has_mask)
-        dy = jnp.asarray(RNG.normal(size=shape), dtype)
+        x, gamma, beta, residual, mask = arrays(rng, shape, axis, dtype, has_mask=has_mask)
+        dy = jnp.asarray(rng.normal(size=shape), dtype)
 
         def run(kernel, x, gamma, beta, residual):
             with warnings.catch_warnings():  # a channel of which nothing counts
@@ -73,11 +72,11 @@ def test_kernels_against_array_code(shape, axis, dtype, has_mask, activation):
 
 @pytest.mark.parametrize("mean", [1e3, 1e4])
 @pytest.mark.parametrize("axis", [1, -1])
-def test_large_means(mean, axis):
+def test_large_means(mean, axis, rng):
     """float32 of mean/std 1e3 and 1e4 against float64; Flax's own layer is off by 0.3 and 1300."""
     from flax import linen
 
-    x = np.asarray(RNG.normal(mean, 1, (8, 6, 10, 5)), np.float32)
+    x = np.asarray(rng.normal(mean, 1, (8, 6, 10, 5)), np.float32)
     wide = np.moveaxis(x.astype(np.float64), axis, -1).reshape(-1, x.shape[axis])
     exact = (wide - wide.mean(0)) / np.sqrt(wide.var(0) + 1e-5)
     y, _ = jax.jit(lambda x: bnj.batch_norm(x, training=True, axis=axis))(x)
@@ -91,22 +90,22 @@ def test_large_means(mean, axis):
 @pytest.mark.parametrize("kernel", ["native", "agnostic"])
 @pytest.mark.parametrize("activation", [None, "silu", "tanh"])
 @pytest.mark.parametrize("masked_output", [None, "zero", "normalized"])
-def test_derivatives_against_finite_differences(kernel, activation, masked_output):
+def test_derivatives_against_finite_differences(kernel, activation, masked_output, rng):
     """Forward and reverse mode, first and second order, of all four arguments, in float64."""
-    check_derivatives(kernel, activation, masked_output)
+    check_derivatives(rng, kernel, activation, masked_output)
 
 
 @pytest.mark.parametrize(
     "activation", sorted(set(activations.ACTIVATIONS) - {"identity", "relu", "leaky_relu", "silu", "tanh"})
 )
-def test_derivatives_of_activations(activation):
-    check_derivatives("native", activation, None, order=1)
+def test_derivatives_of_activations(activation, rng):
+    check_derivatives(rng, "native", activation, None, order=1)
 
 
-def check_derivatives(kernel, activation, masked_output, order=2):
+def check_derivatives(rng, kernel, activation, masked_output, order=2):
     with jax.enable_x64(True):
-        x, gamma, beta, residual, mask = arrays((3, 4, 2), -1, "float64", has_mask=masked_output is not None)
-        weights = jnp.asarray(RNG.normal(size=x.shape))
+        x, gamma, beta, residual, mask = arrays(rng, (3, 4, 2), -1, "float64", has_mask=masked_output is not None)
+        weights = jnp.asarray(rng.normal(size=x.shape))
 
         def loss(x, gamma, beta, residual):
             y, _ = bnj.batch_norm(
@@ -119,9 +118,9 @@ def check_derivatives(kernel, activation, masked_output, order=2):
 
 
 @pytest.mark.parametrize("absent", ["gamma", "beta", "both"])
-def test_third_derivatives_without_parameters(absent):
+def test_third_derivatives_without_parameters(absent, rng):
     with jax.enable_x64(True):
-        x, gamma, beta, _, _ = arrays((5, 2), 1, "float64")
+        x, gamma, beta, _, _ = arrays(rng, (5, 2), 1, "float64")
         parameters = {"gamma": (None, beta), "beta": (gamma, None), "both": (None, None)}[absent]
 
         def loss(x, kernel):
@@ -135,18 +134,18 @@ def test_third_derivatives_without_parameters(absent):
         np.testing.assert_allclose(third(None), third("agnostic"), rtol=0, atol=1e-11)
 
 
-def test_symmetric_jacobian():
+def test_symmetric_jacobian(rng):
     """J is its own transpose, by either rule."""
     with jax.enable_x64(True):
-        x = jnp.asarray(RNG.normal(size=(6, 3)))
+        x = jnp.asarray(rng.normal(size=(6, 3)))
         function = lambda x: bnj.batch_norm(x, training=True)[0]  # noqa: E731
         forward = jax.jacfwd(function)(x).reshape(18, 18)
         np.testing.assert_allclose(forward, forward.T, atol=1e-14)
         np.testing.assert_allclose(forward, jax.jacrev(function)(x).reshape(18, 18), atol=1e-14)
 
 
-def test_what_is_not_finite_is_skipped():
-    x = jnp.asarray(RNG.normal(size=(8, 3)), jnp.float32).at[0, 0].set(jnp.inf)
+def test_what_is_not_finite_is_skipped(rng):
+    x = jnp.asarray(rng.normal(size=(8, 3)), jnp.float32).at[0, 0].set(jnp.inf)
     running = bn.RunningStatistics.initial(3, "flax", like=x)
     with pytest.warns(RuntimeWarning, match="not finite"):
         _, after = bnj.batch_norm(x, running=running, training=True)

@@ -13,9 +13,8 @@ from jax.sharding import PartitionSpec as P
 import batchnorm as bn
 import batchnorm.jax as bnj
 
-RNG = np.random.default_rng(9)
-X, DY = (jnp.asarray(RNG.normal(3, 2, (16, 5, 3)), jnp.float32) for _ in range(2))
-GAMMA, BETA = (jnp.asarray(RNG.uniform(0.5, 1.5, 3), jnp.float32) for _ in range(2))
+X, DY = jnp.asarray(np.random.default_rng(9).normal(3, 2, (2, 16, 5, 3)), jnp.float32)
+GAMMA, BETA = jnp.asarray(np.random.default_rng(10).uniform(0.5, 1.5, (2, 3)), jnp.float32)
 RUNNING = bn.RunningStatistics.initial(3, "flax", like=X)
 ALL = (0, 1, 2)
 
@@ -153,9 +152,9 @@ def test_reductions_over_devices_are_kernels():
 
 @pytest.mark.parametrize("kernel", [None, "agnostic"])
 @pytest.mark.parametrize("masked_output", ["zero", "normalized"])
-def test_second_derivatives_over_lanes(kernel, masked_output):
+def test_second_derivatives_over_lanes(kernel, masked_output, rng):
     """Hessian-vector products through the merged statistics, and the gradient of the state."""
-    mask = jnp.asarray(RNG.random((16, 5, 1)) < 0.7)
+    mask = jnp.asarray(rng.random((16, 5, 1)) < 0.7)
 
     def whole(x, gamma, beta):
         y, after = bnj.batch_norm(
@@ -256,9 +255,9 @@ def test_an_empty_batch_on_every_device():
 
 
 @pytest.mark.parametrize(("mean", "std"), [(1e3, 1), (1e4, 1), (1e4, 1e-2)])
-def test_large_means_over_devices(mean, std):
+def test_large_means_over_devices(mean, std, rng):
     """The last: the mean of the means, in float32, is a tenth of a deviation off; that must not enter m2."""
-    x = np.asarray(RNG.normal(mean, std, (16, 10, 3)), np.float32)
+    x = np.asarray(rng.normal(mean, std, (16, 10, 3)), np.float32)
     wide = x.astype(np.float64)
     exact = (wide - wide.mean((0, 1))) / np.sqrt(wide.var((0, 1)) + 1e-5)
     sharded = jax.shard_map(

@@ -13,9 +13,8 @@ import batchnorm as bn
 import batchnorm.jax as bnj
 from batchnorm.flax import linen as flax_layers
 
-RNG = np.random.default_rng(5)
-X, DY = (jnp.asarray(RNG.normal(1, 2, (8, 5, 3)), jnp.float32) for _ in range(2))
-GAMMA, BETA = (jnp.asarray(RNG.uniform(0.5, 1.5, 3), jnp.float32) for _ in range(2))
+X, DY = jnp.asarray(np.random.default_rng(5).normal(1, 2, (2, 8, 5, 3)), jnp.float32)
+GAMMA, BETA = jnp.asarray(np.random.default_rng(6).uniform(0.5, 1.5, (2, 3)), jnp.float32)
 RUNNING = bn.RunningStatistics.initial(3, "flax", like=X)
 
 
@@ -117,8 +116,8 @@ def test_vmap_computes_by_the_kernels():
     assert text.count("custom_call @batchnorm_forward") == text.count("custom_call @batchnorm_backward") == 1
 
 
-def test_vmap_of_masks():
-    masks = jnp.asarray(RNG.random((4, 8, 5, 1)) < 0.6)
+def test_vmap_of_masks(rng):
+    masks = jnp.asarray(rng.random((4, 8, 5, 1)) < 0.6)
     function = lambda mask: bnj.batch_norm(X, GAMMA, BETA, training=True, mask=mask, masked_output="zero")[0]  # noqa: E731
     got = jax.vmap(function)(masks)
     np.testing.assert_allclose(got, jnp.stack([function(mask) for mask in masks]), atol=1e-6)
@@ -230,7 +229,7 @@ def test_taylor_mode(masked):
 
 
 STATE = {
-    "plain": {}, "masked": {"mask": jnp.asarray(RNG.random((8, 5, 1)) < 0.6)},
+    "plain": {}, "masked": {"mask": jnp.asarray(np.random.default_rng(7).random((8, 5, 1)) < 0.6)},
     "lengths": {"lengths": jnp.arange(8) % 6}, "deviations": {"convention": "lasagne-gist", "axis": -1},
     "replaced": {"decay": 0.0},
 }  # fmt: skip
@@ -282,12 +281,12 @@ def test_derivatives_of_the_state_equal_flax_s():
 
 @pytest.mark.parametrize("masked_output", ["zero", "normalized"])
 @pytest.mark.parametrize("kind", ["mask", "by element", "lengths", "channels first"])
-def test_derivatives_with_padding(kind, masked_output):
+def test_derivatives_with_padding(kind, masked_output, rng):
     """Of padding that comes out normalized as well, which is Flax's behaviour: by the kernels, as by array code."""
     x = X.at[1, 3:].set(jnp.nan) if kind != "by element" else X
     options = {
         "mask": {"mask": jnp.arange(5)[None, :, None] < jnp.asarray([5, 3, 0, 1, 2, 5, 4, 3])[:, None, None]},
-        "by element": {"mask": jnp.asarray(RNG.random(X.shape) < 0.6)},
+        "by element": {"mask": jnp.asarray(rng.random(X.shape) < 0.6)},
         "lengths": {"lengths": jnp.asarray([5, 3, 0, 1, 2, 5, 4, 3])},
         "channels first": {"lengths": jnp.asarray([5, 3, 0, 1, 2, 5, 4, 3]), "axis": 1},
     }[kind]
@@ -327,9 +326,9 @@ def test_lengths_are_not_expanded():
     np.testing.assert_array_equal(lanes[1], call(x, lengths[::-1]))
 
 
-def test_lengths_along_the_height_of_images():
+def test_lengths_along_the_height_of_images(rng):
     """Each counts whole rows of pixels, in either layout."""
-    images, lengths = jnp.asarray(RNG.normal(size=(4, 3, 5, 2)), jnp.float32), jnp.asarray([5, 2, 0, 4])
+    images, lengths = jnp.asarray(rng.normal(size=(4, 3, 5, 2)), jnp.float32), jnp.asarray([5, 2, 0, 4])
     mask = jnp.arange(5)[:, None] < lengths[:, None, None, None]
     for x, keep, axis in ((images, mask, 1), (jnp.moveaxis(images, 1, -1), jnp.moveaxis(mask, 1, -1), -1)):
         call = partial(bnj.batch_norm, x, training=True, axis=axis)

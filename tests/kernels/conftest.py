@@ -1,7 +1,8 @@
-"""Every compiled instruction set, one after the other, in this process."""
+"""Instruction sets, one after the other, in this process; numbers of threads."""
 
 import pytest
 import torch
+from instruction_sets import ENDS
 
 import batchnorm as bn
 from batchnorm import _native
@@ -9,9 +10,9 @@ from batchnorm import _native
 bn.set_num_threads(_native.num_threads())  # loads the kernels, which choose an instruction set when they are loaded
 
 
-@pytest.fixture(params=_native.instruction_sets())
+@pytest.fixture(params=ENDS)
 def instruction_set(request):
-    """The kernels of one instruction set; afterwards those that were in use before."""
+    """The kernels of the best set and of `baseline`, or of a mark's; afterwards those that were in use before."""
     before = _native.instruction_set()
     _native.set_instruction_set(request.param)
     yield request.param

@@ -5,11 +5,12 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from layouts import tensor
+from libraries import every_native_library
 
 import batchnorm as bn
 import batchnorm.torch as bnt
 
-LIBRARIES = {"numpy": np.asarray, "torch": lambda array: torch.from_numpy(np.array(array))}
 SHAPES = [(32, 16), (8, 4, 6, 6)]
 PYTORCH = bn.CONVENTIONS["pytorch"]
 CONVENTIONS = {
@@ -28,7 +29,6 @@ CONVENTIONS = {
     "running": replace(PYTORCH, name="other", single="running"),
     "normalized": replace(PYTORCH, name="other", masked_output="normalized"),
 }
-everywhere = pytest.mark.parametrize("library", LIBRARIES.values(), ids=LIBRARIES)
 
 
 def arrays(library, shape):
@@ -49,7 +49,7 @@ def masks(library, shape):
     return {name: {key: library(value) for key, value in options.items()} for name, options in found.items()}
 
 
-@everywhere
+@every_native_library
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("masked", ["", "mask of examples", "mask", "lengths"])
 @pytest.mark.parametrize("convention", CONVENTIONS.values(), ids=CONVENTIONS)
@@ -70,7 +70,7 @@ def test_a_loop_of_batch_norm(library, shape, masked, convention, extension):
             np.testing.assert_allclose(ours, theirs, rtol=2e-6, atol=1e-6)
 
 
-@everywhere
+@every_native_library
 @pytest.mark.parametrize("axis", [(0, 2), (1, 2), (0, 1), ()])
 def test_several_axes(library, axis, extension):
     """Lanes of their own among them: the first axis, and not the next one."""
@@ -85,7 +85,7 @@ def test_several_axes(library, axis, extension):
             np.testing.assert_allclose(ours, theirs, rtol=2e-6, atol=1e-6)
 
 
-@everywhere
+@every_native_library
 @pytest.mark.parametrize("shape", SHAPES)
 def test_forward_and_backward(library, shape, extension):
     x, gamma = arrays(library, shape)
@@ -100,7 +100,7 @@ def test_forward_and_backward(library, shape, extension):
     assert extension.taken() == {"normalize": 1, "gradients": 1}
 
 
-@everywhere
+@every_native_library
 @pytest.mark.parametrize("shape", SHAPES)
 def test_moments(library, shape, extension):
     bn.moments(arrays(library, shape)[0])
@@ -124,7 +124,7 @@ def test_layers(shape, masked, make, extension):
     if masked == "lengths" and len(shape) == 2:
         pytest.skip("there is no time axis")
     layer, x = make(shape), torch.randn(shape, requires_grad=True)
-    options = masks(LIBRARIES["torch"], shape)[masked] if masked else {}
+    options = masks(tensor, shape)[masked] if masked else {}
     for training in (True, True, False):
         y = layer.train(training)(x, **options)
         assert extension.taken() == {"normalize": 1}
@@ -139,7 +139,7 @@ def test_layers(shape, masked, make, extension):
         assert extension.taken() == {"normalize": 2}
 
 
-@everywhere
+@every_native_library
 def test_states_are_arrays_without_axes(library):
     """Whatever way they were computed: scalars of NumPy would be declined at the next call."""
     x = library(np.random.default_rng(0).normal(size=(6, 4)).astype(np.float32))
@@ -156,7 +156,7 @@ def test_states_are_arrays_without_axes(library):
     assert {type(value) for value in running} == {type(x)}
 
 
-@everywhere
+@every_native_library
 def test_the_first_call_of_all(library, extension):
     """Without a state, and of a type that has not been met."""
     x, gamma = arrays(library, (8, 4, 6, 6))

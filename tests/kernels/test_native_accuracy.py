@@ -2,37 +2,26 @@
 
 import numpy as np
 import pytest
+from families import CHUNKED, sample
 from golden import case_inputs, load
-from layouts import DTYPES, placed
+from instruction_sets import every_instruction_set
+from layouts import DTYPES
 from oracle import FRACTION_BITS, GRADIENTS, check_gradients, check_moments, check_within, check_y, expected, wide
+from pairwise import pairwise
 
 import batchnorm as bn
 
-#: Shape, axis and layout for each family of loops.
-FAMILIES = {
-    "rows": ((4, 3, 300), 1, "c"),
-    "long rows": ((1, 2, 9000), 1, "c"),
-    "one channel": ((2000, 1), 1, "c"),
-    "short rows": ((70, 5, 21), 1, "c"),
-    "columns": ((700, 7), 1, "part1"),
-    "columns side by side": ((700, 7), 1, "c"),
-    "sliced": ((6, 3, 50), 1, "step2"),
-}
+
+def sample_at(family, ratio, dtype="float32"):
+    """Operands of one family for a ratio of mean to std."""
+    return sample(CHUNKED[family], dtype, mean=0.37 * ratio, std=0.37)
 
 
-def sample(family, ratio, dtype="float32", seed=0):
-    shape, axis, layout = FAMILIES[family]
-    rng = np.random.default_rng(seed)
-    x = placed((rng.normal(size=shape) * 0.37 + 0.37 * ratio).astype(DTYPES[dtype]), layout, axis)
-    dy, channels = rng.normal(size=shape).astype(DTYPES[dtype]), shape[axis]
-    gamma, beta = rng.normal(size=channels).astype(np.float32), rng.normal(size=channels).astype(np.float32)
-    return x, dy, gamma, beta, axis
-
-
+@every_instruction_set
 @pytest.mark.parametrize("ratio", [0, 1, 1e2, 1e4, 1e6])
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", CHUNKED)
 def test_float32_at_any_mean(instruction_set, family, ratio):
-    x, dy, gamma, beta, axis = sample(family, ratio)
+    x, dy, _, gamma, beta, axis = sample_at(family, ratio)
     exact = expected(x, dy, gamma, beta, axis=axis)
     y, cache = bn.forward(x, gamma, beta, axis=axis, kernel="native")
     check_y(y, exact, "float32")
@@ -42,14 +31,21 @@ def test_float32_at_any_mean(instruction_set, family, ratio):
         check_within(name, ours, theirs, GRADIENTS["float32"] * np.abs(theirs).max())
 
 
-@pytest.mark.parametrize(("of_x", "of_dy"), [(1e18, 1e22), (1e-16, 1e-24), (1e18, 1e-30), (1e-16, 1e20)])
-@pytest.mark.parametrize("is_masked", [False, True])
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-@pytest.mark.parametrize("family", FAMILIES)
-def test_products_beyond_the_range_of_float32(instruction_set, family, dtype, is_masked, of_x, of_dy):
+#: Of x and of dy.
+SCALES = [(1e18, 1e22), (1e-16, 1e-24), (1e18, 1e-30), (1e-16, 1e20)]
+
+
+@every_instruction_set
+@pytest.mark.parametrize(
+    ("family", "dtype", "is_masked", "scales"),
+    pairwise(list(CHUNKED), ["float32", "bfloat16"], [False, True], SCALES),
+)
+def test_products_beyond_the_range_of_float32(instruction_set, family, dtype, is_masked, scales):
     """dy * (x - mean) overflows, or loses its digits, where the gradients do not."""
-    x, dy, _, _, axis = sample(family, 1, dtype)
-    x, dy = ((a.astype(np.float32) * np.float32(scale)).astype(a.dtype) for a, scale in ((x, of_x), (dy, of_dy)))
+    x, dy, *_, axis = sample_at(family, 1, dtype)
+    x, dy = (
+        (a.astype(np.float32) * np.float32(scale)).astype(a.dtype) for a, scale in zip((x, dy), scales, strict=True)
+    )
     mask = np.random.default_rng(1).random(x.shape) < 0.6 if is_masked else None
     exact = expected(x, dy, axis=axis, eps=0.0, mask=mask)
     cache = bn.forward(x, np.ones(x.shape[axis], np.float32), None, axis=axis, eps=0.0, mask=mask, kernel="native")[1]
@@ -60,10 +56,11 @@ def test_products_beyond_the_range_of_float32(instruction_set, family, dtype, is
         check_within(name, ours, theirs, GRADIENTS[dtype] * np.abs(theirs).max() + rounding + 1e-40)
 
 
+@every_instruction_set
 @pytest.mark.parametrize("ratio", [0, 1e4, 1e6])
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", CHUNKED)
 def test_float32_behind_a_mask(instruction_set, family, ratio):
-    x, dy, gamma, beta, axis = sample(family, ratio)
+    x, dy, _, gamma, beta, axis = sample_at(family, ratio)
     mask = np.random.default_rng(1).random(x.shape) < 0.6
     exact = expected(x, dy, gamma, beta, axis=axis, mask=mask)
     y, cache = bn.forward(x, gamma, beta, axis=axis, mask=mask, kernel="native")
@@ -72,11 +69,12 @@ def test_float32_behind_a_mask(instruction_set, family, ratio):
     check_gradients(bn.backward(dy, cache), exact, "float32")
 
 
+@every_instruction_set
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float64"])
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", CHUNKED)
 def test_other_types_at_any_mean(instruction_set, family, dtype):
     for ratio in (0, 1, -1.9, 2.1, 3.9, 30, 1e6 if dtype == "float64" else 300):
-        x, dy, gamma, beta, axis = sample(family, ratio, dtype)
+        x, dy, _, gamma, beta, axis = sample_at(family, ratio, dtype)
         exact = expected(x, dy, gamma, beta, axis=axis)
         y, cache = bn.forward(x, gamma, beta, axis=axis, kernel="native")
         check_y(y, exact, dtype)
@@ -84,16 +82,18 @@ def test_other_types_at_any_mean(instruction_set, family, dtype):
         check_gradients(bn.backward(dy, cache), exact, dtype)
 
 
+@every_instruction_set
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
 def test_half_precision_is_rounded_once(instruction_set, dtype):
     """Within 2 % of half a unit in the last place of y itself, which two roundings exceed now and then."""
-    x, _, gamma, beta, axis = sample("short rows", 1, dtype)
+    x, _, _, gamma, beta, axis = sample_at("short rows", 1, dtype)
     y, _ = bn.forward(x, gamma, beta, axis=axis)
     exact = expected(x, None, gamma, beta, axis=axis).y
     unit = 2.0 ** (np.floor(np.log2(np.abs(exact).astype(np.float64))) - FRACTION_BITS[dtype])
     check_within("y", y, exact, 0.51 * np.maximum(unit, 2.0**-24) + 1e-6)
 
 
+@every_instruction_set
 def test_ill_conditioned_float32(instruction_set):
     """mean 1e4 and std 1e-2, where rounding the mean to float32 is 2 to 5 % off, against 60 digits."""
     given = case_inputs("ill")

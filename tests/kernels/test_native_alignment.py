@@ -11,8 +11,6 @@ from layouts import DTYPES, placed
 
 import batchnorm as bn
 
-RNG = np.random.default_rng(21)
-
 
 def shifted(array):
     return placed(array, "bytes", 0)
@@ -25,10 +23,10 @@ def tensor_between(array):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_public_calls(instruction_set, dtype):
-    x = RNG.normal(size=(6, 5, 11)).astype(DTYPES[dtype])
-    gamma, beta = RNG.normal(size=(2, 5)).astype(np.float32)
-    mask = RNG.random((6, 1, 11)) < 0.7
+def test_public_calls(instruction_set, dtype, rng):
+    x = rng.normal(size=(6, 5, 11)).astype(DTYPES[dtype])
+    gamma, beta = rng.normal(size=(2, 5)).astype(np.float32)
+    mask = rng.random((6, 1, 11)) < 0.7
     results = []
     for place in (lambda array: array, shifted):
         y, cache = bn.forward(
@@ -41,9 +39,9 @@ def test_public_calls(instruction_set, dtype):
 
 @pytest.mark.parametrize("training", [True, False])
 @pytest.mark.parametrize("place", [shifted, tensor_between])
-def test_running_statistics(place, training):
-    x = RNG.normal(size=(6, 5)).astype(np.float32)
-    gamma, beta = RNG.normal(size=(2, 5)).astype(np.float32)
+def test_running_statistics(place, training, rng):
+    x = rng.normal(size=(6, 5)).astype(np.float32)
+    gamma, beta = rng.normal(size=(2, 5)).astype(np.float32)
     as_is = torch.from_numpy if place is tensor_between else np.array
     results = []
     for view in (as_is, place):

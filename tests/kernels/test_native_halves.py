@@ -2,20 +2,13 @@
 
 import numpy as np
 import pytest
+from families import OF_EVERY_HALF
+from instruction_sets import every_instruction_set
 from layouts import DTYPES, placed
 
 import batchnorm as bn
 
 halves = pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
-
-#: Ways through the kernels: rows, short rows, columns, and each with a rest that fills no vector.
-SHAPES = {
-    "rows": ((1, 1, 65536), 1, "c"),
-    "rows and a rest": ((2, 1, 32768), 1, "part2"),
-    "short rows": ((256, 2, 128), 1, "c"),
-    "columns": ((256, 256), 1, "c"),
-    "columns and a rest": ((8, 8192), 1, "offset3"),
-}
 
 
 def every_number(dtype, shape, axis, layout):
@@ -49,34 +42,38 @@ def zero_where(condition, x, y):
         return np.where(condition(x.astype(np.float32)), x.dtype.type(0), y)
 
 
+@every_instruction_set
 @halves
-@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("shape", OF_EVERY_HALF)
 def test_unchanged(instruction_set, dtype, shape):
     """But for -0, which is 0: beta, or the 0 in its place, is always added."""
-    x = every_number(dtype, *SHAPES[shape])
+    x = every_number(dtype, *OF_EVERY_HALF[shape])
     assert_same_bits(by_statistics(x, 1, None), zero_where(lambda x: x == 0, x, x), dtype)
 
 
+@every_instruction_set
 @halves
-@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("shape", OF_EVERY_HALF)
 def test_relu(instruction_set, dtype, shape):
-    x = every_number(dtype, *SHAPES[shape])
+    x = every_number(dtype, *OF_EVERY_HALF[shape])
     assert_same_bits(by_statistics(x, 1, None, activation="relu"), zero_where(lambda x: x <= 0, x, x), dtype)
 
 
+@every_instruction_set
 @halves
 @pytest.mark.parametrize("gamma", [2.0, -1.5, 2.0**-3, 2.0**-12, 1e-3, 3e4])
 def test_scaled_and_rounded_once(instruction_set, dtype, gamma):
     """Results that overflow and results that become subnormal included."""
-    x = every_number(dtype, *SHAPES["columns and a rest"])
+    x = every_number(dtype, *OF_EVERY_HALF["columns and a rest"])
     with np.errstate(over="ignore", invalid="ignore"):
         expected = (x.astype(np.float32) * np.float32(gamma)).astype(x.dtype)
     assert_same_bits(by_statistics(x, 1, gamma), zero_where(lambda x: x == 0, x, expected), dtype)
 
 
+@every_instruction_set
 @halves
 def test_added_to_a_residual(instruction_set, dtype):
-    x = every_number(dtype, *SHAPES["short rows"])
+    x = every_number(dtype, *OF_EVERY_HALF["short rows"])
     residual = np.ascontiguousarray(x[::-1, ::-1, ::-1])
     with np.errstate(over="ignore", invalid="ignore"):
         expected = (x.astype(np.float32) + residual.astype(np.float32)).astype(x.dtype)
@@ -85,13 +82,14 @@ def test_added_to_a_residual(instruction_set, dtype):
 
 @halves
 def test_the_comparison_can_fail(dtype):
-    x = every_number(dtype, *SHAPES["columns"])
+    x = every_number(dtype, *OF_EVERY_HALF["columns"])
     wrong = x.copy()
     wrong.view(np.uint16)[3, 7] ^= 1
     with pytest.raises(AssertionError):
         assert_same_bits(wrong, x, dtype)
 
 
+@every_instruction_set
 @halves
 @pytest.mark.parametrize("shape", [(3, 2, 300), (3, 2, 21), (700, 2)])
 def test_a_nan_with_every_bit_set_stays_one(instruction_set, dtype, shape):

@@ -2,33 +2,16 @@
 
 import numpy as np
 import pytest
+from families import SMALL, Place, sample
 from layouts import DTYPES, placed
 from oracle import ULPS, VARIANCES, check_gradients, check_within, check_y, expected, wide
+from pairwise import pairwise
 
 import batchnorm as bn
 
-#: Shape, axis, layout: one of each family of loops.
-PLACES = {
-    "rows": ((3, 2, 300), 1, "c"),
-    "long rows": ((1, 2, 8200), 1, "c"),
-    "short rows": ((20, 5, 21), 1, "c"),
-    "columns": ((130, 7), 1, "part1"),
-    "columns side by side": ((130, 7), 1, "c"),
-    "one channel": ((331,), (), "c"),
-}
 #: Where sums are taken about an outlier, or beside its square: relative error of the variance, and ulps of y.
 BESIDE_OUTLIERS = (2.5e-6, 12)
-everywhere = pytest.mark.parametrize("place", PLACES)
-
-
-def sample(place, seed=0):
-    shape, axis, layout = PLACES[place]
-    rng = np.random.default_rng(seed)
-    return (
-        placed(rng.normal(size=shape).astype(np.float32), layout, axis),
-        rng.normal(size=shape).astype(np.float32),
-        axis,
-    )
+every_place = pytest.mark.parametrize("place", SMALL)
 
 
 def of_channel(array, axis, channel=0):
@@ -36,12 +19,10 @@ def of_channel(array, axis, channel=0):
     return array if axis == () else np.moveaxis(array, axis, 0)[channel]
 
 
-@everywhere
-@pytest.mark.parametrize("distance", [3, 4.5, 1e3, 1e6])
-@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize(("place", "distance", "masked"), pairwise(list(SMALL), [3, 4.5, 1e3, 1e6], [False, True]))
 def test_the_first_look_at_a_channel_is_misleading(instruction_set, place, distance, masked):
     """The shift of the sums is a mean of some elements; all of those are outliers here."""
-    x, dy, axis = sample(place)
+    x, dy, *_, axis = sample(SMALL[place])
     channel = of_channel(x, axis)
     for start in range(4):
         at = start * channel.size // 4 + np.arange(2)
@@ -85,9 +66,9 @@ def placements(n, S):
         yield f"ramp to the power of {power}", np.linspace(0, 1, n) ** power
 
 
-PLACES_OF_SAMPLES = PLACES | {
-    "large columns": ((4000, 8), 1, "part1"),
-    "large columns side by side": ((20_000, 4), 1, "c"),
+PLACES_OF_SAMPLES = SMALL | {
+    "large columns": Place((4000, 8), 1, "part1"),
+    "large columns side by side": Place((20_000, 4), 1, "c"),
 }
 
 
@@ -108,10 +89,10 @@ def test_samples_that_mislead(instruction_set, place, dtype):
         check_within(f"var of {name}", bn.moments(x, axis=axis).var(), exact.var, of_var * exact.var)
 
 
-@everywhere
+@every_place
 @pytest.mark.parametrize("size", [1e6, -3e12])
 def test_one_outlier(instruction_set, place, size):
-    x, dy, axis = sample(place)
+    x, dy, *_, axis = sample(SMALL[place])
     of_channel(x, axis)[-1] = size
     exact = expected(x, dy, axis=axis)
     y, cache = bn.forward(x, axis=axis)
@@ -120,11 +101,12 @@ def test_one_outlier(instruction_set, place, size):
     check_gradients(bn.backward(dy, cache), exact, "float32")
 
 
-@everywhere
-@pytest.mark.parametrize("dtype", ["float32", "float64"])
-@pytest.mark.parametrize("value", [0.1, -7.3, 1e30, 1e-30, 3e38, -1e37, 1e-42])
+@pytest.mark.parametrize(
+    ("place", "value", "dtype"),
+    pairwise(list(SMALL), [0.1, -7.3, 1e30, 1e-30, 3e38, -1e37, 1e-42], ["float32", "float64"]),
+)
 def test_constant_channel(instruction_set, place, value, dtype):
-    x, dy, axis = sample(place)
+    x, dy, *_, axis = sample(SMALL[place])
     x, value = x.astype(dtype), np.dtype(dtype).type(value)
     of_channel(x, axis)[...] = value
     moments = bn.moments(x, axis=axis)
@@ -144,10 +126,10 @@ def test_few_equal_elements(instruction_set, count):
             np.testing.assert_array_equal([moments.mean - dtype(value), moments.mean_lo, moments.m2], 0)
 
 
-@everywhere
+@every_place
 @pytest.mark.parametrize("scale", [1e30, 1e19, 1e15, 1e-10, 1e-15, 1e-19, 1e-21])
 def test_squares_leave_the_range_of_float32(instruction_set, place, scale):
-    x, dy, axis = sample(place)
+    x, dy, *_, axis = sample(SMALL[place])
     of_channel(x, axis)[...] *= np.float32(scale)
     exact = expected(x, dy, axis=axis, eps=1e-300)
     y, cache = bn.forward(x, axis=axis, eps=0.0)
@@ -158,9 +140,9 @@ def test_squares_leave_the_range_of_float32(instruction_set, place, scale):
         check_within("var", bn.moments(x, axis=axis).var(), exact.var, 1e-6 * exact.var)
 
 
-@everywhere
+@every_place
 def test_subnormals(instruction_set, place):
-    x, dy, axis = sample(place)
+    x, dy, *_, axis = sample(SMALL[place])
     of_channel(x, axis)[...] *= np.float32(1e-40)
     y, cache = bn.forward(x, axis=axis)
     exact = expected(x, dy, axis=axis)
@@ -172,11 +154,11 @@ def test_subnormals(instruction_set, place):
     assert (np.abs(of_channel(y, axis)) > 0).mean() > 0.99  # x * 316 is no longer subnormal: it must not be lost
 
 
-@everywhere
+@every_place
 @pytest.mark.parametrize("value", [np.inf, -np.inf, np.nan])
 @pytest.mark.parametrize("activation", [None, "relu", "silu"])
 def test_a_poisoned_channel_poisons_no_other(instruction_set, place, value, activation):
-    x, dy, axis = sample(place)
+    x, dy, *_, axis = sample(SMALL[place])
     if axis == ():
         x = x[:, None].repeat(3, axis=1)
         dy, axis = x[::-1].copy(), 1

@@ -8,8 +8,6 @@ from oracle import activated, check_gradients, check_within, check_y, expected, 
 
 import batchnorm as bn
 
-RNG = np.random.default_rng(15)
-
 #: Shape, axis, layout and the axes along which the mask varies; `lengths` for leading elements.
 CASES = {
     "rows, by batch": ((5, 3, 37), 1, "c", (0,)),
@@ -26,7 +24,7 @@ CASES = {
 }
 
 
-def sample(case, dtype):
+def masked_sample(rng, case, dtype):
     shape, axis, layout, along = CASES[case]
     lengths = None
     if along == "lengths":
@@ -35,19 +33,19 @@ def sample(case, dtype):
         steps = np.expand_dims(np.arange(shape[time]), [a for a in range(len(shape)) if a != time])
         mask = steps < np.expand_dims(lengths, [a for a in range(len(shape)) if a != batch])
     else:
-        mask = RNG.random([n if a in along else 1 for a, n in enumerate(shape)]) < 0.6
-    x, residual = (RNG.normal(size=shape) * 2 + 1 for _ in range(2))
-    garbage = RNG.choice([np.nan, np.inf, -np.inf, 0.5], size=shape)  # what padding may hold
+        mask = rng.random([n if a in along else 1 for a, n in enumerate(shape)]) < 0.6
+    x, residual = (rng.normal(size=shape) * 2 + 1 for _ in range(2))
+    garbage = rng.choice([np.nan, np.inf, -np.inf, 0.5], size=shape)  # what padding may hold
     x, residual = (placed(np.where(mask, a, garbage).astype(DTYPES[dtype]), layout, axis) for a in (x, residual))
-    channels = [RNG.normal(size=shape[axis]).astype(np.float32) for _ in range(2)]
+    channels = [rng.normal(size=shape[axis]).astype(np.float32) for _ in range(2)]
     return x, residual, *channels, mask, {"lengths": lengths} if lengths is not None else {"mask": mask}, axis
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("case", CASES)
-def test_normalized_padding(instruction_set, case, dtype):
+def test_normalized_padding(instruction_set, case, dtype, rng):
     """Normalised by the statistics of what counts; NaN and Inf come out as the mean does."""
-    x, residual, gamma, beta, mask, counting, axis = sample(case, dtype)
+    x, residual, gamma, beta, mask, counting, axis = masked_sample(rng, case, dtype)
     options = {"axis": axis, "activation": "silu", "residual": residual, "single": "clamp", **counting}
     y, _ = bn.batch_norm(x, gamma, beta, masked_output="normalized", kernel="native", **options)
     exact = expected(x, None, gamma, beta, residual, axis=axis, mask=mask, activation="silu")
@@ -64,10 +62,10 @@ def test_normalized_padding(instruction_set, case, dtype):
 
 @pytest.mark.parametrize("case", CASES)
 @pytest.mark.parametrize("activation", [None, "relu", "gelu"])
-def test_gradients_at_inference(instruction_set, case, activation):
+def test_gradients_at_inference(instruction_set, case, activation, rng):
     """Of statistics that do not depend on x, by autograd."""
-    x, residual, gamma, beta, mask, counting, axis = sample(case, "float64")
-    dy, (mean, var) = RNG.normal(size=x.shape), RNG.random((2, x.shape[axis])) + 0.5
+    x, residual, gamma, beta, mask, counting, axis = masked_sample(rng, case, "float64")
+    dy, (mean, var) = rng.normal(size=x.shape), rng.random((2, x.shape[axis])) + 0.5
     leaves = [tensor(a).requires_grad_() for a in (x, gamma, beta, residual)]
     running = bn.RunningStatistics(tensor(mean), tensor(var))
     counting = {name: tensor(value) for name, value in counting.items()}
@@ -92,13 +90,13 @@ def test_nothing_counts(instruction_set):
 @pytest.mark.parametrize("activation", [None, "relu", "gelu"])
 @pytest.mark.parametrize("has_residual", [False, True])
 @pytest.mark.parametrize("case", CASES)
-def test_gradients_of_normalized_padding(instruction_set, case, has_residual, activation):
+def test_gradients_of_normalized_padding(instruction_set, case, has_residual, activation, rng):
     """By autograd, against array code: of padding too, whose NaN and Inf leave its y to beta and the residual alone."""
-    x, residual, gamma, beta, _, counting, axis = sample(case, "float64")
+    x, residual, gamma, beta, _, counting, axis = masked_sample(rng, case, "float64")
     arrays = (x, gamma.astype(float), beta.astype(float), residual if has_residual else None)
     options = {"axis": axis, "activation": activation, "single": "clamp", "masked_output": "normalized"}
     options |= {name: tensor(value) for name, value in counting.items()}
-    dy, results = tensor(RNG.normal(size=x.shape)), []
+    dy, results = tensor(rng.normal(size=x.shape)), []
     for kernel in ("native", "agnostic"):
         leaves = [None if a is None else tensor(a).requires_grad_() for a in arrays]
         y, _ = bn.batch_norm(*leaves[:3], residual=leaves[3], kernel=kernel, **options)
@@ -111,14 +109,14 @@ def test_gradients_of_normalized_padding(instruction_set, case, has_residual, ac
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_masks_of_leading_elements_are_lengths(instruction_set, dtype):
+def test_masks_of_leading_elements_are_lengths(instruction_set, dtype, rng):
     """Channels first, to the bit; and a mask of everything is none."""
-    x, _, gamma, beta, mask, counting, axis = sample("rows, lengths", dtype)
+    x, _, gamma, beta, mask, counting, axis = masked_sample(rng, "rows, lengths", dtype)
     by_lengths, by_mask = (
         bn.forward(x, gamma, beta, axis=axis, kernel="native", **options) for options in (counting, {"mask": mask})
     )
     assert by_lengths[0].tobytes() == by_mask[0].tobytes()
-    dy = RNG.normal(size=x.shape).astype(x.dtype)
+    dy = rng.normal(size=x.shape).astype(x.dtype)
     gradients = [bn.backward(dy, cache) for _, cache in (by_lengths, by_mask)]
     assert gradients[0].dx.tobytes() == gradients[1].dx.tobytes()
     x = np.where(np.isfinite(wide(x)), wide(x), 0).astype(x.dtype)

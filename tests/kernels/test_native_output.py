@@ -7,17 +7,15 @@ from layouts import DTYPES, LAYOUTS, placed, tensor
 
 import batchnorm as bn
 
-RNG = np.random.default_rng(12)
 
-
-def sample(layout="c", shape=(4, 3, 6)):
-    return placed(RNG.normal(size=shape).astype(np.float32), layout)
+def numbers(rng, layout="c", shape=(4, 3, 6)):
+    return placed(rng.normal(size=shape).astype(np.float32), layout)
 
 
 @pytest.mark.parametrize("layout", [*LAYOUTS, "step1", "step2", "part1", "part2"])
 @pytest.mark.parametrize("library", [np.asarray, tensor])
-def test_out_of_any_layout(library, layout):
-    x, out, around = library(sample()), library(sample(layout)), library(sample(layout))
+def test_out_of_any_layout(library, layout, rng):
+    x, out, around = library(numbers(rng)), library(numbers(rng, layout)), library(numbers(rng, layout))
     expected, _ = bn.forward(x, activation="relu")
     y, _ = bn.forward(x, activation="relu", out=out)
     assert y is out
@@ -28,9 +26,9 @@ def test_out_of_any_layout(library, layout):
     np.testing.assert_array_equal(around, bn.batch_norm(x, running=running, training=False)[0])
 
 
-def test_nothing_is_written_between_the_elements_of_out():
+def test_nothing_is_written_between_the_elements_of_out(rng):
     memory = np.full((4, 6, 9), 7, np.float32)
-    x = sample()
+    x = numbers(rng)
     for out in (memory[:, 1:4, 2:8], memory[:, ::2, 2:8], memory[:, ::-2, 2:8]):
         memory[...] = 7
         bn.forward(x, out=out)
@@ -41,8 +39,8 @@ def test_nothing_is_written_between_the_elements_of_out():
 
 @pytest.mark.parametrize("layout", [*LAYOUTS, "step2", "part2"])
 @pytest.mark.parametrize("library", [np.asarray, tensor])
-def test_in_place(library, layout):
-    x, residual = library(sample(layout)), library(sample(layout))
+def test_in_place(library, layout, rng):
+    x, residual = library(numbers(rng, layout)), library(numbers(rng, layout))
     expected, _ = bn.forward(x, residual=residual, activation="silu")
     assert bn.forward(x, residual=residual, activation="silu", out=residual)[0] is residual
     np.testing.assert_array_equal(residual, expected)
@@ -52,30 +50,30 @@ def test_in_place(library, layout):
 
 
 @pytest.mark.parametrize("library", [np.asarray, tensor])
-def test_partial_overlap_is_refused(library):
-    block = library(RNG.normal(size=100).astype(np.float32))
+def test_partial_overlap_is_refused(library, rng):
+    block = library(rng.normal(size=100).astype(np.float32))
     x, out = block[:72].reshape(4, 3, 6), block[1:73].reshape(4, 3, 6)
     before = block + 0
     with pytest.raises(ValueError, match="out overlaps x without being the same view"):
         bn.forward(x, out=out)
     with pytest.raises(ValueError, match="out overlaps residual without being the same view"):
-        bn.forward(library(sample()), residual=x, out=out)
+        bn.forward(library(numbers(rng)), residual=x, out=out)
     np.testing.assert_array_equal(block, before)
 
 
-def test_out_whose_elements_share_memory():
+def test_out_whose_elements_share_memory(rng):
     out = np.lib.stride_tricks.as_strided(np.zeros((3, 6), np.float32), (4, 3, 6), (0, 24, 4))
     with pytest.raises(ValueError, match="share memory"):
-        bn.forward(sample(), out=out)
+        bn.forward(numbers(rng), out=out)
 
 
 @pytest.mark.parametrize(
     ("dtype", "rows", "axis"), [("float32", 1_100_000, 0), ("float32", 1_100_000, 1), ("bfloat16", 2_200_000, 1)]
 )
-def test_results_that_go_past_the_cache(instruction_set, dtype, rows, axis):
+def test_results_that_go_past_the_cache(instruction_set, dtype, rows, axis, rng):
     """Beyond 24 MB whole vectors are stored so, where they are aligned: the same elements as of small pieces."""
     shape = (3, rows) if axis == 0 else (rows, 3)
-    x = RNG.normal(size=shape).astype(np.float32).astype(DTYPES[dtype])
+    x = rng.normal(size=shape).astype(np.float32).astype(DTYPES[dtype])
     running = bn.RunningStatistics(np.float32([1, -2, 0.3]), np.float32([1, 4, 0.1]))
     options = {"running": running, "training": False, "activation": "relu", "axis": axis}
     pieces = [bn.batch_norm(piece, **options)[0] for piece in np.array_split(x, 50, axis=1 - axis)]
@@ -119,8 +117,8 @@ def test_no_elements_in_a_broadcast_view():
         np.testing.assert_array_equal(bn.moments(tensor(x)).count, np.zeros(3))
 
 
-def test_one_element_of_a_channel():
-    x, dy, beta = (RNG.normal(size=size).astype(np.float32) for size in ((1, 5), (1, 5), 5))
+def test_one_element_of_a_channel(rng):
+    x, dy, beta = (rng.normal(size=size).astype(np.float32) for size in ((1, 5), (1, 5), 5))
     y, cache = bn.forward(x, beta + 2, beta)
     np.testing.assert_array_equal(y, beta[None])
     dx, dgamma, dbeta, _ = bn.backward(dy, cache)
@@ -128,10 +126,10 @@ def test_one_element_of_a_channel():
         np.testing.assert_array_equal(ours, exact)
 
 
-def test_strides_that_are_no_multiple_of_an_element():
+def test_strides_that_are_no_multiple_of_an_element(rng):
     """A field of a packed record."""
     records = np.zeros((9, 3), dtype=[("flag", "u1"), ("value", "f4")])
-    records["value"] = RNG.normal(size=(9, 3))
+    records["value"] = rng.normal(size=(9, 3))
     x, packed = records["value"], records["value"].copy()
     y, cache = bn.forward(x)
     np.testing.assert_array_equal(y, bn.forward(packed)[0])
@@ -141,8 +139,8 @@ def test_strides_that_are_no_multiple_of_an_element():
     assert not records["flag"].any()
 
 
-def test_parameters_of_several_axes_in_any_order():
-    x, gamma = sample(shape=(5, 3, 4)), np.asfortranarray(RNG.normal(size=(3, 4)).astype(np.float32))
+def test_parameters_of_several_axes_in_any_order(rng):
+    x, gamma = numbers(rng, shape=(5, 3, 4)), np.asfortranarray(rng.normal(size=(3, 4)).astype(np.float32))
     y, cache = bn.forward(x, gamma, gamma[::-1], axis=(1, 2))
     plain, plain_cache = bn.forward(x, gamma.copy("C"), gamma[::-1].copy("C"), axis=(1, 2))
     np.testing.assert_array_equal(y, plain)
@@ -150,10 +148,10 @@ def test_parameters_of_several_axes_in_any_order():
         np.testing.assert_array_equal(ours, theirs)
 
 
-def test_layouts_are_kept():
-    for x in (np.asfortranarray(sample()), sample("last"), sample("c")):
+def test_layouts_are_kept(rng):
+    for x in (np.asfortranarray(numbers(rng)), numbers(rng, "last"), numbers(rng, "c")):
         y, cache = bn.forward(x)
-        assert y.strides == x.strides == bn.backward(sample(), cache).dx.strides
+        assert y.strides == x.strides == bn.backward(numbers(rng), cache).dx.strides
     x = torch.randn(4, 3, 5, 6).to(memory_format=torch.channels_last)
     y, cache = bn.forward(x)
     assert y.is_contiguous(memory_format=torch.channels_last)

@@ -2,28 +2,19 @@
 
 import numpy as np
 import pytest
+from families import LARGE
 from layouts import DTYPES, placed
 
 import batchnorm as bn
 
-#: Shape, axis, layout: large enough for seven threads, in each family of loops; by channels apart and together.
-PLACES = {
-    "rows": ((10, 6, 63, 64), 1, "c"),
-    "64 channels, each by itself": ((5, 64, 30, 26), 1, "c"),
-    "short rows": ((76, 64, 50), 1, "c"),
-    "short rows of few channels": ((800, 6, 51), 1, "c"),
-    "channels last": ((40, 100, 64), -1, "c"),
-    "sliced": ((80_001, 3), 1, "part1"),
-    "one channel": ((240_000,), (), "c"),
-}
 #: Place, activation, whether there is a mask; a residual goes with the ReLU.
 CASES = (
-    ("rows", None, False),
+    ("six channels", None, False),
     ("64 channels, each by itself", "silu", True),
     ("short rows", "relu", False),
     ("short rows of few channels", None, False),
     ("channels last", None, False),
-    ("sliced", "relu", True),
+    ("three channels last, sliced", "relu", True),
     ("one channel", "relu", False),
 )
 #: The NaN that x86 makes has the sign; the others have bits of their own in the fraction of the narrowest type.
@@ -61,7 +52,7 @@ def results(x, dy, residual, gamma, axis, mask, activation):
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(("place", "activation", "masked"), CASES)
 def test_threads(instruction_set, set_threads, place, activation, masked, dtype):
-    shape, axis, layout = PLACES[place]
+    shape, axis, layout = LARGE[place]
     rng = np.random.default_rng(4)
     x, dy, residual = (placed(poisoned(rng, shape, dtype), layout, axis) for _ in range(3))
     gamma = rng.normal(size=() if axis == () else shape[axis]).astype(np.float32)
@@ -78,11 +69,11 @@ def test_threads(instruction_set, set_threads, place, activation, masked, dtype)
             assert value.tobytes() == alone[name].tobytes(), f"{name} has other bits with {threads} threads"
 
 
-@pytest.mark.parametrize("place", ["rows", "short rows", "channels last"])
+@pytest.mark.parametrize("place", ["six channels", "short rows", "channels last"])
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_statistics_have_one_nan(instruction_set, place, dtype):
     """What is stored for a channel does not show which NaN it was that made it one."""
-    shape, axis, layout = PLACES[place]
+    shape, axis, layout = LARGE[place]
     shape = tuple(min(size, 64) for size in shape)
     rng = np.random.default_rng(5)
     x, dy = (placed(poisoned(rng, shape, dtype), layout, axis) for _ in range(2))

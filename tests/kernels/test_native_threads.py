@@ -3,41 +3,18 @@
 import numpy as np
 import pytest
 import torch
+from families import LARGE, sample
 from layouts import DTYPES, placed, tensor
 from oracle import wide
 
 import batchnorm as bn
 from batchnorm import _native
 
-#: A thread is woken for 32768 elements: seven of them for 230,000.
-ELEMENTS = 240_000
 
-#: Shape, axis, layout: every way to cut a problem among threads.
-CUTS = {
-    "one channel": ((ELEMENTS,), (), "c"),
-    "one channel of many n": ((ELEMENTS // 400, 1, 400), 1, "c"),
-    "three long rows": ((2, 3, ELEMENTS // 6), 1, "c"),
-    "six channels": ((10, 6, 63, 64), 1, "c"),
-    "64 channels, each by itself": ((5, 64, 30, 26), 1, "c"),
-    "short rows": ((76, 64, 50), 1, "c"),
-    "short rows of few channels": ((800, 6, 51), 1, "c"),
-    "channels last": ((40, 100, 64), -1, "c"),
-    "six channels last": ((400, 101, 6), -1, "c"),
-    "three channels last, sliced": ((80_001, 3), 1, "part1"),
-    "wide": ((150, 1700), 1, "c"),
-    "channels first in the memory of channels last": ((20, 13, 31, 30), 1, "last"),
-}
-
-
-def sample(cut, dtype):
-    shape, axis, layout = CUTS[cut]
-    rng = np.random.default_rng(3)
-    x, dy, residual = (
-        placed((rng.normal(size=shape, loc=mean) * 2).astype(np.float32).astype(DTYPES[dtype]), layout, axis)
-        for mean in (5, 0, 0)
-    )
-    channels = () if axis == () else shape[axis]
-    return x, dy, residual, rng.normal(size=channels).astype(np.float32), axis
+def sample_of(cut, dtype):
+    """x, dy, a residual, gamma and the axis, all in the layout of the cut."""
+    x, dy, residual, gamma, _, axis = sample(LARGE[cut], dtype, mean=10, std=2)
+    return x, *(placed(array, LARGE[cut].layout, axis) for array in (dy, residual)), gamma, axis
 
 
 def bits(values):
@@ -52,9 +29,9 @@ def results(x, dy, residual, gamma, axis, mask, activation):
 
 
 @pytest.mark.parametrize("masked", [None, "shared", "full"])
-@pytest.mark.parametrize("cut", CUTS)
+@pytest.mark.parametrize("cut", LARGE)
 def test_numpy(set_threads, cut, masked):
-    x, dy, residual, gamma, axis = sample(cut, "float32")
+    x, dy, residual, gamma, axis = sample_of(cut, "float32")
     shape = [1 if axis != () and a == axis % x.ndim and masked == "shared" else n for a, n in enumerate(x.shape)]
     mask = None if masked is None else np.random.default_rng(5).random(shape) < 0.8
     set_threads(1)
@@ -68,7 +45,7 @@ def test_numpy(set_threads, cut, masked):
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("cut", ["six channels", "short rows", "six channels last", "one channel"])
 def test_instruction_sets_and_types(instruction_set, set_threads, cut, dtype):
-    x, dy, _, gamma, axis = sample(cut, dtype)
+    x, dy, _, gamma, axis = sample_of(cut, dtype)
     set_threads(1)
     alone = results(x, dy, None, gamma, axis, None, None)
     set_threads(7)
@@ -80,7 +57,7 @@ def test_instruction_sets_and_types(instruction_set, set_threads, cut, dtype):
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("cut", ["64 channels, each by itself", "channels last", "three long rows"])
 def test_torch(set_threads, cut, dtype):
-    *arrays, axis = sample(cut, dtype)
+    *arrays, axis = sample_of(cut, dtype)
     x, dy, residual, gamma = map(tensor, arrays)
     set_threads(1)
     alone = results(x, dy, residual, gamma, axis, None, "relu")

@@ -4,6 +4,7 @@ from typing import NamedTuple
 
 import numpy as np
 import pytest
+from instruction_sets import on_a_part
 from layouts import DTYPES, LAYOUTS, placed, tensor
 from oracle import (
     ACTIVATIONS,
@@ -173,7 +174,7 @@ def run(given, axis, dtype, library=lambda array: array):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("case", CASES, ids=str)
+@on_a_part(CASES, 4)
 def test_numpy(instruction_set, case, dtype):
     first = 7 * CASES.index(case) + 2 * list(DTYPES).index(dtype)
     for number in (first, first + 1):
@@ -181,7 +182,7 @@ def test_numpy(instruction_set, case, dtype):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("case", CASES[::3], ids=str)
+@on_a_part(CASES[::3], 4)
 def test_torch(instruction_set, case, dtype):
     number = 5 * CASES.index(case) + 3 * list(DTYPES).index(dtype) + 1
     run(inputs(case, DTYPES[dtype], number), case.axis, dtype, library=tensor)

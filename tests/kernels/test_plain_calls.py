@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import torch
 from layouts import DTYPES, placed, tensor
+from libraries import every_native_library
 from oracle import check_gradients, check_y, expected, wide
 
 import batchnorm as bn
@@ -11,18 +12,14 @@ from batchnorm import _native
 from batchnorm.kernels.native import FORWARD
 from batchnorm.spec import spec_of
 
-RNG = np.random.default_rng(14)
-LIBRARIES = {"numpy": np.asarray, "torch": tensor}
-everywhere = pytest.mark.parametrize("library", LIBRARIES.values(), ids=LIBRARIES)
 
-
-@everywhere
+@every_native_library
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("layout", ["c", "f", "last", "part1", "step2", "reversed0"])
-def test_the_same_as_step_by_step(library, dtype, layout, extension):
+def test_the_same_as_step_by_step(library, dtype, layout, extension, rng):
     shape = (4, 3, 17)
-    x, dy, residual = (placed(RNG.normal(size=shape).astype(DTYPES[dtype]), layout) for _ in range(3))
-    channels = [RNG.normal(size=3).astype(small) for small in (np.float32, np.float64)]
+    x, dy, residual = (placed(rng.normal(size=shape).astype(DTYPES[dtype]), layout) for _ in range(3))
+    channels = [rng.normal(size=3).astype(small) for small in (np.float32, np.float64)]
     x, dy, residual, gamma, beta = (library(a) for a in (x, dy, residual, *channels))
     bn.forward(x)  # from the second call on
     extension.calls.clear()
@@ -44,11 +41,11 @@ def test_the_same_as_step_by_step(library, dtype, layout, extension):
     check_gradients(bn.backward(*in_order), exact, dtype)
 
 
-@everywhere
+@every_native_library
 @pytest.mark.parametrize("dtype", ["float16", "float32", "float64"])
 @pytest.mark.parametrize("layout", ["c", "last", "step2"])
-def test_into_an_array(library, dtype, layout, extension):
-    x, out, residual = (library(placed(RNG.normal(size=(4, 3, 17)).astype(dtype), layout)) for _ in range(3))
+def test_into_an_array(library, dtype, layout, extension, rng):
+    x, out, residual = (library(placed(rng.normal(size=(4, 3, 17)).astype(dtype), layout)) for _ in range(3))
     expected, _ = bn.forward(x, residual=residual, kernel="native")
     extension.calls.clear()
     y, cache = bn.forward(x, residual=residual, out=out)
@@ -107,7 +104,7 @@ def bad_calls():
     }
 
 
-@everywhere
+@every_native_library
 @pytest.mark.parametrize("name", bad_calls())
 def test_the_same_errors(library, name):
     arguments, options = bad_calls()[name]
@@ -127,7 +124,7 @@ def test_the_same_errors(library, name):
     assert str(at_once.value) == str(step_by_step.value)
 
 
-@everywhere
+@every_native_library
 def test_dy_that_does_not_fit(library):
     x = library(np.ones((4, 3), np.float32))
     _, cache = bn.forward(x)
@@ -148,11 +145,11 @@ def test_a_callable_activation_after_a_plain_call():
         bn.backward(x, cache)
 
 
-def test_subclasses_of_arrays_come_out_as_arrays():
+def test_subclasses_of_arrays_come_out_as_arrays(rng):
     class Mine(np.ndarray):
         pass
 
-    x, residual = (RNG.normal(size=(4, 3)).astype(np.float32) for _ in range(2))
+    x, residual = (rng.normal(size=(4, 3)).astype(np.float32) for _ in range(2))
     y, _ = bn.forward(x, residual=residual)
     for _ in range(3):
         mine, cache = bn.forward(x.view(Mine), residual=residual)

@@ -6,34 +6,31 @@ import numpy as np
 import pytest
 import torch
 from layouts import DTYPES, placed, tensor
+from libraries import every_native_library
 from oracle import wide
 
 import batchnorm as bn
 
-RNG = np.random.default_rng(15)
-LIBRARIES = {"numpy": np.asarray, "torch": tensor}
-everywhere = pytest.mark.parametrize("library", LIBRARIES.values(), ids=LIBRARIES)
 
-
-def state(channels=3, convention="pytorch", dtype=np.float32, library=np.asarray):
+def state(rng, channels=3, convention="pytorch", dtype=np.float32, library=np.asarray):
     running = bn.RunningStatistics.initial(channels, convention, like=np.empty((), dtype))
     running = running._replace(
-        mean=RNG.normal(size=channels).astype(dtype), spread=RNG.uniform(0.5, 2, channels).astype(dtype),
+        mean=rng.normal(size=channels).astype(dtype), spread=rng.uniform(0.5, 2, channels).astype(dtype),
         steps=np.asarray(3, dtype), weight=np.asarray(running.weight + np.asarray(0.25, dtype)),
     )  # fmt: skip
     return running.map(lambda value: library(np.asarray(value)))
 
 
-@everywhere
+@every_native_library
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32", "float64"])
 @pytest.mark.parametrize("of_state", [np.float32, np.float64])
 @pytest.mark.parametrize("layout", ["c", "f", "last", "part1", "step2", "reversed0"])
-def test_the_same_as_step_by_step(library, dtype, of_state, layout, extension):
+def test_the_same_as_step_by_step(library, dtype, of_state, layout, extension, rng):
     if of_state is np.float32 and dtype == "float64":
         of_state = np.float64
-    x, residual = (library(placed(RNG.normal(size=(4, 3, 17)).astype(DTYPES[dtype]), layout)) for _ in range(2))
-    gamma, beta = (library(RNG.normal(size=3).astype(of_state)) for _ in range(2))
-    running = state(dtype=of_state, library=library)
+    x, residual = (library(placed(rng.normal(size=(4, 3, 17)).astype(DTYPES[dtype]), layout)) for _ in range(2))
+    gamma, beta = (library(rng.normal(size=3).astype(of_state)) for _ in range(2))
+    running = state(rng, dtype=of_state, library=library)
     options = {"training": False, "activation": "silu", "residual": residual}
     y, after = bn.batch_norm(x, gamma, beta, running, **options)
     by_steps, _ = bn.batch_norm(x, gamma, beta, running, kernel="native", **options)
@@ -45,14 +42,14 @@ def test_the_same_as_step_by_step(library, dtype, of_state, layout, extension):
         assert after is running
 
 
-@everywhere
+@every_native_library
 @pytest.mark.parametrize("convention", sorted(bn.CONVENTIONS))
-def test_every_convention(library, convention, extension):
+def test_every_convention(library, convention, extension, rng):
     axis = bn.CONVENTIONS[convention].axis
-    x = library(RNG.normal(size=(3, 3, 3, 3)).astype(np.float32))
+    x = library(rng.normal(size=(3, 3, 3, 3)).astype(np.float32))
     channels = (3,) * (len(axis) if isinstance(axis, tuple) else 1)
-    running = state(channels if len(channels) > 1 else 3, convention, library=library)
-    gamma = library(RNG.normal(size=channels).astype(np.float32))
+    running = state(rng, channels if len(channels) > 1 else 3, convention, library=library)
+    gamma = library(rng.normal(size=channels).astype(np.float32))
     y, after = bn.batch_norm(x, gamma, None, running, training=False, convention=convention)
     by_steps, after_steps = bn.batch_norm(
         x, gamma, None, running, training=False, convention=convention, kernel="agnostic"
@@ -63,11 +60,11 @@ def test_every_convention(library, convention, extension):
     assert extension.taken() == {"normalize": 1}
 
 
-@everywhere
+@every_native_library
 @pytest.mark.parametrize("placement", ["inside", "outside", "absent"])
-def test_placements_of_eps(library, placement, extension):
+def test_placements_of_eps(library, placement, extension, rng):
     convention = replace(bn.CONVENTIONS["pytorch"], eps=0.3, eps_eval=placement)
-    x, running = library(RNG.normal(size=(5, 3)).astype(np.float32)), state(library=library)
+    x, running = library(rng.normal(size=(5, 3)).astype(np.float32)), state(rng, library=library)
     y = bn.batch_norm(x, None, None, running, training=False, convention=convention)[0]
     mean, var = wide(running.mean), wide(running.spread)
     std = {"inside": np.sqrt(var + 0.3), "outside": np.sqrt(var) + 0.3, "absent": np.sqrt(var)}[placement]
@@ -75,11 +72,11 @@ def test_placements_of_eps(library, placement, extension):
     assert extension.taken() == {"normalize": 1}
 
 
-@everywhere
-def test_variances_that_are_none(library):
+@every_native_library
+def test_variances_that_are_none(library, rng):
     """0 without eps gives infinities, below 0 NaN, as step by step."""
-    x = library(RNG.normal(size=(5, 3)).astype(np.float32))
-    running = state(library=library)._replace(spread=library(np.array([0.0, -1.0, 1.0], np.float32)))
+    x = library(rng.normal(size=(5, 3)).astype(np.float32))
+    running = state(rng, library=library)._replace(spread=library(np.array([0.0, -1.0, 1.0], np.float32)))
     y = bn.batch_norm(x, None, None, running, training=False, eps=0.0)[0]
     by_steps = bn.batch_norm(x, None, None, running, training=False, eps=0.0, kernel="native")[0]
     np.testing.assert_array_equal(wide(y), wide(by_steps))
@@ -89,7 +86,7 @@ def test_variances_that_are_none(library):
 
 
 def bad_states():
-    good = state()
+    good = state(np.random.default_rng(15))
     return {
         "not there": None,
         "a tuple": tuple(good),
@@ -116,9 +113,9 @@ def test_the_same_errors(name):
     assert str(at_once.value) == str(step_by_step.value)
 
 
-def test_gradients_are_recorded():
+def test_gradients_are_recorded(rng):
     bn.forward(torch.ones(2, 2))
-    running = state(library=torch.from_numpy)
+    running = state(rng, library=torch.from_numpy)
     x = torch.randn(4, 3, requires_grad=True)
     bn.batch_norm(x, None, None, running, training=False)[0].sum().backward()
     rstd = 1 / torch.sqrt(running.spread + 1e-5)

@@ -21,8 +21,7 @@ from batchnorm.kernels.native import KERNEL as NUMPY
 from batchnorm.kernels.torch.kernel import KERNEL as TORCH
 from batchnorm.spec import Operands, spec_of
 
-RNG = np.random.default_rng(13)
-X, DY = RNG.normal(size=(9, 3)).astype(np.float32), RNG.normal(size=(9, 3)).astype(np.float32)
+X, DY = np.random.default_rng(13).normal(size=(2, 9, 3)).astype(np.float32)
 
 
 def converted(convert):

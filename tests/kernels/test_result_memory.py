@@ -26,11 +26,11 @@ def _nothing_waits():
     _native.release_blocks()
 
 
-def sample(*shape, dtype=torch.float32):
+def numbers(*shape, dtype=torch.float32):
     return torch.randn(shape).to(dtype)
 
 
-X = sample(16, 32, 32, 32)  # 2 MiB
+X = numbers(16, 32, 32, 32)  # 2 MiB
 
 
 def test_the_next_result_of_that_size_gets_the_block():
@@ -74,7 +74,7 @@ def test_the_block_stays_while_anything_refers_to_it():
     ],
 )
 def test_like_what_pytorch_would_allocate(layout, dtype):
-    x = layout(sample(16, 32, 32, 64, dtype=dtype))
+    x = layout(numbers(16, 32, 32, 64, dtype=dtype))
     y = bn.forward(x)[0]
     like = torch.empty_like(x)
     assert (y.shape, y.stride(), y.dtype, y.device) == (like.shape, like.stride(), dtype, like.device)
@@ -178,7 +178,7 @@ def test_blocks_of_another_size_are_not_taken():
 
 
 def test_many_threads():
-    samples = [sample(8 + i % 3, 32, 32, 64) for i in range(6)]
+    samples = [numbers(8 + i % 3, 32, 32, 64) for i in range(6)]
     expected = [bn.forward(x)[0].clone() for x in samples]
 
     def compute(i):

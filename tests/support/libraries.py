@@ -8,7 +8,9 @@ import array_api_strict
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 import torch
+from layouts import tensor
 
 
 class Library:
@@ -89,3 +91,14 @@ class Jax(Library):
 
 
 LIBRARIES = {library.name: library for library in (Library(), ReadOnly(), Strict(), Torch(), Jax())}
+
+#: What the kernels take.
+NATIVE_LIBRARIES = {"numpy": np.asarray, "torch": tensor}
+
+
+def by_name(library: Library) -> str:
+    return library.name
+
+
+every_library = pytest.mark.parametrize("library", LIBRARIES.values(), ids=by_name)
+every_native_library = pytest.mark.parametrize("library", NATIVE_LIBRARIES.values(), ids=NATIVE_LIBRARIES)

@@ -19,7 +19,7 @@ def parts(sizes, dtype=torch.float64):
     return whole.to(dtype).split(list(sizes)), weights.to(dtype).split(list(sizes))
 
 
-def network(norm, dtype=torch.float64):
+def layer_of(norm, dtype=torch.float64):
     layer = norm(3, dtype=dtype)
     with torch.no_grad():
         for index, parameter in enumerate(layer.parameters()):
@@ -33,7 +33,7 @@ def arrays(tensors):
 
 def step(rank, size, sizes, dtype):
     """y, dx, the local gradients of the parameters, and the state after two steps."""
-    layer = network(bnt.SyncBatchNorm, dtype)
+    layer = layer_of(bnt.SyncBatchNorm, dtype)
     x, dy = (tensors[rank] for tensors in parts(sizes, dtype))
     for _ in range(2):
         leaf = x.clone().requires_grad_()
@@ -46,7 +46,7 @@ def step(rank, size, sizes, dtype):
 
 def second(rank, size, sizes):
     """The gradient of a gradient penalty."""
-    layer = network(bnt.SyncBatchNorm)
+    layer = layer_of(bnt.SyncBatchNorm)
     x, dy = (tensors[rank] for tensors in parts(sizes))
     leaf = x.clone().requires_grad_()
     (dx,) = torch.autograd.grad((layer(leaf) * dy).sum(), leaf, create_graph=True)
@@ -55,7 +55,7 @@ def second(rank, size, sizes):
 
 
 def masked(rank, size, sizes):
-    layer = network(bnt.SyncBatchNorm)
+    layer = layer_of(bnt.SyncBatchNorm)
     x = parts(sizes)[0][rank]
     lengths = torch.arange(len(x)) % 4 + 1
     return arrays([layer(x, lengths=lengths), layer.running_var])

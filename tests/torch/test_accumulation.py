@@ -13,10 +13,11 @@ import batchnorm as bn
 import batchnorm.torch as bnt
 
 N = 10
+GHOSTS = partial(bnt.BatchNorm, virtual_batch_size=2)
 SLICES = (slice(0, 3), slice(3, 4), slice(4, 10))  # the second has one example
 
 
-def network(norm=bnt.BatchNorm2d, seed=0):
+def two_stages(norm=bnt.BatchNorm2d, seed=0):
     torch.manual_seed(seed)
     return nn.Sequential(
         nn.Sequential(nn.Conv2d(3, 8, 3), norm(8), nn.ReLU()),
@@ -56,7 +57,7 @@ def check_same(ours, whole, tolerance=1e-13):
 
 def test_the_whole_batch_in_parts():
     """PyTorch's layers have other gradients and statistics then (pytorch#46516)."""
-    (x, t), ours, whole, native = data(), network(), network(), network(nn.BatchNorm2d)
+    (x, t), ours, whole, native = data(), two_stages(), two_stages(), two_stages(nn.BatchNorm2d)
     loss = bnt.accumulate(ours, partial(share, ours), parts(x, t))
     expected = cross_entropy(whole(x), t)
     expected.backward()
@@ -73,7 +74,7 @@ def test_the_whole_batch_in_parts():
 
 def test_three_steps_of_an_optimizer():
     x, t = data()
-    models = [network(), network()]
+    models = [two_stages(), two_stages()]
     for model in models:
         optimizer = torch.optim.SGD(model.parameters(), 0.1, momentum=0.9)
         for _ in range(3):
@@ -87,7 +88,7 @@ def test_three_steps_of_an_optimizer():
 
 
 def test_gradients_are_added_to_those_there_are():
-    (x, t), ours, whole = data(), network(), network()
+    (x, t), ours, whole = data(), two_stages(), two_stages()
     for _ in range(2):
         bnt.accumulate(ours, partial(share, ours), parts(x, t))
         share(whole, (x, t)).backward()
@@ -161,7 +162,7 @@ def test_images_of_different_sizes():
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_narrow_types(dtype):
-    (x, t), ours, whole = data(), network().float().to(dtype), network()
+    (x, t), ours, whole = data(), two_stages().float().to(dtype), two_stages()
     whole.load_state_dict({name: value.double() for name, value in ours.state_dict().items()})
     bnt.accumulate(ours, partial(share, ours), [(part.to(dtype), label) for part, label in parts(x, t)])
     share(whole, (x, t)).backward()
@@ -177,7 +178,7 @@ class Checkpointed(nn.Module):
 
     def __init__(self, use_reentrant=False, p=0.5):
         super().__init__()
-        self.net = network()
+        self.net = two_stages()
         self.net[0].append(nn.Dropout(p))
         self.use_reentrant = use_reentrant
 
@@ -239,7 +240,7 @@ def test_checkpoints_save_memory():
 
 def test_modes_belong_to_a_microbatch():
     """Each finds those of its own `with` blocks after a stop, and the caller those of his."""
-    model, seen = network(), []
+    model, seen = two_stages(), []
 
     def loss(index):
         x, t = data()
@@ -281,7 +282,7 @@ def test_random_numbers():
 
 
 def test_frozen_layers_and_layers_in_evaluation():
-    (x, t), ours, whole = data(), network(), network()
+    (x, t), ours, whole = data(), two_stages(), two_stages()
     for model in (ours, whole):
         bnt.freeze(model[0])
         model[1][1].eval()
@@ -294,7 +295,7 @@ def test_frozen_layers_and_layers_in_evaluation():
 
 
 def test_no_update():
-    (x, t), model = data(), network()
+    (x, t), model = data(), two_stages()
     with bnt.no_update(model):
         bnt.accumulate(model, partial(share, model), parts(x, t))
     assert model[0][1].num_batches_tracked.item() == 0
@@ -302,7 +303,7 @@ def test_no_update():
 
 
 def test_a_bad_batch_leaves_the_statistics():
-    (x, t), model = data(), network()
+    (x, t), model = data(), two_stages()
     x[5, 0, 0, 0] = torch.inf
     bnt.accumulate(model, partial(share, model), parts(x, t))
     layer = model[0][1]
@@ -336,13 +337,13 @@ def failing(model, batch):
 @pytest.mark.parametrize(
     ("make", "loss_fn", "error", "message"),
     [
-        (network, branching, ValueError, r"micro-batch 0 has come to 1\.1 and micro-batch 1 to the end"),
-        (network, failing, KeyError, "of the user"),
-        (network, lambda model, batch: model(batch[0]), ValueError, r"\(3, 5\) for micro-batch 0; .* a scalar"),
-        (network, lambda model, batch: 1.0, ValueError, "returned float for micro-batch 0"),
-        (network, lambda model, batch: batch[0].sum(), ValueError, "depends on no parameter"),
-        (lambda: network(nn.BatchNorm2d), share, ValueError, r"0\.1 is a torch.*; call batchnorm\.torch\.replace"),
-        (lambda: network(partial(bnt.BatchNorm, virtual_batch_size=2)), share, ValueError, r"0\.1 has ghost batches"),
+        (two_stages, branching, ValueError, r"micro-batch 0 has come to 1\.1 and micro-batch 1 to the end"),
+        (two_stages, failing, KeyError, "of the user"),
+        (two_stages, lambda model, batch: model(batch[0]), ValueError, r"\(3, 5\) for micro-batch 0; .* a scalar"),
+        (two_stages, lambda model, batch: 1.0, ValueError, "returned float for micro-batch 0"),
+        (two_stages, lambda model, batch: batch[0].sum(), ValueError, "depends on no parameter"),
+        (lambda: two_stages(nn.BatchNorm2d), share, ValueError, r"0\.1 is a torch.*; call batchnorm\.torch\.replace"),
+        (lambda: two_stages(GHOSTS), share, ValueError, r"0\.1 has ghost batches"),
     ],
 )
 def test_errors_change_nothing(make, loss_fn, error, message):
@@ -355,13 +356,13 @@ def test_errors_change_nothing(make, loss_fn, error, message):
 
 def test_no_microbatches():
     with pytest.raises(ValueError, match="there are no micro-batches"):
-        bnt.accumulate(network(), share, [])
+        bnt.accumulate(two_stages(), share, [])
 
 
 def test_without_greenlet(monkeypatch):
     monkeypatch.setattr("batchnorm.torch.lockstep.greenlet", None)
     with pytest.raises(ImportError, match=r"batchnorm\[torch\]"):
-        bnt.accumulate(network(), share, [1])
+        bnt.accumulate(two_stages(), share, [1])
 
 
 def test_one_element_in_all_parts():

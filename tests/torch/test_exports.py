@@ -9,6 +9,7 @@ import onnx
 import pytest
 import torch
 from onnx.reference import ReferenceEvaluator
+from small_networks import images, small_network
 from torch import nn
 
 import batchnorm.torch as bnt
@@ -18,18 +19,9 @@ pytestmark = pytest.mark.filterwarnings(
 )
 
 
-def network(norm=nn.BatchNorm2d, **options):
-    torch.manual_seed(0)
-    return nn.Sequential(nn.Conv2d(3, 4, 3), norm(4, **options), nn.ReLU())
-
-
-def images(seed=1):
-    return torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(seed))
-
-
 def pair(**options):
     """The same network, ours and PyTorch's."""
-    ours, native = network(**options), network(**options)
+    ours, native = small_network(**options), small_network(**options)
     bnt.replace(ours)
     return ours, native
 
@@ -72,7 +64,7 @@ def test_an_exported_training_graph_can_be_switched_to_evaluation():
 
 
 def test_a_frozen_layer_exports_as_evaluation():
-    module = network(bnt.BatchNorm2d)
+    module = small_network(bnt.BatchNorm2d)
     module(images())
     bnt.freeze(module)
     exported = torch.export.export(module.train(), (images(),))
@@ -235,7 +227,7 @@ def test_fx_quantisation_of_a_restored_model():
 
 
 def test_native_synchronisation_of_what_it_does_not_know_is_refused():
-    frozen, single, plain = (network(bnt.BatchNorm2d) for _ in range(3))
+    frozen, single, plain = (small_network(bnt.BatchNorm2d) for _ in range(3))
     bnt.freeze(frozen)
     single[1].single = "running"
     bnt.replace(single)

@@ -7,26 +7,18 @@ import onnx
 import pytest
 import torch
 from onnx.reference import ReferenceEvaluator
+from small_networks import images, small_network
 from torch import fx, nn
 
 import batchnorm as bn
 import batchnorm.torch as bnt
 
 
-def network(norm=bnt.BatchNorm2d, **options):
-    torch.manual_seed(0)
-    return nn.Sequential(nn.Conv2d(3, 4, 3), norm(4, **options), nn.ReLU())
-
-
-def images():
-    return torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(1))
-
-
 @pytest.mark.parametrize("momentum", [0.1, None])
 def test_compiled_training(momentum):
     """In one graph, with the state advanced; momentum=None needs the number of batches as a tensor."""
     torch._dynamo.reset()
-    eager, other = network(momentum=momentum), network(momentum=momentum)
+    eager, other = small_network(bnt.BatchNorm2d, momentum=momentum), small_network(bnt.BatchNorm2d, momentum=momentum)
     compiled = torch.compile(other, fullgraph=True, backend="aot_eager")
     for _ in range(3):
         x = torch.randn(2, 3, 8, 8)
@@ -85,7 +77,7 @@ def test_native_compiled_training():
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
 def test_compiled_by_inductor():
     torch._dynamo.reset()
-    eager, other = network(), network()
+    eager, other = small_network(bnt.BatchNorm2d), small_network(bnt.BatchNorm2d)
     x = images()
     torch.testing.assert_close(torch.compile(other, fullgraph=True)(x), eager(x), rtol=1e-4, atol=1e-4)
     torch.testing.assert_close(other[1].running_var, eager[1].running_var)
@@ -114,11 +106,11 @@ def test_what_breaks_a_compiled_graph(options):
 @pytest.mark.parametrize("norm", [bnt.BatchNorm2d, lambda n: bnt.BatchNorm(n, activation="relu")])
 def test_symbolic_trace(norm):
     """A node of its own, so that `eval` works on the traced network as well."""
-    model = network(norm)
+    model = small_network(norm)
     traced = fx.symbolic_trace(model)
     assert [node.op for node in traced.graph.nodes if node.target == "1"] == ["call_module"]
     x = images()
-    torch.testing.assert_close(traced(x), network(norm)(x))
+    torch.testing.assert_close(traced(x), small_network(norm)(x))
     assert model[1].num_batches_tracked == 1
     model.eval(), traced.eval()
     torch.testing.assert_close(traced(x), model(x))
@@ -126,7 +118,7 @@ def test_symbolic_trace(norm):
 
 def test_export_of_the_evaluated_network():
     """As PyTorch's own operator, which every back end knows."""
-    model = network()
+    model = small_network(bnt.BatchNorm2d)
     model(images())
     exported = torch.export.export(model.eval(), (images(),))
     targets = [str(node.target) for node in exported.graph.nodes]
@@ -137,7 +129,7 @@ def test_export_of_the_evaluated_network():
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::torch.jit.TracerWarning")
 def test_jit_trace():
-    model = network().eval()
+    model = small_network(bnt.BatchNorm2d).eval()
     traced = torch.jit.trace(model, images())
     torch.testing.assert_close(traced(images()), model(images()))
 
@@ -156,7 +148,7 @@ def test_on_another_device():
 @pytest.mark.parametrize("norm", [bnt.BatchNorm2d, lambda n: bnt.BatchNorm(n, activation="relu")])
 def test_onnx(norm):
     """As ONNX's BatchNormalization, by the numbers of ONNX's own reference."""
-    model = network(norm)
+    model = small_network(norm)
     model(images() + 1)
     program = torch.onnx.export(model.eval(), (images(),), dynamo=True, verbose=False, optimize=False)
     nodes = [node.op_type for node in program.model_proto.graph.node]

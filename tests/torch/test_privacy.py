@@ -11,7 +11,7 @@ from torch import nn
 import batchnorm.torch as bnt
 
 
-def network(norm):
+def dense_network(norm):
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(3, 4), norm, nn.Tanh(), nn.Linear(4, 2)).double()
     for _ in range(5):
@@ -34,7 +34,7 @@ def per_example(model, x):
 
 @pytest.mark.parametrize("norm", [bnt.BatchNorm1d, bnt.BatchNorm, bnt.SyncBatchNorm, lambda n: replaced(n)])
 def test_training_is_refused(norm):
-    model = network(norm(4))
+    model = dense_network(norm(4))
     (error,) = ModuleValidator.validate(model)
     assert "batchnorm.torch.freeze" in str(error)
     assert not ModuleValidator.is_valid(model)
@@ -42,7 +42,7 @@ def test_training_is_refused(norm):
 
 def test_frozen_layers_may_train_their_parameters():
     """It is the statistics of the batch that mix the examples."""
-    model = network(bnt.BatchNorm1d(4))
+    model = dense_network(bnt.BatchNorm1d(4))
     bnt.freeze(model, parameters=False)
     assert ModuleValidator.validate(model) == []
 
@@ -54,7 +54,7 @@ def replaced(channels):
 
 
 def test_fixed_as_the_native_layer():
-    model = ModuleValidator.fix(network(bnt.BatchNorm1d(4)))
+    model = ModuleValidator.fix(dense_network(bnt.BatchNorm1d(4)))
     assert isinstance(model[1], nn.GroupNorm)
     assert ModuleValidator.is_valid(model)
 
@@ -62,7 +62,7 @@ def test_fixed_as_the_native_layer():
 def test_frozen_layers_have_gradients_of_single_examples():
     """Opacus wants the model in training mode, where a native layer thaws: its examples mix unseen (opacus#319)."""
     x = torch.randn(6, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
-    ours, native = network(bnt.BatchNorm1d(4)), network(nn.BatchNorm1d(4))
+    ours, native = dense_network(bnt.BatchNorm1d(4)), dense_network(nn.BatchNorm1d(4))
     bnt.freeze(ours)
     native[1].eval().requires_grad_(False)
     for model in (ours, native):

@@ -29,7 +29,7 @@ def whole(sizes, dtype=torch.float64):
 
 @pytest.mark.parametrize("sizes", SIZES, ids=str)
 def test_equals_the_whole_batch(results, sizes):
-    layer = synchronised.network(nn.BatchNorm1d)
+    layer = synchronised.layer_of(nn.BatchNorm1d)
     x, dy = whole(sizes)
     for _ in range(2):
         x.grad = None
@@ -48,14 +48,14 @@ def test_equals_the_whole_batch(results, sizes):
 
 
 def test_float32_with_a_large_mean(results):
-    layer = synchronised.network(nn.BatchNorm1d)
+    layer = synchronised.layer_of(nn.BatchNorm1d)
     x, _ = whole((5, 2))
     y = np.concatenate([result[0] for result in results["float32"]])
     np.testing.assert_allclose(y, layer(x).detach(), rtol=0, atol=2e-5)
 
 
 def test_second_derivatives(results):
-    layer = synchronised.network(bnt.BatchNorm1d)
+    layer = synchronised.layer_of(bnt.BatchNorm1d)
     x, dy = whole((4, 3))
     (dx,) = torch.autograd.grad((layer(x) * dy).sum(), x, create_graph=True)
     dx.pow(2).sum().backward()
@@ -65,7 +65,7 @@ def test_second_derivatives(results):
 
 
 def test_masks_that_differ(results):
-    layer = synchronised.network(bnt.BatchNorm1d)
+    layer = synchronised.layer_of(bnt.BatchNorm1d)
     x, _ = whole((5, 3))
     lengths = torch.cat([torch.arange(n) % 4 + 1 for n in (5, 3)])
     y = layer(x, lengths=lengths)
@@ -87,7 +87,7 @@ def test_distributed_data_parallel_on_the_cpu(results):
 
 
 def test_alone():
-    layer, plain = synchronised.network(bnt.SyncBatchNorm), synchronised.network(nn.BatchNorm1d)
+    layer, plain = synchronised.layer_of(bnt.SyncBatchNorm), synchronised.layer_of(nn.BatchNorm1d)
     x, _ = whole((5,))
     torch.testing.assert_close(layer(x), plain(x))
 

@@ -6,6 +6,7 @@ import warnings
 import pytest
 import torch
 from benchmarks.vision import load_torchvision
+from small_networks import images, small_network
 from torch import nn
 from torch.optim.swa_utils import update_bn
 from torch.utils.flop_counter import FlopCounterMode
@@ -26,13 +27,8 @@ from torchvision.models.feature_extraction import create_feature_extractor  # no
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning", "ignore::UserWarning")
 
 
-def images(seed=1):
-    return torch.randn(4, 3, 8, 8, generator=torch.Generator().manual_seed(seed))
-
-
-def network():
-    torch.manual_seed(0)
-    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Conv2d(4, 4, 1))
+def trained_network():
+    model = nn.Sequential(*small_network(), nn.Conv2d(4, 4, 1))
     model(images())
     return model
 
@@ -83,9 +79,9 @@ PASSED_BY = {"fuse_fx": folded(fuse_fx), "fx fuse": folded(fuse), "prepare_qat_f
 @pytest.mark.parametrize("is_fused", [False, True])
 @pytest.mark.parametrize("tool", SEEN)
 def test_sees_ours(tool, is_fused):
-    ours = network()
+    ours = trained_network()
     bnt.replace(ours, fuse=is_fused, example=images())
-    mine, other = (SEEN[tool](model) for model in (ours, network()))
+    mine, other = (SEEN[tool](model) for model in (ours, trained_network()))
     if isinstance(other, torch.Tensor):
         torch.testing.assert_close(mine, other)
     else:
@@ -95,7 +91,7 @@ def test_sees_ours(tool, is_fused):
 @pytest.mark.parametrize("tool", PASSED_BY)
 def test_passes_ours_by_unless_restored(tool):
     """By the exact class."""
-    expected, ours = PASSED_BY[tool](network()), network()
+    expected, ours = PASSED_BY[tool](trained_network()), trained_network()
     bnt.replace(ours)
     assert PASSED_BY[tool](copy.deepcopy(ours)) != expected
     with bnt.restored(ours):

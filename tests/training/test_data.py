@@ -6,8 +6,7 @@ import pytest
 from batchnorm.training.data import enlarge, load_folder, stratified_test
 from batchnorm.training.options import InputError
 
-GENERATOR = np.random.default_rng(7)
-PIXELS = GENERATOR.integers(0, 256, (60, 28, 28))
+PIXELS = np.random.default_rng(7).integers(0, 256, (60, 28, 28))
 LABELS = np.arange(60) % 10
 
 
