@@ -15,8 +15,9 @@ template <class T> class BackwardJob : public Job<T> {
   using Base::problem, Base::plan, Base::options, Base::tables;
 
   void run() {
-    const bool is_simple = !options.has_mask && problem.dx.data && problem.through_statistics;
-    const bool has_residual = problem.residual.data != nullptr, has_dresidual = problem.dresidual.data != nullptr;
+    const bool is_simple = !options.has_mask && problem.backward.dx.data && problem.backward.through_statistics;
+    const bool has_residual = problem.residual.data != nullptr,
+               has_dresidual = problem.backward.dresidual.data != nullptr;
     if (is_simple && problem.activation == Activation::identity && !has_dresidual) return run<Form::plain>();
     if (is_simple && problem.activation == Activation::relu && has_residual == has_dresidual)
       return has_residual ? run<Form::relu_residual>() : run<Form::relu>();
@@ -25,7 +26,7 @@ template <class T> class BackwardJob : public Job<T> {
 
  private:
   template <Form form> void run() {
-    const bool has_map = problem.dx.data || problem.dresidual.data;
+    const bool has_map = problem.backward.dx.data || problem.backward.dresidual.data;
     const bool are_dots = form == Form::plain && this->can_dot() && !options.normalized_padding &&
                           problem.N * problem.S > 1 && is_near_zero();
     Base::run(true, [&](const Scope& scope) {
@@ -77,8 +78,8 @@ template <class T> class BackwardJob : public Job<T> {
     const bool is_out_of_range = !(product - product == 0) || (is_tiny && __builtin_fabs(product) < n * 1e-32);
     if (sizeof(F) == 4 && is_out_of_range) product = product_in_double(c, terms);
     const double dgamma = rstd * (product - lo * dbeta), b = -dgamma / n * rstd * factor;
-    write(problem.dgamma, c, with_one_nan(dgamma));
-    write(problem.dbeta, c, with_one_nan(dbeta + unread_in_double(c, terms)));
+    write(problem.backward.dgamma, c, with_one_nan(dgamma));
+    write(problem.backward.dbeta, c, with_one_nan(dbeta + unread_in_double(c, terms)));
     const double a = read(problem.gamma, c, 1) * rstd, shift = dbeta / n + b * lo;
     tables.a[c] = static_cast<F>(with_one_nan(a));
     tables.b[c] = static_cast<F>(with_one_nan(is_about_zero ? a * b : b));

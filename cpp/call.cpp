@@ -159,13 +159,14 @@ class Normalization {
       Problem& problem = views.problem;
       views.add(a.x, problem.x);
       views.add(a.residual, problem.residual);
-      views.add(y, problem.y);
+      views.add(y, problem.forward.y);
       views.finish(a.x, spec_.channel_axes, a.mask, a.lengths);
       problem.threads = threads_ > 0 ? threads_ : num_threads();
       parameters_.enter(problem, group);
       numbers.enter(problem, group);
-      problem.measure = measures;
-      problem.eps = spec_.eps, problem.eps_placement = spec_.eps_train, problem.correction = spec_.correction;
+      problem.forward.measure = measures;
+      problem.forward.eps = spec_.eps, problem.forward.eps_placement = spec_.eps_train,
+      problem.forward.correction = spec_.correction;
       compute_unlocked(Operation::forward, problem);
     }
   }
@@ -275,18 +276,17 @@ nb::object gradients_of(const Library& library, const Spec& spec, handle dy_, ha
     Views views;
     Problem& problem = views.problem;
     views.add(a.x, problem.x);
-    views.add(dy, problem.dy);
+    views.add(dy, problem.backward.dy);
     views.add(a.residual, problem.residual);
-    views.add(dx, problem.dx);
-    views.add(dresidual, problem.dresidual);
+    views.add(dx, problem.backward.dx);
+    views.add(dresidual, problem.backward.dresidual);
     views.finish(a.x, spec.channel_axes, a.mask, a.lengths);
     problem.threads = threads > 0 ? threads : num_threads();
     parameters.enter(problem, group);
     numbers.enter(problem, group);
-    if (parameters.has_gamma()) problem.dgamma = parameters.of_group(of_gamma.part(), group, problem.C);
-    if (parameters.has_beta()) problem.dbeta = parameters.of_group(of_beta.part(), group, problem.C);
-    problem.measure = false;
-    problem.through_statistics = through_statistics;
+    if (parameters.has_gamma()) problem.backward.dgamma = parameters.of_group(of_gamma.part(), group, problem.C);
+    if (parameters.has_beta()) problem.backward.dbeta = parameters.of_group(of_beta.part(), group, problem.C);
+    problem.backward.through_statistics = through_statistics;
     compute_unlocked(Operation::backward, problem);
     if (are_summed) of_gamma.add(), of_beta.add();
   }

@@ -14,7 +14,7 @@ template <class T> class ForwardJob : public Job<T> {
   using Base::problem, Base::plan, Base::options, Base::tables;
 
   ForwardJob(const Problem& problem, const Plan& plan, void* workspace) : Base(problem, plan, workspace) {
-    if (!problem.measure) return;
+    if (!problem.forward.measure) return;
     if (!has_mask_by_channel()) shared_count_ = this->count_of(0);
     choose_samples();
   }
@@ -30,13 +30,13 @@ template <class T> class ForwardJob : public Job<T> {
 
  private:
   template <Form form> void run() {
-    Base::run(problem.measure, [&](const Scope& scope) {
-      if (problem.measure) measure(scope);
+    Base::run(problem.forward.measure, [&](const Scope& scope) {
+      if (problem.forward.measure) measure(scope);
       else
         this->for_channels(scope, [&](Range mine) {
           for (int64_t c = mine.begin; c < mine.end; ++c) this->fill_tables(c);
         });
-      if (problem.y.data) this->map(scope, Forward<T, form>{{}, options});
+      if (problem.forward.y.data) this->map(scope, Forward<T, form>{{}, options});
     });
   }
 
@@ -148,12 +148,12 @@ template <class T> class ForwardJob : public Job<T> {
     }
     for (int i = 0; i < together; ++i) {
       if (m2[i] < 0) m2[i] = 0;
-      const double most = n[i] - problem.correction, divisor = most < 1 ? 1 : most, var = m2[i] / divisor;
-      const double std = std_of_var(var, problem.eps, problem.eps_placement);
+      const double most = n[i] - problem.forward.correction, divisor = most < 1 ? 1 : most, var = m2[i] / divisor;
+      const double std = std_of_var(var, problem.forward.eps, problem.forward.eps_placement);
       // 0 where the deviation is 0: x - mean is 0 as well there, and 0 is the limit of xhat, and of its term in dx.
       rstd[i] = std == 0 ? 0 : 1 / std;
       factor[i] = n[i] / divisor;
-      if (problem.eps_placement == EpsPlacement::outside) factor[i] *= var == 0 ? 0 : std / __builtin_sqrt(var);
+      if (problem.forward.eps_placement == EpsPlacement::outside) factor[i] *= var == 0 ? 0 : std / __builtin_sqrt(var);
     }
     for (int i = 0; i < taken; ++i) {
       if (!is_wanted[i]) continue;
@@ -161,7 +161,7 @@ template <class T> class ForwardJob : public Job<T> {
       const double lo = sizeof(F) == 8 ? rest[i] : mean[i] - static_cast<F>(mean[i]) + rest[i];
       set(problem.mean, c, mean[i]);
       set(problem.mean_lo, c, lo);
-      set(problem.m2, c, m2[i]);
+      set(problem.forward.m2, c, m2[i]);
       set(problem.rstd, c, rstd[i]);
       set(problem.factor, c, factor[i]);
       if (problem.count) set_element<int64_t>(problem.count, c, count[i]);

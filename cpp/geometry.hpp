@@ -25,24 +25,26 @@ template <class T> class Geometry {
 
   Geometry(const Problem& problem, const Plan& plan) : problem(problem), plan(plan) {
     const Tensor& keep = problem.mask.keep;
-    const Tensor& out = problem.y.data ? problem.y : problem.dx;
+    const Tensor& out = problem.forward.y.data ? problem.forward.y : problem.backward.dx;
     const bool has_mask = keep.data && (plan.family == Family::rows ? keep.s : keep.c) != 0;
     const bool is_masked = keep.data || problem.mask.lengths;
     // clang-format off
     options = {problem.activation, problem.slope, has_mask, false, is_masked && problem.normalized_padding,
-               problem.through_statistics, &has_unread_};
+               problem.backward.through_statistics, &has_unread_};
     // clang-format on
     const auto is_there = [](const void* data) { return static_cast<int64_t>(data != nullptr); };
     element_ = {1,
                 is_there(problem.residual.data),
-                is_there(problem.dy.data),
+                is_there(problem.backward.dy.data),
                 is_there(out.data),
-                is_there(problem.dresidual.data),
+                is_there(problem.backward.dresidual.data),
                 has_mask};
     if (plan.is_flat) step_ = times(element_, plan.width);
     else if (plan.family == Family::short_rows)
-      step_ = {problem.x.n, problem.residual.n, problem.dy.n, out.n, problem.dresidual.n, 0};
-    else step_ = {problem.x.s, problem.residual.s, problem.dy.s, out.s, problem.dresidual.s, has_mask ? keep.s : 0};
+      step_ = {problem.x.n, problem.residual.n, problem.backward.dy.n, out.n, problem.backward.dresidual.n, 0};
+    else
+      step_ = {problem.x.s, problem.residual.s,           problem.backward.dy.s,
+               out.s,       problem.backward.dresidual.s, has_mask ? keep.s : 0};
   }
 
   const Problem& problem;
@@ -81,9 +83,12 @@ template <class T> class Geometry {
 
   Row<T> row(int64_t n, int64_t c, int64_t s) const {
     const Problem& p = problem;
-    return {at<const T>(p.x, n, c, s),   at<const T>(p.residual, n, c, s),
-            at<const T>(p.dy, n, c, s),  at<T>(p.y.data ? p.y : p.dx, n, c, s),
-            at<T>(p.dresidual, n, c, s), options.has_mask ? at<const uint8_t>(p.mask.keep, n, c, s) : nullptr};
+    return {at<const T>(p.x, n, c, s),
+            at<const T>(p.residual, n, c, s),
+            at<const T>(p.backward.dy, n, c, s),
+            at<T>(p.forward.y.data ? p.forward.y : p.backward.dx, n, c, s),
+            at<T>(p.backward.dresidual, n, c, s),
+            options.has_mask ? at<const uint8_t>(p.mask.keep, n, c, s) : nullptr};
   }
 
   // The part of row r that belongs to a scope, and its length.

@@ -20,7 +20,7 @@ struct Numbers {
     const int64_t bytes = problem.C * (problem.dtype == Dtype::float64 ? 8 : 4) * group;
     const auto part = [bytes](void* all) -> void* { return all ? static_cast<char*>(all) + bytes : nullptr; };
     problem.mean = part(at[mean_row]), problem.mean_lo = part(at[mean_lo_row]), problem.rstd = part(at[rstd_row]);
-    problem.m2 = part(at[m2_row]), problem.factor = part(at[factor_row]);
+    problem.forward.m2 = part(at[m2_row]), problem.factor = part(at[factor_row]);
     problem.count = count ? count + group * problem.C : nullptr;
   }
 };

@@ -48,7 +48,7 @@ int64_t at_least_1(int64_t a) { return std::max<int64_t>(1, a); }
 int64_t vector_width(const Problem& p) { return size_of(p.dtype) == 2 ? 32 : 16; }
 
 template <class Predicate> bool all_tensors(const Problem& p, Predicate holds) {
-  for (const Tensor* t : {&p.x, &p.residual, &p.dy, &p.y, &p.dx, &p.dresidual})
+  for (const Tensor* t : {&p.x, &p.residual, &p.backward.dy, &p.forward.y, &p.backward.dx, &p.backward.dresidual})
     if (t->data && !holds(*t)) return false;
   return true;
 }
@@ -126,10 +126,10 @@ bool make_plan(const Problem& p, Plan& plan) {
   plan = {};
   plan.chunks_per_row = 1;
   plan.elements = p.N * p.C * p.S;
-  const bool is_masked = p.mask.lengths || p.mask.keep.data, is_read_once = p.y.data && !p.measure;
+  const bool is_masked = p.mask.lengths || p.mask.keep.data, is_read_once = p.forward.y.data && !p.forward.measure;
   int64_t read = 0, written = 0;
-  for (const Tensor* t : {&p.x, &p.residual, &p.dy}) read += t->data != nullptr;
-  for (const Tensor* t : {&p.y, &p.dx, &p.dresidual}) written += t->data != nullptr;
+  for (const Tensor* t : {&p.x, &p.residual, &p.backward.dy}) read += t->data != nullptr;
+  for (const Tensor* t : {&p.forward.y, &p.backward.dx, &p.backward.dresidual}) written += t->data != nullptr;
   const int64_t bytes = plan.elements * size_of(p.dtype);
   const auto streams_from = [&](int64_t least) { return (written + read) * bytes >= least; };
   const Tensor& keep = p.mask.keep;

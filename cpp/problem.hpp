@@ -36,6 +36,24 @@ struct Mask {
   Tensor keep = {};                  // bytes, not 0 where an element counts; stride 0 along what they broadcast over
 };
 
+// Of a forward pass alone.
+struct ForwardPart {
+  Tensor y = {};        // written; null: x is only measured
+  bool measure = true;  // normalize by the moments of x, which are returned, rather than by given statistics
+  double eps = 0;
+  EpsPlacement eps_placement = EpsPlacement::inside;
+  int correction = 0;  // the variance that normalizes is m2 / max(count - correction, 1)
+  void* m2 = nullptr;  // written
+};
+
+// Of a backward pass alone.
+struct BackwardPart {
+  Tensor dy = {};
+  Tensor dx = {}, dresidual = {};    // written; null where they are not wanted
+  bool through_statistics = true;    // the statistics depend on x; if not, dx = gamma * rstd * dz
+  Channels dgamma = {}, dbeta = {};  // written; null where they are not wanted
+};
+
 struct Problem {
   Dtype dtype;
   int64_t N, C, S;
@@ -45,33 +63,22 @@ struct Problem {
   bool has_new_results = false;      // each call writes where no call has for a while: in no cache
 
   // Arrays of the shape of x. They share one layout: s (or N = S = 1) is the unit stride of all, or c is.
-  Tensor x, residual = {}, dy = {};        // read
-  Tensor y = {}, dx = {}, dresidual = {};  // written; null where it is not wanted
+  Tensor x, residual = {};
+  ForwardPart forward = {};
+  BackwardPart backward = {};
 
   Activation activation = Activation::identity;
   double slope = 0;  // of leaky_relu
-  // Masked elements are normalised like the rest, and have gradients: y is not 0 there.
+  // Masked elements are normalized like the rest, and have gradients: y is not 0 there.
   bool normalized_padding = false;
   Channels gamma = {}, beta = {};  // null: 1 and 0
 
   // One for each channel, contiguous, of any alignment; float, or double for float64. Forward writes them if it measures
-  // and reads mean, mean_lo and rstd if not; backward reads those.
-  void *mean = nullptr, *mean_lo = nullptr, *m2 = nullptr, *rstd = nullptr;
+  // and reads mean, mean_lo and rstd if not; backward reads them.
+  void *mean = nullptr, *mean_lo = nullptr, *rstd = nullptr;
   void* count = nullptr;  // int64; null: N * S for every channel
-
-  // Forward only.
-  bool measure = true;  // normalise by the moments of x, which are returned, rather than by given statistics
-  double eps = 0;
-  EpsPlacement eps_placement = EpsPlacement::inside;
-  int correction = 0;  // the variance that normalises is m2 / max(count - correction, 1)
-
   // Of the xhat term of dx: count / (count - correction), for eps outside the root times (std + eps) / std; null: 1.
-  // Forward writes it if it measures, backward reads it.
   void* factor = nullptr;
-
-  // Backward only.
-  bool through_statistics = true;    // the statistics depend on x; if not, dx = gamma * rstd * dz
-  Channels dgamma = {}, dbeta = {};  // written; null where it is not wanted
 };
 
 struct Plan;

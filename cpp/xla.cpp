@@ -274,13 +274,13 @@ void forward(const xla::CallFrame& frame) {
   Lanes lanes(call.arg(x));
   Problem& problem = lanes.problem;
   lanes.large(call.arg(x), problem.x), lanes.large(call.arg(residual), problem.residual),
-      lanes.large(call.ret(y), problem.y);
+      lanes.large(call.ret(y), problem.forward.y);
   lanes.mask(call.arg(keep)), lanes.parameter(call.arg(gamma), problem.gamma),
       lanes.parameter(call.arg(beta), problem.beta);
   lanes.statistic(call.ret(mean), problem.mean), lanes.statistic(call.ret(mean_lo), problem.mean_lo);
-  lanes.statistic(call.ret(m2), problem.m2), lanes.statistic(call.ret(rstd), problem.rstd),
+  lanes.statistic(call.ret(m2), problem.forward.m2), lanes.statistic(call.ret(rstd), problem.rstd),
       lanes.counts(call.ret(count));
-  problem.eps = call.float64("eps"), problem.slope = call.float64("slope");
+  problem.forward.eps = call.float64("eps"), problem.slope = call.float64("slope");
   problem.normalized_padding = call.boolean("normalized_padding");
   problem.activation = activation_of(call);
   lanes.compute(Operation::forward, ThreadPool(frame));
@@ -292,15 +292,15 @@ void backward(const xla::CallFrame& frame) {
   const Call call(frame, args, rets, 3);
   Lanes lanes(call.arg(x));
   Problem& problem = lanes.problem;
-  lanes.large(call.arg(x), problem.x), lanes.large(call.arg(dy), problem.dy),
+  lanes.large(call.arg(x), problem.x), lanes.large(call.arg(dy), problem.backward.dy),
       lanes.large(call.arg(residual), problem.residual);
-  lanes.large(call.ret(dx), problem.dx), lanes.large(call.ret(dresidual), problem.dresidual),
+  lanes.large(call.ret(dx), problem.backward.dx), lanes.large(call.ret(dresidual), problem.backward.dresidual),
       lanes.mask(call.arg(keep));
   lanes.parameter(call.arg(gamma), problem.gamma), lanes.parameter(call.arg(beta), problem.beta);
-  lanes.parameter(call.ret(dgamma), problem.dgamma), lanes.parameter(call.ret(dbeta), problem.dbeta);
+  lanes.parameter(call.ret(dgamma), problem.backward.dgamma), lanes.parameter(call.ret(dbeta), problem.backward.dbeta);
   lanes.statistic(call.arg(mean), problem.mean), lanes.statistic(call.arg(mean_lo), problem.mean_lo);
   lanes.statistic(call.arg(rstd), problem.rstd), lanes.counts(call.arg(count));
-  problem.measure = false, problem.slope = call.float64("slope");
+  problem.slope = call.float64("slope");
   problem.normalized_padding = call.boolean("normalized_padding");
   problem.activation = activation_of(call);
   lanes.compute(Operation::backward, ThreadPool(frame));

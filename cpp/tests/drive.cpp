@@ -89,11 +89,11 @@ struct Trial {
     is_backward = random.one_in(2);
     p.activation = static_cast<Activation>(random.below(9));
     p.slope = p.activation == Activation::leaky_relu ? 0.25 : 0;
-    p.measure = !is_backward && !random.one_in(4);
-    p.eps = random.one_in(4) ? 0.5 : 1e-5;
-    p.eps_placement = static_cast<EpsPlacement>(random.below(4) % 3);
-    p.correction = random.one_in(4);
-    p.through_statistics = !random.one_in(4);
+    p.forward.measure = !is_backward && !random.one_in(4);
+    p.forward.eps = random.one_in(4) ? 0.5 : 1e-5;
+    p.forward.eps_placement = static_cast<EpsPlacement>(random.below(4) % 3);
+    p.forward.correction = random.one_in(4);
+    p.backward.through_statistics = !random.one_in(4);
     has_specials = random.one_in(6);
     choose_mask();
     p.normalized_padding = random.one_in(3);
@@ -177,7 +177,7 @@ struct Trial {
       if (!is_input) return written.push_back(&t);
       // What counts nowhere may hold anything, but for the dy of padding that is normalised.
       const bool is_dense = t.n && (p.C < 2 || t.c) && (p.S < 2 || t.s);
-      const bool is_poisoned = is_dense && random.one_in(3) && !(&t == &p.dy && p.normalized_padding);
+      const bool is_poisoned = is_dense && random.one_in(3) && !(&t == &p.backward.dy && p.normalized_padding);
       for (int64_t n = 0; n < p.N; ++n)
         for (int64_t c = 0; c < p.C; ++c)
           for (int64_t s = 0; s < p.S; ++s)
@@ -187,12 +187,12 @@ struct Trial {
     tensor(p.x, true);
     if (has_residual) tensor(p.residual, true);
     if (!is_backward) {
-      if (!p.measure || !random.one_in(5)) tensor(p.y, false);
+      if (!p.forward.measure || !random.one_in(5)) tensor(p.forward.y, false);
       return;
     }
-    tensor(p.dy, true);
-    if (!random.one_in(5)) tensor(p.dx, false);
-    if (has_residual && !random.one_in(5)) tensor(p.dresidual, false);
+    tensor(p.backward.dy, true);
+    if (!random.one_in(5)) tensor(p.backward.dx, false);
+    if (has_residual && !random.one_in(5)) tensor(p.backward.dresidual, false);
   }
 
   void choose_channels() {
@@ -202,13 +202,14 @@ struct Trial {
     void** const tables[] = {&p.mean, &p.mean_lo, &p.rstd};
     for (void** table : tables) {
       *table = memory.take(bytes, skipped());
-      for (int64_t c = 0; c < p.C && !p.measure; ++c) {
+      for (int64_t c = 0; c < p.C && !p.forward.measure; ++c) {
         const double size = table == &p.mean_lo ? 1e-4 : 1;
         naive::put(*table, statistic, c, table == &p.rstd ? 0.3 + random.below(4) : size * random.normal());
       }
     }
-    if (p.measure && random.one_in(2)) p.m2 = memory.take(bytes, skipped());
-    if ((p.measure && random.one_in(2)) || (is_backward && random.one_in(4))) p.factor = memory.take(bytes, skipped());
+    if (p.forward.measure && random.one_in(2)) p.forward.m2 = memory.take(bytes, skipped());
+    if ((p.forward.measure && random.one_in(2)) || (is_backward && random.one_in(4)))
+      p.factor = memory.take(bytes, skipped());
     for (int64_t c = 0; c < p.C && p.factor && is_backward; ++c)
       naive::put(p.factor, statistic, c, 1 + random.below(3));
     const auto channels = [&](Channels& a, bool is_input) {
@@ -223,8 +224,8 @@ struct Trial {
       if (random.one_in(2)) p.count = memory.take(p.C * 8, skipped());
       return;
     }
-    if (!random.one_in(4)) channels(p.dgamma, false);
-    if (!random.one_in(4)) channels(p.dbeta, false);
+    if (!random.one_in(4)) channels(p.backward.dgamma, false);
+    if (!random.one_in(4)) channels(p.backward.dbeta, false);
     p.count = memory.take(p.C * 8, skipped());
     for (int64_t c = 0; c < p.C; ++c) {
       int64_t count = 0;
@@ -280,25 +281,25 @@ int compare(const Trial& trial, uint64_t seed) {
         check.near(name, naive::get(a.data, a.dtype, c * a.stride), values[c],
                    fine * scale + unit_of(a.dtype) * std::abs(values[c]) + (is_half ? 6e-8 : 0), c);
   };
-  tensor("y", p.y, exact.y);
-  if (p.measure && !trial.is_backward)
+  tensor("y", p.forward.y, exact.y);
+  if (p.forward.measure && !trial.is_backward)
     for (int64_t c = 0; c < p.C; ++c) {
       const double std = std::sqrt(exact.var[c]);
       const double mean = naive::get(p.mean, statistic, c) + naive::get(p.mean_lo, statistic, c);
       const double m2 = exact.var[c] * static_cast<double>(exact.count[c]);
       check.near("mean", mean, exact.mean[c], fine * (std + 1e-6), c);
-      if (p.m2) check.near("m2", naive::get(p.m2, statistic, c), m2, fine * m2 + 1e-9, c);
+      if (p.forward.m2) check.near("m2", naive::get(p.forward.m2, statistic, c), m2, fine * m2 + 1e-9, c);
       if (p.count) check.near("count", element_at<int64_t>(p.count, c), exact.count[c], 0, c);
       if (p.factor && std > 1e-3)
         check.near("factor", naive::get(p.factor, statistic, c), exact.factor[c], 1e-4 * exact.factor[c], c);
       if (std > 1e-3) check.near("rstd", naive::get(p.rstd, statistic, c), exact.rstd[c], fine * exact.rstd[c], c);
     }
   if (trial.is_backward && !is_at_kink) {
-    tensor("dx", p.dx, exact.dx);
-    tensor("dresidual", p.dresidual, exact.dresidual);
+    tensor("dx", p.backward.dx, exact.dx);
+    tensor("dresidual", p.backward.dresidual, exact.dresidual);
     const double scale = 10 + 4.0 * p.N * p.S;
-    channels("dgamma", p.dgamma, exact.dgamma, scale);
-    channels("dbeta", p.dbeta, exact.dbeta, scale);
+    channels("dgamma", p.backward.dgamma, exact.dgamma, scale);
+    channels("dbeta", p.backward.dbeta, exact.dbeta, scale);
   }
   return check.failures;
 }

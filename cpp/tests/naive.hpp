@@ -134,11 +134,12 @@ inline Results results(const Problem& p) {
     each([&](int64_t n, int64_t s, int64_t, bool is_kept) {
       if (is_kept) m2 += std::pow(at(p.x, n, c, s) - mean, 2);
     });
-    const double divisor = std::max(n_kept - p.correction, 1.0), var = m2 / divisor;
-    double std = p.eps_placement == EpsPlacement::inside ? std::sqrt(var + p.eps) : std::sqrt(var);
-    if (p.eps_placement == EpsPlacement::outside) std += p.eps;
+    const double divisor = std::max(n_kept - p.forward.correction, 1.0), var = m2 / divisor;
+    double std = p.forward.eps_placement == EpsPlacement::inside ? std::sqrt(var + p.forward.eps) : std::sqrt(var);
+    if (p.forward.eps_placement == EpsPlacement::outside) std += p.forward.eps;
     double rstd = std == 0 ? 0 : 1 / std;
-    if (!p.measure) mean = get(p.mean, statistic, c) + get(p.mean_lo, statistic, c), rstd = get(p.rstd, statistic, c);
+    if (!p.forward.measure)
+      mean = get(p.mean, statistic, c) + get(p.mean_lo, statistic, c), rstd = get(p.rstd, statistic, c);
     const double gamma = parameter(p.gamma, c, 1), beta = parameter(p.beta, c, 0);
     double dgamma = 0, dbeta = 0, dshift = 0;  // dshift: of what the statistics reach
     each([&](int64_t n, int64_t s, int64_t i, bool is_kept) {
@@ -147,22 +148,22 @@ inline Results results(const Problem& p) {
       const double xhat = is_read && (is_kept || std::isfinite(x)) ? (x - mean) * rstd : 0;
       r.z[i] = gamma * xhat + beta + (is_kept || std::isfinite(residual) ? residual : 0);
       r.y[i] = is_read ? value_of(p.activation, p.slope, r.z[i]) : 0;
-      if (!p.dy.data || !is_read) return;
-      const double dz = at(p.dy, n, c, s) * slope_of(p.activation, p.slope, r.z[i]);
+      if (!p.backward.dy.data || !is_read) return;
+      const double dz = at(p.backward.dy, n, c, s) * slope_of(p.activation, p.slope, r.z[i]);
       dbeta += dz, dgamma += dz * xhat, dshift += is_kept || std::isfinite(x) ? dz : 0;
       r.dz[i] = dz, r.dresidual[i] = is_kept || std::isfinite(residual) ? dz : 0;
     });
-    const double factor = p.dy.data && p.factor ? get(p.factor, statistic, c) : 1;
-    if (p.dy.data)
+    const double factor = p.backward.dy.data && p.factor ? get(p.factor, statistic, c) : 1;
+    if (p.backward.dy.data)
       each([&](int64_t n, int64_t s, int64_t i, bool is_kept) {
         const double x = at(p.x, n, c, s), xhat = (x - mean) * rstd, dz = r.dz[i];
         if (!is_kept && !(p.normalized_padding && std::isfinite(x))) return;
-        const bool is_through = is_kept && p.through_statistics;
+        const bool is_through = is_kept && p.backward.through_statistics;
         r.dx[i] = gamma * rstd * (is_through ? dz - dshift / n_kept - factor * xhat * dgamma / n_kept : dz);
       });
     r.mean.push_back(mean), r.var.push_back(m2 / n_kept), r.rstd.push_back(rstd), r.count.push_back(count);
     r.factor.push_back(n_kept / divisor *
-                       (p.eps_placement == EpsPlacement::outside && var > 0 ? std / std::sqrt(var) : 1));
+                       (p.forward.eps_placement == EpsPlacement::outside && var > 0 ? std / std::sqrt(var) : 1));
     r.dgamma.push_back(dgamma), r.dbeta.push_back(dbeta);
   }
   return r;
