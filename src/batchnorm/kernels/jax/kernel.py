@@ -18,7 +18,7 @@ from batchnorm.kernels.generic import Cache, Gradients
 from batchnorm.kernels.jax import lowering, primitives
 from batchnorm.kernels.jax.devices import normalize_across
 from batchnorm.kernels.jax.formulas import Across, Rule, aligned, stand_in
-from batchnorm.kernels.jax.primitives import backward_p
+from batchnorm.kernels.jax.primitives import backward_p, forward_p
 from batchnorm.kernels.jax.running import advance
 from batchnorm.kernels.native import different_dtypes
 from batchnorm.spec import Activation, Operands, Spec
@@ -54,7 +54,11 @@ class JAX:
         rule = Rule(convention.eps, named(spec.activation), convention.masked_output == "normalized")
         gamma, beta = effective_gamma(jnp, operands.gamma, convention, x), effective_beta(operands.beta, convention)
         views = views_of(operands._replace(gamma=gamma, beta=beta), spec)
-        y, batch = normalize_batch(views, rule) if across is None else normalize_across(across, views, rule)
+        if across is None:
+            y, mean, mean_lo, m2, _, count = forward_p.bind(*aligned(*views), rule=rule)
+            batch = Moments(count, mean, m2, mean_lo)
+        else:
+            y, batch = normalize_across(across, views, rule)
         batch = Moments(*(jnp.reshape(value, spec.axes.statistics_shape(x.shape)) for value in batch))
         return y.reshape(x.shape), advance(running, batch, convention, masked=operands.mask is not None)
 
@@ -109,12 +113,6 @@ def has_kernel(spec: Spec, operands: Operands) -> bool:
         return False
     has_rule = convention.single in ("identity", "running")
     return not (has_rule and (operands.mask is not None or spec.axes.elements(operands.x.shape) <= 1))
-
-
-def normalize_batch(operands: list[Array], rule: Rule) -> tuple[Array, Moments]:
-    """y, and the moments (L, C) of the batch."""
-    y, mean, mean_lo, m2, _, count = primitives.forward(operands, rule)
-    return y, Moments(count, mean, m2, mean_lo)
 
 
 def named(activation: Activation | None) -> str | None:
