@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.test_util import check_grads
+from pairwise import pairwise
 
 import batchnorm as bn
 import batchnorm.jax as bnj
@@ -87,9 +88,10 @@ def test_large_means(mean, axis, rng):
     assert np.abs(np.moveaxis(np.asarray(theirs), axis, -1).reshape(exact.shape) - exact).max() > 0.01
 
 
-@pytest.mark.parametrize("kernel", ["native", "agnostic"])
-@pytest.mark.parametrize("activation", [None, "silu", "tanh"])
-@pytest.mark.parametrize("masked_output", [None, "zero", "normalized"])
+@pytest.mark.parametrize(
+    ("masked_output", "activation", "kernel"),
+    pairwise([None, "zero", "normalized"], [None, "silu", "tanh"], ["native", "agnostic"]),
+)
 def test_derivatives_against_finite_differences(kernel, activation, masked_output, rng):
     """Forward and reverse mode, first and second order, of all four arguments, in float64."""
     check_derivatives(rng, kernel, activation, masked_output)
