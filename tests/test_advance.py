@@ -177,3 +177,13 @@ def test_integers_without_a_sign():
         after = bn.advance(RUNNING, MOMENTS._replace(count=MOMENTS.count.astype(np.uint32)))
     check_same_state(LIBRARIES["numpy"], after, bn.advance(RUNNING, MOMENTS), 0)
     assert math.isclose(after.steps, 1)
+
+
+def test_what_rounding_took_from_the_mean_enters_a_wider_state(rng):
+    """float32 holds a mean of 1e4 to 5e-4; the rest is in `mean_lo`."""
+    x = (1e4 + rng.normal(size=(64, 3))).astype(np.float32)
+    exact, batch = x.astype(np.float64).mean(0), bn.moments(x)
+    assert np.abs(batch.mean - exact).max() > 1e-5
+    running = bn.RunningStatistics.initial(3, like=np.empty((), np.float64))
+    after = bn.advance(running, batch, replace(bn.CONVENTIONS["pytorch"], decay=0.0))
+    np.testing.assert_allclose(after.mean, exact, rtol=0, atol=1e-7)
