@@ -187,3 +187,19 @@ def test_what_rounding_took_from_the_mean_enters_a_wider_state(rng):
     running = bn.RunningStatistics.initial(3, like=np.empty((), np.float64))
     after = bn.advance(running, batch, replace(bn.CONVENTIONS["pytorch"], decay=0.0))
     np.testing.assert_allclose(after.mean, exact, rtol=0, atol=1e-7)
+
+
+@every_library
+@pytest.mark.parametrize("debias", ["none", "adam", "weight_sum", "first_batch"])
+def test_a_channel_without_elements_keeps_its_estimates(library, debias):
+    """Average over weight, which is what inference takes: the weight grows with the other channels' batch."""
+    convention = replace(bn.CONVENTIONS["pytorch"], debias=debias)
+    running = bn.RunningStatistics.initial(4, convention, like=library.array(BATCHES[0], "float32"))
+    before = bn.advance(running, bn.moments(library.array(BATCHES[0], "float32")), convention)
+    mask = library.array(np.arange(6)[:, None] < np.array([0, 6, 6, 6]), "bool")
+    batch = bn.moments(library.array(BATCHES[1], "float32"), mask=mask)
+    after = bn.advance(before, batch, convention, masked=True)
+    for old, new in ((before.mean, after.mean), (before.spread, after.spread)):
+        old, new = (library.numpy(a) / library.numpy(s.weight) for a, s in ((old, before), (new, after)))
+        np.testing.assert_allclose(new[0], old[0], rtol=1e-6)
+        assert (np.abs(new[1:] - old[1:]) > 1e-3).all()
