@@ -177,3 +177,29 @@ def test_integers_without_a_sign():
         after = bn.advance(RUNNING, MOMENTS._replace(count=MOMENTS.count.astype(np.uint32)))
     check_same_state(LIBRARIES["numpy"], after, bn.advance(RUNNING, MOMENTS), 0)
     assert math.isclose(after.steps, 1)
+
+
+def test_what_rounding_took_from_the_mean_enters_a_wider_state(rng):
+    """float32 holds a mean of 1e4 to 5e-4; the rest is in `mean_lo`."""
+    x = (1e4 + rng.normal(size=(64, 3))).astype(np.float32)
+    exact, batch = x.astype(np.float64).mean(0), bn.moments(x)
+    assert np.abs(batch.mean - exact).max() > 1e-5
+    running = bn.RunningStatistics.initial(3, like=np.empty((), np.float64))
+    after = bn.advance(running, batch, replace(bn.CONVENTIONS["pytorch"], decay=0.0))
+    np.testing.assert_allclose(after.mean, exact, rtol=0, atol=1e-7)
+
+
+@every_library
+@pytest.mark.parametrize("debias", ["none", "adam", "weight_sum", "first_batch"])
+def test_a_channel_without_elements_keeps_its_estimates(library, debias):
+    """Average over weight, which is what inference takes: the weight grows with the other channels' batch."""
+    convention = replace(bn.CONVENTIONS["pytorch"], debias=debias)
+    running = bn.RunningStatistics.initial(4, convention, like=library.array(BATCHES[0], "float32"))
+    before = bn.advance(running, bn.moments(library.array(BATCHES[0], "float32")), convention)
+    mask = library.array(np.arange(6)[:, None] < np.array([0, 6, 6, 6]), "bool")
+    batch = bn.moments(library.array(BATCHES[1], "float32"), mask=mask)
+    after = bn.advance(before, batch, convention, masked=True)
+    for old, new in ((before.mean, after.mean), (before.spread, after.spread)):
+        old, new = (library.numpy(a) / library.numpy(s.weight) for a, s in ((old, before), (new, after)))
+        np.testing.assert_allclose(new[0], old[0], rtol=1e-6)
+        assert (np.abs(new[1:] - old[1:]) > 1e-3).all()

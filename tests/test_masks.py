@@ -105,3 +105,14 @@ def test_masked_inference():
     y, _ = bn.batch_norm(x, None, np.array([5.0]), running, training=False, mask=mask, eps=0.0, convention="flax")
     np.testing.assert_array_equal(y, [[5.0], [5.0], [6.0]])
     np.testing.assert_array_equal(after.mean, running.mean)
+
+
+@every_library
+def test_a_step_of_an_image_is_a_row_of_elements(library, rng):
+    """One step of five elements has a variance, which training does not refuse as that of one element."""
+    with library.context("float64"):
+        x = library.array(rng.normal(size=(1, 3, 4, 5)))
+        y, after = bn.batch_norm(x, axis=1, lengths=library.array([1]), kernel="agnostic")
+        expected, other = bn.batch_norm(x[:, :, :1, :], axis=1, kernel="agnostic")
+        np.testing.assert_allclose(library.numpy(y)[:, :, :1], library.numpy(expected), atol=1e-12)
+        np.testing.assert_allclose(library.numpy(after.spread), library.numpy(other.spread), rtol=1e-12)

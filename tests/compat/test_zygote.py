@@ -323,7 +323,7 @@ def test_faithful_gradients(dtype):
     """Where no fault shows, faithful is the default: y, all gradients, second derivatives, and under `vmap`."""
     x, dy = X.astype(dtype), DY.astype(dtype)
     bound = {"rtol": 1e-4, "atol": 1e-5} if dtype == jnp.float32 else {"rtol": 3e-2, "atol": 3e-2}
-    faithful, ours = (differentiated(LAYER.replace(faithful=kind), x, dy) for kind in (True, False))
+    faithful, ours = (jax.jit(differentiated)(LAYER.replace(faithful=kind), x, dy) for kind in (True, False))
     for theirs, own in zip(
         jax.tree.leaves(faithful[:1] + faithful[2:]), jax.tree.leaves(ours[:1] + ours[2:]), strict=True
     ):
@@ -333,11 +333,12 @@ def test_faithful_gradients(dtype):
         np.testing.assert_allclose(theirs, own, **bound)
     if dtype == jnp.float32:
         twice = [
-            jax.grad(lambda x, layer=layer: jnp.sum(jax.grad(lambda x: jnp.sum(layer(x) ** 3))(x) * DY))(X)
+            jax.jit(jax.grad(lambda x, layer=layer: jnp.sum(jax.grad(lambda x: jnp.sum(layer(x) ** 3))(x) * DY)))(X)
             for layer in (LAYER.replace(faithful=True), LAYER)
         ]
         np.testing.assert_allclose(*twice, rtol=1e-2, atol=1e-3)
-        batched = jax.vmap(jax.grad(lambda x: jnp.sum(LAYER.replace(faithful=True)(x) * DY)))(jnp.stack([X, 2 * X]))
+        gradient = jax.grad(lambda x: jnp.sum(LAYER.replace(faithful=True)(x) * DY))
+        batched = jax.jit(jax.vmap(gradient))(jnp.stack([X, 2 * X]))
         np.testing.assert_allclose(batched[0], faithful[2], rtol=1e-4, atol=1e-5)
 
 

@@ -2,6 +2,7 @@
 
 import inspect
 from dataclasses import replace
+from functools import partial
 
 import flax.errors
 import flax.linen
@@ -117,16 +118,23 @@ def train_linen(options, arguments):
     weights, statistics, adam = theirs["params"], theirs["batch_stats"], optax.adam(1e-2)
     state, other = optimizer.init(parameters), adam.init(weights)
 
-    def explicit_loss(weights, x):
+    @jax.jit
+    @jax.value_and_grad
+    def implicit_loss(parameters, x):
+        return target(implicit.apply({"params": parameters}, x), x)
+
+    @jax.jit
+    @partial(jax.value_and_grad, has_aux=True)
+    def explicit_loss(weights, statistics, x):
         y, updated = explicit.apply({"params": weights, "batch_stats": statistics}, x, mutable=["batch_stats"])
         return target(y, x), updated["batch_stats"]
 
     losses = []
     for x in BATCHES:
-        value, gradients = jax.value_and_grad(lambda p, x=x: target(implicit.apply({"params": p}, x), x))(parameters)
+        value, gradients = implicit_loss(parameters, x)
         updates, state = optimizer.update(gradients, state, parameters)
         parameters = optax.apply_updates(parameters, updates)
-        (expected, statistics), gradients = jax.value_and_grad(explicit_loss, has_aux=True)(weights, x)
+        (expected, statistics), gradients = explicit_loss(weights, statistics, x)
         updates, other = adam.update(gradients, other, weights)
         weights = optax.apply_updates(weights, updates)
         losses.append((value, expected))
@@ -302,12 +310,12 @@ def test_second_derivatives_are_those_of_training(kind):
     def penalty(normalised):
         return lambda x: jnp.sum(jax.grad(lambda x: jnp.sum(normalised(x) ** 3))(x) ** 2)
 
-    received = jax.grad(penalty(lambda x: layer(layer.parameters, x)))(X)
-    expected = jax.grad(penalty(lambda x: bnj.batch_norm(x, training=True, axis=-1)[0]))(X)
+    received = jax.jit(jax.grad(penalty(lambda x: layer(layer.parameters, x))))(X)
+    expected = jax.jit(jax.grad(penalty(lambda x: bnj.batch_norm(x, training=True, axis=-1)[0])))(X)
     assert np.any(expected)
     np.testing.assert_allclose(received, expected, rtol=1e-3, atol=1e-3)
-    hessian = jax.hessian(lambda x: jnp.sum(layer(layer.parameters, x) ** 3))(X[0])
-    others = jax.hessian(lambda x: jnp.sum(bnj.batch_norm(x, training=True, axis=-1)[0] ** 3))(X[0])
+    hessian = jax.jit(jax.hessian(lambda x: jnp.sum(layer(layer.parameters, x) ** 3)))(X[0])
+    others = jax.jit(jax.hessian(lambda x: jnp.sum(bnj.batch_norm(x, training=True, axis=-1)[0] ** 3)))(X[0])
     np.testing.assert_allclose(hessian, others, rtol=1e-3, atol=1e-3)
 
 

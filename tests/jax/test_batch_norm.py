@@ -1,12 +1,14 @@
 """`batchnorm.jax.batch_norm`: the kernels against array code, against float64, and their derivatives."""
 
 import warnings
+from functools import partial
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.test_util import check_grads
+from pairwise import pairwise
 
 import batchnorm as bn
 import batchnorm.jax as bnj
@@ -54,15 +56,13 @@ def test_kernels_against_array_code(shape, axis, dtype, has_mask, activation, rn
                     masked_output="zero", kernel=kernel,
                 )  # fmt: skip
 
-        results = []
-        for kernel in ("native", "agnostic"):
-            operands = (x, gamma, beta, residual, dy)
-            if kernel == "agnostic":
-                operands = [operand.astype("float64") for operand in operands]
-            *operands, cotangent = operands
-            y, pull, running = jax.vjp(lambda *a, k=kernel: run(k, *a), *operands, has_aux=True)
-            results.append((y, *pull(cotangent), *running))
-        native, agnostic = results
+        def derivatives(kernel, cotangent, *operands):
+            y, pull, running = jax.vjp(partial(run, kernel), *operands, has_aux=True)
+            return (y, *pull(cotangent), *running)
+
+        native = derivatives("native", dy, x, gamma, beta, residual)
+        exact = (array.astype("float64") for array in (dy, x, gamma, beta, residual))
+        agnostic = jax.jit(partial(derivatives, "agnostic"))(*exact)
         assert [array.dtype for array in native[:4]] == [x.dtype, x.dtype, gamma.dtype, beta.dtype]
         for ours, exact in zip(native, agnostic, strict=True):
             scale = 1 + float(jnp.abs(exact).max())
@@ -87,9 +87,10 @@ def test_large_means(mean, axis, rng):
     assert np.abs(np.moveaxis(np.asarray(theirs), axis, -1).reshape(exact.shape) - exact).max() > 0.01
 
 
-@pytest.mark.parametrize("kernel", ["native", "agnostic"])
-@pytest.mark.parametrize("activation", [None, "silu", "tanh"])
-@pytest.mark.parametrize("masked_output", [None, "zero", "normalized"])
+@pytest.mark.parametrize(
+    ("masked_output", "activation", "kernel"),
+    pairwise([None, "zero", "normalized"], [None, "silu", "tanh"], ["native", "agnostic"]),
+)
 def test_derivatives_against_finite_differences(kernel, activation, masked_output, rng):
     """Forward and reverse mode, first and second order, of all four arguments, in float64."""
     check_derivatives(rng, kernel, activation, masked_output)
@@ -139,9 +140,9 @@ def test_symmetric_jacobian(rng):
     with jax.enable_x64(True):
         x = jnp.asarray(rng.normal(size=(6, 3)))
         function = lambda x: bnj.batch_norm(x, training=True)[0]  # noqa: E731
-        forward = jax.jacfwd(function)(x).reshape(18, 18)
+        forward, reverse = (jax.jit(of(function))(x).reshape(18, 18) for of in (jax.jacfwd, jax.jacrev))
         np.testing.assert_allclose(forward, forward.T, atol=1e-14)
-        np.testing.assert_allclose(forward, jax.jacrev(function)(x).reshape(18, 18), atol=1e-14)
+        np.testing.assert_allclose(forward, reverse, atol=1e-14)
 
 
 def test_what_is_not_finite_is_skipped(rng):

@@ -34,8 +34,12 @@ def member(
 
 
 def in_processes(size: int, function: Callable[..., Any], *arguments: Any) -> list[Any]:
-    """What `function(rank, size, *arguments)` returns in each of `size` processes."""
-    context = mp.get_context("spawn")
+    """What `function(rank, size, *arguments)` returns in each of `size` processes.
+
+    They are forked from a server that has imported PyTorch and has no threads yet: each import takes seconds.
+    """
+    context = mp.get_context("forkserver")
+    context.set_forkserver_preload(["pytest", "batchnorm.torch"])
     queue, port = context.Queue(), free_port()
     processes = [
         context.Process(target=member, args=(rank, size, port, function, arguments, queue)) for rank in range(size)
@@ -45,9 +49,9 @@ def in_processes(size: int, function: Callable[..., Any], *arguments: Any) -> li
     try:
         answers = sorted((queue.get(timeout=120) for _ in processes), key=lambda answer: answer[0])
     finally:
-        for process in processes:
-            process.join(10)
+        for process in processes:  # which have no more to say, and may wait for one that has given up
             process.kill()
+            process.join()
     for _, _, error in answers:
         assert error is None, error
     return [result for _, result, _ in answers]

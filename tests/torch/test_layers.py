@@ -342,3 +342,13 @@ def test_a_hook_on_the_input_runs_once_in_second_derivatives():
         (dx,) = torch.autograd.grad(layer(layer(h).cos()).pow(3).sum(), x, create_graph=True)
         results.append([dx, *torch.autograd.grad(dx.pow(2).sum(), [x, layer.weight])])
     torch.testing.assert_close(*results)
+
+
+def test_autograd_notices_that_the_statistics_have_changed():
+    """What was computed from them before a step has no right gradients after it; PyTorch's layer says nothing."""
+    layer, weight = bnt.BatchNorm1d(3), torch.ones(3, requires_grad=True)
+    for name in ("running_mean", "running_var"):
+        before = (weight * getattr(layer, name)).sum()
+        layer(torch.randn(4, 3))
+        with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+            before.backward()
