@@ -32,7 +32,7 @@ def module_cases():
 
 def small(x):
     """A part of the input that is quick to perturb element by element."""
-    part = x.detach()[tuple(slice(0, 3) if axis != 1 else slice(None) for axis in range(x.ndim))]
+    part = x.detach()[tuple(slice(None) if axis == 1 else slice(3 if axis == 0 else 2) for axis in range(x.ndim))]
     return part.clone().requires_grad_()
 
 
@@ -62,8 +62,8 @@ def test_modules(info, training, index):
     if x.numel():
         for name, value in theirs.state_dict().items():
             torch.testing.assert_close(ours.state_dict()[name], value)
-        assert gradcheck(copy.deepcopy(ours), small(x), check_forward_ad=True, fast_mode=True)
-        assert gradgradcheck(copy.deepcopy(ours), small(x), fast_mode=True)
+        assert gradcheck(copy.deepcopy(ours), small(x), check_forward_ad=True)
+        assert gradgradcheck(copy.deepcopy(ours), small(x))
 
 
 @pytest.mark.parametrize("info", MODULES, ids=lambda info: info.module_cls.__name__)
@@ -97,8 +97,8 @@ def test_samples_of_the_function(index):
         torch.testing.assert_close(mine, other)
     if sample.input.numel():
         function, x = partial(call, bnt.batch_norm), small(sample.input)
-        assert gradcheck(lambda x: function(x, *parameters), x, check_forward_ad=True, fast_mode=True)
-        assert gradgradcheck(lambda x: function(x, *parameters), x, fast_mode=True)
+        assert gradcheck(lambda x: function(x, *parameters), x, check_forward_ad=True)
+        assert gradgradcheck(lambda x: function(x, *parameters), x)
 
 
 def test_all_samples_are_there():
