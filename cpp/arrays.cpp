@@ -217,6 +217,7 @@ void Array::read_tensor(const nb::dlpack::dltensor& tensor) {
     strides[i] = tensor.strides ? tensor.strides[i] : packed;
     packed *= shape[i];
   }
+  if (!data && size() > 0) decline(Refusal::type);  // PyTorch's tensors of symbolic zeros have no memory
 }
 
 void Array::read_element(uint8_t code, uint8_t bits) {

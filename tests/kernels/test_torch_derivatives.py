@@ -169,3 +169,20 @@ def test_a_mask_that_is_changed_before_the_backward_pass(name):
     masks[name].zero_()
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         y.sum().backward()
+
+
+def test_tensors_whose_memory_is_not_their_numbers():
+    """Negative views, and symbolic zeros, which have no memory at all."""
+    layer, x = bnt.BatchNorm1d(3), torch.randn(5, 3)
+    expected = torch.nn.BatchNorm1d(3)(-x)
+    torch.testing.assert_close(layer(torch._neg_view(x)), expected)
+    torch.testing.assert_close(bn.forward(torch._neg_view(x))[0], expected.detach())
+    for negative in ("weight", "bias"):
+        layer = bnt.BatchNorm1d(3)
+        values = torch.tensor([1.0, 2.0, 3.0])
+        setattr(layer, negative, torch.nn.Parameter(torch._neg_view(values)))
+        native = torch.nn.BatchNorm1d(3)
+        setattr(native, negative, torch.nn.Parameter(-values))
+        torch.testing.assert_close(layer(x), native(x))
+    assert not bnt.BatchNorm1d(3)(torch._efficientzerotensor((5, 3))).any()
+    assert not bn.forward(torch._efficientzerotensor((5, 3)))[0].any()

@@ -83,10 +83,16 @@ def are_plain(*tensors: Array | None) -> bool:
 
 
 def are_in_memory(*tensors: Array | None) -> bool:
-    """Whether these are tensors whose memory holds their numbers."""
-    for tensor in tensors:
-        if tensor is not None and (type(tensor) not in TYPES or tensor.is_neg() or tensor._is_zerotensor()):
-            return False
+    """Whether the memory of tensors holds their numbers, and not the negative of them.
+
+    Other types, and tensors without memory, are left to the extension, which declines them.
+    """
+    try:
+        for tensor in tensors:
+            if tensor is not None and tensor.is_neg():
+                return False
+    except AttributeError:  # no tensor
+        return False
     return True
 
 
@@ -114,7 +120,9 @@ def apply(mode: Mode, spec: Spec, operands: Operands, numbers: Any = None, out: 
             return done
         done = (y if out is None else generic.deliver(y, out), *done[1:])
     if mode.is_in_place and type(done) is tuple and done[1] == ACCEPTED:
-        increment_version([tensor for tensor in numbers[:4] if tensor is not None])
+        mean, spread, steps, weight = numbers[:4]
+        tracked = (mean, spread, steps) if steps is not None else (mean, spread)
+        increment_version(tracked if weight is None else (*tracked, weight))
     return done
 
 
