@@ -320,7 +320,7 @@ from batchnorm.kernels.native import KERNEL  # noqa: E402
 from batchnorm.kernels.torch.autograd import LIBRARY as PYTORCH  # noqa: E402
 from batchnorm.spec import Spec, spec_of  # noqa: E402
 
-NUMPY = KERNEL.library
+NUMPY = KERNEL.array_library
 
 if __name__ == "__main__":
     main()

@@ -36,7 +36,7 @@ def state(channels=3, dtype=np.float32):
 def normalize(request=FORWARD, spec=SPEC, numbers=None, out=None, **operands):
     """The extension's answer for x of shape (5, 3)."""
     given = {"x": floats(5, 3), "gamma": floats(3), "beta": floats(3), "residual": None, "mask": None} | operands
-    return _native.normalize(KERNEL.library, request, spec.native, tuple(given.values()), numbers, out, 1)
+    return _native.normalize(KERNEL.array_library, request, spec.native, tuple(given.values()), numbers, out, 1)
 
 
 def train(**options):
@@ -53,7 +53,9 @@ def gradients(spec=SPEC, dy=None, statistics=None, count=None, **operands):
     statistics = (
         (np.zeros(3, np.float32), np.zeros(3, np.float32), np.ones(3, np.float32)) if statistics is None else statistics
     )
-    return _native.gradients(KERNEL.library, spec.native, dy, tuple(given.values()), statistics, count, True, True, 1)
+    return _native.gradients(
+        KERNEL.array_library, spec.native, dy, tuple(given.values()), statistics, count, True, True, 1
+    )
 
 
 def test_what_is_changed_below_is_served_as_it_is():
@@ -266,10 +268,14 @@ def test_arrays_between_two_elements(dtype):
         gamma, beta = map(move, parameters)
         mask, before = Lengths(move(lengths)), running._replace(mean=move(running.mean), spread=move(running.spread))
         operands = (x, gamma, beta, residual, mask)
-        y, _, after, _, _ = _native.normalize(KERNEL.library, TRAIN, spec.native, operands, before, move(x * 0), 1)
+        y, _, after, _, _ = _native.normalize(
+            KERNEL.array_library, TRAIN, spec.native, operands, before, move(x * 0), 1
+        )
         request = _native.Request(native.BATCH, False, native.TABLE)
-        _, _, _, table, count = _native.normalize(KERNEL.library, request, spec.native, operands, None, None, 1)
-        done = _native.gradients(KERNEL.library, spec.native, dy, operands, move(table), move(count), True, True, 1)
+        _, _, _, table, count = _native.normalize(KERNEL.array_library, request, spec.native, operands, None, None, 1)
+        done = _native.gradients(
+            KERNEL.array_library, spec.native, dy, operands, move(table), move(count), True, True, 1
+        )
         return y, *after[:2], *done
 
     for ours, aligned in zip(both(misaligned), both(lambda array: array), strict=True):

@@ -112,7 +112,7 @@ def test_out_of_memory_is_a_memory_error():
         spec = spec_of("flax", 1, 2).native
 
         def call():
-            return _native.normalize(KERNEL.library, MEASURE, spec, (x, None, None, None, None), None, None, 1)
+            return _native.normalize(KERNEL.array_library, MEASURE, spec, (x, None, None, None, None), None, None, 1)
 
         pages = int(open("/proc/self/statm").read().split()[0])
         before = resource.getrlimit(resource.RLIMIT_AS)

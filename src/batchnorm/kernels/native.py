@@ -41,17 +41,17 @@ class Native:
     """The C++ kernels on arrays of one library."""
 
     def __init__(self, library: Any, ops: ArrayOps, threads: Callable[[], int]) -> None:
-        self.library, self.ops, self.threads = library, ops, threads
+        self.array_library, self.ops, self.threads = library, ops, threads
 
     def call(self, request: Any, spec: Spec, operands: Operands, numbers: Any = None, out: Array | None = None) -> Any:
         """`_native.normalize`, once more with copies where no kernel walks through the arrays as they are."""
         if spec.native is None:
             return STRIDES
-        done = _native.normalize(self.library, request, spec.native, operands, numbers, out, self.threads())
+        done = _native.normalize(self.array_library, request, spec.native, operands, numbers, out, self.threads())
         if done is not STRIDES:
             return done
         operands = in_c_order(self.ops, spec, operands)
-        done = _native.normalize(self.library, request, spec.native, operands, numbers, None, self.threads())
+        done = _native.normalize(self.array_library, request, spec.native, operands, numbers, None, self.threads())
         if out is None or type(done) is not tuple:
             return done
         out[...] = done[0]
@@ -61,16 +61,16 @@ class Native:
         """`_native.gradients`."""
         if spec.native is None:
             return STRIDES
-        done = _native.gradients(self.library, spec.native, dy, operands, *options, self.threads())
+        done = _native.gradients(self.array_library, spec.native, dy, operands, *options, self.threads())
         return self.copied_backward(spec, dy, operands, options) if done is STRIDES else done
 
     def copied_backward(self, spec: Spec, dy: Array, operands: Operands, options: BackwardOptions) -> Any:
         """`call_backward` with dy and the residual in the layout of x or, if that is declined, all in C order."""
         copied, alike = in_layout_of_x(self.ops, dy, operands)
-        done = _native.gradients(self.library, spec.native, copied, alike, *options, self.threads())
+        done = _native.gradients(self.array_library, spec.native, copied, alike, *options, self.threads())
         if done is STRIDES:
             dy, operands = self.ops.contiguous(dy), in_c_order(self.ops, spec, operands)
-            done = _native.gradients(self.library, spec.native, dy, operands, *options, self.threads())
+            done = _native.gradients(self.array_library, spec.native, dy, operands, *options, self.threads())
         return done
 
     def normalize(
