@@ -16,11 +16,11 @@ from batchnorm.core.masks import Lengths
 from batchnorm.core.moments import Moments
 from batchnorm.core.normalize import effective_beta, effective_gamma
 from batchnorm.core.running import RunningStatistics, statistics_of_state
+from batchnorm.dimension_names import Axis, is_named, renamed
 from batchnorm.kernels import generic
 from batchnorm.kernels.generic import Cache, Gradients
 from batchnorm.kernels.interface import Kernel
 from batchnorm.kernels.registry import KERNELS, select
-from batchnorm.named import Axis, is_named, renamed
 from batchnorm.spec import Activation, Operands, Spec, cached_spec, new_tuple
 from batchnorm.validation import (
     Arguments,
@@ -37,7 +37,7 @@ from batchnorm.validation import (
     check_state,
     check_trainable,
     check_training,
-    known,
+    concrete_bool,
 )
 
 
@@ -165,7 +165,7 @@ def checked_batch_norm(
     if type(done) is not tuple:
         done = generic.normalize(spec, operands, running, training, out)
     y, updated = done
-    if training is not False and known(updated.skipped > running.skipped):
+    if training is not False and concrete_bool(updated.skipped > running.skipped):
         (warn or warn_of_skipped)()
     return y, updated
 
@@ -413,7 +413,7 @@ def advance(
     batch = check_moments(moments, running)
     check_enterable(batch, record, masked=masked)
     updated = generic.advance_by_moments(running, batch, record, masked=masked)
-    if known(updated.skipped > running.skipped):
+    if concrete_bool(updated.skipped > running.skipped):
         warn_of_skipped()
     return updated
 

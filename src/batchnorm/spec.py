@@ -9,7 +9,7 @@ from typing import Any, NamedTuple, get_args, get_type_hints
 from batchnorm.convention import Convention, EpsPlacement, MaskedOutput, Single, Tracked
 from batchnorm.conventions import resolve
 from batchnorm.core import activations
-from batchnorm.core.axes import Axes, split
+from batchnorm.core.axes import Axes, split_axes
 from batchnorm.core.dtypes import Array
 from batchnorm.core.masks import Mask
 from batchnorm.core.running import RunningStatistics
@@ -70,12 +70,6 @@ class Spec:
     def __reduce__(self) -> Any:
         return Spec, (self.convention, self.axes, self.activation, self.group_size, self.dims)
 
-    @property
-    def is_in_lanes(self) -> bool:
-        """Whether the first axis keeps statistics and the next one does not: one batch norm for each of its indices."""
-        kept = self.axes.kept
-        return len(kept) > 1 and kept[0] == 0 and kept[1] > 1
-
     def initial_state(self, x: Array) -> RunningStatistics:
         """The running statistics before the first batch, beside x."""
         return RunningStatistics.initial(self.axes.statistics_shape(x.shape), self.convention, like=x)
@@ -110,7 +104,7 @@ def spec_of(
     record = resolve(convention, eps, decay, single, masked_output)
     if isinstance(activation, str):
         activations.find(activation)
-    return Spec(record, split(record.axis if axis is None else axis, ndim), activation)
+    return Spec(record, split_axes(record.axis if axis is None else axis, ndim), activation)
 
 
 #: `spec_of`, cached, for calls without a callable activation, which a cache would keep alive. Typed: True is no axis.
@@ -132,8 +126,8 @@ def unsupported_reason(axes: Axes, activation: Activation | None) -> str | None:
         return "a callable activation is array code"
     if axes.ndim > MOST_DIMENSIONS:
         return f"x has more than {MOST_DIMENSIONS} dimensions"
-    own = axes.kept[1:] if len(axes.kept) > 1 and axes.kept[0] == 0 and axes.kept[1] > 1 else axes.kept
-    if own and own[-1] - own[0] >= len(own):
+    channel_axes = axes.channel_axes[axes.has_lanes :]
+    if channel_axes and channel_axes[-1] - channel_axes[0] >= len(channel_axes):
         return "the axes with statistics of their own are not next to each other"
     return None
 
@@ -148,8 +142,8 @@ def native_spec(spec: Spec) -> Any:
     convention, (activation, slope) = spec.convention, activation_code(spec.activation)
     averaging, masked = (_native.Averaging(**averaging_fields(convention, masked=masked)) for masked in (False, True))
     return _native.Spec(
-        channel_axes=spec.axes.kept_bits,
-        group_size=1 if spec.is_in_lanes else spec.group_size,
+        channel_axes=spec.axes.channel_bits,
+        group_size=1 if spec.axes.has_lanes else spec.group_size,
         activation=activation,
         slope=slope,
         eps=convention.eps,

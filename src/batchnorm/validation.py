@@ -11,7 +11,7 @@ import numpy
 
 from batchnorm.convention import Convention
 from batchnorm.core import activations
-from batchnorm.core.axes import Axes, split
+from batchnorm.core.axes import Axes, split_axes
 from batchnorm.core.dtypes import (
     FLOATS,
     Array,
@@ -24,14 +24,14 @@ from batchnorm.core.dtypes import (
     placement,
     statistics_dtype,
 )
-from batchnorm.core.masks import Lengths, Mask, counts, elementwise
+from batchnorm.core.masks import Lengths, Mask, as_boolean_mask, counts
 from batchnorm.core.moments import Moments
 from batchnorm.core.running import RunningStatistics
-from batchnorm.named import Axis, is_named, may_be_named, numbered_axis, unnamed, unnamed_like
+from batchnorm.dimension_names import Axis, is_named, may_be_named, numbered_axis, unnamed, unnamed_like
 from batchnorm.spec import Operands, Spec
 
 
-def known(condition: Any) -> bool | None:
+def concrete_bool(condition: Any) -> bool | None:
     """A condition's value; None where it is traced, lazy, or on a device that it would have to be fetched from."""
     if array_api_compat.is_torch_array(condition) and condition.device.type != "cpu":
         return None
@@ -94,7 +94,7 @@ def check_axes(given: Any, x: Array, axis: Axis) -> Axes:
     """The split of the axes of x, whose rank must be at least 1."""
     if x.ndim == 0:
         raise ValueError("x is a scalar; batch normalization needs at least one dimension")
-    return split(axis if type(axis) is int else numbered_axis(given, as_axis(axis)), x.ndim)
+    return split_axes(axis if type(axis) is int else numbered_axis(given, as_axis(axis)), x.ndim)
 
 
 def as_axis(axis: Any) -> Any:
@@ -129,7 +129,7 @@ def check_statistics_shape(name: str, value: Array, x: Array, axes: Axes) -> Non
     """Raise unless `value` has one element for each channel of x."""
     expected = axes.statistics_shape(x.shape)
     if value.shape != expected:
-        kept = axes.kept[0] if len(axes.kept) == 1 else axes.kept
+        kept = axes.channel_axes[0] if len(axes.channel_axes) == 1 else axes.channel_axes
         raise ValueError(
             f"{name} has shape {tuple(value.shape)}, but x with shape {tuple(x.shape)} has channels {expected} along "
             f"axis {kept}; give {name} shape {expected}, or pass the axis of the channels as axis="
@@ -200,7 +200,7 @@ def check_moments(moments: Any, running: RunningStatistics) -> Moments:
                 "axis whose statistics the state holds"
             )
     for name in ("count", "m2"):
-        if known(xp.any(getattr(moments, name) < 0)):
+        if concrete_bool(xp.any(getattr(moments, name) < 0)):
             raise ValueError(f"moments.{name} is {getattr(moments, name)}; it cannot be negative")
     dtype = statistics_dtype(xp, *moments[1:])
     return Moments(moments.count, *(cast(xp, value, dtype) for value in moments[1:]))
@@ -212,7 +212,7 @@ def check_training(training: Any) -> Any:
         return bool(training)
     if not array_api_compat.is_array_api_obj(training) or dtype_name(training.dtype) != "bool" or training.ndim:
         raise TypeError(f"training is {training!r}; it must be True, False or a scalar boolean array")
-    value = known(training)
+    value = concrete_bool(training)
     return training if value is None else value
 
 
@@ -297,8 +297,8 @@ def check_mask(mask: Any, lengths: Any, x: Array, axes: Axes) -> Mask:
     sizes = (1,) * (x.ndim - mask.ndim) + shape
     if len(sizes) != x.ndim or any(size not in (1, full) for size, full in zip(sizes, x.shape, strict=True)):
         hint = ""
-        if shape == tuple(size for axis, size in enumerate(x.shape) if axis not in axes.kept):
-            places = ["None" if axis in axes.kept else ":" for axis in range(axes.kept[-1] + 1)]
+        if shape == tuple(size for axis, size in enumerate(x.shape) if axis not in axes.channel_axes):
+            places = ["None" if axis in axes.channel_axes else ":" for axis in range(axes.channel_axes[-1] + 1)]
             hint = f": pass mask[{', '.join(places)}]"
         elif shape == tuple(x.shape[: mask.ndim]):
             hint = f": pass mask.reshape({shape + (1,) * (x.ndim - mask.ndim)})"
@@ -311,7 +311,7 @@ def check_lengths(lengths: Any, x: Array, axes: Axes) -> Lengths:
     if len(axes.reduced) < 2:
         raise ValueError(
             f"lengths needs a batch axis and a time axis besides the channels; x has shape {tuple(x.shape)} and axis "
-            f"{axes.kept}: pass mask= instead"
+            f"{axes.channel_axes}: pass mask= instead"
         )
     batch, time = axes.reduced[:2]
     xp = namespace(x)
@@ -324,7 +324,7 @@ def check_lengths(lengths: Any, x: Array, axes: Axes) -> Lengths:
         raise ValueError(
             f"lengths has shape {tuple(lengths.shape)}; it must be ({x.shape[batch]},), one for each sequence of x"
         )
-    if known(xp.all((lengths >= 0) & (lengths <= x.shape[time]))) is False:
+    if concrete_bool(xp.all((lengths >= 0) & (lengths <= x.shape[time]))) is False:
         raise ValueError(f"lengths are {lengths}; each must lie in 0 to {x.shape[time]}, the size of axis {time} of x")
     return Lengths(lengths)
 
@@ -370,13 +370,13 @@ def check_trainable(spec: Spec, operands: Operands) -> None:
         is_single: bool | None = any(spec.axes.elements(size) == 1 for size in sizes)
     elif len(groups) == 1:
         xp = namespace(x)
-        is_single = known(xp.any(counts(xp, x, spec.axes, mask) == 1))
+        is_single = concrete_bool(xp.any(counts(xp, x, spec.axes, mask) == 1))
     else:
         xp = namespace(x)
-        keep: Any = elementwise(xp, mask, x, spec.axes)
+        keep: Any = as_boolean_mask(xp, mask, x, spec.axes)
         parts = (keep if keep.shape[0] == 1 else keep[begin:end] for begin, end in groups)
         own = (counts(xp, x[begin:end], spec.axes, part) for (begin, end), part in zip(groups, parts, strict=True))
-        is_single = known(xp.any(xp.stack(list(own)) == 1))
+        is_single = concrete_bool(xp.any(xp.stack(list(own)) == 1))
     if is_single:
         where = " after masking" * (mask is not None) + f" in a group of {spec.group_size}" * (len(groups) > 1)
         raise ValueError(
@@ -388,7 +388,7 @@ def check_trainable(spec: Spec, operands: Operands) -> None:
 
 def check_positive_eps(convention: Convention) -> None:
     """Raise where the convention refuses to train without eps, and there is none."""
-    if convention.zero_eps == "error" and known(convention.eps == 0):
+    if convention.zero_eps == "error" and concrete_bool(convention.eps == 0):
         raise ValueError(
             f"eps must be positive in training, but is 0: {convention.name} refuses it, as a constant channel would "
             "divide by 0; pass eps > 0"
@@ -400,7 +400,7 @@ def check_enterable(batch: Moments, convention: Convention, *, masked: bool) -> 
     check_positive_eps(convention)
     if convention.single != "error" or (masked and convention.masked_running_correction == 0):
         return
-    if known(namespace(batch.mean).any(batch.count == 1)):
+    if concrete_bool(namespace(batch.mean).any(batch.count == 1)):
         raise ValueError(
             f"moments.count is {batch.count}: one element per channel has no variance, and {convention.name} refuses "
             "it in training; use a larger batch, or pass dataclasses.replace(convention, single='clamp') or 'running'"

@@ -188,7 +188,7 @@ def test_errors(options, message):
 def test_operands_that_do_not_go_together():
     """What binds the primitives by hand gets an error and no crash."""
     rule = formulas.Rule(1e-5, None, False)
-    x, none, forward_p = jnp.ones((1, 4, 3)), formulas.absent(), primitives.forward_p
+    x, none, forward_p = jnp.ones((1, 4, 3)), formulas.placeholder(), primitives.forward_p
     with pytest.raises(Exception, match="operands that do not go together"):
         jax.block_until_ready(forward_p.bind(x, jnp.ones((1, 4)), none, none, none, rule=rule))
     with pytest.raises(Exception, match="operands that do not go together"):

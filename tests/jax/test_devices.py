@@ -95,8 +95,8 @@ def test_traced_flag_in_shard_map():
 @pytest.mark.parametrize("devices", [2, 8])
 def test_automatic_sharding(devices):
     """XLA cuts array code up, with sums over the devices; a call of the kernels would have all of x on each."""
-    spread_out = NamedSharding(mesh_of(devices), P("d"))
-    x, dy = (jax.device_put(array, spread_out) for array in (X, DY))
+    sharding = NamedSharding(mesh_of(devices), P("d"))
+    x, dy = (jax.device_put(array, sharding) for array in (X, DY))
     check(jax.jit(step)(x, GAMMA, BETA), expected_step())
     check(step(x, GAMMA, BETA), expected_step())  # without jit
     gradients = jax.jit(jax.grad(total, argnums=ALL))

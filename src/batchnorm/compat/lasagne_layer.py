@@ -8,7 +8,7 @@ from batchnorm.compat.lasagne_formulas import Values, apply_as_written
 from batchnorm.compat.shared import Shared
 from batchnorm.compat.storage import batch_norm
 from batchnorm.conventions import resolve
-from batchnorm.core.axes import split
+from batchnorm.core.axes import split_axes
 from batchnorm.core.dtypes import Array, namespace
 from batchnorm.core.running import RunningStatistics
 from batchnorm.validation import check_array
@@ -104,12 +104,12 @@ class BatchNormLayer:
         check_values(own, tuple(self.mean.value.shape), input, "input")
         if self.faithful:
             return apply_as_written(self, values, input, deterministic)
-        xp, axes = namespace(input), split(tuple(a for a in range(input.ndim) if a not in self.axes), input.ndim)
-        mean, std, beta, gamma = (axes.gather(xp, values[name]) for name in ("mean", "std", "beta", "gamma"))
+        xp, axes = namespace(input), split_axes(tuple(a for a in range(input.ndim) if a not in self.axes), input.ndim)
+        mean, std, beta, gamma = (axes.squeeze_reduced(xp, values[name]) for name in ("mean", "std", "beta", "gamma"))
         y, running = batch_norm(
             (input, gamma, beta), RunningStatistics(mean, std, tracked="std"), training=not deterministic,
-            axis=axes.kept,
+            axis=axes.channel_axes,
             convention=resolve("lasagne-gist", self.epsilon, 1 - self.alpha, None, None),
             activation=activation_of(self.nonlinearity),
         )  # fmt: skip
-        return y, values | {"mean": axes.spread_out(xp, running.mean), "std": axes.spread_out(xp, running.spread)}
+        return y, values | {"mean": axes.expand_to_x(xp, running.mean), "std": axes.expand_to_x(xp, running.spread)}

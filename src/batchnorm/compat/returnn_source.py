@@ -7,10 +7,10 @@ import xarray
 from xarray import DataArray
 
 from batchnorm.compat.storage import without_derivatives
-from batchnorm.core.axes import split
+from batchnorm.core.axes import split_axes
 from batchnorm.core.dtypes import cast, namespace, statistics_dtype
 from batchnorm.core.running import RunningStatistics
-from batchnorm.named import unnamed_like
+from batchnorm.dimension_names import unnamed_like
 from batchnorm.validation import as_array_like, check_array, check_same_library
 
 PREFIX = "lengths_of_"
@@ -91,8 +91,8 @@ def statistics_as_written(source: DataArray, in_dim: Any, mask: DataArray | None
     xp = namespace(source.data)
     x = cast(xp, without_derivatives(source.data), statistics_dtype(xp, source.data))
     counted = as_array_like(x, True if mask is None else unnamed_like("mask", mask, source))
-    axes = split(source.get_axis_num(in_dim), source.ndim)
-    count = axes.total(xp, xp.where(counted, xp.ones_like(x), 0.0), x.dtype)
-    mean = axes.total(xp, xp.where(counted, x, 0.0), x.dtype) / count
-    var = axes.total(xp, xp.where(counted, (x - mean) ** 2, 0.0), x.dtype) / count
-    return RunningStatistics(axes.gather(xp, mean), axes.gather(xp, var), steps=1.0)
+    axes = split_axes(source.get_axis_num(in_dim), source.ndim)
+    count = axes.sum_reduced(xp, xp.where(counted, xp.ones_like(x), 0.0), x.dtype)
+    mean = axes.sum_reduced(xp, xp.where(counted, x, 0.0), x.dtype) / count
+    var = axes.sum_reduced(xp, xp.where(counted, (x - mean) ** 2, 0.0), x.dtype) / count
+    return RunningStatistics(axes.squeeze_reduced(xp, mean), axes.squeeze_reduced(xp, var), steps=1.0)

@@ -11,9 +11,9 @@ import array_api_compat
 from batchnorm.convention import Convention
 from batchnorm.core.dtypes import Array
 from batchnorm.core.running import RunningStatistics
+from batchnorm.dimension_names import Axis, is_named, renamed
 from batchnorm.functional import SKIPPED_REMARK, checked_batch_norm, warn_of_skipped
 from batchnorm.kernels.registry import select
-from batchnorm.named import Axis, is_named, renamed
 from batchnorm.spec import Activation
 from batchnorm.validation import Arguments, check_call
 

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from batchnorm.core import activations
 from batchnorm.core.running import RunningStatistics
 from batchnorm.jax.averaging import checksum
-from batchnorm.jax.implicit import checked_weight
+from batchnorm.jax.implicit import check_weight
 
 
 def apply_as_written(layer: Any, x: jax.Array) -> jax.Array:
@@ -17,7 +17,7 @@ def apply_as_written(layer: Any, x: jax.Array) -> jax.Array:
     The gradients of mu and sigma are mean(x) and sqrt(var + eps) * m / (m - 1), also where these are NaN or infinite.
     """
     wide = x.astype(jnp.promote_types(jnp.float32, x.dtype))
-    running = checked_weight(layer.running.map(jnp.asarray))
+    running = check_weight(layer.running.map(jnp.asarray))
     z = along(layer.gamma, x) * xhat(running, wide, layer.eps) + along(layer.beta, x)
     y: jax.Array = activations.apply(jnp, z, layer.activation)
     return y.astype(x.dtype)
@@ -47,12 +47,12 @@ def forward(running: RunningStatistics, x: jax.Array, eps: float) -> tuple[jax.A
     return normalized, (normalized, sigma, batch._replace(weight=checksum(batch)))
 
 
-def backward(kept: Any, d: jax.Array) -> tuple[RunningStatistics, jax.Array, None]:
+def backward(residuals: Any, d: jax.Array) -> tuple[RunningStatistics, jax.Array, None]:
     """The gradients: the statistics of the batch as that of the state, whatever d is, and dx.
 
     dx = (d - mean(d) - xhat * mean(d * xhat)) / sigma
     """
-    normalized, sigma, batch = kept
+    normalized, sigma, batch = residuals
     axes = (0, *range(2, d.ndim))
     means = jnp.mean(d, axes, keepdims=True) + normalized * jnp.mean(d * normalized, axes, keepdims=True)
     return batch, (d - means) / sigma, None

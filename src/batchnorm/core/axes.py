@@ -12,34 +12,39 @@ class Axes:
     """A split of the axes of x, both parts ascending and non-negative.
 
     Attributes:
-        kept: Axes with statistics for each index (for each combination of indices where there are several).
+        channel_axes: Axes with statistics for each index (for each combination of indices where there are several).
         reduced: All the others.
     """
 
-    kept: tuple[int, ...]
+    channel_axes: tuple[int, ...]
     reduced: tuple[int, ...]
 
     @property
     def ndim(self) -> int:
         """Rank of x."""
-        return len(self.kept) + len(self.reduced)
+        return len(self.channel_axes) + len(self.reduced)
+
+    @property
+    def has_lanes(self) -> bool:
+        """Whether the first axis is a channel axis and the second is not: each of its indices is a batch norm."""
+        return self.channel_axes[:1] == (0,) and self.channel_axes[1:2] > (1,)
 
     @cached_property
-    def kept_bits(self) -> int:
-        """The kept axes as the set bits of a number."""
-        return sum(1 << axis for axis in self.kept)
+    def channel_bits(self) -> int:
+        """The channel axes as the set bits of a number."""
+        return sum(1 << axis for axis in self.channel_axes)
 
     def statistics_shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
-        """Shape of the statistics of an x of this shape: the sizes of the kept axes."""
-        if len(self.kept) == 1:
-            return (shape[self.kept[0]],)
-        return tuple(shape[axis] for axis in self.kept)
+        """Shape of the statistics of an x of this shape: the sizes of the channel axes."""
+        if len(self.channel_axes) == 1:
+            return (shape[self.channel_axes[0]],)
+        return tuple(shape[axis] for axis in self.channel_axes)
 
     def elements(self, shape: tuple[int, ...]) -> int:
         """Elements per channel of an x of this shape."""
         return math.prod(shape[axis] for axis in self.reduced)
 
-    def total(self, xp: Namespace, values: Array, dtype: DType) -> Array:
+    def sum_reduced(self, xp: Namespace, values: Array, dtype: DType) -> Array:
         """Sums over the reduced axes, which keep size 1, in `dtype`.
 
         Kept axes of size 1 are summed over as well: on (1, 25088, 128), XLA (JAX 0.10, on a CPU) takes 30 times as long
@@ -48,17 +53,18 @@ class Axes:
         axes = tuple(axis for axis in range(self.ndim) if axis in self.reduced or values.shape[axis] == 1)
         return xp.sum(values, axis=axes, keepdims=True, dtype=dtype)
 
-    def spread_out(self, xp: Namespace, statistic: Array) -> Array:
+    def expand_to_x(self, xp: Namespace, statistic: Array) -> Array:
         """`statistic` with size 1 on every reduced axis, to broadcast against x."""
         sizes = iter(statistic.shape)
-        return xp.reshape(statistic, tuple(next(sizes) if axis in self.kept else 1 for axis in range(self.ndim)))
+        shape = tuple(next(sizes) if axis in self.channel_axes else 1 for axis in range(self.ndim))
+        return xp.reshape(statistic, shape)
 
-    def gather(self, xp: Namespace, statistic: Array) -> Array:
-        """The inverse of `spread_out`."""
-        return xp.reshape(statistic, tuple(statistic.shape[axis] for axis in self.kept))
+    def squeeze_reduced(self, xp: Namespace, statistic: Array) -> Array:
+        """The inverse of `expand_to_x`."""
+        return xp.reshape(statistic, tuple(statistic.shape[axis] for axis in self.channel_axes))
 
 
-def split(axis: int | tuple[int, ...], ndim: int) -> Axes:
+def split_axes(axis: int | tuple[int, ...], ndim: int) -> Axes:
     """The axes of an x of rank `ndim` that keeps statistics along `axis`.
 
     Args:
@@ -73,12 +79,12 @@ def split(axis: int | tuple[int, ...], ndim: int) -> Axes:
     for a in axis if isinstance(axis, tuple) else (axis,):  # a cache takes (0.0,) and (False,) for (0,)
         if isinstance(a, bool) or not isinstance(a, int):
             raise TypeError(f"axis is {axis!r}; it must be an integer or a tuple of integers")
-    return split_integers(axis, ndim)
+    return split_integer_axes(axis, ndim)
 
 
 @lru_cache
-def split_integers(axis: int | tuple[int, ...], ndim: int) -> Axes:
-    """`split` of what has been checked to be integers."""
+def split_integer_axes(axis: int | tuple[int, ...], ndim: int) -> Axes:
+    """`split_axes` of what has been checked to be integers."""
     axes = axis if isinstance(axis, tuple) else (axis,)
     for a in axes:
         if not -ndim <= a < ndim:
@@ -86,7 +92,7 @@ def split_integers(axis: int | tuple[int, ...], ndim: int) -> Axes:
                 f"axis {a} is out of range for x with {ndim} dimension{'s' * (ndim != 1)}; "
                 f"allowed are {-ndim} to {ndim - 1}: pass the axis of the channels as axis="
             )
-    kept = tuple(sorted(a % ndim for a in axes))
-    if len(set(kept)) < len(kept):
+    channel_axes = tuple(sorted(a % ndim for a in axes))
+    if len(set(channel_axes)) < len(channel_axes):
         raise ValueError(f"axis {axis!r} names an axis twice for x with {ndim} dimensions")
-    return Axes(kept, tuple(a for a in range(ndim) if a not in kept))
+    return Axes(channel_axes, tuple(a for a in range(ndim) if a not in channel_axes))

@@ -35,11 +35,11 @@ def gradients(
     Returns:
         dx, dgamma, dbeta in the dtype of the statistics.
     """
-    mean, mean_lo, rstd = (axes.spread_out(xp, statistic) for statistic in statistics)
+    mean, mean_lo, rstd = (axes.expand_to_x(xp, statistic) for statistic in statistics)
     wide = accumulation_dtype(xp, x)
 
     def total(values: Array) -> Array:
-        return cast(xp, axes.total(xp, values, wide), rstd.dtype)
+        return cast(xp, axes.sum_reduced(xp, values, wide), rstd.dtype)
 
     dy = cast(xp, dy, rstd.dtype)
     deviation = cast(xp, x, rstd.dtype) - mean
@@ -47,14 +47,14 @@ def gradients(
         deviation = xp.where(mask, deviation, mean_lo)
     dbeta = total(dy)
     dgamma = total(dy * ((deviation - mean_lo) * rstd))
-    n = axes.spread_out(xp, xp.maximum(cast(xp, count, rstd.dtype), xp.ones_like(statistics.rstd)))
-    a = rstd if gamma is None else axes.spread_out(xp, cast(xp, gamma, rstd.dtype)) * rstd
+    n = axes.expand_to_x(xp, xp.maximum(cast(xp, count, rstd.dtype), xp.ones_like(statistics.rstd)))
+    a = rstd if gamma is None else axes.expand_to_x(xp, cast(xp, gamma, rstd.dtype)) * rstd
     b = -a * rstd * dgamma / n
     c = -a * dbeta / n - b * mean_lo
     dx = a * dy + (b * deviation + c)
     if mask is not None:
         dx = xp.where(mask, dx, 0.0)
-    return dx, axes.gather(xp, dgamma), axes.gather(xp, dbeta)
+    return dx, axes.squeeze_reduced(xp, dgamma), axes.squeeze_reduced(xp, dbeta)
 
 
 def gradients_by_state(
@@ -82,12 +82,12 @@ def gradients_by_state(
     Returns:
         dx, dgamma, dbeta in the dtype of the statistics.
     """
-    mean, mean_lo, rstd = (axes.spread_out(xp, statistic) for statistic in statistics)
+    mean, mean_lo, rstd = (axes.expand_to_x(xp, statistic) for statistic in statistics)
     wide = accumulation_dtype(xp, x)
     dy = cast(xp, dy, rstd.dtype)
     xhat = ((cast(xp, x, rstd.dtype) - mean) - mean_lo) * rstd
-    dx = dy * (rstd if gamma is None else axes.spread_out(xp, cast(xp, gamma, rstd.dtype)) * rstd)
+    dx = dy * (rstd if gamma is None else axes.expand_to_x(xp, cast(xp, gamma, rstd.dtype)) * rstd)
     if is_read is not None:
         xhat, dx = xp.where(is_read, xhat, 0.0), xp.where(is_read, dx, 0.0)
-    dgamma, dbeta = (cast(xp, axes.total(xp, values, wide), rstd.dtype) for values in (dy * xhat, dy))
-    return dx, axes.gather(xp, dgamma), axes.gather(xp, dbeta)
+    dgamma, dbeta = (cast(xp, axes.sum_reduced(xp, values, wide), rstd.dtype) for values in (dy * xhat, dy))
+    return dx, axes.squeeze_reduced(xp, dgamma), axes.squeeze_reduced(xp, dbeta)

@@ -16,7 +16,7 @@ class Lengths(NamedTuple):
 Mask = Array | Lengths | None
 
 
-def elementwise(xp: Namespace, mask: Mask, x: Array, axes: Axes) -> Array | None:
+def as_boolean_mask(xp: Namespace, mask: Mask, x: Array, axes: Axes) -> Array | None:
     """The mask as booleans of the rank of x that broadcast to it."""
     if not isinstance(mask, Lengths):
         return mask
@@ -40,5 +40,5 @@ def counts(xp: Namespace, x: Array, axes: Axes, mask: Mask) -> Array:
         of_a_step = math.prod(x.shape[axis] for axis in axes.reduced[2:])
         return xp.broadcast_to(xp.sum(cast(xp, mask.values, integer), dtype=integer) * of_a_step, shape)
     repeats = math.prod(x.shape[axis] for axis in axes.reduced if mask.shape[axis] == 1)
-    kept = xp.sum(cast(xp, mask, integer), axis=axes.reduced, keepdims=True, dtype=integer) * repeats
-    return xp.broadcast_to(axes.gather(xp, kept), shape)
+    counted = xp.sum(cast(xp, mask, integer), axis=axes.reduced, keepdims=True, dtype=integer) * repeats
+    return xp.broadcast_to(axes.squeeze_reduced(xp, counted), shape)

@@ -75,23 +75,23 @@ def moments(xp: Namespace, x: Array, axes: Axes, mask: Array | None = None) -> M
     dtype, wide = statistics_dtype(xp, x), accumulation_dtype(xp, x)
     x = cast(xp, x, dtype)
     count = counts(xp, x, axes, mask)
-    divisor = axes.spread_out(xp, xp.maximum(cast(xp, count, wide), full(xp, (), 1.0, dtype=wide, like=x)))
+    divisor = axes.expand_to_x(xp, xp.maximum(cast(xp, count, wide), full(xp, (), 1.0, dtype=wide, like=x)))
 
     def average(values: Array) -> Array:
-        return cast(xp, axes.total(xp, values, wide) / divisor, dtype)
+        return cast(xp, axes.sum_reduced(xp, values, wide) / divisor, dtype)
 
     x = x if mask is None else xp.where(mask, x, 0.0)
     hi = average(x)
     deviation = x - hi if mask is None else xp.where(mask, x - hi, 0.0)
     lo = average(deviation)
-    square = axes.total(xp, deviation * deviation, wide)
+    square = axes.sum_reduced(xp, deviation * deviation, wide)
     m2 = square - divisor * cast(xp, lo, wide) ** 2
     # Of a constant channel what is left is the rounding of these sums, of either sign. Not `maximum`, whose derivative
     # where both are 0 is half of m2's.
     rounding = 64 * float(xp.finfo(wide).eps)
     m2 = cast(xp, xp.where(m2 < rounding * square, 0.0, m2), dtype)
     mean, mean_lo = two_sum(hi, lo)
-    return Moments(count, axes.gather(xp, mean), axes.gather(xp, m2), axes.gather(xp, mean_lo))
+    return Moments(count, *(axes.squeeze_reduced(xp, moment) for moment in (mean, m2, mean_lo)))
 
 
 def merge(xp: Namespace, a: Moments, b: Moments) -> Moments:

@@ -25,7 +25,7 @@ def statistics_of_batch(
     return Statistics(batch.mean, batch.mean_lo, rstd_of_var(xp, batch.m2 / divisor, eps, placement))
 
 
-def xhat_factor(xp: Namespace, batch: Moments, eps: float, placement: EpsPlacement, correction: int) -> Array | None:
+def xhat_scale(xp: Namespace, batch: Moments, eps: float, placement: EpsPlacement, correction: int) -> Array | None:
     """The factor of the xhat term of dx; None for 1.
 
         count / (count - correction), for eps outside the root times (std + eps) / std
@@ -128,11 +128,11 @@ def normalize(
     x - mean comes first: folded into y = scale * x + offset, the two large terms cancel, which costs 46 units in the
     last place at mean/std = 1e2 and 2300 at 1e4.
     """
-    mean, rstd = axes.spread_out(xp, statistics.mean), axes.spread_out(xp, statistics.rstd)
-    scale = rstd if gamma is None else axes.spread_out(xp, gamma) * rstd
+    mean, rstd = axes.expand_to_x(xp, statistics.mean), axes.expand_to_x(xp, statistics.rstd)
+    scale = rstd if gamma is None else axes.expand_to_x(xp, gamma) * rstd
     y = scale * (cast(xp, x, mean.dtype) - mean)
-    offset = None if beta is None else axes.spread_out(xp, beta)
+    offset = None if beta is None else axes.expand_to_x(xp, beta)
     if statistics.mean_lo is not None:
-        rest = scale * axes.spread_out(xp, statistics.mean_lo)
+        rest = scale * axes.expand_to_x(xp, statistics.mean_lo)
         offset = -rest if offset is None else offset - rest
     return y if offset is None else y + offset

@@ -14,10 +14,10 @@ from batchnorm.core.running import RunningStatistics
 from batchnorm.flax.options import Own
 from batchnorm.functional import SKIPPED_REMARK, warn_of_skipped
 from batchnorm.jax import batch_norm
-from batchnorm.validation import check_list, known
+from batchnorm.validation import check_list, concrete_bool
 
 
-class Call(NamedTuple):
+class LayerCall(NamedTuple):
     """A call but for its arrays; hashable, unless a callable activation is not."""
 
     training: bool
@@ -126,7 +126,7 @@ def check_shapes(layer: Any, x: jax.Array, axes: tuple[int, ...], variables: Map
             )
 
 
-def check_epsilon(call: Call, epsilon: jax.Array | None) -> None:
+def check_epsilon(call: LayerCall, epsilon: jax.Array | None) -> None:
     """Raise where the convention refuses to train without an epsilon, and it is 0.
 
     Raises:
@@ -135,7 +135,7 @@ def check_epsilon(call: Call, epsilon: jax.Array | None) -> None:
     convention = call.own.convention
     if not call.training or convention.zero_eps == "allowed":
         return
-    if known((convention.eps if epsilon is None else epsilon) == 0):
+    if concrete_bool((convention.eps if epsilon is None else epsilon) == 0):
         raise ValueError(
             f"epsilon must be positive in training, but is 0: {convention.name} refuses it, as a constant channel "
             "would divide by 0; pass epsilon > 0"
@@ -168,7 +168,7 @@ def as_dtype(value: Any, dtype: Any) -> jax.Array | None:
 # ---- computation --------------------------------------------------------------------------------------------------
 
 
-def apply_batch_norm(call: Call, arrays: Arrays) -> tuple[jax.Array, dict[str, jax.Array]]:
+def apply_batch_norm(call: LayerCall, arrays: Arrays) -> tuple[jax.Array, dict[str, jax.Array]]:
     """y in the call's dtype, and the running statistics after the call by their fields.
 
     Eager calls are compiled as a whole and cached: the operations one by one take three times as long on a small batch.
@@ -185,7 +185,7 @@ def apply_batch_norm(call: Call, arrays: Arrays) -> tuple[jax.Array, dict[str, j
         if not is_compilable(call, arrays):
             return compute(call, arrays)[:2]
         y, state, is_skipped = compiled(call, arrays)
-        if call.training and not jax.config.jax_disable_jit and known(is_skipped):  # type: ignore[attr-defined]
+        if call.training and not jax.config.jax_disable_jit and concrete_bool(is_skipped):  # type: ignore[attr-defined]
             warn_of_skipped()
         return y, state
     finally:
@@ -207,14 +207,14 @@ def is_within_tabulate() -> bool:
     return False
 
 
-def is_compilable(call: Call, arrays: Arrays) -> bool:
+def is_compilable(call: LayerCall, arrays: Arrays) -> bool:
     """Whether compiling the call hides nothing: no check depends on values, and no callable refers to variables."""
     has_numbers = arrays.epsilon is None and arrays.momentum is None
     has_checked_mask = arrays.mask is not None and call.own.convention.single == "error"
     return has_numbers and arrays.lengths is None and not has_checked_mask and not callable(call.own.activation)
 
 
-def compute(call: Call, arrays: Arrays) -> tuple[jax.Array, dict[str, jax.Array], jax.Array]:
+def compute(call: LayerCall, arrays: Arrays) -> tuple[jax.Array, dict[str, jax.Array], jax.Array]:
     """`apply_batch_norm`, and whether the batch was skipped."""
     own, wide = call.own, wide_dtype(arrays.x, call.dtype)
     scale, bias = (None if one is None else as_dtype(one, with_fractions(one.dtype)) for one in arrays[1:3])

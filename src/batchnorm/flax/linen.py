@@ -11,7 +11,7 @@ from batchnorm.convention import Convention
 from batchnorm.flax.implicit_linen import ImplicitBatchNorm
 from batchnorm.flax.layer import (
     Arrays,
-    Call,
+    LayerCall,
     apply_batch_norm,
     canonical_dtype,
     check_shapes,
@@ -161,7 +161,7 @@ def normalize(
     bias = layer.param("bias", layer.bias_init, shape, layer.param_dtype) if layer.use_bias else None
 
     given = [array for array in (x, scale, bias) if array is not None]
-    call = Call(
+    call = LayerCall(
         training, axes, canonical_dtype(layer.dtype, *given),
         updated_dtype(layer, x, state["mean"], momentum_array), own,
         axis_name=None if is_initializing else layer.axis_name,

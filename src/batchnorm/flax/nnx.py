@@ -13,7 +13,7 @@ from batchnorm.convention import Convention
 from batchnorm.flax.implicit_nnx import ImplicitBatchNorm
 from batchnorm.flax.layer import (
     Arrays,
-    Call,
+    LayerCall,
     apply_batch_norm,
     canonical_dtype,
     check_shapes,
@@ -174,7 +174,7 @@ def normalize(
     statistics = {name: state[field] for name, field in names.items() if field in ("mean", "spread")}
     check_shapes(layer, x, axes, {"scale": scale, "bias": bias, **statistics})
     dtype, state_dtype = dtypes_of(layer, x, state["mean"], scale, bias)
-    call = Call(training, axes, dtype, state_dtype, own, layer.axis_name, as_groups(layer.axis_index_groups))
+    call = LayerCall(training, axes, dtype, state_dtype, own, layer.axis_name, as_groups(layer.axis_index_groups))
     y, updated = apply_batch_norm(
         call, Arrays(x, scale, bias, state, mask, lengths, residual, epsilon_array, momentum_array)
     )

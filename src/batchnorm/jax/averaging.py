@@ -98,7 +98,7 @@ def running_average(decay: Scalar | None) -> "optax.GradientTransformation":
                 "give the other parameters another transformation, with batchnorm.jax.partition or optax.partition"
             )
         check_width(running)
-        gradient = gradient.map(widened)
+        gradient = gradient.map(widen)
         has_batch = gradient.steps > 0
         number = jnp.where(has_batch, gradient.steps, 1)
         batch = gradient.map(lambda value: value / along(number, value))
@@ -192,19 +192,19 @@ def check_width(running: RunningStatistics) -> None:
             )
 
 
-def widened(value: Any) -> jax.Array:
+def widen(value: Any) -> jax.Array:
     """A gradient in float32 at least: the indices of channels are not exact in bfloat16."""
     return jnp.asarray(value, jnp.promote_types(jnp.float32, jnp.result_type(value)))
 
 
 def checksum(gradient: RunningStatistics) -> jax.Array:
     """A linear function of the mean, spread and steps of each state, with a weight of its own for every element."""
-    return sum((summed(term, gradient.steps) for term in terms(gradient)), start=gradient.steps)
+    return sum((sum_channels(term, gradient.steps) for term in terms(gradient)), start=gradient.steps)
 
 
 def is_proportional(batch: RunningStatistics) -> jax.Array:
     """Whether gradients, divided by their steps unless these are 0, have their checksum and sign still."""
-    squares = sum((summed(term**2, batch.steps) for term in terms(batch)), start=batch.steps**2 + batch.weight**2)
+    squares = sum((sum_channels(term**2, batch.steps) for term in terms(batch)), start=batch.steps**2 + batch.weight**2)
     is_off = abs(checksum(batch) - batch.weight) > TOLERANCE * jnp.sqrt(squares)
     # Steps may also have become 0 where the statistics have not, by a factor that float16 rounds to 0.
     is_uncounted = (batch.steps < 0) | (batch.steps == 0) & (batch.weight != 0)
@@ -259,7 +259,7 @@ def pattern(shape: tuple[int, ...], seed: int, dtype: Any) -> jax.Array:
     return jnp.where(bits % 2 == 0, magnitudes, -magnitudes).reshape(shape)
 
 
-def summed(values: jax.Array, like: jax.Array) -> jax.Array:
+def sum_channels(values: jax.Array, like: jax.Array) -> jax.Array:
     """The sums over the axes that the scalars of a state do not have."""
     return jnp.sum(values, axis=tuple(range(like.ndim, values.ndim)))
 

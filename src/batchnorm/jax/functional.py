@@ -14,7 +14,7 @@ from batchnorm.conventions import resolve
 from batchnorm.core.running import RunningStatistics
 from batchnorm.functional import checked_batch_norm
 from batchnorm.jax.placement import channel_spec, place, place_like, place_mask
-from batchnorm.kernels.jax.formulas import Across
+from batchnorm.kernels.jax.formulas import CrossDevice
 from batchnorm.kernels.registry import select
 from batchnorm.spec import Activation
 from batchnorm.validation import Arguments, as_axis, check_array, check_call
@@ -102,7 +102,7 @@ def batch_norm(
     record = convention_of(convention, x, eps=eps, decay=decay, single=single, masked_output=masked_output)
     choose: Callable[..., Any] = partial(select, kernel)
     if axis_name is not None and training is not False:
-        choose = partial(select_across, Across(axis_name, axis_index_groups), kernel)
+        choose = partial(select_across, CrossDevice(axis_name, axis_index_groups), kernel)
     elif axis_index_groups is not None and axis_name is None:
         raise ValueError("axis_index_groups are groups along axis_name, which is None; pass both or neither")
     axis = record.axis if axis is None else as_axis(axis)
@@ -137,7 +137,7 @@ def convention_of(
     return with_traced(record, **traced) if traced else record
 
 
-def select_across(across: Across, kernel: str | None, *arrays: Any) -> SimpleNamespace:
+def select_across(across: CrossDevice, kernel: str | None, *arrays: Any) -> SimpleNamespace:
     """The kernel that `select` chooses, for a batch that is spread over devices."""
     chosen: Any = select(kernel, *arrays)
     return SimpleNamespace(normalize=partial(chosen.normalize, across=across))

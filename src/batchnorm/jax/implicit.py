@@ -19,9 +19,9 @@ from batchnorm.conventions import resolve
 from batchnorm.core.running import RunningStatistics
 from batchnorm.jax.averaging import check_width, checksum
 from batchnorm.jax.functional import Axis, batch_norm
-from batchnorm.kernels.jax.formulas import varying
+from batchnorm.kernels.jax.formulas import varying_axes
 from batchnorm.spec import Activation
-from batchnorm.validation import known
+from batchnorm.validation import concrete_bool
 
 UNTOUCHED = 2.0**-15  # what averages of parameters may take from a weight of 1: 2e-5 in optax.ema(0.999)
 
@@ -95,11 +95,11 @@ def implicit_batch_norm(
         raise TypeError(f"running is a {type(running).__name__}; it must be a batchnorm.RunningStatistics")
     check_width(running)
     dtype = jnp.promote_types(jnp.float32, jnp.result_type(running.mean))
-    running = checked_weight(running.map(lambda value: jnp.asarray(value, dtype)))
+    running = check_weight(running.map(lambda value: jnp.asarray(value, dtype)))
     options = Options(axis, record, activation)
     if frozen:
         state = running.map(jax.lax.stop_gradient)
-        inferred: jax.Array = evaluated(options, x, gamma, beta, residual, state, (mask, lengths), training=False)[0]
+        inferred: jax.Array = evaluate(options, x, gamma, beta, residual, state, (mask, lengths), training=False)[0]
         return inferred
     constants: list[Any] = []
     if callable(activation):
@@ -111,10 +111,10 @@ def implicit_batch_norm(
     return y
 
 
-def checked_weight(running: RunningStatistics) -> RunningStatistics:
+def check_weight(running: RunningStatistics) -> RunningStatistics:
     """The state, if its weight is about 1 still: another optimizer moves it, by the checksum, and lowers `steps`."""
     is_untouched = (abs(running.weight - 1) < UNTOUCHED) & (running.steps >= 0)
-    if known(jnp.all(is_untouched)) is False:
+    if concrete_bool(jnp.all(is_untouched)) is False:
         weight, steps = (jax.lax.stop_gradient(value) for value in (running.weight, running.steps))
         raise ValueError(
             f"running.weight is {weight}, and not within {UNTOUCHED:.0e} of 1, or running.steps, {steps}, is negative: "
@@ -146,7 +146,7 @@ def normalized(
 ) -> Any:
     """y by the state."""
     options = with_constants(options, constants)
-    return evaluated(options, x, gamma, beta, residual, running, masks, training=False)[0]
+    return evaluate(options, x, gamma, beta, residual, running, masks, training=False)[0]
 
 
 def with_constants(options: Options, constants: list[Any]) -> Options:
@@ -157,7 +157,7 @@ def with_constants(options: Options, constants: list[Any]) -> Options:
     return options._replace(activation=lambda z: function(z, *constants))
 
 
-def evaluated(
+def evaluate(
     options: Options,
     x: Any,
     gamma: Any,
@@ -193,7 +193,7 @@ def forward(
 
     def train(x: Any, gamma: Any, beta: Any, residual: Any, constants: list[Any]) -> Any:
         with_own = with_constants(of_batch, constants)
-        return evaluated(with_own, x, gamma, beta, residual, before, masks, training=True)
+        return evaluate(with_own, x, gamma, beta, residual, before, masks, training=True)
 
     y, pull, batch = jax.vjp(train, x, gamma, beta, residual, constants, has_aux=True)
     mean, spread = (jnp.where(batch.steps > 0, value, 0.0) for value in batch[:2])
@@ -202,17 +202,17 @@ def forward(
     return y, (pull, statistics, (x, gamma, beta, residual, running, constants), masks)
 
 
-def backward(options: Options, kept: Any, dy: Any) -> tuple[Any, ...]:
+def backward(options: Options, residuals: Any, dy: Any) -> tuple[Any, ...]:
     """The gradients, and the statistics of the batch as that of the state."""
-    pull, statistics, primals, masks = kept
+    pull, statistics, primals, masks = residuals
     *gradients, dconstants = pull(dy)
-    results = jax.tree.map(summed_like, (*gradients, statistics, dconstants), primals)
+    results = jax.tree.map(sum_like, (*gradients, statistics, dconstants), primals)
     return (*results, jax.tree.map(lambda _: None, masks))
 
 
-def summed_like(gradient: Any, primal: Any) -> Any:
+def sum_like(gradient: Any, primal: Any) -> Any:
     """The gradient of an argument that is the same on several devices (`shard_map`): the sum of theirs."""
-    axes = tuple(varying(gradient) - varying(primal))
+    axes = tuple(varying_axes(gradient) - varying_axes(primal))
     return jax.lax.psum(gradient, axes) if axes else gradient
 
 

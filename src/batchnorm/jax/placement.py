@@ -5,8 +5,8 @@ from typing import Any
 import jax
 from jax.sharding import PartitionSpec, reshard
 
-from batchnorm.core.axes import split
-from batchnorm.core.masks import elementwise
+from batchnorm.core.axes import split_axes
+from batchnorm.core.masks import as_boolean_mask
 from batchnorm.validation import check_mask
 
 
@@ -15,7 +15,7 @@ def channel_spec(x: jax.Array, axis: Any) -> PartitionSpec | None:
     spec = jax.typeof(x).sharding.spec
     if all(entry is None for entry in spec):
         return None
-    return PartitionSpec(*(spec[kept] for kept in split(axis, x.ndim).kept))
+    return PartitionSpec(*(spec[kept] for kept in split_axes(axis, x.ndim).channel_axes))
 
 
 def place(array: Any, spec: PartitionSpec | None) -> Any:
@@ -32,8 +32,8 @@ def place_like(array: jax.Array, like: Any) -> jax.Array:
 
 def place_mask(mask: Any, lengths: Any, x: jax.Array, axis: Any) -> Any:
     """A mask, or lengths, as booleans that lie as x does: a mask that is broadcast would be unsharded."""
-    axes = split(axis, x.ndim)
-    keep = elementwise(jax.numpy, check_mask(mask, lengths, x, axes), x, axes)
+    axes = split_axes(axis, x.ndim)
+    keep = as_boolean_mask(jax.numpy, check_mask(mask, lengths, x, axes), x, axes)
     if keep is None:
         return None
     return reshard(jax.numpy.broadcast_to(keep, x.shape), jax.typeof(x).sharding.spec)

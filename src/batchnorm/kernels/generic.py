@@ -13,11 +13,11 @@ import numpy
 
 from batchnorm.convention import Convention, MaskedOutput
 from batchnorm.core import activations
-from batchnorm.core.axes import split
+from batchnorm.core.axes import split_axes
 from batchnorm.core.dtypes import Array, Namespace, accumulation_dtype, cast, statistics_dtype
 from batchnorm.core.gradients import gradients as gradients_by_batch
 from batchnorm.core.gradients import gradients_by_state
-from batchnorm.core.masks import Mask, elementwise
+from batchnorm.core.masks import Mask, as_boolean_mask
 from batchnorm.core.moments import Moments
 from batchnorm.core.moments import moments as measure
 from batchnorm.core.normalize import (
@@ -64,10 +64,10 @@ class Gradients(NamedTuple):
 
 
 #: NaN, Inf and overflow in x are reported as statistics that are not finite, once, and not by each operation.
-quietly = numpy.errstate(divide="ignore", invalid="ignore", over="ignore")
+ignore_fp_warnings = numpy.errstate(divide="ignore", invalid="ignore", over="ignore")
 
 
-@quietly
+@ignore_fp_warnings
 def normalize(
     spec: Spec,
     operands: Operands,
@@ -78,38 +78,38 @@ def normalize(
 ) -> tuple[Array, RunningStatistics]:
     """`functional.batch_norm` of checked arguments; `training` may be a traced boolean.
 
-    `across.merged` makes the moments of x those of the batch that x is a part of.
+    `across.merge` makes the moments of x those of the batch that x is a part of.
     """
     xp = array_api_compat.array_namespace(operands.x)
     x, convention, axes = operands.x, spec.convention, spec.axes
-    mask = elementwise(xp, operands.mask, x, axes)
+    mask = as_boolean_mask(xp, operands.mask, x, axes)
     batch, updated = None, running
     if training is not False or convention.update == "always":
         batch = measure(xp, x, axes, mask)
-        batch = batch if across is None else across.merged(batch)
+        batch = batch if across is None else across.merge(batch)
         updated = advance(xp, running, batch, convention, masked=mask is not None)
         if convention.update == "training":
-            updated = choose(xp, training, updated, running)
+            updated = where_state(xp, training, updated, running)
     if spec.group_size and training is not False and convention.normalize_with == "batch":
         by_state = statistics_of_state(xp, running, convention, statistics_dtype(xp, x, running.mean))
-        return deliver(by_groups(xp, spec, operands, by_state), out), detached(updated)
+        return write_out(normalize_groups(xp, spec, operands, by_state), out), detach_state(updated)
 
     dtype = statistics_dtype(xp, x, running.mean)
     statistics = statistics_of_state(xp, updated, convention, dtype)
     if training is not False and batch is not None:
         if convention.normalize_with == "batch":
-            statistics = choose(xp, training, own_statistics(xp, spec, batch), statistics)
+            statistics = where_state(xp, training, own_statistics(xp, spec, batch), statistics)
         if convention.single == "running":
             by_state = statistics_of_state(xp, running, convention, dtype)
-            statistics = choose(xp, batch.count > 1, statistics, by_state)
+            statistics = where_state(xp, batch.count > 1, statistics, by_state)
     operands = operands._replace(mask=mask)
     z = affine(xp, spec, operands, statistics)
     if batch is not None:
-        z = keep_single_elements(xp, spec, operands, z, (batch.count == 1) & training)
-    return deliver(activate(xp, spec, operands, z), out), detached(updated)
+        z = pass_single_elements(xp, spec, operands, z, (batch.count == 1) & training)
+    return write_out(activate(xp, spec, operands, z), out), detach_state(updated)
 
 
-@quietly
+@ignore_fp_warnings
 def forward(
     spec: Spec, operands: Operands, running: RunningStatistics | None = None, out: Array | None = None
 ) -> tuple[Array, Cache]:
@@ -117,11 +117,11 @@ def forward(
     xp, x = array_api_compat.array_namespace(operands.x), operands.x
     if array_api_compat.is_jax_array(x):
         register_spec_with_jax()
-    mask = elementwise(xp, operands.mask, x, spec.axes)
+    mask = as_boolean_mask(xp, operands.mask, x, spec.axes)
     if running is None:
         batch = measure(xp, x, spec.axes, mask)
         statistics, count = own_statistics(xp, spec, batch), batch.count
-        y = deliver(output(xp, spec, operands, statistics), out)
+        y = write_out(output(xp, spec, operands, statistics), out)
     else:
         y, _ = normalize(spec, operands, running, False, out)
         mean, _, rstd = statistics_of_state(xp, running, spec.convention, accumulation_dtype(xp, x))
@@ -130,13 +130,13 @@ def forward(
     return y, Cache(*operands, statistics, count, spec)
 
 
-@quietly
+@ignore_fp_warnings
 def gradients(dy: Array, cache: Cache) -> Gradients:
     """`functional.backward`: the gradients of `forward`, with the pre-activation computed again from x."""
     xp = array_api_compat.array_namespace(dy)
     x, gamma, beta, residual, mask, statistics, count, spec = cache
     convention, axes = spec.convention, spec.axes
-    mask, masked_output = elementwise(xp, mask, x, axes), convention.masked_output
+    mask, masked_output = as_boolean_mask(xp, mask, x, axes), convention.masked_output
     dtype = statistics.rstd.dtype
     dz = cast(xp, dy, dtype)
     if mask is not None and masked_output == "zero":
@@ -149,10 +149,10 @@ def gradients(dy: Array, cache: Cache) -> Gradients:
     if count is not None:
         dx, dgamma, dbeta = gradients_by_batch(xp, dz, x, axes, statistics, count, effective, mask)
     else:
-        is_read = None if mask is None else readable(xp, x, mask, masked_output)
+        is_read = None if mask is None else readable_mask(xp, x, mask, masked_output)
         dx, dgamma, dbeta = gradients_by_state(xp, dz, x, axes, statistics, effective, is_read)
     if residual is not None and mask is not None and masked_output == "normalized":
-        dz = xp.where(readable(xp, residual, mask, masked_output), dz, 0.0)
+        dz = xp.where(readable_mask(xp, residual, mask, masked_output), dz, 0.0)
     return Gradients(
         cast(xp, dx, x.dtype),
         None if gamma is None else gradient_of_gamma(xp, gamma, None if effective is None else dgamma, convention),
@@ -161,20 +161,20 @@ def gradients(dy: Array, cache: Cache) -> Gradients:
     )
 
 
-@quietly
+@ignore_fp_warnings
 def moments(spec: Spec, x: Array, mask: Mask) -> Moments:
     """`functional.moments` of checked arguments."""
     xp = array_api_compat.array_namespace(x)
-    return measure(xp, x, spec.axes, elementwise(xp, mask, x, spec.axes))
+    return measure(xp, x, spec.axes, as_boolean_mask(xp, mask, x, spec.axes))
 
 
-@quietly
+@ignore_fp_warnings
 def advance_by_moments(
     running: RunningStatistics, batch: Moments, convention: Convention, *, masked: bool
 ) -> RunningStatistics:
     """`functional.advance` of checked arguments."""
     xp = array_api_compat.array_namespace(running.mean)
-    return detached(advance(xp, running, batch, convention, masked=masked))
+    return detach_state(advance(xp, running, batch, convention, masked=masked))
 
 
 def unsupported_reason(spec: Spec, operands: Operands, others: tuple[Array | None, ...]) -> str | None:
@@ -191,55 +191,55 @@ def own_statistics(xp: Namespace, spec: Spec, batch: Moments) -> Statistics:
 def output(xp: Namespace, spec: Spec, operands: Operands, statistics: Statistics | None = None) -> Array:
     """y by given statistics, or for None by those of the batch, or of each of its groups."""
     if statistics is None and spec.group_size:
-        return by_groups(xp, spec, operands)
-    operands = operands._replace(mask=elementwise(xp, operands.mask, operands.x, spec.axes))
+        return normalize_groups(xp, spec, operands)
+    operands = operands._replace(mask=as_boolean_mask(xp, operands.mask, operands.x, spec.axes))
     if statistics is None:
         statistics = own_statistics(xp, spec, measure(xp, operands.x, spec.axes, operands.mask))
     return activate(xp, spec, operands, affine(xp, spec, operands, statistics))
 
 
-def by_groups(xp: Namespace, spec: Spec, operands: Operands, by_state: Statistics | None = None) -> Array:
+def normalize_groups(xp: Namespace, spec: Spec, operands: Operands, by_state: Statistics | None = None) -> Array:
     """y by the statistics of each group: equal groups as the lanes of one array, then the rest as one more.
 
     `by_state` are the statistics that normalize a single element where the convention's rule is `running`.
     """
     x = operands.x
-    operands = operands._replace(mask=elementwise(xp, operands.mask, x, spec.axes))
+    operands = operands._replace(mask=as_boolean_mask(xp, operands.mask, x, spec.axes))
     groups = spec.groups(x.shape)
     last, total = groups[-1]
     are_even = total - last == groups[0][1]
     parts = [(0, total, len(groups))] if are_even else [(0, last, len(groups) - 1), (last, total, 1)]
-    y = [by_lanes(xp, in_lanes(spec), lanes_of(xp, operands, *part), by_state) for part in parts]
+    y = [normalize_lanes(xp, spec_of_lanes(spec), split_into_lanes(xp, operands, *part), by_state) for part in parts]
     y = [xp.reshape(lanes, (end - begin, *x.shape[1:])) for lanes, (begin, end, _) in zip(y, parts, strict=True)]
     return y[0] if len(y) == 1 else xp.concat(y)
 
 
-def by_lanes(xp: Namespace, spec: Spec, operands: Operands, by_state: Statistics | None) -> Array:
+def normalize_lanes(xp: Namespace, spec: Spec, operands: Operands, by_state: Statistics | None) -> Array:
     """y by the statistics of each lane, with the convention's rule for single elements."""
     batch = measure(xp, operands.x, spec.axes, operands.mask)
     statistics = own_statistics(xp, spec, batch)
     if by_state is not None and spec.convention.single == "running":
-        statistics = choose(xp, batch.count > 1, statistics, by_state)
+        statistics = where_state(xp, batch.count > 1, statistics, by_state)
     z = affine(xp, spec, operands, statistics)
-    return activate(xp, spec, operands, keep_single_elements(xp, spec, operands, z, batch.count == 1))
+    return activate(xp, spec, operands, pass_single_elements(xp, spec, operands, z, batch.count == 1))
 
 
-def keep_single_elements(xp: Namespace, spec: Spec, operands: Operands, z: Array, is_single: Array) -> Array:
+def pass_single_elements(xp: Namespace, spec: Spec, operands: Operands, z: Array, is_single: Array) -> Array:
     """Z, or x where a channel has one element and the convention's rule is `identity`."""
     if spec.convention.single != "identity":
         return z
-    x = cast(xp, read(xp, operands.x, operands.mask, spec.convention.masked_output), z.dtype)
-    return xp.where(spec.axes.spread_out(xp, is_single), x, z)
+    x = cast(xp, masked_values(xp, operands.x, operands.mask, spec.convention.masked_output), z.dtype)
+    return xp.where(spec.axes.expand_to_x(xp, is_single), x, z)
 
 
 @lru_cache
-def in_lanes(spec: Spec) -> Spec:
+def spec_of_lanes(spec: Spec) -> Spec:
     """The spec of groups that are the indices of one more axis in front."""
-    kept = (0, *(axis + 1 for axis in spec.axes.kept))
-    return replace(spec, axes=split(kept, spec.axes.ndim + 1), group_size=0)
+    channel_axes = (0, *(axis + 1 for axis in spec.axes.channel_axes))
+    return replace(spec, axes=split_axes(channel_axes, spec.axes.ndim + 1), group_size=0)
 
 
-def lanes_of(xp: Namespace, operands: Operands, begin: int, end: int, number: int) -> Operands:
+def split_into_lanes(xp: Namespace, operands: Operands, begin: int, end: int, number: int) -> Operands:
     """The examples from `begin` to `end` as so many lanes, with parameters that they share."""
     total = operands.x.shape[0]
 
@@ -262,14 +262,14 @@ def register_spec_with_jax() -> None:
     jax.tree_util.register_static(Spec)
 
 
-def detached(running: RunningStatistics) -> RunningStatistics:
+def detach_state(running: RunningStatistics) -> RunningStatistics:
     """The state outside PyTorch's graph: kept from step to step, it would keep every step's graph alive."""
     if not array_api_compat.is_torch_array(running.mean):
         return running
     return running.map(lambda value: value.detach())
 
 
-def deliver(y: Array, out: Array | None) -> Array:
+def write_out(y: Array, out: Array | None) -> Array:
     """y, written to `out` where that is given."""
     if out is None:
         return y
@@ -280,17 +280,15 @@ def deliver(y: Array, out: Array | None) -> Array:
 T = TypeVar("T", Statistics, RunningStatistics)
 
 
-def choose(xp: Namespace, condition: bool | Array, a: T, b: T) -> T:
+def where_state(xp: Namespace, condition: bool | Array, a: T, b: T) -> T:
     """`a` where the condition holds, else `b`: decided here where it is known, by the array library where traced."""
     if isinstance(condition, bool):
         return a if condition else b
-    pairs = zip(a, b, strict=True)
-    return type(a)(*(None if p is q is None else xp.where(condition, zeroed(p), zeroed(q)) for p, q in pairs))
-
-
-def zeroed(statistic: Array | None) -> Array | float:
-    """The statistic, 0 where it is None."""
-    return 0.0 if statistic is None else statistic
+    chosen = []
+    for p, q in zip(a, b, strict=True):  # None stands for 0
+        is_zero = p is None and q is None
+        chosen.append(None if is_zero else xp.where(condition, 0.0 if p is None else p, 0.0 if q is None else q))
+    return type(a)(*chosen)
 
 
 def affine(xp: Namespace, spec: Spec, operands: Operands, statistics: Statistics) -> Array:
@@ -304,13 +302,13 @@ def affine(xp: Namespace, spec: Spec, operands: Operands, statistics: Statistics
     x, gamma, beta = (None if array is None else cast(xp, array, dtype) for array in (x, gamma, beta))
     if mask is None:
         return apply_statistics(xp, x, axes, statistics, gamma, beta)
-    is_read = readable(xp, x, mask, convention.masked_output)
-    x = xp.where(is_read, x, axes.spread_out(xp, statistics.mean))
+    is_read = readable_mask(xp, x, mask, convention.masked_output)
+    x = xp.where(is_read, x, axes.expand_to_x(xp, statistics.mean))
     z = apply_statistics(xp, x, axes, statistics, gamma, beta)
-    return xp.where(is_read, z, 0.0 if beta is None else axes.spread_out(xp, beta))
+    return xp.where(is_read, z, 0.0 if beta is None else axes.expand_to_x(xp, beta))
 
 
-def readable(xp: Namespace, values: Array, mask: Array, masked_output: MaskedOutput) -> Array:
+def readable_mask(xp: Namespace, values: Array, mask: Array, masked_output: MaskedOutput) -> Array:
     """Where `values` may be read.
 
     With `zero` output that is where they are not masked. With `normalized` output it is also where they are finite,
@@ -319,16 +317,16 @@ def readable(xp: Namespace, values: Array, mask: Array, masked_output: MaskedOut
     return mask if masked_output == "zero" else mask | xp.isfinite(values)
 
 
-def read(xp: Namespace, values: Array, mask: Array | None, masked_output: MaskedOutput) -> Array:
+def masked_values(xp: Namespace, values: Array, mask: Array | None, masked_output: MaskedOutput) -> Array:
     """`values`, with 0 where they may not be read."""
-    return values if mask is None else xp.where(readable(xp, values, mask, masked_output), values, 0.0)
+    return values if mask is None else xp.where(readable_mask(xp, values, mask, masked_output), values, 0.0)
 
 
 def add_residual(xp: Namespace, spec: Spec, operands: Operands, z: Array) -> Array:
     """Z plus the residual, where that may be read."""
     if operands.residual is None:
         return z
-    return z + cast(xp, read(xp, operands.residual, operands.mask, spec.convention.masked_output), z.dtype)
+    return z + cast(xp, masked_values(xp, operands.residual, operands.mask, spec.convention.masked_output), z.dtype)
 
 
 def activate(xp: Namespace, spec: Spec, operands: Operands, z: Array) -> Array:

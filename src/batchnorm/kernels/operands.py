@@ -10,7 +10,7 @@ from types import ModuleType
 from typing import NamedTuple
 
 from batchnorm.core.dtypes import Array
-from batchnorm.core.masks import elementwise
+from batchnorm.core.masks import as_boolean_mask
 from batchnorm.spec import Operands, Spec
 
 
@@ -25,11 +25,11 @@ class ArrayOps(NamedTuple):
 def in_c_order(ops: ArrayOps, spec: Spec, operands: Operands) -> Operands:
     """The operands in C order, with a mask that has the sizes of x where it is reduced."""
     x, axes = operands.x, spec.axes
-    mask = elementwise(ops.xp, operands.mask, x, axes)
+    mask = as_boolean_mask(ops.xp, operands.mask, x, axes)
     if mask is not None:
         # As large as x, but for the channels where it is the same for all of them.
         mask = ops.xp.reshape(mask, (1,) * (x.ndim - mask.ndim) + tuple(mask.shape))
-        expanded = axes.reduced if all(mask.shape[axis] == 1 for axis in axes.kept) else range(x.ndim)
+        expanded = axes.reduced if all(mask.shape[axis] == 1 for axis in axes.channel_axes) else range(x.ndim)
         sizes = tuple(x.shape[axis] if axis in expanded else 1 for axis in range(x.ndim))
         mask = ops.contiguous(ops.xp.broadcast_to(mask, sizes))
     x, gamma, beta, residual = (None if array is None else ops.contiguous(array) for array in operands[:4])

@@ -6,7 +6,7 @@ if error := import_error(__name__, "torch", needs_extension=True):
     raise error
 
 from batchnorm.torch.accumulation import accumulate
-from batchnorm.torch.control import freeze, no_update, unfreeze
+from batchnorm.torch.freezing import freeze, no_update, unfreeze
 from batchnorm.torch.functional import batch_norm
 from batchnorm.torch.general import BatchNorm
 from batchnorm.torch.insertion import add_batch_norm, with_batch_norm

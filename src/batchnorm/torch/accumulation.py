@@ -25,12 +25,12 @@ from batchnorm.core.normalize import effective_beta, effective_gamma
 from batchnorm.kernels.torch import kernel
 from batchnorm.kernels.torch.compat import is_recomputed
 from batchnorm.spec import Operands, Spec, with_plain_affine
-from batchnorm.torch.arguments import kept_by_lengths
-from batchnorm.torch.control import batch_norms
+from batchnorm.torch.arguments import lengths_to_mask
+from batchnorm.torch.freezing import batch_norms
 from batchnorm.torch.layers import Layer
-from batchnorm.torch.lockstep import Modes, Walker
-from batchnorm.torch.parts import Whole, gradient_through_statistics, own_gradients, wide
-from batchnorm.torch.state import track
+from batchnorm.torch.lockstep import Coroutine, ThreadState
+from batchnorm.torch.partial_batches import MergedBatch, gradient_through_statistics, merge_dtype, partial_gradients
+from batchnorm.torch.state import update_running
 
 
 def accumulate(model: nn.Module, loss_fn: Callable[[Any], Tensor], microbatches: Iterable[Any]) -> Tensor:
@@ -70,9 +70,9 @@ def accumulate(model: nn.Module, loss_fn: Callable[[Any], Tensor], microbatches:
     parts = list(microbatches)
     if not parts:
         raise ValueError("there are no micro-batches; pass one at least")
-    layers = {layer: name for name, layer in checked(model)}
-    step = Step(layers)
-    with step.joined():
+    layers = {layer: name for name, layer in batch_norms_to_merge(model)}
+    step = LockstepRun(layers)
+    with step.intercepted():
         losses = step.run(loss_fn, parts)
         for index, loss in enumerate(losses):
             if not isinstance(loss, Tensor) or loss.numel() != 1:
@@ -82,12 +82,12 @@ def accumulate(model: nn.Module, loss_fn: Callable[[Any], Tensor], microbatches:
         if not total.requires_grad:
             raise ValueError("the loss depends on no parameter that is trained; there is nothing to accumulate")
         total.backward()  # type: ignore[no-untyped-call]
-    for meeting in step.meetings:
-        meeting.commit()
+    for sync_point in step.sync_points:
+        sync_point.commit()
     return total.detach()
 
 
-def checked(model: nn.Module) -> Iterator[tuple[str, Layer]]:
+def batch_norms_to_merge(model: nn.Module) -> Iterator[tuple[str, Layer]]:
     """The batch norms of a model that normalise by their batch, with their names."""
     for name, layer in batch_norms(model):
         if not isinstance(layer, Layer):
@@ -106,44 +106,44 @@ def checked(model: nn.Module) -> Iterator[tuple[str, Layer]]:
         yield name, layer
 
 
-class Arrival(NamedTuple):
+class Contribution(NamedTuple):
     """What a micro-batch brings to a batch norm."""
 
     layer: Layer
     moments: Moments
-    token: Tensor | None  # through which x gets the sums of the gradient; None where nothing is differentiated
+    sums_carrier: Tensor | None  # through which x gets the sums of the gradient; None where nothing is differentiated
     spec: Spec
     is_masked: bool
 
 
-class Meeting:
+class SyncPoint:
     """All micro-batches at one call of a batch norm."""
 
-    def __init__(self, arrivals: list[Arrival]) -> None:
-        self.arrivals, self.layer = arrivals, arrivals[0].layer
+    def __init__(self, contributions: list[Contribution]) -> None:
+        self.contributions, self.layer = contributions, contributions[0].layer
         self.convention = self.layer.record
-        self.whole = Whole.of((arrival.moments for arrival in arrivals), arrivals[0].spec)
-        tokens = [arrival.token for arrival in arrivals if arrival.token is not None]
-        self.token = torch.stack(tokens).sum(0) if tokens else None
+        self.merged = MergedBatch.of((contribution.moments for contribution in contributions), contributions[0].spec)
+        sums_carriers = [one.sums_carrier for one in contributions if one.sums_carrier is not None]
+        self.sums_carrier = torch.stack(sums_carriers).sum(0) if sums_carriers else None
 
     def commit(self) -> None:
         """Let the whole batch enter the running statistics."""
         state = self.layer.state
         if state is not None and self.layer.track_running_stats:
-            is_masked = any(arrival.is_masked for arrival in self.arrivals)
-            track(state, self.whole.moments, self.convention, is_masked=is_masked)
+            is_masked = any(contribution.is_masked for contribution in self.contributions)
+            update_running(state, self.merged.moments, self.convention, is_masked=is_masked)
 
 
-class Step:
+class LockstepRun:
     """The micro-batches on their way through the network."""
 
     def __init__(self, layers: dict[Layer, str]) -> None:
         self.layers = layers
-        self.meetings: list[Meeting] = []
+        self.sync_points: list[SyncPoint] = []
 
     @contextmanager
-    def joined(self) -> Iterator[None]:
-        """Within it, a call of one of the layers is a meeting."""
+    def intercepted(self) -> Iterator[None]:
+        """Within it, a call of one of the layers is a synchronisation point."""
         before = {layer: layer.__dict__.get("forward") for layer in self.layers}
         for layer in self.layers:
             layer.forward = partial(self.call, layer)  # type: ignore[method-assign]
@@ -157,26 +157,26 @@ class Step:
 
     def run(self, loss_fn: Callable[[Any], Tensor], parts: list[Any]) -> list[Any]:
         """What `loss_fn` returns for each micro-batch."""
-        with Modes.kept():
-            walkers = [Walker(loss_fn) for _ in parts]
+        with ThreadState.preserved():
+            coroutines = [Coroutine(loss_fn) for _ in parts]
             messages = parts
             try:
                 while True:
-                    answers = [walker.go_on(message) for walker, message in zip(walkers, messages, strict=True)]
-                    if all(walker.is_home for walker in walkers):
+                    answers = [one.resume(message) for one, message in zip(coroutines, messages, strict=True)]
+                    if all(coroutine.is_finished for coroutine in coroutines):
                         return answers
-                    self.check_together(walkers, answers)
-                    self.meetings.append(Meeting(answers))
-                    messages = self.meetings[-1:] * len(parts)
+                    self.check_together(coroutines, answers)
+                    self.sync_points.append(SyncPoint(answers))
+                    messages = self.sync_points[-1:] * len(parts)
             finally:
-                for walker in walkers:
-                    walker.give_up()
+                for coroutine in coroutines:
+                    coroutine.close()
 
-    def check_together(self, walkers: list["Walker"], answers: list[Any]) -> None:
+    def check_together(self, coroutines: list["Coroutine"], answers: list[Any]) -> None:
         """Raise unless all micro-batches have come to the same layer."""
         places = [
-            "the end" if walker.is_home else self.layers[answer.layer]
-            for walker, answer in zip(walkers, answers, strict=True)
+            "the end" if coroutine.is_finished else self.layers[answer.layer]
+            for coroutine, answer in zip(coroutines, answers, strict=True)
         ]
         for index, place in enumerate(places):
             if place != places[0]:
@@ -197,7 +197,7 @@ class Step:
         """The forward pass of a layer."""
         layer.check_input(input)
         convention, axis = layer.record, layer.axis % input.ndim
-        mask = mask if lengths is None else kept_by_lengths(input, lengths, axis)
+        mask = mask if lengths is None else lengths_to_mask(input, lengths, axis)
         if mask is not None and convention.masked_output == "normalized":
             raise ValueError(
                 f"{self.layers[layer]} normalises padding (masked_output='normalized'), which accumulate cannot; use a "
@@ -208,32 +208,32 @@ class Step:
         gamma, beta = effective_gamma(xp, layer.weight, convention, input), effective_beta(layer.bias, convention)
         spec, part = with_plain_affine(layer.spec(input.ndim)), Operands(input, gamma, beta, residual, mask)
         moments = functional.moments(input.detach(), axis=axis, mask=mask)
-        visit = Visit(spec, mask)
+        context = PartContext(spec, mask)
         is_differentiated = torch.is_grad_enabled() and input.requires_grad
-        own = ThroughStatistics.apply(input, gamma, visit) if is_differentiated else None  # type: ignore[no-untyped-call]
-        arrival = Arrival(layer, moments, own, spec, mask is not None)
+        own = ThroughStatistics.apply(input, gamma, context) if is_differentiated else None  # type: ignore[no-untyped-call]
+        contribution = Contribution(layer, moments, own, spec, mask is not None)
         if is_recomputed():
-            visit.meeting, token = self.recalled(arrival), own
+            context.sync_point, sums_carrier = self.find_sync_point(contribution), own
         else:
-            visit.meeting = lockstep.stop(arrival)
-            token = visit.meeting.token
-        y: Tensor = PartOfBatch.apply(*part[:4], token, visit)  # type: ignore[no-untyped-call]
+            context.sync_point = lockstep.suspend(contribution)
+            sums_carrier = context.sync_point.sums_carrier
+        y: Tensor = PartOfBatch.apply(*part[:4], sums_carrier, context)  # type: ignore[no-untyped-call]
         return y if function is None else function(y)
 
-    def recalled(self, arrival: Arrival) -> Meeting:
-        """The meeting that a micro-batch was at when a checkpoint now computes its forward pass again.
+    def find_sync_point(self, contribution: Contribution) -> SyncPoint:
+        """The synchronisation point that a micro-batch was at when a checkpoint now computes its forward pass again.
 
         That of the layer to which some micro-batch had brought these moments: the nearest, as on some devices the
         second pass is not the same to the last bit.
         """
-        known = [(m, a) for m in self.meetings if m.layer is arrival.layer for a in m.arrivals]
-        meeting, before = min(known, key=lambda pair: distance(pair[1].moments, arrival.moments))
-        if before.token is None and arrival.token is not None:
+        known = [(m, a) for m in self.sync_points if m.layer is contribution.layer for a in m.contributions]
+        sync_point, before = min(known, key=lambda pair: distance(pair[1].moments, contribution.moments))
+        if before.sums_carrier is None and contribution.sums_carrier is not None:
             raise RuntimeError(
-                f"{self.layers[arrival.layer]} is in a reentrant checkpoint, whose backward pass cannot wait for the "
-                "other micro-batches; pass use_reentrant=False to torch.utils.checkpoint"
+                f"{self.layers[contribution.layer]} is in a reentrant checkpoint, whose backward pass cannot wait for "
+                "the other micro-batches; pass use_reentrant=False to torch.utils.checkpoint"
             )
-        return meeting
+        return sync_point
 
 
 def distance(a: Moments, b: Moments) -> float:
@@ -245,12 +245,12 @@ def distance(a: Moments, b: Moments) -> float:
 
 
 @dataclass
-class Visit:
+class PartContext:
     """One micro-batch at one call of a batch norm, on its way through autograd."""
 
     spec: Spec
     mask: Tensor | None
-    meeting: Any = None
+    sync_point: Any = None
 
     def part(self, *tensors: Tensor | None) -> Operands:
         """The operands, of what autograd has kept: x, gamma, beta, residual."""
@@ -258,38 +258,38 @@ class Visit:
 
 
 class PartOfBatch(torch.autograd.Function):
-    """y of a micro-batch; the gradient of the token is the part's sums of the gradient."""
+    """y of a micro-batch; the gradient of `sums_carrier` is the part's sums of the gradient."""
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, gamma: Tensor, beta: Tensor, residual: Tensor, token: Tensor, visit: Visit
+        ctx: Any, x: Tensor, gamma: Tensor, beta: Tensor, residual: Tensor, sums_carrier: Tensor, context: PartContext
     ) -> Tensor:
-        ctx.visit = visit
+        ctx.context = context
         ctx.save_for_backward(x, gamma, beta, residual)
         y: Tensor = kernel.normalize_by(
-            visit.spec, visit.part(x, gamma, beta, residual), visit.meeting.whole.statistics
+            context.spec, context.part(x, gamma, beta, residual), context.sync_point.merged.statistics
         )
         return y
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-        own, sums = own_gradients(dy, ctx.visit.part(*ctx.saved_tensors), ctx.visit.meeting.whole)
+        own, sums = partial_gradients(dy, ctx.context.part(*ctx.saved_tensors), ctx.context.sync_point.merged)
         return (*own, sums if ctx.needs_input_grad[4] else None, None)
 
 
 class ThroughStatistics(torch.autograd.Function):
-    """A token of x, whose gradient is the sums of all parts: they reach x through the statistics."""
+    """The carrier of the sums for x, whose gradient is the sums of all parts: they reach x through the statistics."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, gamma: Tensor | None, visit: Visit) -> Tensor:
-        ctx.visit = visit
+    def forward(ctx: Any, x: Tensor, gamma: Tensor | None, context: PartContext) -> Tensor:
+        ctx.context = context
         ctx.save_for_backward(x, gamma)
-        return x.new_zeros((2, *visit.spec.axes.statistics_shape(x.shape)), dtype=wide(x))
+        return x.new_zeros((2, *context.spec.axes.statistics_shape(x.shape)), dtype=merge_dtype(x))
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, sums: Tensor) -> tuple[Tensor | None, ...]:
         x, gamma = ctx.saved_tensors
-        dx = gradient_through_statistics(ctx.visit.part(x, gamma, None, None), ctx.visit.meeting.whole, sums)
+        dx = gradient_through_statistics(ctx.context.part(x, gamma, None, None), ctx.context.sync_point.merged, sums)
         return dx.to(x.dtype), None, None

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from batchnorm.torch.state import State
+from batchnorm.torch.state import LayerBuffers
 
 
 class ChannelError(ValueError, RuntimeError):
@@ -25,7 +25,7 @@ def check_batch(x: Tensor, axis: int) -> None:
         )
 
 
-def check_channels(x: Tensor, axis: int, gamma: Tensor | None, beta: Tensor | None, state: State | None) -> None:
+def check_channels(x: Tensor, axis: int, gamma: Tensor | None, beta: Tensor | None, state: LayerBuffers | None) -> None:
     """Raise unless x has the channels of the parameters and running statistics, in the words of PyTorch."""
     channels = x.shape[axis] if -x.ndim <= axis < x.ndim else None
     mean, var = (None, None) if state is None else (state.mean, state.spread)
@@ -66,7 +66,7 @@ WORDS = (
 
 
 @contextmanager
-def in_words_of_torch() -> Iterator[None]:
+def with_torch_names() -> Iterator[None]:
     """Within it, errors about the arguments of `batchnorm.batch_norm` speak of a PyTorch layer's."""
     try:
         yield
@@ -83,7 +83,7 @@ def is_single(x: Tensor, axis: int) -> bool:
     return prod(x.shape[:axis]) * prod(x.shape[axis + 1 :]) == 1
 
 
-def kept_by_lengths(x: Tensor, lengths: Tensor, axis: int) -> Tensor:
+def lengths_to_mask(x: Tensor, lengths: Tensor, axis: int) -> Tensor:
     """Lengths along the first axis that is neither batch nor channel, as a mask."""
     time = 1 if axis % x.ndim == 2 else 2
     positions = torch.arange(x.shape[time], device=x.device)

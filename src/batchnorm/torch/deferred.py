@@ -23,7 +23,7 @@ from torch.utils import swap_tensors
 from torch.utils._pytree import tree_flatten, tree_map
 
 from batchnorm.kernels.torch.compat import DisableTorchFunctionSubclass, is_forward_mode, is_traced
-from batchnorm.torch.waiting import Call
+from batchnorm.torch.waiting import DeferredCall
 
 #: What joins a deferred tensor, by the function of PyTorch that is called; filled by `joining.py`. Each takes the
 #: function's arguments, and returns None where it cannot.
@@ -46,7 +46,7 @@ GRAPH: frozenset[Any] = frozenset(
 )
 
 
-def wait(call: Call, residual: Tensor | None = None) -> Deferred:
+def wait(call: DeferredCall, residual: Tensor | None = None) -> Deferred:
     """The result of a call with a residual added to it, as a tensor that autograd knows."""
     keep_dynamo_out()
     inputs = (*call.inputs, residual)
@@ -70,25 +70,25 @@ class Deferred(Tensor):
     stays, and a stand-in of the same numbers serves Python, whose gradient goes through its place in the graph.
     """
 
-    call: Call
+    call: DeferredCall
     residual: Tensor | None
     residual_version: int
     has_joined: bool  # whether an operation has been computed together with it
     must_stay: bool  # whether its place in the graph, or its numbers past Python, are in use
     numbers: Tensor | None  # of a tensor that stays
     numbers_version: int
-    stand_in: Tensor | None
+    proxy: Tensor | None
     node: Any  # that the stand-in's gradient goes to
     is_outside_graphs = False
 
     @staticmethod
-    def __new__(cls, call: Call, residual: Tensor | None) -> Deferred:
+    def __new__(cls, call: DeferredCall, residual: Tensor | None) -> Deferred:
         """A tensor without memory, of the shape, dtype and device of the result."""
         x: Any = call.inputs[0]
         result: Deferred = Tensor._make_wrapper_subclass(cls, x.shape, dtype=x.dtype, device=x.device)
         torch._C._set_throw_on_mutable_data_ptr(result)  # what asks for memory fails
         result.call, result.has_joined, result.must_stay = call, False, False
-        result.numbers = result.stand_in = None
+        result.numbers = result.proxy = None
         result.residual, result.residual_version = residual, 0 if residual is None else residual._version
         return result
 
@@ -108,39 +108,39 @@ class Deferred(Tensor):
         node = self.own_node()
         return node is not None and node.name() != "DeferralBackward"
 
-    def computed(self, activation: str | None = None) -> Tensor:
+    def compute_result(self, activation: str | None = None) -> Tensor:
         """The result, the residual included."""
         if self.residual is not None and self.residual._version != self.residual_version:
             raise self.call.error("is added to a tensor that has been changed in place since")
         return self.call.compute(activation, self.residual)
 
-    def plain(self) -> Tensor:
+    def materialize(self) -> Tensor:
         """The tensor that this one stands for: itself, which becomes it, or a stand-in."""
         if not self.must_stay and self.numbers is None:
-            y = self.computed()
-            if become(self, self.attached(y) if self.has_left() else y):
+            y = self.compute_result()
+            if become(self, self.attach(y) if self.has_left() else y):
                 return self
-            self.keep(y)
-        if self.stand_in is None or self.node is not self.own_node():
-            self.stand_in, self.node = self.attached(self.kept()), self.own_node()
-        self.kept()
-        return self.stand_in
+            self.set_numbers(y)
+        if self.proxy is None or self.node is not self.own_node():
+            self.proxy, self.node = self.attach(self.checked_numbers()), self.own_node()
+        self.checked_numbers()
+        return self.proxy
 
-    def keep(self, y: Tensor) -> None:
+    def set_numbers(self, y: Tensor) -> None:
         """Have these numbers from now on."""
         self.numbers = y.detach()
         self.numbers_version = self.numbers._version
 
-    def kept(self) -> Tensor:
+    def checked_numbers(self) -> Tensor:
         """The numbers of a tensor that stays; raises where they have been changed, of which its node does not know."""
         if self.numbers is None:
-            self.keep(self.computed())
+            self.set_numbers(self.compute_result())
         assert self.numbers is not None
         if self.numbers._version != self.numbers_version:
             raise self.call.error("has been changed in place while something holds on to it")
         return self.numbers
 
-    def attached(self, y: Tensor) -> Tensor:
+    def attach(self, y: Tensor) -> Tensor:
         """The numbers of y with this tensor's place in the graph."""
         with torch.inference_mode(False), torch.enable_grad():
             return Attachment.apply(self, y)  # type: ignore[no-any-return, no-untyped-call]
@@ -165,15 +165,15 @@ class Deferred(Tensor):
                 value.must_stay = True
             with DisableTorchFunctionSubclass():
                 return func(*args, **kwargs)
-        tensors = {key: value.plain() for key, value in waiting.items()}
+        tensors = {key: value.materialize() for key, value in waiting.items()}
 
-        def plain(value: Any) -> Any:
+        def materialized(value: Any) -> Any:
             return tensors.get(id(value), value) if isinstance(value, Tensor) else value
 
-        result = func(*tree_map(plain, args), **tree_map(plain, kwargs))
+        result = func(*tree_map(materialized, args), **tree_map(materialized, kwargs))
         for key, value in waiting.items():
             if tensors[key] is not value:
-                value.kept()
+                value.checked_numbers()
         return result
 
     @classmethod
@@ -191,7 +191,7 @@ class Deferred(Tensor):
                 return value
             value.call.others.append(str(func))
             value.must_stay = True
-            return value.kept()
+            return value.checked_numbers()
 
         return func(*tree_map(numbers, args), **tree_map(numbers, kwargs))
 
@@ -213,7 +213,7 @@ class Deferral(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, weight: Tensor | None, bias: Tensor | None, residual: Tensor | None, call: Call
+        ctx: Any, x: Tensor, weight: Tensor | None, bias: Tensor | None, residual: Tensor | None, call: DeferredCall
     ) -> Deferred:
         """The tensor without memory."""
         ctx.set_materialize_grads(False)
@@ -225,7 +225,7 @@ class Deferral(torch.autograd.Function):
         """The gradients of a batch norm and an addition."""
         if dy is None:
             return (None,) * 5
-        call: Call = ctx.call
+        call: DeferredCall = ctx.call
         is_needed = ctx.needs_input_grad[:4]
         is_differentiable = torch.is_grad_enabled()
         # Of aliases: the tensors themselves have hooks, and may depend on each other.

@@ -16,10 +16,17 @@ from batchnorm.kernels.registry import select
 from batchnorm.kernels.torch.autograd import LAYER_EVALUATION, LAYER_TRAINING, apply
 from batchnorm.kernels.torch.compat import are_transforms_active, is_in_graph, is_recomputed
 from batchnorm.spec import Activation, Operands, Spec
-from batchnorm.torch.arguments import check_batch, check_channels, check_tensors, in_words_of_torch, kept_by_lengths
+from batchnorm.torch.arguments import check_batch, check_channels, check_tensors, lengths_to_mask, with_torch_names
 from batchnorm.torch.conventions import pytorch_spec
 from batchnorm.torch.native import check_native, is_foreign, native_batch_norm
-from batchnorm.torch.state import State, count_skipped, running_of, store, take_in, warn_of_skipped
+from batchnorm.torch.state import (
+    LayerBuffers,
+    report_skipped,
+    running_of,
+    update_from_batch,
+    warn_of_skipped,
+    write_buffers,
+)
 from batchnorm.validation import Arguments, check_call
 
 
@@ -76,14 +83,14 @@ def batch_norm(
     if (running_mean is None) != (running_var is None):
         missing = "running_mean" if running_mean is None else "running_var"
         raise ValueError(f"{missing} is None while the other running statistic is given; pass both or neither")
-    state = None if running_mean is None or running_var is None else State(running_mean, running_var)
+    state = None if running_mean is None or running_var is None else LayerBuffers(running_mean, running_var)
     if state is None and not training:
         raise ValueError("Expected running_mean to be defined when training=False; pass both running statistics")
     if input.ndim == 1 and input.numel() == 0:
         return input.clone()  # as PyTorch's, which takes it for an empty batch
     operands = Operands(input, weight, bias, residual, one_mask(mask, lengths))
     name = None if callable(activation) else activation
-    with nullcontext() if input.ndim > 1 else in_words_of_torch():
+    with nullcontext() if input.ndim > 1 else with_torch_names():
         spec = pytorch_spec(input.ndim, momentum if training else 0.1, eps, activation=name)
     y = normalize(spec, operands, state, training=training, is_tracked=training)
     return apply_callable(activation, y, spec, operands) if callable(activation) else y
@@ -102,7 +109,9 @@ def one_mask(mask: Tensor | None, lengths: Tensor | None) -> Mask:
     return Lengths(lengths)
 
 
-def normalize(spec: Spec, operands: Operands, state: State | None, *, training: bool, is_tracked: bool) -> Tensor:
+def normalize(
+    spec: Spec, operands: Operands, state: LayerBuffers | None, *, training: bool, is_tracked: bool
+) -> Tensor:
     """y of a layer, whose state takes in the batch if `is_tracked`.
 
     Not when autograd computes the forward pass again, as checkpointing does: the batch has been taken in.
@@ -120,23 +129,23 @@ def normalize(spec: Spec, operands: Operands, state: State | None, *, training: 
         done = None
     if type(done) is tuple:
         if done[1] == REFUSED:
-            count_skipped(state)
+            report_skipped(state)
         return done[0]  # type: ignore[no-any-return]
     if has_torch_function(operands[:4]):
         return handle_torch_function(
-            of_arrays, operands[:4], *operands, spec, state, training=training, is_tracked=is_tracked
+            normalize_arrays, operands[:4], *operands, spec, state, training=training, is_tracked=is_tracked
         )  # fmt: skip
-    return step_by_step(spec, operands, state, training=training, is_tracked=tracked is not None)
+    return normalize_checked(spec, operands, state, training=training, is_tracked=tracked is not None)
 
 
-def of_arrays(
+def normalize_arrays(
     x: Tensor,
     gamma: Tensor | None,
     beta: Tensor | None,
     residual: Tensor | None,
     mask: Mask,
     spec: Spec,
-    state: State | None,
+    state: LayerBuffers | None,
     **options: bool,
 ) -> Tensor:
     """`normalize`, its arrays as arguments of their own: what tensors with a `__torch_function__` look through."""
@@ -148,17 +157,19 @@ def apply_callable(activation: Callable[[Tensor], Tensor], z: Tensor, spec: Spec
     y, mask = activation(z), operands.mask
     if mask is None or spec.convention.masked_output == "normalized":
         return y
-    return torch.where(elementwise_mask(operands.x, mask, spec.axes.kept[0]), y, 0.0)
+    return torch.where(boolean_mask(operands.x, mask, spec.axes.channel_axes[0]), y, 0.0)
 
 
-def elementwise_mask(x: Tensor, mask: Mask, axis: int) -> Any:
+def boolean_mask(x: Tensor, mask: Mask, axis: int) -> Any:
     """The mask as booleans."""
-    return kept_by_lengths(x, mask.values, axis) if isinstance(mask, Lengths) else mask
+    return lengths_to_mask(x, mask.values, axis) if isinstance(mask, Lengths) else mask
 
 
-def step_by_step(spec: Spec, operands: Operands, state: State | None, *, training: bool, is_tracked: bool) -> Tensor:
+def normalize_checked(
+    spec: Spec, operands: Operands, state: LayerBuffers | None, *, training: bool, is_tracked: bool
+) -> Tensor:
     """`normalize` with every check, for what the kernels declined: one element per channel, and whatever is wrong."""
-    (x, gamma, beta, residual, mask), axis, convention = operands, spec.axes.kept[0], spec.convention
+    (x, gamma, beta, residual, mask), axis, convention = operands, spec.axes.channel_axes[0], spec.convention
     mean, var = (None, None) if state is None else (state.mean, state.spread)
     check_tensors(input=x, running_mean=mean, running_var=var, weight=gamma, bias=beta, residual=residual)
     if training and mask is None and convention.single == "error":
@@ -171,7 +182,7 @@ def step_by_step(spec: Spec, operands: Operands, state: State | None, *, trainin
             where = f"serves a {type(x).__name__} of {x.layout}"
             check_native(convention, is_masked=mask is not None, is_tracked=is_tracked, where=where)
         return native_batch_norm(spec, operands, state, training=training, is_tracked=is_tracked)
-    with in_words_of_torch():
+    with with_torch_names():
         masks = (None, mask.values) if isinstance(mask, Lengths) else (mask, None)
         _, operands = check_call(x, Arguments(gamma, beta, residual, *masks), convention, axis)
         y, updated = checked_batch_norm(
@@ -181,7 +192,7 @@ def step_by_step(spec: Spec, operands: Operands, state: State | None, *, trainin
     if not is_tracked or state is None:
         return y  # type: ignore[no-any-return]
     if are_transforms_active():
-        take_in(x, state, convention, axis=axis, mask=elementwise_mask(x, mask, axis))
+        update_from_batch(x, state, convention, axis=axis, mask=boolean_mask(x, mask, axis))
     else:
-        store(state, updated)
+        write_buffers(state, updated)
     return y  # type: ignore[no-any-return]

@@ -14,7 +14,7 @@ from batchnorm.kernels.torch.compat import is_compiling, is_exporting, is_tracin
 from batchnorm.spec import Activation, Operands, Spec
 from batchnorm.torch.conventions import Momentum, is_inference_of_torch, layer_convention, layer_spec
 from batchnorm.torch.functional import apply_callable, normalize, one_mask
-from batchnorm.torch.layers import Layer, make_ours, recorded
+from batchnorm.torch.layers import Layer, prepare_layer, trace_layer_call
 from batchnorm.validation import check_activation
 
 
@@ -105,7 +105,7 @@ class BatchNorm(LazyModuleMixin, Layer):
         self.register_buffer("num_batches_tracked", steps if track_running_stats else None)
         if record.debias in ("adam", "weight_sum") and track_running_stats:
             self.register_buffer("running_weight", torch.zeros((), **wide))
-        make_ours(self)
+        prepare_layer(self)
         if is_lazy:  # as LazyModuleMixin's own __init__ does
             self._load_hook = self._register_load_state_dict_pre_hook(self._lazy_load_hook)  # type: ignore[no-untyped-call]
             self._initialize_hook = self.register_forward_pre_hook(self._infer_parameters, with_kwargs=True)
@@ -184,7 +184,7 @@ class BatchNorm(LazyModuleMixin, Layer):
     ) -> Tensor:
         """y; see the class, and `batchnorm.torch.batch_norm` for mask and lengths."""
         if isinstance(input, Proxy):
-            return recorded(self, input, mask=mask, lengths=lengths, residual=residual)
+            return trace_layer_call(self, input, mask=mask, lengths=lengths, residual=residual)
         self.check_input(input)
         training = self.normalizes_by_batch()
         operands = Operands(input, self.weight, self.bias, residual, one_mask(mask, lengths))

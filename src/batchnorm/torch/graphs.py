@@ -14,16 +14,16 @@ from batchnorm.spec import Operands, Spec
 from batchnorm.torch.activations import apply_activation
 from batchnorm.torch.arguments import check_batch, check_channels, is_single
 from batchnorm.torch.conventions import is_inference_of_torch
-from batchnorm.torch.functional import elementwise_mask, step_by_step
+from batchnorm.torch.functional import boolean_mask, normalize_checked
 from batchnorm.torch.native import check_native, native_batch_norm
-from batchnorm.torch.state import State
+from batchnorm.torch.state import LayerBuffers
 
 
 def normalize_in_graph(
-    spec: Spec, operands: Operands, state: State | None, *, training: bool, is_tracked: bool
+    spec: Spec, operands: Operands, state: LayerBuffers | None, *, training: bool, is_tracked: bool
 ) -> Tensor:
     """`normalize` as a graph: operators of ours where it is compiled for training, PyTorch's own everywhere else."""
-    (x, gamma, beta, residual, mask), convention, axis = operands, spec.convention, spec.axes.kept[0]
+    (x, gamma, beta, residual, mask), convention, axis = operands, spec.convention, spec.axes.channel_axes[0]
     leaves_pytorch = is_exporting() or not is_compiling()
     if not leaves_pytorch and not is_traceable(convention, mask is not None):
         return outside_the_graph(spec, operands, state, training=training, is_tracked=is_tracked)  # type: ignore[no-any-return]
@@ -36,7 +36,7 @@ def normalize_in_graph(
             "graph does not"
         )
     gamma, beta = (p if p is None or p.ndim == 1 else p.reshape(-1) for p in (gamma, beta))
-    mask = elementwise_mask(x, mask, axis)
+    mask = boolean_mask(x, mask, axis)
     operands = Operands(x, gamma, beta, residual, mask)
     if training and not (convention.single == "running" and is_single(x, axis) and state is not None):
         if leaves_pytorch:
@@ -55,7 +55,7 @@ def normalize_in_graph(
 
 
 #: A break in the graph.
-outside_the_graph = disable(step_by_step)  # type: ignore[no-untyped-call]
+outside_the_graph = disable(normalize_checked)  # type: ignore[no-untyped-call]
 
 
 def is_traceable(convention: Convention, is_masked: bool) -> bool:
@@ -67,9 +67,9 @@ def is_traceable(convention: Convention, is_masked: bool) -> bool:
     )
 
 
-def train_in_graph(spec: Spec, operands: Operands, state: State | None) -> Tensor:
+def train_in_graph(spec: Spec, operands: Operands, state: LayerBuffers | None) -> Tensor:
     """y by the operators, and the state, if there is one, advanced by another."""
-    (x, gamma, beta, residual, mask), convention, axis = operands, spec.convention, spec.axes.kept[0]
+    (x, gamma, beta, residual, mask), convention, axis = operands, spec.convention, spec.axes.channel_axes[0]
     gamma, beta = effective_gamma(xp, gamma, convention, x), effective_beta(beta, convention)
     results: operators.Results = operators.forward(
         x, gamma, beta, residual, mask, axis, convention.eps, convention.eps_train, convention.normalize_correction,
@@ -88,7 +88,7 @@ def train_in_graph(spec: Spec, operands: Operands, state: State | None) -> Tenso
 
 
 def normalized_by_state(
-    x: Tensor, gamma: Tensor | None, beta: Tensor | None, state: State, convention: Convention, axis: int
+    x: Tensor, gamma: Tensor | None, beta: Tensor | None, state: LayerBuffers, convention: Convention, axis: int
 ) -> Tensor:
     """gamma * xhat + beta by running statistics of any kind, in their dtype."""
     zero = state.mean.new_zeros(())

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn import Parameter, functional
 
 from batchnorm.torch.deferred import JOINING, Deferred, become, wait
-from batchnorm.torch.waiting import Call
+from batchnorm.torch.waiting import DeferredCall
 
 if TYPE_CHECKING:
     from batchnorm.torch.layers import Layer
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 def deferred(layer: Layer, x: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor | None:
     """The result of a layer, to be computed when it is used; None for a call that is better computed at once."""
-    call = Call.begin(layer, (x, weight, bias))
+    call = DeferredCall.begin(layer, (x, weight, bias))
     return None if call is None else wait(call)
 
 
@@ -46,7 +46,7 @@ def residual_of(z: Deferred, other: Any) -> Tensor | None:
         return None
     if isinstance(other, Deferred):
         other.call.others.append("add")
-        other = other.plain()
+        other = other.materialize()
     if type(other) not in (Tensor, Parameter) or z.residual is not None:
         return None
     if other.layout is not torch.strided or other._is_zerotensor():
@@ -67,7 +67,7 @@ def joining(parse: Callable[..., tuple[str | None, bool]]) -> Callable[..., Tens
         if name is None or not isinstance(z, Deferred) or not z.is_open():
             return None
         call, residual = z.call, z.residual
-        y = z.computed(name)
+        y = z.compute_result(name)
         if is_in_place and not become(z, y):
             return None
         call.joined.append(name if residual is None else f"add+{name}")

@@ -18,7 +18,7 @@ from batchnorm.torch.conventions import pytorch_convention, pytorch_spec
 from batchnorm.torch.functional import normalize, one_mask
 from batchnorm.torch.joining import deferred
 from batchnorm.torch.registries import register_layer
-from batchnorm.torch.state import State
+from batchnorm.torch.state import LayerBuffers
 
 HALVES = (torch.float16, torch.bfloat16)
 RUNNING = ("running_mean", "running_var")
@@ -69,7 +69,7 @@ class Layer(nn.Module):
             raise ValueError(f"single is {single!r}; allowed are 'error' and 'running'")
         if single != "error":
             self.single = single
-        make_ours(self)
+        prepare_layer(self)
         self._keep_statistics_wide()
 
     def forward(
@@ -85,7 +85,7 @@ class Layer(nn.Module):
             return self.scripted_forward(input)
         else:  # noqa: RET505  (which torch.jit.script skips)
             if isinstance(input, Proxy):
-                return recorded(self, input, mask=mask, lengths=lengths)
+                return trace_layer_call(self, input, mask=mask, lengths=lengths)
             self._check_input_dim(input)
             # Looking for attributes of a module takes as long as the statistics of a small batch. (A parametrised
             # weight is a property.)
@@ -136,7 +136,7 @@ class Layer(nn.Module):
         return pytorch_spec(ndim, momentum, eps, self.single)
 
     @property
-    def state(self) -> State | None:
+    def state(self) -> LayerBuffers | None:
         """The running statistics, if the layer has any."""
         buffers = self._buffers
         mean, var = buffers["running_mean"], buffers["running_var"]
@@ -146,7 +146,7 @@ class Layer(nn.Module):
         if skipped is not None and skipped.is_meta and not mean.is_meta:
             skipped = None  # of a layer that lends its code to the numbers of others (torch.func.functional_call)
         buffers_of_state = (mean, var, get("num_batches_tracked"), get("running_weight"), skipped, self._name)
-        return new_tuple(State, buffers_of_state)  # type: ignore[no-any-return]
+        return new_tuple(LayerBuffers, buffers_of_state)  # type: ignore[no-any-return]
 
     def check_input(self, input: Tensor) -> None:
         """Raise unless the input has the rank and the channels of this layer."""
@@ -226,7 +226,7 @@ class Layer(nn.Module):
             self.skipped = torch.zeros_like(steps) if is_new else skipped.to(steps.device)
 
 
-def make_ours(layer: Any) -> None:
+def prepare_layer(layer: Any) -> None:
     """Give a layer what PyTorch's has not: its count of refused batches."""
     register_layer(type(layer))
     if "skipped" not in layer.__dict__:
@@ -255,7 +255,7 @@ def refuse_native_synchronisation(layer: Layer, caller: str) -> None:
         )
 
 
-def recorded(layer: nn.Module, x: Proxy, **arguments: Any) -> Any:
+def trace_layer_call(layer: nn.Module, x: Proxy, **arguments: Any) -> Any:
     """The call of a layer as one node of `torch.fx`, as of a layer of `torch.nn`: `eval` works on the traced module."""
     given = {name: value for name, value in arguments.items() if value is not None}
     return x.tracer.create_proxy("call_module", x.tracer.path_of_module(layer), (x,), given)  # type: ignore[attr-defined]

@@ -23,44 +23,44 @@ def check_available() -> None:
         raise ImportError("accumulate needs greenlet; install it, or batchnorm with its extra: batchnorm[torch]")
 
 
-def stop(value: Any) -> Any:
-    """Leave the coroutine that runs, with a value for who made it go on; what that passes to `go_on` next."""
+def suspend(value: Any) -> Any:
+    """Leave the coroutine that runs, with a value for who made it go on; what that passes to `resume` next."""
     return getcurrent().parent.switch(value)
 
 
-class Walker:
-    """A coroutine that `stop`s on its way."""
+class Coroutine:
+    """A coroutine that `suspend`s on its way."""
 
     def __init__(self, function: Callable[[Any], Any]) -> None:
         self.coroutine = greenlet(function)
         seed = int(torch.randint(2**62, ()))
-        with Modes.kept():
+        with ThreadState.preserved():
             torch.manual_seed(seed)
-            self.modes = Modes.current()
+            self.thread_state = ThreadState.current()
 
     @property
-    def is_home(self) -> bool:
+    def is_finished(self) -> bool:
         """Whether the function has returned."""
         return bool(self.coroutine.dead)
 
-    def go_on(self, message: Any) -> Any:
-        """Run to the next stop; the value there, or what the function returned."""
-        with Modes.kept():
-            self.modes.set()
+    def resume(self, message: Any) -> Any:
+        """Run to the next `suspend`; the value there, or what the function returned."""
+        with ThreadState.preserved():
+            self.thread_state.set()
             try:
                 return self.coroutine.switch(message)
             finally:
-                self.modes = Modes.current()
+                self.thread_state = ThreadState.current()
 
-    def give_up(self) -> None:
+    def close(self) -> None:
         """Unwind what has not come home."""
-        if not self.is_home:
-            with Modes.kept():
-                self.modes.set()
+        if not self.is_finished:
+            with ThreadState.preserved():
+                self.thread_state.set()
                 self.coroutine.throw(GreenletExit)
 
 
-class Modes(NamedTuple):
+class ThreadState(NamedTuple):
     """What the `with` blocks of PyTorch set for the whole thread, and the state of its random numbers.
 
     The first two are set by PyTorch's own C++ as well, around the forward pass of an `autograd.Function`, which a
@@ -75,9 +75,9 @@ class Modes(NamedTuple):
     random: tuple[Tensor, Tensor | None]
 
     @classmethod
-    def current(cls) -> "Modes":
+    def current(cls) -> "ThreadState":
         """Those that are set."""
-        hooks = popped_hooks()
+        hooks = pop_hooks()
         push_hooks(hooks)
         has_device = torch.cuda.is_initialized()  # type: ignore[no-untyped-call]
         on_device = torch.cuda.get_rng_state() if has_device else None
@@ -95,7 +95,7 @@ class Modes(NamedTuple):
             torch.set_autocast_enabled(kind, is_enabled)
             torch.set_autocast_dtype(kind, dtype)
         torch.set_autocast_cache_enabled(self.caches_casts)
-        popped_hooks()
+        pop_hooks()
         push_hooks(self.hooks)
         on_host, on_device = self.random
         torch.set_rng_state(on_host)
@@ -104,7 +104,7 @@ class Modes(NamedTuple):
 
     @classmethod
     @contextmanager
-    def kept(cls) -> Iterator[None]:
+    def preserved(cls) -> Iterator[None]:
         """Set them again after a block that sets others."""
         before = cls.current()
         try:
@@ -113,7 +113,7 @@ class Modes(NamedTuple):
             before.set()
 
 
-def popped_hooks() -> tuple[Any, ...]:
+def pop_hooks() -> tuple[Any, ...]:
     """The hooks of saved tensors that are set, the outermost first; none is set any more."""
     hooks = []
     while (pair := autograd._top_saved_tensors_default_hooks(False)) is not None:

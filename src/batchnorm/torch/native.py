@@ -16,7 +16,7 @@ from batchnorm.kernels.torch.compat import is_traceable_wrapper_subclass
 from batchnorm.spec import Operands, Spec
 from batchnorm.torch.activations import apply_activation
 from batchnorm.torch.conventions import is_training_of_torch
-from batchnorm.torch.state import State
+from batchnorm.torch.state import LayerBuffers
 
 
 def is_foreign(*tensors: Tensor | None) -> bool:
@@ -30,10 +30,10 @@ def is_foreign(*tensors: Tensor | None) -> bool:
 
 
 def native_batch_norm(
-    spec: Spec, operands: Operands, state: State | None, *, training: bool, is_tracked: bool
+    spec: Spec, operands: Operands, state: LayerBuffers | None, *, training: bool, is_tracked: bool
 ) -> Tensor:
     """y without the mask by `torch.nn.functional.batch_norm`, the state advanced as `torch.nn.BatchNorm2d` does."""
-    (x, gamma, beta, residual, _), axis, convention = operands, spec.axes.kept[0], spec.convention
+    (x, gamma, beta, residual, _), axis, convention = operands, spec.axes.channel_axes[0], spec.convention
     gamma, beta = (p if p is None or p.dtype == x.dtype else p.to(wide(x)) for p in (gamma, beta))
     buffers: tuple[Any, Any] = (None, None)
     if state is not None and (is_tracked or not training):

@@ -10,7 +10,7 @@ from torch import nn
 from torch.nn.modules.batchnorm import _NormBase
 
 from batchnorm.torch.adapters import ADAPTERS_MODULE, adapter_for
-from batchnorm.torch.control import unfreeze
+from batchnorm.torch.freezing import unfreeze
 from batchnorm.torch.fusion import find_fusible
 from batchnorm.torch.layers import (
     HALVES,
@@ -22,8 +22,8 @@ from batchnorm.torch.layers import (
     LazyBatchNorm1d,
     LazyBatchNorm2d,
     LazyBatchNorm3d,
-    make_ours,
     native_class,
+    prepare_layer,
 )
 from batchnorm.torch.names import shortened
 from batchnorm.torch.sync import SyncBatchNorm
@@ -156,7 +156,7 @@ def become(module: nn.Module, ours: type[nn.Module], name: str) -> None:
         module._name = name
         if native_class(module) is not native:
             module.native = native
-        make_ours(module)
+        prepare_layer(module)
         module._keep_statistics_wide()
     if isinstance(module, SyncBatchNorm):
         module.timeout = None

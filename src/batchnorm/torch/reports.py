@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from batchnorm.torch.control import batch_norms
+from batchnorm.torch.freezing import batch_norms
 from batchnorm.torch.layers import Layer
 
 

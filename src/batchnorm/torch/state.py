@@ -8,15 +8,15 @@ from torch import Tensor
 
 import batchnorm.functional as functional
 from batchnorm.convention import Convention
-from batchnorm.core.axes import split
+from batchnorm.core.axes import split_axes
 from batchnorm.core.moments import Moments
 from batchnorm.core.running import RunningStatistics, advance
 from batchnorm.kernels.torch.compat import are_transforms_active, user_stacklevel
-from batchnorm.kernels.torch.transforms import track_beneath
+from batchnorm.kernels.torch.transforms import update_beneath
 from batchnorm.validation import check_running
 
 
-class State(NamedTuple):
+class LayerBuffers(NamedTuple):
     """The buffers of a layer, as `RunningStatistics` has them; what is None is not kept."""
 
     mean: Tensor
@@ -32,7 +32,7 @@ class State(NamedTuple):
         return self[:5]
 
 
-def running_of(state: State | None, convention: Convention) -> RunningStatistics | None:
+def running_of(state: LayerBuffers | None, convention: Convention) -> RunningStatistics | None:
     """The buffers as the state that functions of arrays take."""
     if state is None:
         return None
@@ -43,40 +43,42 @@ def running_of(state: State | None, convention: Convention) -> RunningStatistics
     )  # fmt: skip
 
 
-def store(state: State, running: RunningStatistics) -> None:
+def write_buffers(state: LayerBuffers, running: RunningStatistics) -> None:
     """Put the running statistics into the buffers."""
     for buffer, value in zip(state.buffers, running, strict=True):
         if buffer is not None:
             buffer.copy_(value)
 
 
-def track(state: State, batch: Moments, convention: Convention, *, is_masked: bool) -> None:
+def update_running(state: LayerBuffers, batch: Moments, convention: Convention, *, is_masked: bool) -> None:
     """Let the moments of a batch enter the state."""
-    running = check_running(running_of(state, convention), state.mean, split(0, 1), convention)
-    store(state, advance(xp, running, batch, convention, masked=is_masked))
+    running = check_running(running_of(state, convention), state.mean, split_axes(0, 1), convention)
+    write_buffers(state, advance(xp, running, batch, convention, masked=is_masked))
 
 
-def take_in(x: Tensor, state: State, convention: Convention, *, axis: int, mask: Tensor | None) -> None:
+def update_from_batch(
+    x: Tensor, state: LayerBuffers, convention: Convention, *, axis: int, mask: Tensor | None
+) -> None:
     """Let a batch enter the state, from within transformations as well."""
     batch = functional.moments(x.detach(), axis=axis, mask=mask)
 
-    def track_in(buffers: tuple[Any, ...], batch: Moments) -> None:
-        track(State(*buffers), batch, convention, is_masked=mask is not None)
+    def update(buffers: tuple[Any, ...], batch: Moments) -> None:
+        update_running(LayerBuffers(*buffers), batch, convention, is_masked=mask is not None)
 
     if are_transforms_active():
-        track_beneath(state.buffers, batch, track_in)
+        update_beneath(state.buffers, batch, update)
     else:
-        track_in(state.buffers, batch)
+        update(state.buffers, batch)
 
 
-def count_skipped(state: State | None) -> None:
+def report_skipped(state: LayerBuffers | None) -> None:
     """Count a batch that did not enter the state, and warn of it."""
     warn_of_skipped(state)
     if state is not None and state.skipped is not None:
         state.skipped.add_(1)
 
 
-def warn_of_skipped(state: State | None) -> None:
+def warn_of_skipped(state: LayerBuffers | None) -> None:
     """Warn that a batch does not enter the state; of a layer that counts these, only the first time."""
     name, skipped = (None, None) if state is None else (state.name, state.skipped)
     if skipped is not None and not skipped.is_meta and skipped:

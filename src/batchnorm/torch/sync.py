@@ -23,11 +23,11 @@ from batchnorm.kernels import generic
 from batchnorm.kernels.torch import kernel
 from batchnorm.kernels.torch.compat import is_recomputed
 from batchnorm.spec import Operands, Spec
-from batchnorm.torch.arguments import kept_by_lengths
-from batchnorm.torch.layers import BatchNorm1d, BatchNorm2d, BatchNorm3d, Layer, make_ours, native_class
+from batchnorm.torch.arguments import lengths_to_mask
+from batchnorm.torch.layers import BatchNorm1d, BatchNorm2d, BatchNorm3d, Layer, native_class, prepare_layer
 from batchnorm.torch.names import shortened
-from batchnorm.torch.parts import Whole, gradient_through_statistics, own_gradients, wide
-from batchnorm.torch.state import track
+from batchnorm.torch.partial_batches import MergedBatch, gradient_through_statistics, merge_dtype, partial_gradients
+from batchnorm.torch.state import update_running
 
 Group = Any  # dist.ProcessGroup, which exists only in builds with torch.distributed
 
@@ -101,13 +101,13 @@ class SyncBatchNorm(Layer, _BatchNorm):
             return super().forward(input, mask=mask, lengths=lengths)
         self.check_input(input)
         if lengths is not None:
-            mask = kept_by_lengths(input, lengths, 1)
+            mask = lengths_to_mask(input, lengths, 1)
         spec, state = self.spec(input.ndim), self.state
-        call = Call(self._name or type(self).__name__, self.process_group, self.timeout, spec, mask)
+        call = SyncCall(self._name or type(self).__name__, self.process_group, self.timeout, spec, mask)
         y: Tensor = Synchronized.apply(input, self.weight, self.bias, call)  # type: ignore[no-untyped-call]
         if state is not None and self.track_running_stats and not is_recomputed():
-            assert call.whole is not None
-            track(state, call.whole.moments, spec.convention, is_masked=mask is not None)
+            assert call.merged is not None
+            update_running(state, call.merged.moments, spec.convention, is_masked=mask is not None)
         return y
 
     @classmethod
@@ -133,7 +133,7 @@ class SyncBatchNorm(Layer, _BatchNorm):
                     layer.native = native_class(layer)
                 layer.__class__ = cls
                 layer.process_group, layer.timeout, layer._name = process_group, timeout, name or cls.__name__
-                make_ours(layer)
+                prepare_layer(layer)
                 layer._keep_statistics_wide()
         return module
 
@@ -143,7 +143,7 @@ CONVERTED += (BatchNorm1d, BatchNorm2d, BatchNorm3d, SyncBatchNorm)
 
 
 @dataclass
-class Call:
+class SyncCall:
     """One normalisation over all processes, on its way through autograd."""
 
     name: str
@@ -151,19 +151,19 @@ class Call:
     timeout: float | None
     spec: Spec
     mask: Tensor | None
-    whole: Whole | None = None
+    merged: MergedBatch | None = None
 
     def part(self, x: Tensor, gamma: Tensor | None, beta: Tensor | None) -> Operands:
         """The operands of this process."""
         return Operands(x, gamma, beta, None, self.mask)
 
-    def gathered(self, tensor: Tensor) -> Tensor:
+    def gather(self, tensor: Tensor) -> Tensor:
         """The tensors of all processes, in the order of the ranks."""
         parts = [torch.empty_like(tensor) for _ in range(dist.get_world_size(self.group))]
         self.wait(dist.all_gather(parts, tensor.contiguous(), self.group, async_op=True))
         return torch.stack(parts)
 
-    def summed(self, tensor: Tensor) -> Tensor:
+    def sum(self, tensor: Tensor) -> Tensor:
         """The sum of the tensors of all processes."""
         total = tensor.clone(memory_format=torch.contiguous_format)
         self.wait(dist.all_reduce(total, group=self.group, async_op=True))
@@ -183,14 +183,14 @@ class Call:
                 f"layer in training, with an empty batch if it has none ({error})"
             ) from error
 
-    def merged(self, gathered: Tensor, counts: Tensor, dtype: torch.dtype) -> Whole:
+    def merge(self, gathered: Tensor, counts: Tensor, dtype: torch.dtype) -> MergedBatch:
         """The whole batch, from means in two numbers and sums of squares."""
         parts = (
             Moments(count, mean.to(dtype), m2.to(dtype), lo.to(dtype))
             for count, (mean, lo, m2) in zip(counts, gathered, strict=True)
         )
         try:
-            return Whole.of(parts, self.spec)
+            return MergedBatch.of(parts, self.spec)
         except ValueError as error:
             raise ValueError(f"{self.name}: {error}") from None
 
@@ -199,65 +199,66 @@ class Synchronized(torch.autograd.Function):
     """y of x, gamma and beta, normalised by the statistics of all processes."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, gamma: Tensor | None, beta: Tensor | None, call: Call) -> Tensor:
+    def forward(ctx: Any, x: Tensor, gamma: Tensor | None, beta: Tensor | None, call: SyncCall) -> Tensor:
         batch = functional.moments(x, axis=1, mask=call.mask)
-        packed = torch.stack([moment.to(wide(x)) for moment in (batch.count, batch.mean, batch.mean_lo, batch.m2)])
-        gathered = call.gathered(packed)
-        call.whole = call.merged(gathered[:, 1:], gathered[:, 0].round().to(torch.int64), batch.mean.dtype)
+        moments = (batch.count, batch.mean, batch.mean_lo, batch.m2)
+        packed = torch.stack([moment.to(merge_dtype(x)) for moment in moments])
+        gathered = call.gather(packed)
+        call.merged = call.merge(gathered[:, 1:], gathered[:, 0].round().to(torch.int64), batch.mean.dtype)
         ctx.call = call
         ctx.save_for_backward(x, gamma, beta)
-        y: Tensor = kernel.normalize_by(call.spec, call.part(x, gamma, beta), call.whole.statistics)
+        y: Tensor = kernel.normalize_by(call.spec, call.part(x, gamma, beta), call.merged.statistics)
         return y
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-        call: Call = ctx.call
-        assert call.whole is not None
+        call: SyncCall = ctx.call
+        assert call.merged is not None
         if torch.is_grad_enabled():
             x, gamma, beta = ctx.saved_tensors
             return (*differentiable_gradients(x, gamma, beta, dy, call), None)
         part = call.part(*ctx.saved_tensors)
-        own, sums = own_gradients(dy, part, call.whole)
-        through_statistics = gradient_through_statistics(part, call.whole, call.summed(sums))
+        own, sums = partial_gradients(dy, part, call.merged)
+        through_statistics = gradient_through_statistics(part, call.merged, call.sum(sums))
         return (through_statistics + own.dx).to(dy.dtype), own.dgamma, own.dbeta, None
 
 
 def differentiable_gradients(
-    x: Tensor, gamma: Tensor | None, beta: Tensor | None, dy: Tensor, call: Call
+    x: Tensor, gamma: Tensor | None, beta: Tensor | None, dy: Tensor, call: SyncCall
 ) -> tuple[Tensor | None, ...]:
     """Gradients that can be differentiated again, in every process together."""
     leaves = [t if t is None or t.requires_grad else t.detach().requires_grad_() for t in (x, gamma, beta)]
     with torch.enable_grad():
         batch = measure(xp, leaves[0], call.spec.axes, call.mask)
-        packed = torch.stack([moment.to(wide(x)) for moment in (batch.mean, batch.mean_lo, batch.m2)])
-        gathered = Gathered.apply(packed, call)  # type: ignore[no-untyped-call]
-        whole = call.merged(gathered, call.gathered(batch.count), batch.mean.dtype)
-        y = generic.output(xp, call.spec, call.part(*leaves), whole.statistics)  # type: ignore[arg-type]
+        packed = torch.stack([moment.to(merge_dtype(x)) for moment in (batch.mean, batch.mean_lo, batch.m2)])
+        gathered = Gather.apply(packed, call)  # type: ignore[no-untyped-call]
+        merged = call.merge(gathered, call.gather(batch.count), batch.mean.dtype)
+        y = generic.output(xp, call.spec, call.part(*leaves), merged.statistics)  # type: ignore[arg-type]
         gradients = iter(torch.autograd.grad(y, [t for t in leaves if t is not None], dy, create_graph=True))
     return tuple(None if t is None else next(gradients) for t in leaves)
 
 
-class Gathered(torch.autograd.Function):
+class Gather(torch.autograd.Function):
     """The tensors of all processes; each receives the sum of the gradients that any of them has for it."""
 
     @staticmethod
-    def forward(ctx: Any, tensor: Tensor, call: Call) -> Tensor:
+    def forward(ctx: Any, tensor: Tensor, call: SyncCall) -> Tensor:
         ctx.call = call
-        return call.gathered(tensor)
+        return call.gather(tensor)
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
-        return Summed.apply(gradient, ctx.call)[dist.get_rank(ctx.call.group)], None  # type: ignore[no-untyped-call]
+        return Sum.apply(gradient, ctx.call)[dist.get_rank(ctx.call.group)], None  # type: ignore[no-untyped-call]
 
 
-class Summed(torch.autograd.Function):
+class Sum(torch.autograd.Function):
     """The sum over all processes, whose gradient is the sum of theirs."""
 
     @staticmethod
-    def forward(ctx: Any, tensor: Tensor, call: Call) -> Tensor:
+    def forward(ctx: Any, tensor: Tensor, call: SyncCall) -> Tensor:
         ctx.call = call
-        return call.summed(tensor)
+        return call.sum(tensor)
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
-        return Summed.apply(gradient, ctx.call), None  # type: ignore[no-untyped-call]
+        return Sum.apply(gradient, ctx.call), None  # type: ignore[no-untyped-call]

@@ -17,7 +17,7 @@ import batchnorm._native as _native
 from batchnorm.core.normalize import Statistics
 from batchnorm.kernels import generic
 from batchnorm.kernels.native import ACCEPTED, BATCH, REFUSED, RUNNING, TABLE_ALONE, TYPE
-from batchnorm.kernels.torch.autograd import CONSTANTS, KNOWN_STATISTICS, NATIVE, Mode, apply, are_plain
+from batchnorm.kernels.torch.autograd import CONSTANTS, KNOWN_STATISTICS, NATIVE, Mode, apply, are_concrete
 from batchnorm.kernels.torch.compat import (
     are_transforms_active,
     disable_current_modes,
@@ -31,7 +31,7 @@ from batchnorm.kernels.torch.compat import (
 from batchnorm.spec import Operands
 from batchnorm.torch.arguments import is_single
 from batchnorm.torch.conventions import spec_of_record
-from batchnorm.torch.state import State, count_skipped
+from batchnorm.torch.state import LayerBuffers, report_skipped
 
 if TYPE_CHECKING:
     from batchnorm.torch.layers import Layer
@@ -46,11 +46,11 @@ Inputs = tuple[Tensor, Tensor | None, Tensor | None]  # x, weight and bias
 smallest = 1 << 18
 
 
-def can_wait(layer: Layer, inputs: Inputs, state: State | None) -> bool:
+def can_wait(layer: Layer, inputs: Inputs, state: LayerBuffers | None) -> bool:
     """Whether a call is an ordinary one, without anything to refuse and with nobody watching its result."""
     statistics = (None, None) if state is None else state[:2]
     tensors = (*inputs, *statistics)
-    if has_hooks(layer) or is_forward_mode() or not are_plain(*tensors):
+    if has_hooks(layer) or is_forward_mode() or not are_concrete(*tensors):
         return False
     for tensor in tensors:
         if tensor is not None and (not tensor.is_cpu or not tensor.is_floating_point() or tensor.is_inference()):
@@ -82,7 +82,7 @@ class Record(NamedTuple):
     layer: Layer
     joined: list[str]
     others: list[str]
-    call: weakref.ref[Call]  # dead once nobody holds the result any more
+    call: weakref.ref[DeferredCall]  # dead once nobody holds the result any more
 
 
 class Recorder(threading.local):
@@ -104,7 +104,7 @@ def recording() -> Iterator[list[Record]]:
         recorder.records = before
 
 
-class Call:
+class DeferredCall:
     """One call of a layer, with all that its result depends on.
 
     Attributes:
@@ -123,7 +123,7 @@ class Call:
             recorder.records.append(Record(layer, self.joined, self.others, weakref.ref(self)))
 
     @classmethod
-    def begin(cls, layer: Layer, inputs: Inputs) -> Call | None:
+    def begin(cls, layer: Layer, inputs: Inputs) -> DeferredCall | None:
         """Take the statistics, and let the batch enter the running ones.
 
         None for what is better computed at once: small or unusual tensors, and layers that are watched.
@@ -141,7 +141,7 @@ class Call:
         if done[1] == ACCEPTED and tracked is not None:
             increment_version([tensor for tensor in tracked[:4] if tensor is not None])
         elif done[1] == REFUSED:
-            count_skipped(tracked)
+            report_skipped(tracked)
         return cls(layer, inputs, done[3], KNOWN_STATISTICS)
 
     def compute(self, activation: str | None, residual: Tensor | None) -> Tensor:

@@ -8,12 +8,12 @@ from batchnorm.core import activations
 from batchnorm.core.dtypes import Array, cast
 from batchnorm.core.moments import Moments
 from batchnorm.core.normalize import rstd_of_var
-from batchnorm.kernels.generic import read
+from batchnorm.kernels.generic import masked_values
 from batchnorm.kernels.jax import primitives
-from batchnorm.kernels.jax.formulas import Across, Rule, given, mask_of
+from batchnorm.kernels.jax.formulas import CrossDevice, Rule, from_operand, mask_of
 
 
-def normalize_across(across: Across, operands: list[Array], rule: Rule) -> tuple[Array, Moments]:
+def normalize_across(across: CrossDevice, operands: list[Array], rule: Rule) -> tuple[Array, Moments]:
     """y of a part of the batch, and the moments (L, C) of the whole.
 
     The reductions are kernels, here and in the derivatives; what is done to each element is array code, which XLA
@@ -21,19 +21,19 @@ def normalize_across(across: Across, operands: list[Array], rule: Rule) -> tuple
     """
     x, gamma, beta, residual, keep = operands
     _, mean, mean_lo, m2, _, count = primitives.forward(operands, rule._replace(has_output=False))
-    whole = across.merged(Moments(count, mean, m2, mean_lo))
+    whole = across.merge(Moments(count, mean, m2, mean_lo))
     n = jnp.maximum(whole.count, 1).astype(mean.dtype)
     scale = rstd_of_var(jnp, whole.m2 / n, rule.eps, "inside")
-    scale = scale if given(gamma) is None else scale * cast(jnp, gamma, scale.dtype)
+    scale = scale if from_operand(gamma) is None else scale * cast(jnp, gamma, scale.dtype)
     # As constants the mean and its low part have no derivative; that goes through `offset`, where they are 0.
     hi, lo = lax.stop_gradient(whole.mean), lax.stop_gradient(whole.mean_lo)
     offset = -scale * ((whole.mean - hi) + (whole.mean_lo - lo))
-    offset = offset if given(beta) is None else offset + cast(jnp, beta, scale.dtype)
+    offset = offset if from_operand(beta) is None else offset + cast(jnp, beta, scale.dtype)
     mask = mask_of(keep, x)
     masked_output: MaskedOutput = "normalized" if rule.normalizes_padding else "zero"
     z = primitives.spread(offset, scale, x, keep, hi, lo, normalizes_padding=rule.normalizes_padding)
-    if given(residual) is not None:
-        z = z + cast(jnp, read(jnp, residual, mask, masked_output), z.dtype)
+    if from_operand(residual) is not None:
+        z = z + cast(jnp, masked_values(jnp, residual, mask, masked_output), z.dtype)
     y = activations.apply(jnp, z, rule.activation)
     y = jnp.where(mask, y, 0.0) if mask is not None and not rule.normalizes_padding else y
     return cast(jnp, y, x.dtype), whole

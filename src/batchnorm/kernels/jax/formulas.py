@@ -18,7 +18,7 @@ from jax import lax
 from batchnorm.convention import MaskedOutput
 from batchnorm.conventions import find
 from batchnorm.core import activations
-from batchnorm.core.axes import split
+from batchnorm.core.axes import split_axes
 from batchnorm.core.dtypes import Array, accumulation_dtype, cast
 from batchnorm.core.moments import Moments, two_sum
 from batchnorm.core.moments import moments as measure
@@ -27,7 +27,7 @@ from batchnorm.kernels import generic
 from batchnorm.kernels.generic import Cache
 from batchnorm.spec import Operands, Spec
 
-AXES = {ndim: split((0, 2), ndim) for ndim in (3, 4)}  # XLA's loops over a last axis of one element are slow
+AXES = {ndim: split_axes((0, 2), ndim) for ndim in (3, 4)}  # XLA's loops over a last axis of one element are slow
 
 
 class Rule(NamedTuple):
@@ -58,71 +58,71 @@ class Outputs(NamedTuple):
     count: Array
 
 
-def absent(dtype: Any = jnp.float32) -> Array:
+def placeholder(dtype: Any = jnp.float32) -> Array:
     """The placeholder of an operand or a result that is absent."""
     return jnp.zeros((0,), dtype)
 
 
-def given(array: Array) -> Array | None:
+def from_operand(array: Array) -> Array | None:
     """An operand, None if it is absent."""
     return array if array.ndim > 1 else None
 
 
-def stand_in(array: Array | None) -> Array:
-    """The inverse of `given`."""
-    return absent() if array is None else array
+def to_operand(array: Array | None) -> Array:
+    """The inverse of `from_operand`."""
+    return placeholder() if array is None else array
 
 
 def mask_of(keep: Array, x: Array) -> Array | None:
     """The booleans of a mask, which may be given by lengths; None without a mask."""
     if keep.ndim != 2:
-        return given(keep)
+        return from_operand(keep)
     return (jnp.arange(x.shape[-1]) < keep[:, :, None])[:, :, None, :]
 
 
 def operands_of(x: Array, gamma: Array, beta: Array, residual: Array, keep: Array) -> Operands:
     """The operands, None where they are absent, with the mask as booleans."""
-    return Operands(x, given(gamma), given(beta), given(residual), mask_of(keep, x))
+    return Operands(x, from_operand(gamma), from_operand(beta), from_operand(residual), mask_of(keep, x))
 
 
-def plain_forward(x: Array, gamma: Array, beta: Array, residual: Array, keep: Array, *, rule: Rule) -> Outputs:
+def generic_forward(x: Array, gamma: Array, beta: Array, residual: Array, keep: Array, *, rule: Rule) -> Outputs:
     """The forward pass."""
     spec, operands = spec_of_rule(rule, x.ndim), operands_of(x, gamma, beta, residual, keep)
     batch = measure(jnp, x, spec.axes, operands.mask)
     statistics = generic.own_statistics(jnp, spec, batch)
-    y = generic.output(jnp, spec, operands, statistics) if rule.has_output else absent(x.dtype)
+    y = generic.output(jnp, spec, operands, statistics) if rule.has_output else placeholder(x.dtype)
     return Outputs(y, batch.mean, batch.mean_lo, batch.m2, statistics.rstd, batch.count.astype(jnp.int32))
 
 
-def plain_backward(
+def generic_backward(
     dy: Array, x: Array, gamma: Array, beta: Array, residual: Array, keep: Array, count: Array, mean: Array,
     mean_lo: Array, rstd: Array, *, rule: Rule,
 ) -> tuple[Array, ...]:  # fmt: skip
     """The gradients of x, gamma, beta and residual."""
-    if rule.normalizes_padding and given(keep) is not None:
+    if rule.normalizes_padding and from_operand(keep) is not None:
         return tuple(jax.vjp(y_of(keep, rule), x, gamma, beta, residual)[1](dy.astype(x.dtype)))
     operands = operands_of(x, gamma, beta, residual, keep)
     cache = Cache(*operands, Statistics(mean, mean_lo, rstd), count, spec_of_rule(rule, x.ndim))
-    return tuple(map(stand_in, generic.gradients(dy, cache)))
+    return tuple(map(to_operand, generic.gradients(dy, cache)))
 
 
 def tangent_of_y(
     tx: Array, tgamma: Array, tbeta: Array, tresidual: Array, x: Array, gamma: Array, beta: Array, residual: Array,
     keep: Array, count: Array, mean: Array, mean_lo: Array, rstd: Array, *, rule: Rule, jacobian: Callable[..., Any],
 ) -> Array:  # fmt: skip
-    """The tangent, by `plain_backward` or the primitive for J."""
-    if rule.normalizes_padding and given(keep) is not None:
+    """The tangent, by `generic_backward` or the primitive for J."""
+    if rule.normalizes_padding and from_operand(keep) is not None:
         directions = (tx, tgamma, tbeta, tresidual)
         return jax.jvp(y_of(keep, rule), (x, gamma, beta, residual), directions)[1]
     spec, operands, mask = spec_of_rule(rule, x.ndim), operands_of(x, gamma, beta, residual, keep), mask_of(keep, x)
-    statistics, axes, none = Statistics(mean, mean_lo, rstd), AXES[x.ndim], absent()
-    numbers = aligned(tx, x, gamma, none, none, keep, count, mean, mean_lo, rstd)
+    statistics, axes, none = Statistics(mean, mean_lo, rstd), AXES[x.ndim], placeholder()
+    numbers = match_varying(tx, x, gamma, none, none, keep, count, mean, mean_lo, rstd)
     total = jacobian(*numbers, rule=rule._replace(activation=None))[0].astype(rstd.dtype)
     if operands.gamma is not None:
         xhat = generic.affine(jnp, spec, Operands(x, mask=mask), statistics)
-        total += xhat * axes.spread_out(jnp, tgamma.astype(rstd.dtype))
+        total += xhat * axes.expand_to_x(jnp, tgamma.astype(rstd.dtype))
     if operands.beta is not None:
-        total += axes.spread_out(jnp, tbeta.astype(rstd.dtype))
+        total += axes.expand_to_x(jnp, tbeta.astype(rstd.dtype))
     if operands.residual is not None:
         total += tresidual.astype(rstd.dtype)
     if rule.activation is not None:
@@ -131,7 +131,7 @@ def tangent_of_y(
     return (total if mask is None else jnp.where(mask, total, 0.0)).astype(x.dtype)
 
 
-def plain_sums(
+def generic_sums(
     d: Array, x: Array, keep: Array, mean: Array, mean_lo: Array, *, normalizes_padding: bool
 ) -> tuple[Array, Array]:
     """sum(d) and sum(d * (x - mean - mean_lo)) of each channel, over the elements that count.
@@ -142,18 +142,18 @@ def plain_sums(
     mask = None if normalizes_padding else mask_of(keep, x)
     d = d if mask is None else jnp.where(mask, d, 0.0)
     axes, wide = AXES[x.ndim], accumulation_dtype(jnp)
-    totals = (axes.gather(jnp, axes.total(jnp, values, wide)) for values in (d, d * deviation))
+    totals = (axes.squeeze_reduced(jnp, axes.sum_reduced(jnp, values, wide)) for values in (d, d * deviation))
     first, second = (total.astype(mean.dtype) for total in totals)
     return first, second
 
 
-def plain_spread(
+def generic_spread(
     first: Array, second: Array, x: Array, keep: Array, mean: Array, mean_lo: Array, *, normalizes_padding: bool
 ) -> Array:
-    """first + second * (x - mean - mean_lo) in the dtype of the statistics: the transpose of `plain_sums`."""
+    """first + second * (x - mean - mean_lo) in the dtype of the statistics: the transpose of `generic_sums`."""
     axes = AXES[x.ndim]
     deviation = deviations(x, keep, mean, mean_lo, normalizes_padding=normalizes_padding)
-    result = axes.spread_out(jnp, first) + axes.spread_out(jnp, second) * deviation
+    result = axes.expand_to_x(jnp, first) + axes.expand_to_x(jnp, second) * deviation
     mask = None if normalizes_padding else mask_of(keep, x)
     return result if mask is None else jnp.where(mask, result, 0.0)
 
@@ -161,26 +161,27 @@ def plain_spread(
 def deviations(x: Array, keep: Array, mean: Array, mean_lo: Array, *, normalizes_padding: bool) -> Array:
     """x - mean - mean_lo, 0 where x may not be read."""
     axes, mask = AXES[x.ndim], mask_of(keep, x)
-    deviation = (x.astype(mean.dtype) - axes.spread_out(jnp, mean)) - axes.spread_out(jnp, mean_lo)
+    deviation = (x.astype(mean.dtype) - axes.expand_to_x(jnp, mean)) - axes.expand_to_x(jnp, mean_lo)
     if mask is None:
         return deviation
-    return jnp.where(generic.readable(jnp, x, mask, "normalized" if normalizes_padding else "zero"), deviation, 0.0)
+    masked_output: MaskedOutput = "normalized" if normalizes_padding else "zero"
+    return jnp.where(generic.readable_mask(jnp, x, mask, masked_output), deviation, 0.0)
 
 
 def y_of(keep: Array, rule: Rule) -> Callable[..., Array]:
     """y as a function of x, gamma, beta and residual alone, through whose statistics derivatives go."""
 
     def y(x: Array, gamma: Array, beta: Array, residual: Array) -> Array:
-        return plain_forward(x, gamma, beta, residual, keep, rule=rule).y
+        return generic_forward(x, gamma, beta, residual, keep, rule=rule).y
 
     return y
 
 
 # `shard_map` wants all operands to vary along the same axes of the mesh. That the transpose of `pcast` is a sum over
 # these gives replicated parameters the gradient of the whole.
-def aligned(*arrays: Array) -> list[Array]:
+def match_varying(*arrays: Array) -> list[Array]:
     """The arrays, all varying along whatever one of them varies along."""
-    own = [varying(array) for array in arrays]
+    own = [varying_axes(array) for array in arrays]
     together = frozenset().union(*own)
     return [
         array if have == together else cast_varying(array, tuple(together - have))
@@ -188,7 +189,7 @@ def aligned(*arrays: Array) -> list[Array]:
     ]
 
 
-def varying(array: Array) -> frozenset[Any]:
+def varying_axes(array: Array) -> frozenset[Any]:
     """The axes of a mesh along which an array varies, within `shard_map`."""
     kind: Any = jax.typeof(array)
     axes = kind.mat.varying if hasattr(kind, "mat") else getattr(kind, "vma", ())
@@ -202,13 +203,13 @@ def cast_varying(array: Array, axes: tuple[Any, ...]) -> Array:
     return jax.lax.pvary(array, axes)  # type: ignore[attr-defined]  # its name in older versions
 
 
-class Across(NamedTuple):
+class CrossDevice(NamedTuple):
     """The named axis along which a batch is spread, and groups of its indices that are batches of their own."""
 
     axis_name: Any
     axis_index_groups: Any = None
 
-    def merged(self, part: Moments) -> Moments:
+    def merge(self, part: Moments) -> Moments:
         """The moments of the whole batch: every part by its count, whatever that is.
 
             ref = sum(n * mean) / n        delta = mean - ref        mean = ref + sum(n * delta) / n

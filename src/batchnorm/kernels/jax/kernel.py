@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from batchnorm.core.dtypes import FLOATS, Array, cast, dtype_name
-from batchnorm.core.masks import Lengths, Mask, elementwise
+from batchnorm.core.masks import Lengths, Mask, as_boolean_mask
 from batchnorm.core.moments import Moments
 from batchnorm.core.normalize import Statistics, effective_beta, effective_gamma
 from batchnorm.core.running import RunningStatistics
@@ -17,7 +17,7 @@ from batchnorm.kernels import generic
 from batchnorm.kernels.generic import Cache, Gradients
 from batchnorm.kernels.jax import lowering, primitives
 from batchnorm.kernels.jax.devices import normalize_across
-from batchnorm.kernels.jax.formulas import Across, Rule, aligned, stand_in
+from batchnorm.kernels.jax.formulas import CrossDevice, Rule, match_varying, to_operand
 from batchnorm.kernels.jax.primitives import backward_p, forward_p
 from batchnorm.kernels.jax.running import advance
 from batchnorm.kernels.native import different_dtypes
@@ -36,7 +36,7 @@ class JAX:
         running: RunningStatistics,
         training: bool | Array,
         out: None = None,
-        across: Across | None = None,
+        across: CrossDevice | None = None,
     ) -> tuple[Array, RunningStatistics]:
         """`functional.batch_norm`; of a traced `training`, only the branch that it chooses is computed.
 
@@ -44,7 +44,7 @@ class JAX:
         """
         x, convention = operands.x, spec.convention
         if not isinstance(training, bool):  # both branches return a state that varies over devices as x does
-            running = running._replace(**dict(zip(running._fields, aligned(*running, x), strict=False)))
+            running = running._replace(**dict(zip(running._fields, match_varying(*running, x), strict=False)))
             branches = (
                 partial(self.normalize, spec, operands, running, value, None, across) for value in (True, False)
             )
@@ -53,9 +53,9 @@ class JAX:
             return generic.normalize(spec, operands, running, training, None, across)
         rule = Rule(convention.eps, named(spec.activation), convention.masked_output == "normalized")
         gamma, beta = effective_gamma(jnp, operands.gamma, convention, x), effective_beta(operands.beta, convention)
-        views = views_of(operands._replace(gamma=gamma, beta=beta), spec)
+        views = to_lncs(operands._replace(gamma=gamma, beta=beta), spec)
         if across is None:
-            y, mean, mean_lo, m2, _, count = forward_p.bind(*aligned(*views), rule=rule)
+            y, mean, mean_lo, m2, _, count = forward_p.bind(*match_varying(*views), rule=rule)
             batch = Moments(count, mean, m2, mean_lo)
         else:
             y, batch = normalize_across(across, views, rule)
@@ -70,7 +70,7 @@ class JAX:
             return generic.forward(spec, operands, running)
         generic.register_spec_with_jax()
         x, shape = operands.x, spec.axes.statistics_shape(operands.x.shape)
-        results = primitives.forward(views_of(operands, spec), Rule(spec.convention.eps, named(spec.activation), False))
+        results = primitives.forward(to_lncs(operands, spec), Rule(spec.convention.eps, named(spec.activation), False))
         mean, mean_lo, rstd, count = (jnp.reshape(results[i], shape) for i in (1, 2, 4, 5))
         return results.y.reshape(x.shape), Cache(*operands, Statistics(mean, mean_lo, rstd), count, spec)
 
@@ -78,12 +78,12 @@ class JAX:
         """`functional.backward`."""
         if cache.count is None:
             return generic.gradients(dy, cache)
-        spec, arguments, views = cache.spec, cache.operands[:4], views_of(cache.operands, cache.spec)
+        spec, arguments, views = cache.spec, cache.operands[:4], to_lncs(cache.operands, cache.spec)
         channels = (views[0].shape[0], views[0].shape[2])
         by_channel = (jnp.reshape(array, channels) for array in (cache.count, *cache.statistics))
         dy = cast(jnp, dy, cache.x.dtype).reshape(views[0].shape)
         rule = Rule(spec.convention.eps, named(spec.activation), False)
-        results = backward_p.bind(*aligned(dy, *views, *by_channel), rule=rule)
+        results = backward_p.bind(*match_varying(dy, *views, *by_channel), rule=rule)
         return Gradients(*(None if a is None else r.reshape(a.shape) for a, r in zip(arguments, results, strict=True)))
 
     def moments(self, spec: Spec, x: Array, mask: Mask) -> Moments:
@@ -121,11 +121,11 @@ def named(activation: Activation | None) -> str | None:
     return None if activation == "identity" else activation
 
 
-def views_of(operands: Operands, spec: Spec) -> list[Array]:
+def to_lncs(operands: Operands, spec: Spec) -> list[Array]:
     """The operands of a primitive: (L, N, C, S) or (L, N, C), (L, C), and the mask."""
     (x, gamma, beta, residual, mask), axes = operands, spec.axes
-    shape, begin = x.shape, 1 if spec.is_in_lanes else 0
-    own = axes.kept[begin:]
+    shape, begin = x.shape, int(axes.has_lanes)
+    own = axes.channel_axes[begin:]
     first, last = (own[0], own[-1] + 1) if own else (len(shape), len(shape))
     lanes = shape[0] if begin else 1
     L, N, C, S = (lanes, *(math.prod(shape[a:b]) for a, b in ((begin, first), (first, last), (last, len(shape)))))
@@ -135,7 +135,7 @@ def views_of(operands: Operands, spec: Spec) -> list[Array]:
         lengths = jnp.clip(mask.values, 0, shape[last]).astype(jnp.int32) * (S // shape[last])
         keep: Array | None = jnp.broadcast_to(lengths, (L, N))
     else:
-        keep = elementwise(jnp, mask, x, axes)
+        keep = as_boolean_mask(jnp, mask, x, axes)
         if keep is not None:
             # As large as x, but for the channels where it is the same for all of them.
             per_channel = any(keep.shape[axis] != 1 for axis in own)
@@ -143,4 +143,4 @@ def views_of(operands: Operands, spec: Spec) -> list[Array]:
             keep = jnp.broadcast_to(keep, expanded).reshape(L, N, C if per_channel else 1, *inner)
     parameters = (None if array is None else array.reshape(L, C) for array in (gamma, beta))
     x, residual = (None if array is None else array.reshape(L, N, C, *inner) for array in (x, residual))
-    return [stand_in(array) for array in (x, *parameters, residual, keep)]
+    return [to_operand(array) for array in (x, *parameters, residual, keep)]

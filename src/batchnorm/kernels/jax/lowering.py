@@ -18,15 +18,15 @@ import batchnorm._native as _native
 from batchnorm.core.dtypes import Array
 from batchnorm.kernels.jax.formulas import (
     Rule,
-    absent,
-    plain_backward,
-    plain_forward,
-    plain_spread,
-    plain_sums,
+    generic_backward,
+    generic_forward,
+    generic_spread,
+    generic_sums,
+    placeholder,
     tangent_of_y,
 )
 from batchnorm.kernels.jax.primitives import backward_p, forward_p, spread_p, sums_p, tangent_p
-from batchnorm.kernels.jax.running import advance_p, native_advance, plain_advance
+from batchnorm.kernels.jax.running import advance_p, generic_advance, native_advance
 from batchnorm.spec import activation_code
 
 
@@ -46,9 +46,9 @@ def is_exported(context: Any) -> bool:
     return bool(getattr(parameters, "for_export", False))
 
 
-def lowered(plain: Callable[..., Any], native: Callable[..., Any], context: Any, *operands: Any, **static: Any) -> Any:
+def lower(generic: Callable[..., Any], native: Callable[..., Any], context: Any, *operands: Any, **static: Any) -> Any:
     """The code of a primitive on a CPU."""
-    chosen = plain if is_partitioned(context) or is_exported(context) else native
+    chosen = generic if is_partitioned(context) or is_exported(context) else native
     return chosen(context, *operands, **static)
 
 
@@ -76,7 +76,7 @@ def sums_by_backward(
     d: Array, x: Array, keep: Array, mean: Array, mean_lo: Array, *, normalizes_padding: bool
 ) -> tuple[Array, Array]:
     """The sums, as the gradients of beta and gamma where rstd is 1."""
-    none, one = absent(), jnp.ones_like(mean)
+    none, one = placeholder(), jnp.ones_like(mean)
     rule = Rule(0.0, None, normalizes_padding, has_output=False)
     _, second, first, _ = backward_p.bind(d, x, one, one, none, keep, none, mean, mean_lo, one, rule=rule)
     return first, second
@@ -92,9 +92,9 @@ def without_series(asked: Primitive, primals: Any, series: Any, **static: Any) -
     return asked.bind(*primals, **static), [jnp.zeros(())] * len(series[0])
 
 
-def by_jet(plain: Callable[..., Any], primals: Any, series: Any, **static: Any) -> Any:
+def by_jet(generic: Callable[..., Any], primals: Any, series: Any, **static: Any) -> Any:
     """Taylor mode, by array code."""
-    return jet.jet(partial(plain, **static), primals, series, factorial_scaled=False)
+    return jet.jet(partial(generic, **static), primals, series, factorial_scaled=False)
 
 
 def check_version() -> None:
@@ -116,18 +116,18 @@ def register() -> None:
     native_tangent = mlir.lower_fun(tuple_of(partial(tangent_of_y, jacobian=backward_p.bind)), multiple_results=True)
     native_sums = mlir.lower_fun(sums_by_backward, multiple_results=True)
     code: list[tuple[Primitive, Callable[..., Any], Any]] = [
-        (forward_p, plain_forward, native_forward),
-        (tangent_p, tuple_of(partial(tangent_of_y, jacobian=plain_backward)), native_tangent),
-        (backward_p, plain_backward, native_backward),
-        (sums_p, plain_sums, native_sums),
-        (advance_p, plain_advance, native_advance),
-        (spread_p, tuple_of(plain_spread), None),  # XLA fuses it with what is around it
+        (forward_p, generic_forward, native_forward),
+        (tangent_p, tuple_of(partial(tangent_of_y, jacobian=generic_backward)), native_tangent),
+        (backward_p, generic_backward, native_backward),
+        (sums_p, generic_sums, native_sums),
+        (advance_p, generic_advance, native_advance),
+        (spread_p, tuple_of(generic_spread), None),  # XLA fuses it with what is around it
     ]
     for asked in (lax.reduce_and_p, lax.reduce_or_p):
         jet.jet_rules.setdefault(asked, partial(without_series, asked))
-    for made, plain, native in code:
-        lowering = mlir.lower_fun(plain, multiple_results=True)
+    for made, generic, native in code:
+        lowering = mlir.lower_fun(generic, multiple_results=True)
         mlir.register_lowering(made, lowering)
-        jet.jet_rules[made] = partial(by_jet, plain)
+        jet.jet_rules[made] = partial(by_jet, generic)
         if native is not None:
-            mlir.register_lowering(made, partial(lowered, lowering, native), platform="cpu")
+            mlir.register_lowering(made, partial(lower, lowering, native), platform="cpu")

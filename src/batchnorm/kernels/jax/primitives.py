@@ -30,9 +30,9 @@ from batchnorm.core.dtypes import Array
 from batchnorm.kernels.jax.formulas import (
     Outputs,
     Rule,
-    aligned,
-    plain_spread,
-    plain_sums,
+    generic_spread,
+    generic_sums,
+    match_varying,
     y_of,
 )
 
@@ -124,7 +124,7 @@ def fold_lanes(
             array = jnp.broadcast_to(array, (size, *array.shape))
         return array.reshape(-1, *array.shape[2:])
 
-    results = made.bind(*aligned(*map(folded, operands, dims)), **static)
+    results = made.bind(*match_varying(*map(folded, operands, dims)), **static)
     split_up = [
         jnp.broadcast_to(r, (size, *r.shape)) if r.ndim == 1 else r.reshape(size, -1, *r.shape[1:]) for r in results
     ]
@@ -140,7 +140,7 @@ spread_p = primitive("batchnorm_spread", spread_avals)
 
 def forward(operands: Sequence[Array], rule: Rule) -> Outputs:
     """The forward pass of x, gamma, beta, residual and the mask."""
-    return Outputs(*forward_p.bind(*aligned(*operands), rule=rule))
+    return Outputs(*forward_p.bind(*match_varying(*operands), rule=rule))
 
 
 # ---- derivatives --------------------------------------------------------------------------------------------------
@@ -172,7 +172,7 @@ def forward_jvp(primals: Sequence[Array], tangents: Sequence[Any], *, rule: Rule
     ty = none.y
     if rule.has_output:
         directions = instantiated(tangents[:4], operands)
-        ty = tangent_p.bind(*aligned(*directions, *primals, count, mean, mean_lo, rstd), rule=rule)[0]
+        ty = tangent_p.bind(*match_varying(*directions, *primals, count, mean, mean_lo, rstd), rule=rule)[0]
     if type(tangents[0]) is ad.Zero:
         return results, none._replace(y=ty)
     total, product = sums(tangents[0], operands[0], keep, mean, mean_lo, normalizes_padding=False)
@@ -183,7 +183,7 @@ def forward_jvp(primals: Sequence[Array], tangents: Sequence[Any], *, rule: Rule
 
 def sums(d: Array, x: Array, keep: Array, mean: Array, mean_lo: Array, *, normalizes_padding: bool) -> list[Array]:
     """sum(d) and sum(d * (x - mean - mean_lo)), of d in the dtype of x."""
-    operands = aligned(d.astype(x.dtype), x, keep, mean, mean_lo)
+    operands = match_varying(d.astype(x.dtype), x, keep, mean, mean_lo)
     return sums_p.bind(*operands, normalizes_padding=normalizes_padding)  # type: ignore[no-any-return]
 
 
@@ -191,7 +191,7 @@ def spread(
     first: Array, second: Array, x: Array, keep: Array, mean: Array, mean_lo: Array, *, normalizes_padding: bool
 ) -> Array:
     """first + second * (x - mean - mean_lo), in the dtype of the statistics."""
-    operands = aligned(first, second, x, keep, mean, mean_lo)
+    operands = match_varying(first, second, x, keep, mean, mean_lo)
     return spread_p.bind(*operands, normalizes_padding=normalizes_padding)[0]
 
 
@@ -206,7 +206,7 @@ def sums_jvp(primals: Sequence[Array], tangents: Sequence[Any], *, normalizes_pa
     if not all_zero(others):
 
         def of(x: Array, mean: Array, mean_lo: Array) -> tuple[Array, Array]:
-            return plain_sums(d, x, keep, mean, mean_lo, normalizes_padding=normalizes_padding)
+            return generic_sums(d, x, keep, mean, mean_lo, normalizes_padding=normalizes_padding)
 
         at = (x, mean, mean_lo)
         more = jax.jvp(of, at, instantiated(others, at))[1]
@@ -226,7 +226,7 @@ def spread_jvp(primals: Sequence[Array], tangents: Sequence[Any], *, normalizes_
     if not all_zero(others):
 
         def of(x: Array, mean: Array, mean_lo: Array) -> Array:
-            return plain_spread(first, second, x, keep, mean, mean_lo, normalizes_padding=normalizes_padding)
+            return generic_spread(first, second, x, keep, mean, mean_lo, normalizes_padding=normalizes_padding)
 
         at = (x, mean, mean_lo)
         total = ad.add_tangents(total, jax.jvp(of, at, instantiated(others, at))[1])
@@ -265,7 +265,7 @@ def tangent_jvp(primals: Sequence[Array], tangents: Sequence[Any], *, rule: Rule
     total = zeros(results)[0]
     if not all_zero(tangents[:4]):
         linear = instantiated(tangents[:4], directions)
-        total = tangent_p.bind(*aligned(*linear, *operands, *rest), rule=rule)[0]
+        total = tangent_p.bind(*match_varying(*linear, *operands, *rest), rule=rule)[0]
     if not all_zero(tangents[4:8]):
         y = y_of(rest[0], rule)
 
@@ -283,7 +283,7 @@ def backward_jvp(primals: Sequence[Array], tangents: Sequence[Any], *, rule: Rul
     dy, operands, rest = primals[0], primals[1:5], primals[5:]
     totals = zeros(results)
     if type(tangents[0]) is not ad.Zero:
-        totals = backward_p.bind(*aligned(tangents[0], *operands, *rest), rule=rule)
+        totals = backward_p.bind(*match_varying(tangents[0], *operands, *rest), rule=rule)
     if not all_zero(tangents[1:5]):
         y = y_of(rest[0], rule)
 
@@ -302,7 +302,7 @@ def tangent_transpose(cotangents: Sequence[Any], *operands: Any, rule: Rule) -> 
     none: list[Any] = [None] * len(operands)
     if type(dy) is ad.Zero:
         return none
-    gradients = backward_p.bind(*aligned(dy, *operands[4:]), rule=rule)
+    gradients = backward_p.bind(*match_varying(dy, *operands[4:]), rule=rule)
     return [gradient if is_linear else None for gradient, is_linear in zip(gradients, linear, strict=True)] + none[4:]
 
 
@@ -312,7 +312,7 @@ def backward_transpose(cotangents: Sequence[Any], dy: Any, *operands: Any, rule:
     if all_zero(cotangents):
         return [None, *none]
     directions = instantiated(cotangents, operands[:4])
-    return [tangent_p.bind(*aligned(*directions, *operands), rule=rule)[0], *none]
+    return [tangent_p.bind(*match_varying(*directions, *operands), rule=rule)[0], *none]
 
 
 ad.primitive_jvps[forward_p] = forward_jvp

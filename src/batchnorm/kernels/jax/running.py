@@ -20,7 +20,7 @@ from batchnorm.core.dtypes import Array
 from batchnorm.core.moments import Moments
 from batchnorm.core.running import RunningStatistics, kind_of
 from batchnorm.core.running import advance as advance_by_array_code
-from batchnorm.kernels.jax.formulas import aligned
+from batchnorm.kernels.jax.formulas import match_varying
 from batchnorm.kernels.jax.primitives import all_zero, instantiated, primitive, zeros
 from batchnorm.spec import averaging_fields
 
@@ -33,7 +33,7 @@ def advance(running: RunningStatistics, batch: Moments, convention: Convention, 
         return advance_by_array_code(jnp, running, batch, convention, masked=masked)
     state = [jnp.reshape(value, (1, -1)) for value in running]
     moments = [jnp.reshape(value, (1, -1)) for value in (batch.count, batch.mean, batch.mean_lo, batch.m2)]
-    updated = advance_p.bind(*aligned(*state, *moments), convention=convention, masked=masked)
+    updated = advance_p.bind(*match_varying(*state, *moments), convention=convention, masked=masked)
     shaped = (jnp.reshape(new, jnp.shape(old)) for new, old in zip(updated, running, strict=True))
     return running._replace(**dict(zip(running._fields, shaped, strict=True)))
 
@@ -43,7 +43,7 @@ def advance_avals(*operands: ShapedArray, convention: Convention, masked: bool) 
     return [state.update(weak_type=False) for state in operands[:FIELDS]]
 
 
-def plain_advance(*operands: Array, convention: Convention, masked: bool) -> tuple[Array, ...]:
+def generic_advance(*operands: Array, convention: Convention, masked: bool) -> tuple[Array, ...]:
     """The update of every lane, by array code."""
 
     def one(*operands: Array) -> tuple[Array, ...]:
@@ -72,7 +72,7 @@ def advance_jvp(primals: Sequence[Array], tangents: Sequence[Any], **static: Any
     moments = primals[FIELDS + 1 :]
 
     def of(*operands: Array) -> tuple[Array, ...]:
-        return plain_advance(*operands[:FIELDS], count, *operands[FIELDS:], **static)
+        return generic_advance(*operands[:FIELDS], count, *operands[FIELDS:], **static)
 
     at = (*state, *moments)
     return updated, list(jax.jvp(of, at, instantiated((*tangents[:FIELDS], *tangents[FIELDS + 1 :]), at))[1])

@@ -54,8 +54,8 @@ class Mode:
     ) -> None:
         self.is_in_place, self.is_by_batch = is_in_place, source == BATCH if is_by_batch is None else is_by_batch
         self.eager = _native.Request(source=source, is_in_place=is_in_place, returns=returns)
-        kept = TABLE if returns == OUTPUT else returns
-        self.recorded = _native.Request(source=source, is_in_place=is_in_place, returns=kept)
+        needed = TABLE if returns == OUTPUT else returns
+        self.differentiated = _native.Request(source=source, is_in_place=is_in_place, returns=needed)
 
 
 LAYER_TRAINING = Mode(BATCH, is_in_place=True)
@@ -77,7 +77,7 @@ def has_gradients(*tensors: Array | None) -> bool:
     return False
 
 
-def are_plain(*tensors: Array | None) -> bool:
+def are_concrete(*tensors: Array | None) -> bool:
     """Whether these are tensors whose memory holds their numbers, in a call that nothing traces."""
     return not is_traced() and are_in_memory(*tensors)
 
@@ -113,12 +113,12 @@ def apply(mode: Mode, spec: Spec, operands: Operands, numbers: Any = None, out: 
             gamma, beta = None, None if affine == "ignored" else beta
         if spec.convention.normalize_with == "running" and mode.is_by_batch:
             return TYPE
-        call = Call(mode, spec, mask, numbers)
-        y = record(x, gamma, beta, residual, call)
+        call = SavedCall(mode, spec, mask, numbers)
+        y = apply_normalization(x, gamma, beta, residual, call)
         done, call.done = call.done, None  # which holds y
         if y is None:
             return done
-        done = (y if out is None else generic.deliver(y, out), *done[1:])
+        done = (y if out is None else generic.write_out(y, out), *done[1:])
     if mode.is_in_place and type(done) is tuple and done[1] == ACCEPTED:
         mean, spread, steps, weight = numbers[:4]
         tracked = (mean, spread, steps) if steps is not None else (mean, spread)
@@ -126,7 +126,7 @@ def apply(mode: Mode, spec: Spec, operands: Operands, numbers: Any = None, out: 
     return done
 
 
-class Call:
+class SavedCall:
     """A normalization on its way through autograd, and what it keeps for its gradients."""
 
     __slots__ = ("count", "done", "has_lengths", "mask", "mode", "numbers", "spec", "statistics")
@@ -153,8 +153,8 @@ class Normalization(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, x: Array, gamma: Array, beta: Array, residual: Array, call: Call) -> Array | None:
-        spec, request, numbers = call.spec, call.mode.recorded, call.numbers
+    def forward(ctx: Any, x: Array, gamma: Array, beta: Array, residual: Array, call: SavedCall) -> Array | None:
+        spec, request, numbers = call.spec, call.mode.differentiated, call.numbers
         operands = (x, gamma, beta, residual, call.mask)
         done = _native.normalize(LIBRARY, request, spec.native, operands, numbers, None, get_num_threads())
         if done is STRIDES:
@@ -194,7 +194,7 @@ class Normalization(torch.autograd.Function):
 
 #: `Normalization.apply` without what it does for torch.func first, which takes as long as a small batch norm. Of calls
 #: that are neither traced nor transformed.
-record: Any = super(torch.autograd.Function, Normalization).apply
+apply_normalization: Any = super(torch.autograd.Function, Normalization).apply
 
 
 def differentiable_gradients(

@@ -26,7 +26,7 @@ from batchnorm.kernels.torch.autograd import (
     TYPES,
     Mode,
     apply,
-    are_plain,
+    are_concrete,
     differentiable_gradients,
     has_derivatives,
 )
@@ -65,7 +65,7 @@ class PyTorch:
         """`functional.backward`; itself differentiable, as array code, where autograd asks for it."""
         operands = cache.operands
         arrays = operands[:4]
-        if not are_plain(dy, *arrays):
+        if not are_concrete(dy, *arrays):
             return TYPE
         if not has_derivatives(dy, *arrays):
             return NATIVE.gradients(dy, cache)
@@ -74,7 +74,7 @@ class PyTorch:
 
     def moments(self, spec: Spec, x: Array, mask: Mask) -> Any:
         """`functional.moments`."""
-        return TYPE if has_derivatives(x) or not are_plain(x) else NATIVE.moments(spec, x, mask)
+        return TYPE if has_derivatives(x) or not are_concrete(x) else NATIVE.moments(spec, x, mask)
 
     def unsupported_reason(self, spec: Spec, operands: Operands, others: tuple[Array | None, ...]) -> str | None:
         """Why the kernels do not serve these tensors; None if they do."""
@@ -102,14 +102,14 @@ def is_state_of(running: Any, spec: Spec) -> bool:
 
 def normalize_by(spec: Spec, operands: Operands, statistics: Statistics) -> Array:
     """y by given statistics, not differentiable, of tensors anywhere."""
-    done = NATIVE.call(APPLY, spec, operands, statistics) if are_plain(*operands[:4]) else TYPE
+    done = NATIVE.call(APPLY, spec, operands, statistics) if are_concrete(*operands[:4]) else TYPE
     return done[0] if type(done) is tuple else generic.output(xp, spec, operands, statistics)
 
 
 def gradients_by(spec: Spec, dy: Array, operands: Operands, statistics: Statistics) -> Gradients:
     """The gradients of `normalize_by`, whose statistics are constants; not differentiable."""
     done: Any = TYPE
-    if are_plain(dy, *operands[:4]):
+    if are_concrete(dy, *operands[:4]):
         done = NATIVE.call_backward(spec, dy, operands, (statistics, None, False, True))
     if type(done) is not tuple:
         gradients = differentiable_gradients(spec, operands, statistics, dy)

@@ -16,12 +16,12 @@ import batchnorm._native as _native
 from batchnorm.convention import Tracked, with_any_decay
 from batchnorm.conventions import find
 from batchnorm.core.moments import Moments
-from batchnorm.core.normalize import xhat_factor
+from batchnorm.core.normalize import xhat_scale
 from batchnorm.core.running import RunningStatistics
-from batchnorm.core.running import advance as advanced
+from batchnorm.core.running import advance as advance_running
 from batchnorm.kernels import generic
 from batchnorm.kernels.native import BATCH, EVERYTHING, TYPE
-from batchnorm.kernels.torch.autograd import NATIVE, are_plain, differentiable_gradients
+from batchnorm.kernels.torch.autograd import NATIVE, are_concrete, differentiable_gradients
 from batchnorm.spec import Operands, Spec, spec_of
 
 Results = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
@@ -56,7 +56,7 @@ def forward(
     """y, mean, mean_lo, m2, rstd and count of a batch that is normalised by its own statistics, or those of groups."""
     spec = spec_of_graph(axis, x.ndim, eps, placement, correction, activation, group_size)
     operands = Operands(x, gamma, beta, residual, mask)
-    done = NATIVE.call(MEASURED_FORWARD, spec, operands) if are_plain(*operands[:4]) else TYPE
+    done = NATIVE.call(MEASURED_FORWARD, spec, operands) if are_concrete(*operands[:4]) else TYPE
     if type(done) is tuple:
         y, _, _, (mean, mean_lo, rstd, m2), count = done
         return y, mean, mean_lo, m2, rstd, count
@@ -120,8 +120,8 @@ def backward(
     spec = spec_of_graph(axis, x.ndim, eps, placement, correction, activation, group_size)
     operands = Operands(x, gamma, beta, residual, mask)
     done: Any = TYPE
-    if are_plain(dy, *operands[:4]):
-        factor = xhat_factor(xp, Moments(count, mean, m2, mean_lo), eps, placement, correction)  # type: ignore[arg-type]
+    if are_concrete(dy, *operands[:4]):
+        factor = xhat_scale(xp, Moments(count, mean, m2, mean_lo), eps, placement, correction)  # type: ignore[arg-type]
         table = torch.stack([row.flatten() for row in (mean, mean_lo, rstd, factor) if row is not None])
         done = NATIVE.call_backward(spec, dy, operands, (table, count, True, True))
     if type(done) is not tuple:
@@ -139,11 +139,11 @@ def fake_backward(
     *_: Any,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Shapes, dtypes and layouts of the gradients."""
-    given = (x, gamma, beta, residual)
-    return tuple(x.new_empty(0) if tensor is None else torch.empty_like(tensor) for tensor in given)  # type: ignore[return-value]
+    arguments = (x, gamma, beta, residual)
+    return tuple(x.new_empty(0) if tensor is None else torch.empty_like(tensor) for tensor in arguments)  # type: ignore[return-value]
 
 
-def keep_for_backward(ctx: Any, inputs: tuple[Any, ...], output: Results) -> None:
+def save_for_backward(ctx: Any, inputs: tuple[Any, ...], output: Results) -> None:
     """What the gradients need: the arguments and the statistics."""
     _, *statistics = output
     ctx.save_for_backward(*inputs[:5], *statistics)
@@ -153,21 +153,21 @@ def keep_for_backward(ctx: Any, inputs: tuple[Any, ...], output: Results) -> Non
 def differentiate(ctx: Any, dy: Tensor, *_: Tensor | None) -> tuple[Tensor | None, ...]:
     """The gradients of `forward`; those of its statistics are not asked for."""
     gradients = backward(dy, *ctx.saved_tensors, *ctx.rules)
-    given = ctx.saved_tensors[:4]
+    arguments = ctx.saved_tensors[:4]
     return (
-        *(None if tensor is None else gradient for tensor, gradient in zip(given, gradients, strict=True)),
+        *(None if tensor is None else gradient for tensor, gradient in zip(arguments, gradients, strict=True)),
         *(None,) * 7,
     )
 
 
-forward.register_autograd(differentiate, setup_context=keep_for_backward)
+forward.register_autograd(differentiate, setup_context=save_for_backward)
 
 
 @library.custom_op("batchnorm::moments", mutates_args=())
 def moments(x: Tensor, mask: Tensor | None, axis: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """count, mean, mean_lo and m2 of a batch; without derivatives."""
     spec = spec_of_graph(axis, x.ndim, 0.0, "inside", 0, None, 0)
-    batch = NATIVE.moments(spec, x, mask) if are_plain(x) else TYPE
+    batch = NATIVE.moments(spec, x, mask) if are_concrete(x) else TYPE
     batch = batch if type(batch) is Moments else generic.moments(spec, x, mask)
     return batch.count.clone(), batch.mean, batch.mean_lo, batch.m2
 
@@ -215,7 +215,7 @@ def advance(
     }  # fmt: skip
     convention = with_any_decay(replace(find("pytorch"), **fields), decay)
     batch = Moments(count, batch_mean, batch_m2, batch_mean_lo)
-    updated = advanced(xp, running, batch, convention, masked=False)
+    updated = advance_running(xp, running, batch, convention, masked=False)
     for buffer, value in zip((mean, spread, steps, weight), updated[:4], strict=True):
         if buffer is not None:
             buffer.copy_(value)

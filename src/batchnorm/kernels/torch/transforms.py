@@ -23,7 +23,7 @@ class Unwrapped(NamedTuple):
     tensor: Tensor
     levels: tuple[int, ...]
 
-    def spread_over(self, levels: tuple[int, ...]) -> Tensor:
+    def expand_over(self, levels: tuple[int, ...]) -> Tensor:
         """The tensor with a dimension for each of these levels, of size 1 where it has none."""
         for position, level in enumerate(levels):
             if level not in self.levels:
@@ -31,7 +31,7 @@ class Unwrapped(NamedTuple):
         return self.tensor
 
 
-def unwrapped(tensor: Tensor) -> Unwrapped:
+def unwrap(tensor: Tensor) -> Unwrapped:
     """The tensor without its wrappers, and without gradients and tangents."""
     batched = []
     while functorch.is_functorch_wrapped_tensor(tensor):
@@ -47,37 +47,37 @@ def unwrapped(tensor: Tensor) -> Unwrapped:
         return Unwrapped(tensor.permute([*(found[level] for level in levels), *rest]), levels)
 
 
-def track_beneath(
+def update_beneath(
     buffers: tuple[Tensor | None, ...], batch: Moments, track: Callable[[tuple[Tensor | None, ...], Moments], None]
 ) -> None:
     """Call `track` with plain tensors: views of the buffers, and the moments that belong to them."""
-    targets = [None if buffer is None else unwrapped(buffer) for buffer in buffers]
-    parts = [unwrapped(part) for part in batch]
+    targets = [None if buffer is None else unwrap(buffer) for buffer in buffers]
+    parts = [unwrap(part) for part in batch]
     own = tuple(sorted({level for target in targets if target is not None for level in target.levels}))
     others = tuple(sorted({level for part in parts for level in part.levels if level not in own}))
     with temporarily_clear_interpreter_stack(), torch.no_grad():
         levels = tuple(sorted((*own, *others)))
-        whole = torch.broadcast_tensors(*(part.spread_over(levels) for part in parts))  # type: ignore[no-untyped-call]
+        whole = torch.broadcast_tensors(*(part.expand_over(levels) for part in parts))  # type: ignore[no-untyped-call]
         order = [levels.index(level) for level in (*others, *own)]
-        lanes = merged(Moments(*(in_front(part.permute(*order, -1), len(others)) for part in whole)))
+        lanes = merge_lanes(Moments(*(flatten_front(part.permute(*order, -1), len(others)) for part in whole)))
         sizes = lanes.mean.shape[: len(own)]
-        states = [None if target is None else target.spread_over(own) for target in targets]
+        states = [None if target is None else target.expand_over(own) for target in targets]
         for lane in product(*map(range, sizes)):
-            views = (None if state is None else in_lanes(state, sizes)[lane] for state in states)
+            views = (None if state is None else expand_lanes(state, sizes)[lane] for state in states)
             track(tuple(views), Moments(*(part[lane] for part in lanes)))
 
 
-def in_lanes(state: Tensor, sizes: torch.Size) -> Tensor:
+def expand_lanes(state: Tensor, sizes: torch.Size) -> Tensor:
     """A view of the buffer with so many lanes in front, which are one where it has only one."""
     return state.expand([*sizes, *state.shape[len(sizes) :]])
 
 
-def in_front(tensor: Tensor, dimensions: int) -> Tensor:
+def flatten_front(tensor: Tensor, dimensions: int) -> Tensor:
     """The first so many dimensions as one."""
     return tensor.flatten(0, dimensions - 1) if dimensions else tensor[None]
 
 
-def merged(lanes: Moments) -> Moments:
+def merge_lanes(lanes: Moments) -> Moments:
     """The moments of all lanes of the first dimension, halves merged with halves."""
     while (number := len(lanes.mean)) > 1:
         half = number // 2

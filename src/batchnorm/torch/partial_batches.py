@@ -16,14 +16,14 @@ import torch
 from torch import Tensor
 
 from batchnorm.core.moments import Moments
-from batchnorm.core.normalize import Statistics, xhat_factor
+from batchnorm.core.normalize import Statistics, xhat_scale
 from batchnorm.kernels.generic import Gradients, own_statistics
 from batchnorm.kernels.torch import kernel
 from batchnorm.spec import Operands, Spec
 
 
 @dataclass
-class Whole:
+class MergedBatch:
     """The whole of a batch: its moments, and what they make of every part."""
 
     spec: Spec
@@ -31,7 +31,7 @@ class Whole:
     statistics: Statistics
 
     @classmethod
-    def of(cls, parts: Iterable[Moments], spec: Spec) -> "Whole":
+    def of(cls, parts: Iterable[Moments], spec: Spec) -> "MergedBatch":
         """The parts merged, in the order given.
 
         Raises:
@@ -43,14 +43,14 @@ class Whole:
         return cls(spec, moments, own_statistics(xp, spec, moments))
 
 
-def own_gradients(dy: Tensor, part: Operands, whole: Whole) -> tuple[Gradients, Tensor]:
+def partial_gradients(dy: Tensor, part: Operands, merged: MergedBatch) -> tuple[Gradients, Tensor]:
     """The gradients with the statistics held constant, and this part's sums of dz and dz * xhat."""
     x, gamma, beta, *_ = part
-    channels = whole.spec.axes.statistics_shape(x.shape)
-    one, zero = (torch.full(channels, value, dtype=wide(x), device=x.device) for value in (1.0, 0.0))
-    scale, shift = (own if given is None else given.to(wide(x)) for given, own in ((gamma, one), (beta, zero)))
+    channels = merged.spec.axes.statistics_shape(x.shape)
+    one, zero = (torch.full(channels, value, dtype=merge_dtype(x), device=x.device) for value in (1.0, 0.0))
+    scale, shift = (own if given is None else given.to(merge_dtype(x)) for given, own in ((gamma, one), (beta, zero)))
     operands = part._replace(gamma=scale, beta=shift)
-    dx, dgamma, dbeta, dresidual = kernel.gradients_by(whole.spec, dy, operands, whole.statistics)
+    dx, dgamma, dbeta, dresidual = kernel.gradients_by(merged.spec, dy, operands, merged.statistics)
     sums = torch.stack([dbeta, dgamma])  # type: ignore[list-item]
     dbeta, dgamma = (
         None if given is None else own.to(given.dtype) for given, own in zip((beta, gamma), sums, strict=True)
@@ -58,19 +58,20 @@ def own_gradients(dy: Tensor, part: Operands, whole: Whole) -> tuple[Gradients, 
     return Gradients(dx, dgamma, dbeta, dresidual), sums
 
 
-def gradient_through_statistics(part: Operands, whole: Whole, sums: Tensor) -> Tensor:
+def gradient_through_statistics(part: Operands, merged: MergedBatch, sums: Tensor) -> Tensor:
     """The other term of dx, by the sums of all parts, in the dtype of the statistics."""
-    (x, gamma, _, _, mask), axes, convention = part, whole.spec.axes, whole.spec.convention
-    mean, mean_lo, rstd = whole.statistics
-    factor = xhat_factor(xp, whole.moments, convention.eps, convention.eps_train, convention.normalize_correction)
-    scale = (rstd if gamma is None else gamma.to(rstd.dtype) * rstd) / whole.moments.count.clamp(min=1)
+    (x, gamma, _, _, mask), axes, convention = part, merged.spec.axes, merged.spec.convention
+    mean, mean_lo, rstd = merged.statistics
+    factor = xhat_scale(xp, merged.moments, convention.eps, convention.eps_train, convention.normalize_correction)
+    scale = (rstd if gamma is None else gamma.to(rstd.dtype) * rstd) / merged.moments.count.clamp(min=1)
     dbeta, dgamma = sums.to(rstd.dtype)
     slope = dgamma * rstd if factor is None else factor * dgamma * rstd
-    deviation = (x.to(mean.dtype) - axes.spread_out(xp, mean)) - axes.spread_out(xp, mean_lo)
-    dx = torch.addcmul(axes.spread_out(xp, dbeta), axes.spread_out(xp, slope), deviation) * axes.spread_out(xp, -scale)
+    deviation = (x.to(mean.dtype) - axes.expand_to_x(xp, mean)) - axes.expand_to_x(xp, mean_lo)
+    slope, offset, scale = (axes.expand_to_x(xp, coefficient) for coefficient in (slope, dbeta, -scale))
+    dx = scale * torch.addcmul(offset, slope, deviation)
     return dx if mask is None else torch.where(mask, dx, 0.0)  # type: ignore[arg-type]
 
 
-def wide(x: Tensor) -> torch.dtype:
+def merge_dtype(x: Tensor) -> torch.dtype:
     """What statistics travel and sums are taken in."""
     return torch.float32 if x.device.type == "mps" else torch.float64
