@@ -9,7 +9,7 @@ from batchnorm.training.network import LAYERS
 OPERATIONS = {
     "forward": "training forward",
     "forward+backward": "training forward and backward",
-    "inference": "normalised by running statistics",
+    "inference": "normalized by running statistics",
     "relu": "batch norm and ReLU, forward and backward",
     "add+relu": "batch norm, added residual and ReLU, forward and backward",
     "forward-out": "training forward into an array that is given",

@@ -30,7 +30,7 @@ class Block(nn.Module):
         self.norm, self.activation = nn.BatchNorm2d(channels), nn.ReLU()
 
     def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
-        """The activation of the normalised x, with the residual added."""
+        """The activation of the normalized x, with the residual added."""
         z: Tensor = self.norm(x)
         if residual is not None:
             z += residual

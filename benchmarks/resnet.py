@@ -3,7 +3,7 @@
     python -m benchmarks.resnet                     # everything; some ten minutes on two cores
     python -m benchmarks.resnet --only time --layout channels-last
 
-The network is `transformers`' own, randomly initialised; the images are noise.
+The network is `transformers`' own, randomly initialized; the images are noise.
 """
 
 import argparse

@@ -51,7 +51,7 @@ BATCH_NORM = {
         TypeError,
         "running.weight is a torch.Tensor, but x is a numpy.ndarray",
     ),
-    "running missing": ({"running": None, "training": False}, ValueError, "running is None at inference, which normalises"),
+    "running missing": ({"running": None, "training": False}, ValueError, "running is None at inference, which normalizes"),
     "training": ({"training": 1}, TypeError, "training is 1; it must be True, False or a scalar boolean array"),
     "training array": ({"training": np.array([True])}, TypeError, "it must be True, False or a scalar boolean"),
     "eps negative": ({"eps": -1e-5}, ValueError, "eps is -1e-05; it must be finite and >= 0"),

@@ -48,7 +48,7 @@ def test_several_channel_axes_keep_each_combination(library, rng):
 @every_library
 @pytest.mark.parametrize("axis", [[1], [-2], (1,), range(1, 2), np.array([1]), np.int64(1), np.array(1), [np.int32(1)]])
 def test_an_axis_in_any_form(library, axis, rng):
-    """In every function that takes one, also where running statistics normalise."""
+    """In every function that takes one, also where running statistics normalize."""
     with library.context("float64"):
         x, dy = (library.array(rng.normal(size=(4, 3, 5))) for _ in range(2))
         running = bn.RunningStatistics.initial(3, like=x)
@@ -79,7 +79,7 @@ def test_no_channel_axis_is_one_statistic(library, rng):
 
 
 @every_library
-def test_every_axis_kept_normalises_nothing_away_but_the_value(library):
+def test_every_axis_kept_normalizes_nothing_away_but_the_value(library):
     with library.context("float64"):
         y, cache = bn.forward(library.array([[5.0, 6.0]]), axis=(0, 1))
         np.testing.assert_array_equal(library.numpy(y), [[0.0, 0.0]])

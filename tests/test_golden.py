@@ -249,7 +249,7 @@ def test_pytorch_counts_batches():
 
 
 def test_equinox_ema_trains_on_its_average():
-    """From the second step on its training output is normalised by the average, not by the batch."""
+    """From the second step on its training output is normalized by the average, not by the batch."""
     theirs = results("equinox", "float64", "d4", "ema")
     ours = Replay(LIBRARIES["numpy"], "float64", case_inputs("d4"), EQUINOX_EMA).run(names=set(theirs))
     batch = Replay(LIBRARIES["numpy"], "float64", case_inputs("d4"), EQUINOX_BATCH).run(names=set(theirs))

@@ -108,7 +108,7 @@ def test_large_padding_changes_no_statistic(system, convention):
 
 
 def test_returnn_with_gradients_on_padding():
-    """Normalised padding is output like any other: its dy counts in dgamma, dbeta and through the statistics."""
+    """Normalized padding is output like any other: its dy counts in dgamma, dbeta and through the statistics."""
     theirs, inputs = results("returnn_rf", "float64", "seq", "mask"), case_inputs("seq")
     replay = Replay(LIBRARIES["torch"], "float64", inputs, "returnn", lengths=inputs["lengths"])
     ours = replay.run(names={"y", "dx", "dgamma", "dbeta"})

@@ -69,7 +69,7 @@ def test_zygote_single_element_is_finite():
 
 @pytest.mark.parametrize("library", DIFFERENTIATING, ids=by_name)
 @pytest.mark.parametrize("config", ["module_asis_nf3", "module_nhwc_nf4"])
-def test_d2l_on_images_normalises_rows(library, config):
+def test_d2l_on_images_normalizes_rows(library, config):
     """What its code does with channels-last images: statistics of axis 1, gamma and beta on the last axis."""
     theirs = results("d2l", "float64", "d4", config)
     with library.context("float64"):

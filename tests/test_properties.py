@@ -58,7 +58,7 @@ def test_layouts_agree(x):
 
 
 @given(BATCHES)
-def test_the_output_is_normalised(x):
+def test_the_output_is_normalized(x):
     assume(spreads(x))
     y, _ = bn.forward(x)
     np.testing.assert_allclose(y.mean(axis=(0, 2)), 0, atol=1e-12)

@@ -37,7 +37,7 @@ class Convention:
         eps_train: Where eps goes in training: `inside` sqrt(var + eps), `outside` sqrt(var) + eps, `absent`.
         eps_eval: The same at inference. `absent` where the tracked quantity already contains eps.
         zero_eps: Whether training with eps = 0 is `allowed` or an `error`.
-        normalize_correction: c in the divisor count - c of the variance that normalises.
+        normalize_correction: c in the divisor count - c of the variance that normalizes.
         tracked: What the running statistic is, in terms of var, std = sqrt(var) and eps.
         running_correction: c, 0 or 1, of the running statistic.
         correction_on: c corrects the `variance`, by the divisor count - c, or the `tracked` value itself, by the
@@ -50,11 +50,11 @@ class Convention:
         initial_spread: Running spread, in the tracked quantity, before the first update.
         momentum_name: The system's word for the weight in the running update.
         momentum_weights: Whether that word weighs the `old` value or the `new` one.
-        normalize_with: Training normalises by the statistics of the `batch`, or by the `running` ones after their
+        normalize_with: Training normalizes by the statistics of the `batch`, or by the `running` ones after their
             update (Equinox's ema mode).
         update: Running statistics change in `training`, or `always`: at inference too, before they are used.
         single: One element per channel in training: `error`; `clamp`, divisors become max(count - c, 1);
-            `identity`, y = x and nothing is updated (Paddle); `running`, the running statistics normalise and
+            `identity`, y = x and nothing is updated (Paddle); `running`, the running statistics normalize and
             nothing is updated.
         masked_output: What masked positions of the output hold: `zero`, or x `normalized` like the rest.
         affine: `plain`; `ignored`, gamma and beta are not applied; `abs_eps`, abs(gamma) + eps in place of gamma;

@@ -68,7 +68,7 @@ def batch_norm(
         both        y = activation(gamma * xhat + beta + residual)
 
     where the convention says otherwise (eps outside the root, another running statistic, ...), as it says. PyTorch
-    differentiates the result; JAX differentiates, compiles and vectorises the function. Dask arrays stay lazy: compute
+    differentiates the result; JAX differentiates, compiles and vectorizes the function. Dask arrays stay lazy: compute
     y and the state together; what depends on values (the warning, single elements under a mask) is not looked at.
 
     Args:
@@ -76,7 +76,7 @@ def batch_norm(
         gamma: Scale, one for each channel; None is 1.
         beta: Shift, one for each channel; None is 0.
         running: The state so far. None in training starts from `RunningStatistics.initial`.
-        training: Normalise by the batch and update the state, or normalise by the state. May be traced by JAX.
+        training: Normalize by the batch and update the state, or normalize by the state. May be traced by JAX.
         convention: Whose behaviour: a name in `batchnorm.CONVENTIONS` or a `Convention`.
         axis: The axis with statistics of its own, a tuple of several, or a dimension's name; None is the convention's.
         eps: Added to the variance, in the units of x squared; None is the convention's.
@@ -211,7 +211,7 @@ def forward(
     kernel: str | None = None,
     out: Array | None = None,
 ) -> tuple[Array, Cache]:
-    """Normalise a batch, by its own statistics or by running ones, and keep what the gradients need.
+    """Normalize a batch, by its own statistics or by running ones, and keep what the gradients need.
 
         running=None    y = activation(gamma * (x - mean) / sqrt(var + eps) + beta + residual)
         otherwise       y of `batch_norm(..., running, training=False, convention=convention)`
@@ -220,7 +220,7 @@ def forward(
     `backward`; nothing of the size of x is stored besides. Arguments, dtypes and errors as in `batch_norm`; one
     element per channel gives xhat = 0. `axis` and `eps` are 1 and 1e-5 unless given.
 
-    With `running` the state normalises, which is constant to `backward`: inference as the convention has it, its axis,
+    With `running` the state normalizes, which is constant to `backward`: inference as the convention has it, its axis,
     its eps and what its masked elements hold included. Without, a convention is refused, and so is one that updates its
     state at inference.
 
@@ -269,11 +269,11 @@ FORWARD = replace(find("pytorch"), name="forward", single="clamp", zero_eps="all
 
 
 def check_inference(running: RunningStatistics | None, convention: str | Convention, eps: float | None) -> Convention:
-    """The record by whose inference `forward` normalises."""
+    """The record by whose inference `forward` normalizes."""
     record = resolve(convention, eps, None, None, None)
     if running is None:
         raise ValueError(
-            f"convention is {record.name!r}, but running is None: forward normalises a batch by its own statistics in "
+            f"convention is {record.name!r}, but running is None: forward normalizes a batch by its own statistics in "
             "one way for all; drop convention, pass the state as running=, or use batch_norm"
         )
     if record.update == "always":

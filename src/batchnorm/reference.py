@@ -48,7 +48,7 @@ class Forward(NamedTuple):
 
 
 def forward(x: Array, gamma: Array, beta: Array, eps: float) -> Forward:
-    """Algorithm 1: normalise a batch x of shape (m, C) by its own statistics."""
+    """Algorithm 1: normalize a batch x of shape (m, C) by its own statistics."""
     mean = np.sum(x, axis=0) / len(x)  # mini-batch mean
     var = np.sum((x - mean) ** 2, axis=0) / len(x)  # mini-batch variance, with divisor m
     rstd = 1 / np.sqrt(var + eps)
@@ -89,7 +89,7 @@ def update(running_mean: Array, running_var: Array, x: Array, decay: float) -> t
 
 
 def inference(x: Array, gamma: Array, beta: Array, running_mean: Array, running_var: Array, eps: float) -> Array:
-    """Algorithm 2: normalise by the population statistics."""
+    """Algorithm 2: normalize by the population statistics."""
     return gamma * (x - running_mean) / np.sqrt(running_var + eps) + beta
 
 

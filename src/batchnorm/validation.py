@@ -382,7 +382,7 @@ def check_trainable(spec: Spec, operands: Operands) -> None:
         raise ValueError(
             f"x of shape {tuple(x.shape)} has one element per channel{where}, "
             f"which has no variance, and {convention.name} refuses it in training; use a larger batch, or pass "
-            "single='running' (normalise by the running statistics), 'clamp' (y = beta) or 'identity' (y = x)"
+            "single='running' (normalize by the running statistics), 'clamp' (y = beta) or 'identity' (y = x)"
         )
 
 
@@ -451,5 +451,5 @@ def check_or_initial(running: Any, spec: Spec, x: Array, training: bool | Array)
     if running is not None:
         return check_running(running, x, spec.axes, spec.convention)
     if training is False:
-        raise ValueError("running is None at inference, which normalises by it; pass the state that training returned")
+        raise ValueError("running is None at inference, which normalizes by it; pass the state that training returned")
     return spec.initial_state(x)

@@ -219,7 +219,7 @@ def test_batch_norm_of_torch_layers_keeps_what_they_are():
         assert [module.training for module in layer.modules()] == [training] * 3
     with pytest.raises(ValueError, match="faithful is True, but Linear is not a layer in Lasagne's style"):
         batch_norm(torch.nn.Linear(3, 2), faithful=True)
-    with pytest.raises(TypeError, match="cannot normalise the result of ReLU"):
+    with pytest.raises(TypeError, match="cannot normalize the result of ReLU"):
         batch_norm(torch.nn.ReLU())
 
 

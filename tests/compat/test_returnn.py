@@ -302,7 +302,7 @@ def outcome(norm):
 
 
 def test_lengths_of_two_dimensions():
-    """Each counts along its own; what padding holds reaches no statistic, and it is normalised like the rest."""
+    """Each counts along its own; what padding holds reaches no statistic, and it is normalized like the rest."""
     lengths = {"lengths_of_time": ("batch", [5, 2, 0, 3]), "lengths_of_feature": ("batch", [3, 1, 2, 2])}
     source, norm = SOURCE.assign_coords(lengths), BatchNorm("batch")
     with pytest.raises(ValueError, match="must hold the lengths of another dimension over the remaining ones"):

@@ -232,7 +232,7 @@ def test_dtypes_are_those_of_the_explicit_layers(kind, given, dtype, param_dtype
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_initialisation_makes_no_update(kind):
+def test_initialization_makes_no_update(kind):
     layer = Layer(kind, scale_init=jax.nn.initializers.constant(3.0), bias_init=jax.nn.initializers.ones)
     check_state(layer.parameters["running"], np.zeros(3), np.ones(3), 0)
     np.testing.assert_array_equal(layer.parameters["scale"], np.full(3, 3.0))
@@ -243,7 +243,7 @@ def test_initialisation_makes_no_update(kind):
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_axis_is_the_convention_s(kind, rng):
-    layer = Layer(kind, features=2, convention="pytorch")  # of the (2, 2, 2) that linen is initialised with
+    layer = Layer(kind, features=2, convention="pytorch")  # of the (2, 2, 2) that linen is initialized with
     x = numbers(rng, 6, 2, 3)
     received = jax.grad(lambda p: jnp.sum(layer(p, x)))(layer.parameters)["running"]
     np.testing.assert_allclose(received.mean, x.mean((0, 2)), rtol=1e-5)
@@ -307,8 +307,8 @@ def test_forward_mode(kind):
 def test_second_derivatives_are_those_of_training(kind):
     layer = Layer(kind)
 
-    def penalty(normalised):
-        return lambda x: jnp.sum(jax.grad(lambda x: jnp.sum(normalised(x) ** 3))(x) ** 2)
+    def penalty(normalized):
+        return lambda x: jnp.sum(jax.grad(lambda x: jnp.sum(normalized(x) ** 3))(x) ** 2)
 
     received = jax.jit(jax.grad(penalty(lambda x: layer(layer.parameters, x))))(X)
     expected = jax.jit(jax.grad(penalty(lambda x: bnj.batch_norm(x, training=True, axis=-1)[0])))(X)

@@ -31,7 +31,7 @@ def normalized(z):
 
 @pytest.mark.parametrize("make", LINEN)
 def test_layers_of_linen(make):
-    """No bias in the layer, its initializer in the batch norm; training normalises before the activation."""
+    """No bias in the layer, its initializer in the batch norm; training normalizes before the activation."""
     layer = with_batch_norm(make(bias_init=ONES), "relu")
     variables = layer.init(jax.random.key(0), X, use_running_average=False)
     assert set(variables["params"]["layers_0"]) == {"kernel"}
@@ -120,7 +120,7 @@ def test_the_call_takes_what_a_batch_norm_takes():
     ids=lambda layer: type(layer).__name__,
 )
 def test_other_layers_are_refused(layer):
-    with pytest.raises(TypeError, match=r"cannot normalise the result of .*linen.Dense, .*nnx.ConvTranspose, or a Seq"):
+    with pytest.raises(TypeError, match=r"cannot normalize the result of .*linen.Dense, .*nnx.ConvTranspose, or a Seq"):
         with_batch_norm(layer)
 
 

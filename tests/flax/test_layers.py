@@ -156,7 +156,7 @@ def test_training_flag():
     np.testing.assert_array_equal(view.mean[...], before)
 
 
-def test_initialisation_updates_nothing_and_needs_no_axis():
+def test_initialization_updates_nothing_and_needs_no_axis():
     layer = linen.BatchNorm(axis_name="devices", use_running_average=False)
     variables = layer.init(jax.random.key(0), X)
     assert not variables["batch_stats"]["mean"].any()
@@ -219,7 +219,7 @@ def test_one_element_per_channel(epsilon):
     jax.tree.map(close, ours[1], theirs[1])
 
 
-def test_rematerialisation_updates_once():
+def test_rematerialization_updates_once():
     """The state is a value: computing the forward pass again has no effect on it."""
     layer, plain = (nnx.BatchNorm(3, momentum=0.5, rngs=flax.nnx.Rngs(0)) for _ in range(2))
     call = flax.nnx.remat(lambda layer, x: layer(x))

@@ -44,11 +44,11 @@ def batches_of(rng, number):
     return [jnp.asarray(rng.normal(1, 2, (6, 5, 3)), jnp.float32) for _ in range(number)]
 
 
-# ---- initialisation, axes and signatures ----------------------------------------------------------------------------
+# ---- initialization, axes and signatures ----------------------------------------------------------------------------
 
 
-def test_initialisation_needs_no_named_axis(rng):
-    """The groups are of an axis that does not exist yet; the layer normalises within them once it does."""
+def test_initialization_needs_no_named_axis(rng):
+    """The groups are of an axis that does not exist yet; the layer normalizes within them once it does."""
     layer = linen.BatchNorm(
         axis_name="i", axis_index_groups=[[0, 1], [2, 3]], use_running_average=False, momentum=0.0
     )  # fmt: skip
@@ -368,7 +368,7 @@ def test_attributes_are_numbers():
 
 
 def test_one_element_in_a_convention_that_refuses_it():
-    """While it is initialised, on whatever is at hand, a layer does not mind."""
+    """While it is initialized, on whatever is at hand, a layer does not mind."""
     x = X[:1, 0]
     layer = linen.BatchNorm(convention="pytorch", use_running_average=False)
     variables = layer.init(jax.random.key(0), x)

@@ -356,7 +356,7 @@ def test_what_the_context_leaves_alone():
 
 
 def test_lifted_transformations_within_the_context():
-    """A scan over layers and rematerialisation, which make the layers within functions of Flax's."""
+    """A scan over layers and rematerialization, which make the layers within functions of Flax's."""
 
     class Deep(flax.linen.Module):
         @flax.linen.compact

@@ -65,7 +65,7 @@ def test_shard_map(devices):
 
 
 def test_statistics_of_each_device():
-    """Without axis_name each normalises its own part, by the kernels; shared parameters get the sum of gradients."""
+    """Without axis_name each normalizes its own part, by the kernels; shared parameters get the sum of gradients."""
     mesh, in_specs = mesh_of(8), (P("d"), P(), P())
     sharded = jax.jit(jax.shard_map(lambda *a: step(*a)[0], mesh=mesh, in_specs=in_specs, out_specs=P("d")))
     check(sharded(X, GAMMA, BETA), jnp.concatenate([step(part, GAMMA, BETA)[0] for part in jnp.split(X, 8)]))

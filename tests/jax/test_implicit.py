@@ -201,8 +201,8 @@ def test_other_transformations():
         return jnp.sum(bnj.implicit_batch_norm(x, GAMMA, BETA, running) ** 2)
 
     expected = jax.grad(loss)(running, X)
-    rematerialised = jax.jit(jax.grad(jax.checkpoint(loss)))(running, X)
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5), rematerialised, expected)
+    rematerialized = jax.jit(jax.grad(jax.checkpoint(loss)))(running, X)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5), rematerialized, expected)
     lanes = jax.vmap(jax.grad(loss), (None, 0))(running, jnp.stack([X, X * 2]))
     np.testing.assert_allclose(lanes.mean[1], 2 * expected.mean, rtol=1e-5)
     scanned = jax.grad(lambda r: jnp.sum(jax.lax.scan(lambda c, x: (c, loss(r, x)), 0, jnp.stack([X, X]))[1]))(running)

@@ -44,7 +44,7 @@ def masked_sample(rng, case, dtype):
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("case", CASES)
 def test_normalized_padding(instruction_set, case, dtype, rng):
-    """Normalised by the statistics of what counts; NaN and Inf come out as the mean does."""
+    """Normalized by the statistics of what counts; NaN and Inf come out as the mean does."""
     x, residual, gamma, beta, mask, counting, axis = masked_sample(rng, case, dtype)
     options = {"axis": axis, "activation": "silu", "residual": residual, "single": "clamp", **counting}
     y, _ = bn.batch_norm(x, gamma, beta, masked_output="normalized", kernel="native", **options)

@@ -9,7 +9,7 @@ import batchnorm.torch as bnt
 
 
 class Normalized(torch.utils.data.Dataset):
-    """Images that a layer normalises."""
+    """Images that a layer normalizes."""
 
     def __init__(self, layer, images):
         self.layer, self.images = layer, images

@@ -81,7 +81,7 @@ def activated(name: str | None, z: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 def expected(
     x, dy=None, gamma=None, beta=None, residual=None, *, axis=1, mask=None, eps=1e-5, activation=None, given=None
 ):  # fmt: skip
-    """Forward and backward. `given` is (mean, var) to normalise by, which do not depend on x."""
+    """Forward and backward. `given` is (mean, var) to normalize by, which do not depend on x."""
     axes = axis if isinstance(axis, tuple) else (axis,)
     kept = {a % x.ndim for a in axes}
     reduced = tuple(a for a in range(x.ndim) if a not in kept)

@@ -1,4 +1,4 @@
-"""Runs a function in several processes that talk through gloo; for tests of what is synchronised."""
+"""Runs a function in several processes that talk through gloo; for tests of what is synchronized."""
 
 import os
 import socket

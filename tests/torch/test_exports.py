@@ -1,4 +1,4 @@
-"""Graphs that leave PyTorch: exported, traced, scripted, quantised, translated to ONNX."""
+"""Graphs that leave PyTorch: exported, traced, scripted, quantized, translated to ONNX."""
 
 import copy
 import io
@@ -44,7 +44,7 @@ def test_export_is_that_of_torch(options, training, strict):
 
 
 def test_an_exported_training_graph_can_be_switched_to_evaluation():
-    """As quantisation-aware training does (`move_exported_model_to_eval`): by the arguments of `aten.batch_norm`."""
+    """As quantization-aware training does (`move_exported_model_to_eval`): by the arguments of `aten.batch_norm`."""
     results = []
     for module in pair():
         module(images(2))
@@ -199,7 +199,7 @@ def test_onnx_is_that_of_torch(options, training, dynamo):
 
 @pytest.mark.parametrize("is_qat", [False, True])
 @pytest.mark.parametrize("names", [["0", "1"], ["0", "1", "2"]], ids=len)
-def test_eager_quantisation_fuses(names, is_qat):
+def test_eager_quantization_fuses(names, is_qat):
     from torch.ao.quantization import fuse_modules, fuse_modules_qat
 
     results = []
@@ -212,7 +212,7 @@ def test_eager_quantisation_fuses(names, is_qat):
     assert results[0][1] == results[1][1]
 
 
-def test_fx_quantisation_of_a_restored_model():
+def test_fx_quantization_of_a_restored_model():
     """It compares exact classes, which `restored` gives it."""
     from torch.ao.quantization.quantize_fx import fuse_fx
 
@@ -226,7 +226,7 @@ def test_fx_quantisation_of_a_restored_model():
     assert type(ours[1]) is bnt.BatchNorm2d
 
 
-def test_native_synchronisation_of_what_it_does_not_know_is_refused():
+def test_native_synchronization_of_what_it_does_not_know_is_refused():
     frozen, single, plain = (small_network(bnt.BatchNorm2d) for _ in range(3))
     bnt.freeze(frozen)
     single[1].single = "running"
@@ -241,9 +241,9 @@ def test_native_synchronisation_of_what_it_does_not_know_is_refused():
     assert type(nn.SyncBatchNorm.convert_sync_batchnorm(plain)[1]) is nn.SyncBatchNorm
 
 
-def test_our_synchronisation_names_what_it_cannot_convert():
+def test_our_synchronization_names_what_it_cannot_convert():
     module = nn.Sequential(bnt.BatchNorm2d(3), nn.Sequential(bnt.BatchNorm(3, activation="relu")))
-    with pytest.raises(ValueError, match=r"1\.0: a batchnorm\.torch\.BatchNorm .* has no synchronised form"):
+    with pytest.raises(ValueError, match=r"1\.0: a batchnorm\.torch\.BatchNorm .* has no synchronized form"):
         bnt.SyncBatchNorm.convert_sync_batchnorm(module)
     assert type(module[0]) is bnt.BatchNorm2d
     with warnings.catch_warnings():

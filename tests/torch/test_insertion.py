@@ -61,7 +61,7 @@ def test_throughout_a_model():
     assert all(parameter.grad is not None for parameter in model.parameters())
 
 
-def test_what_cannot_be_normalised():
+def test_what_cannot_be_normalized():
     with pytest.raises(TypeError, match="must be one of Linear, Conv1d"):
         bnt.with_batch_norm(nn.MaxPool2d(2))
     with pytest.raises(TypeError, match="must be one of"):

@@ -78,7 +78,7 @@ def test_every_layer_of_torch(layer):
     assert set(vars(layer)) == attributes
 
 
-def test_layers_made_as_ours_and_synchronised_ones():
+def test_layers_made_as_ours_and_synchronized_ones():
     layers = bnt.BatchNorm1d(3, single="running"), bnt.LazyBatchNorm2d(), bnt.BatchNorm(3), bnt.SyncBatchNorm(3)
     network = nn.Sequential(*layers)
     assert bnt.restore(network) == ["0", "1", "3"]
@@ -237,15 +237,15 @@ class Own(nn.BatchNorm1d):
 def test_what_is_not_replaced():
     network = nn.ModuleDict({
         "own": Own(3), "sync": nn.SyncBatchNorm(3), "plain": nn.BatchNorm1d(3), "instance": nn.InstanceNorm1d(3),
-        "parametrised": nn.utils.parametrizations.weight_norm(nn.BatchNorm1d(3)),
+        "parametrized": nn.utils.parametrizations.weight_norm(nn.BatchNorm1d(3)),
     })  # fmt: skip
     report = bnt.replace(network)
     assert report.replaced == ["sync", "plain"]
     assert network["sync"].name == "sync"
-    assert set(report.kept) == {"own", "instance", "parametrised"}
+    assert set(report.kept) == {"own", "instance", "parametrized"}
     assert "a class of its own, whose forward may differ" in report.kept["own"]
     assert "instance norm" in report.kept["instance"]
-    assert "replace it before it is parametrised" in report.kept["parametrised"]
+    assert "replace it before it is parametrized" in report.kept["parametrized"]
 
 
 def test_the_report_sums_up():

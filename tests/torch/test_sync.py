@@ -2,7 +2,7 @@
 
 import numpy as np
 import pytest
-import synchronised
+import synchronized
 import torch
 from processes import in_processes
 from torch import nn
@@ -16,20 +16,20 @@ SIZES = [(4, 4), (5, 2), (6, 0), (1, 1), (3, 1, 4)]
 def results():
     """What every process has found, by what it did."""
     by_size = {
-        size: in_processes(size, synchronised.everything, [sizes for sizes in SIZES if len(sizes) == size])
+        size: in_processes(size, synchronized.everything, [sizes for sizes in SIZES if len(sizes) == size])
         for size in (2, 3)
     }
     return {what: [found[what] for found in answers] for answers in by_size.values() for what in answers[0]}
 
 
 def whole(sizes, dtype=torch.float64):
-    x, dy = (torch.cat(tensors) for tensors in synchronised.parts(sizes, dtype))
+    x, dy = (torch.cat(tensors) for tensors in synchronized.parts(sizes, dtype))
     return x.requires_grad_(), dy
 
 
 @pytest.mark.parametrize("sizes", SIZES, ids=str)
 def test_equals_the_whole_batch(results, sizes):
-    layer = synchronised.layer_of(nn.BatchNorm1d)
+    layer = synchronized.layer_of(nn.BatchNorm1d)
     x, dy = whole(sizes)
     for _ in range(2):
         x.grad = None
@@ -48,14 +48,14 @@ def test_equals_the_whole_batch(results, sizes):
 
 
 def test_float32_with_a_large_mean(results):
-    layer = synchronised.layer_of(nn.BatchNorm1d)
+    layer = synchronized.layer_of(nn.BatchNorm1d)
     x, _ = whole((5, 2))
     y = np.concatenate([result[0] for result in results["float32"]])
     np.testing.assert_allclose(y, layer(x).detach(), rtol=0, atol=2e-5)
 
 
 def test_second_derivatives(results):
-    layer = synchronised.layer_of(bnt.BatchNorm1d)
+    layer = synchronized.layer_of(bnt.BatchNorm1d)
     x, dy = whole((4, 3))
     (dx,) = torch.autograd.grad((layer(x) * dy).sum(), x, create_graph=True)
     dx.pow(2).sum().backward()
@@ -65,7 +65,7 @@ def test_second_derivatives(results):
 
 
 def test_masks_that_differ(results):
-    layer = synchronised.layer_of(bnt.BatchNorm1d)
+    layer = synchronized.layer_of(bnt.BatchNorm1d)
     x, _ = whole((5, 3))
     lengths = torch.cat([torch.arange(n) % 4 + 1 for n in (5, 3)])
     y = layer(x, lengths=lengths)
@@ -87,7 +87,7 @@ def test_distributed_data_parallel_on_the_cpu(results):
 
 
 def test_alone():
-    layer, plain = synchronised.layer_of(bnt.SyncBatchNorm), synchronised.layer_of(nn.BatchNorm1d)
+    layer, plain = synchronized.layer_of(bnt.SyncBatchNorm), synchronized.layer_of(nn.BatchNorm1d)
     x, _ = whole((5,))
     torch.testing.assert_close(layer(x), plain(x))
 

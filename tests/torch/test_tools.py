@@ -43,7 +43,7 @@ def frozen(model):
     return model.train()(images(2))
 
 
-def synchronised(model):
+def synchronized(model):
     return type(convert_sync_batchnorm(model)[1])
 
 
@@ -70,7 +70,7 @@ def prepared(model):
 
 
 SEEN = {
-    "update_bn": updated, "timm freeze": frozen, "timm synchronise": synchronised, "flops": flops,
+    "update_bn": updated, "timm freeze": frozen, "timm synchronize": synchronized, "flops": flops,
     "feature extractor": features,
 }  # fmt: skip
 PASSED_BY = {"fuse_fx": folded(fuse_fx), "fx fuse": folded(fuse), "prepare_qat_fx": prepared}

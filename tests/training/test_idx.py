@@ -20,7 +20,7 @@ def test_reads_back_what_was_written(write_idx, name):
     np.testing.assert_array_equal(read_idx(write_idx(name, PIXELS), 3), PIXELS)
 
 
-def test_gzip_is_recognised_by_its_content_not_its_name(write_idx):
+def test_gzip_is_recognized_by_its_content_not_its_name(write_idx):
     path = write_idx("a.gz", PIXELS)
     renamed = path.rename(path.with_suffix(""))
     np.testing.assert_array_equal(read_idx(renamed, 3), PIXELS)

@@ -16,7 +16,7 @@ def dtype_name(dtype: DType) -> str:
     return str(getattr(dtype, "name", dtype)).rpartition(".")[2]
 
 
-#: Of the types of arrays met so far: finding it out anew takes longer than normalising a small array.
+#: Of the types of arrays met so far: finding it out anew takes longer than normalizing a small array.
 NAMESPACES: dict[type, Namespace] = {}
 FLOATING: set[tuple[type, DType]] = set()  # by type: dtypes of different libraries may not be comparable
 

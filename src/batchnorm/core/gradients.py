@@ -15,7 +15,7 @@ def gradients(
     gamma: Array | None = None,
     mask: Array | None = None,
 ) -> tuple[Array, Array, Array]:
-    """Gradients of the batch statistics' normalisation, eps inside the root.
+    """Gradients of the batch statistics' normalization, eps inside the root.
 
         dbeta = sum(dy)     dgamma = sum(dy * xhat)
         dx    = gamma * rstd * (dy - dbeta / count - xhat * dgamma / count)
@@ -27,7 +27,7 @@ def gradients(
         dy: Gradient of y; already zero where masked.
         x: The input; where masked it may hold anything.
         axes: The split of its axes.
-        statistics: What normalised it.
+        statistics: What normalized it.
         count: Elements behind the statistics of each channel.
         gamma: Factor, or None for 1.
         mask: Booleans that broadcast to x; dx is 0 outside it.
@@ -66,7 +66,7 @@ def gradients_by_state(
     gamma: Array | None = None,
     is_read: Array | None = None,
 ) -> tuple[Array, Array, Array]:
-    """Gradients of the normalisation by statistics that do not depend on x.
+    """Gradients of the normalization by statistics that do not depend on x.
 
         dbeta = sum(dy)     dgamma = sum(dy * xhat)     dx = gamma * rstd * dy
 
@@ -75,7 +75,7 @@ def gradients_by_state(
         dy: Gradient of y; already zero where y is.
         x: The input.
         axes: The split of its axes.
-        statistics: What normalised it.
+        statistics: What normalized it.
         gamma: Factor, or None for 1.
         is_read: Booleans that broadcast to x; elsewhere xhat was 0 and dx is 0. None is everywhere.
 

@@ -10,7 +10,7 @@ from batchnorm.core.moments import Moments
 
 
 class Statistics(NamedTuple):
-    """What normalises: xhat = (x - mean - mean_lo) * rstd, one of each for a channel."""
+    """What normalizes: xhat = (x - mean - mean_lo) * rstd, one of each for a channel."""
 
     mean: Array
     mean_lo: Array  # of running statistics None, for 0
@@ -20,7 +20,7 @@ class Statistics(NamedTuple):
 def statistics_of_batch(
     xp: Namespace, batch: Moments, eps: float, placement: EpsPlacement = "inside", correction: int = 0
 ) -> Statistics:
-    """The statistics that normalise a batch by itself, from the variance with divisor max(count - correction, 1)."""
+    """The statistics that normalize a batch by itself, from the variance with divisor max(count - correction, 1)."""
     divisor = xp.maximum(cast(xp, batch.count, batch.m2.dtype) - correction, xp.ones_like(batch.m2))
     return Statistics(batch.mean, batch.mean_lo, rstd_of_var(xp, batch.m2 / divisor, eps, placement))
 

@@ -186,7 +186,7 @@ def tracked_value(xp: Namespace, var: Array, convention: Convention) -> Array:
 
 
 def statistics_of_state(xp: Namespace, running: RunningStatistics, convention: Convention, dtype: DType) -> Statistics:
-    """The statistics that normalise at inference, computed in `dtype`."""
+    """The statistics that normalize at inference, computed in `dtype`."""
     running = running.map(lambda value: cast(xp, value, dtype))
     mean, spread = estimates(xp, running, convention)
     eps, placement = convention.eps, convention.eps_eval

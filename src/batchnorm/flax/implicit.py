@@ -107,7 +107,7 @@ def apply_implicit_batch_norm(
     given = [array for array in (x, parameters.scale, parameters.bias) if array is not None]
     if is_complex(layer.dtype, *(array.dtype for array in given)):
         raise TypeError(
-            "x, a parameter or dtype is complex; ImplicitBatchNorm takes real numbers: normalise real and imaginary "
+            "x, a parameter or dtype is complex; ImplicitBatchNorm takes real numbers: normalize real and imaginary "
             "parts, or use BatchNorm"
         )
     axes = normalized_axes(layer.axis, x.ndim)

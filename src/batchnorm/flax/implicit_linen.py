@@ -29,7 +29,7 @@ class ImplicitBatchNorm(linen.Module):
     batch's statistics. The optimizer averages them: `batchnorm.jax.partition(optimizer, decay)`, with Flax's momentum
     as `decay`. Another optimizer on them is refused, as `batchnorm.jax.implicit_batch_norm` describes.
 
-    Parameters: `scale`, `bias`, `running`. Initialisation is a plain call; nothing is updated.
+    Parameters: `scale`, `bias`, `running`. Initialization is a plain call; nothing is updated.
 
     Args:
         frozen: Whether the derivatives are those of inference and the gradient of `running` is 0. Scale and bias keep
@@ -43,8 +43,8 @@ class ImplicitBatchNorm(linen.Module):
         param_dtype: The dtype of scale and bias. The running statistics are float32, or float64 where this is.
         use_scale: Whether there is a scale.
         use_bias: Whether there is a bias.
-        scale_init: Initialiser of the scale, by default 1.
-        bias_init: Initialiser of the bias, by default 0.
+        scale_init: Initializer of the scale, by default 1.
+        bias_init: Initializer of the bias, by default 0.
 
     Raises:
         ValueError, TypeError: At construction, for an activation or a convention that does not exist, a convention

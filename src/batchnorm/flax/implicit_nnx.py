@@ -45,9 +45,9 @@ class ImplicitBatchNorm(nnx.Module):
         param_dtype: The dtype of scale and bias. The running statistics are float32, or float64 where this is.
         use_scale: Whether there is a scale.
         use_bias: Whether there is a bias.
-        scale_init: Initialiser of the scale, by default 1.
-        bias_init: Initialiser of the bias, by default 0.
-        rngs: Random numbers for the initialisers, `params`.
+        scale_init: Initializer of the scale, by default 1.
+        bias_init: Initializer of the bias, by default 0.
+        rngs: Random numbers for the initializers, `params`.
 
     Raises:
         ValueError, TypeError: At construction, for an activation or a convention that does not exist, a convention

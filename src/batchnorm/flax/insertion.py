@@ -67,7 +67,7 @@ def with_batch_norm(layer: Any, activation: Activation | None = None) -> Any:
     Args:
         layer: A `Dense`, `Conv` or `ConvTranspose` of `flax.linen`, a `Linear`, `Conv` or `ConvTranspose` of
             `flax.nnx`, or a `Sequential` that ends in one of them, or in one and an activation function, which moves
-            behind the normalisation.
+            behind the normalization.
         activation: A name that `batchnorm.jax.batch_norm` knows, or any callable on the array.
 
     Returns:
@@ -102,7 +102,7 @@ def with_batch_norm(layer: Any, activation: Activation | None = None) -> Any:
 def split_activation(
     layer: Any, layers: list[Any], activation: Activation | None
 ) -> tuple[list[Any], Activation | None]:
-    """The layers up to the one that is normalised, and the activation, which may stand behind it.
+    """The layers up to the one that is normalized, and the activation, which may stand behind it.
 
     Raises:
         TypeError, ValueError: As `with_batch_norm`.
@@ -120,7 +120,7 @@ def split_activation(
         names = ", ".join(f"{kind.__module__.split('.')[1]}.{kind.__name__}" for kind in kinds)
         ending = f", which ends in {name_of(layers[-1])}" if layers and layers[-1] is not layer else ""
         raise TypeError(
-            f"cannot normalise the result of {name_of(layer)}{ending}; it must be one of {names}, or a Sequential that "
+            f"cannot normalize the result of {name_of(layer)}{ending}; it must be one of {names}, or a Sequential that "
             "ends in one, or in one and an activation function"
         )
     if any(module is layers[-1] for module in modules_in(layers[:-1])):

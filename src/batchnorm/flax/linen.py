@@ -107,7 +107,7 @@ class BatchNorm(linen.BatchNorm):
     ) -> jax.Array:
         """y; see the class, and `batchnorm.jax.batch_norm` for mask, lengths and residual.
 
-        While the layer is being initialised its statistics are not updated, and `axis_name` need not exist.
+        While the layer is being initialized its statistics are not updated, and `axis_name` need not exist.
         """
         if has_complex_numbers(self, x):
             check_complex(options_of(self), lengths=lengths, residual=residual)

@@ -134,5 +134,5 @@ def check_complex(own: Own, **arguments: Any) -> None:
     if changed:
         raise TypeError(
             f"x is complex, which Flax's own computation serves, and that has no {' and no '.join(changed)}; leave "
-            "these out, or normalise real and imaginary parts"
+            "these out, or normalize real and imaginary parts"
         )

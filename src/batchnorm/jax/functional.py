@@ -61,11 +61,11 @@ def batch_norm(
         gamma: Scale, one for each channel; None is 1.
         beta: Shift, one for each channel; None is 0.
         running: The state so far. None in training starts from `batchnorm.RunningStatistics.initial`.
-        training: Normalise by the batch and update the state, or normalise by the state. Where it is traced, only the
+        training: Normalize by the batch and update the state, or normalize by the state. Where it is traced, only the
             branch that it chooses is computed.
         axis: The axis with statistics of its own, or several; None is the convention's.
         axis_name: Name of an axis of `shard_map`, `pmap` or `vmap`, or several, along which the batch is spread: its
-            parts are normalised as one, whatever their masks leave of each.
+            parts are normalized as one, whatever their masks leave of each.
         axis_index_groups: Groups of indices along it that are batches of their own.
         mask: Booleans that broadcast to x, True where an element counts. What x holds elsewhere reaches nothing.
         lengths: Integers (B,), in place of a mask: how many leading elements count along the first axis that is

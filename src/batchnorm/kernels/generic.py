@@ -1,6 +1,6 @@
 """The mathematics of `core` composed over any array-API namespace.
 
-Plain array code: a library that differentiates, compiles or vectorises its arrays (PyTorch, JAX) does so with these
+Plain array code: a library that differentiates, compiles or vectorizes its arrays (PyTorch, JAX) does so with these
 functions too. Arguments are checked by `functional`; nothing is checked here.
 """
 

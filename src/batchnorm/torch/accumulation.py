@@ -1,6 +1,6 @@
 """Gradients and statistics of a batch that goes through the network in parts, as if it went through whole.
 
-Accumulating gradients over micro-batches changes a batch norm: each is normalised by its own statistics, and the
+Accumulating gradients over micro-batches changes a batch norm: each is normalized by its own statistics, and the
 running ones advance once for each. Here the micro-batches go through the network in lock step. At every batch norm they
 wait for each other, their moments are merged, and each goes on by the statistics of the whole batch. One backward pass
 follows, in which autograd brings the two sums of the gradient together in the same way.
@@ -38,7 +38,7 @@ def accumulate(model: nn.Module, loss_fn: Callable[[Any], Tensor], microbatches:
 
         loss = sum over micro-batches of loss_fn(micro-batch),   backward
 
-    Every batch norm of the model that normalises by its batch takes all micro-batches together: mean and variance of
+    Every batch norm of the model that normalizes by its batch takes all micro-batches together: mean and variance of
     all their elements, forward and backward. They may differ in size and in shape but for the channels. Memory is that
     of the whole batch, unless `loss_fn` saves some: non-reentrant activation checkpointing works, and so do
     `torch.autograd.graph.save_on_cpu` and autocast.
@@ -53,7 +53,7 @@ def accumulate(model: nn.Module, loss_fn: Callable[[Any], Tensor], microbatches:
         The loss, detached.
 
     Raises:
-        ValueError: There is no micro-batch; a batch norm is PyTorch's own, synchronised over processes, or works in
+        ValueError: There is no micro-batch; a batch norm is PyTorch's own, synchronized over processes, or works in
             ghost batches; the micro-batches call the batch norms in different orders; the loss is not a scalar. Neither
             gradients nor running statistics have changed.
         ImportError: `greenlet` is not installed.
@@ -88,7 +88,7 @@ def accumulate(model: nn.Module, loss_fn: Callable[[Any], Tensor], microbatches:
 
 
 def batch_norms_to_merge(model: nn.Module) -> Iterator[tuple[str, Layer]]:
-    """The batch norms of a model that normalise by their batch, with their names."""
+    """The batch norms of a model that normalize by their batch, with their names."""
     for name, layer in batch_norms(model):
         if not isinstance(layer, Layer):
             if layer.training or layer.running_mean is None:
@@ -100,7 +100,7 @@ def batch_norms_to_merge(model: nn.Module) -> Iterator[tuple[str, Layer]]:
         if getattr(layer, "virtual_batch_size", None) is not None:
             raise ValueError(f"{name} has ghost batches, whose statistics are their own: accumulate gradients plainly")
         if layer.spans_processes():
-            raise ValueError(f"{name} is synchronised over processes; accumulate does not work over several")
+            raise ValueError(f"{name} is synchronized over processes; accumulate does not work over several")
         if layer.record.normalize_with != "batch":
             raise ValueError(f"{name} trains by running statistics: accumulate gradients plainly")
         yield name, layer
@@ -143,7 +143,7 @@ class LockstepRun:
 
     @contextmanager
     def intercepted(self) -> Iterator[None]:
-        """Within it, a call of one of the layers is a synchronisation point."""
+        """Within it, a call of one of the layers is a synchronization point."""
         before = {layer: layer.__dict__.get("forward") for layer in self.layers}
         for layer in self.layers:
             layer.forward = partial(self.call, layer)  # type: ignore[method-assign]
@@ -200,7 +200,7 @@ class LockstepRun:
         mask = mask if lengths is None else lengths_to_mask(input, lengths, axis)
         if mask is not None and convention.masked_output == "normalized":
             raise ValueError(
-                f"{self.layers[layer]} normalises padding (masked_output='normalized'), which accumulate cannot; use a "
+                f"{self.layers[layer]} normalizes padding (masked_output='normalized'), which accumulate cannot; use a "
                 "convention with masked_output='zero'"
             )
         activation = getattr(layer, "activation", None)
@@ -221,7 +221,7 @@ class LockstepRun:
         return y if function is None else function(y)
 
     def find_sync_point(self, contribution: Contribution) -> SyncPoint:
-        """The synchronisation point that a micro-batch was at when a checkpoint now computes its forward pass again.
+        """The synchronization point that a micro-batch was at when a checkpoint now computes its forward pass again.
 
         That of the layer to which some micro-batch had brought these moments: the nearest, as on some devices the
         second pass is not the same to the last bit.

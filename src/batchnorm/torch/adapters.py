@@ -25,7 +25,7 @@ class ActivatedLayer(Layer):
     act: nn.Module
 
     def forward(self, input: Tensor, mask: Tensor | None = None, lengths: Tensor | None = None) -> Tensor:
-        """Act(drop(normalised input)), in one pass where there is no dropout and the kernels know the activation."""
+        """Act(drop(normalized input)), in one pass where there is no dropout and the kernels know the activation."""
         activation = "identity" if type(self.act) is nn.Identity else activation_name(self.act)
         if activation is None or type(self.drop) is not nn.Identity or has_hooks(self.act) or has_hooks(self.drop):
             z: Tensor = self.act(self.drop(super().forward(input, mask, lengths)))

@@ -21,7 +21,7 @@ def check_batch(x: Tensor, axis: int) -> None:
     if x.ndim > 1 and is_single(x, axis):
         raise ValueError(
             f"Expected more than 1 value per channel when training, got input size {x.size()}: pass a larger batch, "
-            "or let the layer normalise such a batch by its running statistics with single='running'"
+            "or let the layer normalize such a batch by its running statistics with single='running'"
         )
 
 
@@ -59,8 +59,8 @@ WORDS = (
     (r"\bx\b", "input"),
     (r", or pass the axis of the channels as axis=", ""),
     (
-        r"pass single='running' \(normalise by the running statistics\), 'clamp' \(.*\) or 'identity' \(.*\)",
-        "let the layer normalise it by its running statistics with single='running'",
+        r"pass single='running' \(normalize by the running statistics\), 'clamp' \(.*\) or 'identity' \(.*\)",
+        "let the layer normalize it by its running statistics with single='running'",
     ),
 )
 

@@ -1,7 +1,7 @@
 """The tensor that a fused layer returns: a batch norm that waits for what follows it.
 
 A layer that `replace(fuse=True)` has found to be followed by an activation measures its batch and advances its running
-statistics at once. What is left, to normalise, waits: the layer returns a `Deferred` tensor. If that goes to an
+statistics at once. What is left, to normalize, waits: the layer returns a `Deferred` tensor. If that goes to an
 activation which the kernels know, or to the addition of a tensor of the same shape and then to such an activation, one
 kernel computes all of it (`joining.py`). Anything else gets the plain result, which the deferred tensor becomes: from
 then on it is a tensor like any other. The code of the model decides, at each call; nothing about it is assumed.

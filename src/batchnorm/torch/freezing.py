@@ -17,7 +17,7 @@ def batch_norms(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
 
 
 def freeze(model: nn.Module, *, parameters: bool = True) -> list[str]:
-    """Let every batch norm normalise by its running statistics from now on, whatever `model.train()` says.
+    """Let every batch norm normalize by its running statistics from now on, whatever `model.train()` says.
 
     Args:
         model: Any module; changed in place.
@@ -43,7 +43,7 @@ def freeze(model: nn.Module, *, parameters: bool = True) -> list[str]:
                 "batchnorm.torch.replace(model) first"
             )
         if layer.running_mean is None:
-            raise ValueError(f"{name} has no running statistics to normalise by (track_running_stats=False)")
+            raise ValueError(f"{name} has no running statistics to normalize by (track_running_stats=False)")
     thawed = [layer for layer in layers.values() if isinstance(layer, Layer) and not layer.is_frozen]
     for layer in thawed:  # before any parameter is taken out of training: layers may share them
         trained = {name: p for name, p in layer.named_parameters(recurse=False) if p.requires_grad and parameters}
@@ -70,7 +70,7 @@ def unfreeze(model: nn.Module) -> list[str]:
 
 @contextmanager
 def no_update(model: nn.Module) -> Iterator[None]:
-    """Within it, batch norms in training normalise by the batch and leave their running statistics as they are.
+    """Within it, batch norms in training normalize by the batch and leave their running statistics as they are.
 
     For a second forward pass on other data: the other view of a contrastive loss, a discriminator's, a loss estimated
     for a learning-rate search. Works for PyTorch's own layers as well.

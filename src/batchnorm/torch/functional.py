@@ -56,7 +56,7 @@ def batch_norm(
         running_var: Likewise.
         weight: (C,); None is 1.
         bias: (C,); None is 0.
-        training: Normalise by the batch rather than by the running statistics.
+        training: Normalize by the batch rather than by the running statistics.
         momentum: Weight of the batch in the running statistics; warned of outside 0 to 1, where these run away.
         eps: Added to the variance.
         mask: Booleans that broadcast to input, True where an element counts.

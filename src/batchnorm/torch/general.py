@@ -37,7 +37,7 @@ class BatchNorm(LazyModuleMixin, Layer):
         track_running_stats: Whether there are running statistics; without them the batch's own serve in evaluation.
         activation: A name that `batchnorm.batch_norm` knows, or a callable.
         convention: Whose behaviour: a name in `batchnorm.CONVENTIONS` or a `Convention`.
-        virtual_batch_size: In training, normalise groups of so many examples by their own statistics; the last may be
+        virtual_batch_size: In training, normalize groups of so many examples by their own statistics; the last may be
             smaller. Running statistics take in the whole batch, and evaluation is as ever.
         single: What one element per channel does in training; None is the convention's.
         device: Of parameters and buffers.

@@ -44,7 +44,7 @@ def normalize_in_graph(
             return native_batch_norm(spec, operands, state, training=True, is_tracked=is_tracked)
         return train_in_graph(spec, operands, state if is_tracked else None)
     if state is None:
-        raise ValueError("there are no running statistics to normalise by")
+        raise ValueError("there are no running statistics to normalize by")
     if is_inference_of_torch(convention):
         y = native_batch_norm(spec, operands, state, training=False, is_tracked=False)
     else:

@@ -31,7 +31,7 @@ def with_batch_norm(layer: nn.Module, activation: ActivationModule | None = None
 
     Args:
         layer: A `Linear`, `Conv1d` to `3d` or `ConvTranspose1d` to `3d` of `torch.nn`, or a `Sequential` that ends in
-            one of them, or in one and an activation, which moves behind the normalisation.
+            one of them, or in one and an activation, which moves behind the normalization.
         activation: A name that `batchnorm.batch_norm` knows, a module, or any callable on the tensor.
 
     Returns:
@@ -60,7 +60,7 @@ def with_batch_norm(layer: nn.Module, activation: ActivationModule | None = None
         activation = modules.pop()
     if not modules or type(modules[-1]) not in AXES:
         names = ", ".join(kind.__name__ for kind in AXES)
-        raise TypeError(f"cannot normalise the result of {layer!r}; it must be one of {names}, or end in one")
+        raise TypeError(f"cannot normalize the result of {layer!r}; it must be one of {names}, or end in one")
     if any(module is modules[-1] for earlier in modules[:-1] for module in earlier.modules()):
         raise ValueError(f"{modules[-1]!r} occurs earlier in the layer as well, where it would lose its bias; copy it")
     network = nn.Sequential(*modules, batch_norm_behind(modules[-1], activation))

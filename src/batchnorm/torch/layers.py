@@ -31,9 +31,9 @@ class Layer(nn.Module):
     not finite (`skipped` counts these) and none twice (checkpointing computes the forward pass again).
 
     Attributes:
-        single: What one element per channel does in training: `error`, or `running`, which normalises it by the
+        single: What one element per channel does in training: `error`, or `running`, which normalizes it by the
             running statistics and leaves these as they are.
-        is_frozen: Normalise by the running statistics in training mode too; see `batchnorm.torch.freeze`.
+        is_frozen: Normalize by the running statistics in training mode too; see `batchnorm.torch.freeze`.
         skipped: How many batches did not enter the running statistics; no buffer, and no part of the `state_dict`.
         fused: What has been found to follow the layer and is computed in the same pass, such as `relu` and `add+relu`;
             see `batchnorm.torch.replace`.
@@ -78,7 +78,7 @@ class Layer(nn.Module):
         mask: Tensor | None = None,
         lengths: Tensor | None = None,
     ) -> Tensor:
-        """The normalised input; see `batchnorm.torch.batch_norm` for mask and lengths."""
+        """The normalized input; see `batchnorm.torch.batch_norm` for mask and lengths."""
         if is_scripting():
             assert mask is None, "a scripted batch norm takes no mask"
             assert lengths is None, "a scripted batch norm takes no lengths"
@@ -87,7 +87,7 @@ class Layer(nn.Module):
             if isinstance(input, Proxy):
                 return trace_layer_call(self, input, mask=mask, lengths=lengths)
             self._check_input_dim(input)
-            # Looking for attributes of a module takes as long as the statistics of a small batch. (A parametrised
+            # Looking for attributes of a module takes as long as the statistics of a small batch. (A parametrized
             # weight is a property.)
             parameters = self._parameters
             weight = parameters["weight"] if "weight" in parameters else self.weight  # noqa: SIM401
@@ -190,7 +190,7 @@ class Layer(nn.Module):
 
     def __getattr__(self, name: str) -> Any:
         if name == "qconfig" and (self.is_frozen or self.single == "running"):
-            refuse_native_synchronisation(self, sys._getframe(1).f_code.co_name)
+            refuse_native_synchronization(self, sys._getframe(1).f_code.co_name)
         return super().__getattr__(name)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "Layer":
@@ -242,7 +242,7 @@ def native_class(layer: nn.Module) -> type[nn.Module]:
     return next((kind for kind in of_torch if not kind.__name__.startswith("_")), nn.SyncBatchNorm)
 
 
-def refuse_native_synchronisation(layer: Layer, caller: str) -> None:
+def refuse_native_synchronization(layer: Layer, caller: str) -> None:
     """Raise where `torch.nn.SyncBatchNorm.convert_sync_batchnorm` would drop what its layers do not have.
 
     It builds a layer of its own from a few attributes, `qconfig` the last of them; there is no other way to notice.

@@ -1,6 +1,6 @@
 """PyTorch's own operator: for graphs that are exported, and for tensors whose memory the kernels cannot read.
 
-Tools that take an exported graph know `aten.batch_norm`: they switch it to evaluation, quantise it, translate it. What
+Tools that take an exported graph know `aten.batch_norm`: they switch it to evaluation, quantize it, translate it. What
 it cannot say is refused by name.
 """
 

@@ -13,7 +13,7 @@ from typing import Any
 from torch import nn
 
 REASON = (
-    "a batch norm in training normalises each example by the others of its batch, so that none has a gradient of its "
+    "a batch norm in training normalizes each example by the others of its batch, so that none has a gradient of its "
     "own: freeze the batch norms (batchnorm.torch.freeze) of a trained network, or replace them (ModuleValidator.fix)"
 )
 NATIVE = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
@@ -28,7 +28,7 @@ def register_layer(kind: type[nn.Module]) -> None:
 
 
 def register_with_opacus(kind: type[nn.Module], validators: Any) -> None:
-    """Have Opacus refuse the class while its layers normalise by the batch, and mend it as it does PyTorch's."""
+    """Have Opacus refuse the class while its layers normalize by the batch, and mend it as it does PyTorch's."""
     opacus = validators.ModuleValidator
     if kind in opacus.VALIDATORS:
         return

@@ -169,7 +169,7 @@ def reason_to_keep(module: nn.Module) -> str | None:
     if isinstance(module, nn.modules.instancenorm._InstanceNorm):
         return "an instance norm is no batch norm"
     if hasattr(module, "parametrizations") and isinstance(module, _NormBase):
-        return "a parametrised layer has a class of its own; replace it before it is parametrised"
+        return "a parametrized layer has a class of its own; replace it before it is parametrized"
     if any(base.__name__ == "FSDPModule" for base in kind.__mro__) and isinstance(module, _NormBase):
         return "a layer that fully_shard has taken has a class of its own; replace it before"
     if isinstance(module, _NormBase) or ("BatchNorm" in kind.__name__ and hasattr(module, "running_mean")):

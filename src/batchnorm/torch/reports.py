@@ -1,4 +1,4 @@
-"""How the batch norms of a model stand: skipped batches, frozen layers, the statistics that they normalise by."""
+"""How the batch norms of a model stand: skipped batches, frozen layers, the statistics that they normalize by."""
 
 from dataclasses import dataclass
 

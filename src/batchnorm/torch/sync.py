@@ -35,7 +35,7 @@ Group = Any  # dist.ProcessGroup, which exists only in builds with torch.distrib
 class SyncBatchNorm(Layer, _BatchNorm):
     """`torch.nn.SyncBatchNorm` on any device and backend, gloo on a CPU included.
 
-    In training the batches of all processes are normalised as one. They may differ in size, and be empty; masks may
+    In training the batches of all processes are normalized as one. They may differ in size, and be empty; masks may
     differ. In evaluation, and in a process by itself, it is a batch norm like any other. It is no subclass of
     `torch.nn.SyncBatchNorm`, which `DistributedDataParallel` refuses on a CPU.
 
@@ -92,11 +92,11 @@ class SyncBatchNorm(Layer, _BatchNorm):
 
     def __prepare_scriptable__(self) -> nn.Module:
         raise NotImplementedError(
-            "torch.jit.script does not compile a synchronised batch norm; call batchnorm.torch.restore(model) first"
+            "torch.jit.script does not compile a synchronized batch norm; call batchnorm.torch.restore(model) first"
         )
 
     def forward(self, input: Tensor, mask: Tensor | None = None, lengths: Tensor | None = None) -> Tensor:
-        """The normalised input; see `batchnorm.torch.batch_norm` for mask and lengths."""
+        """The normalized input; see `batchnorm.torch.batch_norm` for mask and lengths."""
         if not self.spans_processes() or not self.normalizes_by_batch():
             return super().forward(input, mask=mask, lengths=lengths)
         self.check_input(input)
@@ -114,18 +114,18 @@ class SyncBatchNorm(Layer, _BatchNorm):
     def convert_sync_batchnorm(
         cls, module: nn.Module, process_group: Group = None, *, timeout: float | None = None
     ) -> nn.Module:
-        """Make every batch norm of a model, PyTorch's or ours, a synchronised one, in place; returns the model.
+        """Make every batch norm of a model, PyTorch's or ours, a synchronized one, in place; returns the model.
 
         Frozen layers stay frozen, and `single` stays.
 
         Raises:
-            ValueError: There is a `batchnorm.torch.BatchNorm`, which has no synchronised form; nothing has changed.
+            ValueError: There is a `batchnorm.torch.BatchNorm`, which has no synchronized form; nothing has changed.
         """
         layers = [(name, layer) for name, layer in module.named_modules() if isinstance(layer, Layer)]
         if others := [name or "the layer" for name, layer in layers if type(layer) not in CONVERTED]:
             raise ValueError(
                 f"{shortened(others)}: a batchnorm.torch.BatchNorm (activation, convention, axis, ghost batches) has "
-                "no synchronised form; use BatchNorm1d, 2d or 3d, and the activation as a module of its own"
+                "no synchronized form; use BatchNorm1d, 2d or 3d, and the activation as a module of its own"
             )
         for name, layer in module.named_modules():
             if type(layer) in CONVERTED:
@@ -144,7 +144,7 @@ CONVERTED += (BatchNorm1d, BatchNorm2d, BatchNorm3d, SyncBatchNorm)
 
 @dataclass
 class SyncCall:
-    """One normalisation over all processes, on its way through autograd."""
+    """One normalization over all processes, on its way through autograd."""
 
     name: str
     group: Group
@@ -179,7 +179,7 @@ class SyncCall:
         except RuntimeError as error:
             limit = "" if self.timeout is None else f" within {self.timeout:g} s"
             raise RuntimeError(
-                f"{self.name}: the other processes did not arrive{limit}. Every process has to call every synchronised "
+                f"{self.name}: the other processes did not arrive{limit}. Every process has to call every synchronized "
                 f"layer in training, with an empty batch if it has none ({error})"
             ) from error
 
@@ -196,7 +196,7 @@ class SyncCall:
 
 
 class Synchronized(torch.autograd.Function):
-    """y of x, gamma and beta, normalised by the statistics of all processes."""
+    """y of x, gamma and beta, normalized by the statistics of all processes."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, gamma: Tensor | None, beta: Tensor | None, call: SyncCall) -> Tensor:

@@ -28,7 +28,7 @@ def read_idx(path: Path, ndim: int) -> NDArray[np.uint8]:
     """The array of unsigned bytes in an IDX file of `ndim` dimensions, gzipped or not.
 
     The length of the content decides, not the header: no more is ever read than the file holds, so a header that
-    claims terabytes costs nothing. A gzipped file is recognised by its first bytes, whatever its name.
+    claims terabytes costs nothing. A gzipped file is recognized by its first bytes, whatever its name.
 
     Raises:
         InputError: the file cannot be read, is not IDX of unsigned bytes with `ndim` dimensions, is shorter or longer

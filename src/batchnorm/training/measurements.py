@@ -106,7 +106,7 @@ def evaluate(
 ) -> tuple[float, NDArray[np.bool_]]:
     """Mean loss and, for each image, whether the answer is right; batches of `batch_size` or more, nearly equal.
 
-    Never smaller: in training mode a batch of a few left-over images would be normalised by itself.
+    Never smaller: in training mode a batch of a few left-over images would be normalized by itself.
     """
     loss = 0.0
     right = np.zeros(len(labels), bool)

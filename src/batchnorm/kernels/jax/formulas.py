@@ -31,7 +31,7 @@ AXES = {ndim: split_axes((0, 2), ndim) for ndim in (3, 4)}  # XLA's loops over a
 
 
 class Rule(NamedTuple):
-    """How a forward pass normalises; hashable."""
+    """How a forward pass normalizes; hashable."""
 
     eps: float
     activation: str | None

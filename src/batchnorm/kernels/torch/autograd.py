@@ -22,12 +22,12 @@ DTYPES = {"float32": torch.float32, "float64": torch.float64, "int64": torch.int
 
 
 def empty(shape: tuple[int, ...], dtype: str) -> Array:
-    """An uninitialised tensor."""
+    """An uninitialized tensor."""
     return torch.empty(shape, dtype=DTYPES[dtype])
 
 
 def empty_like(array: Array) -> Array:
-    """An uninitialised tensor of the shape, dtype and layout of another, in memory that is kept for reuse."""
+    """An uninitialized tensor of the shape, dtype and layout of another, in memory that is kept for reuse."""
     result = _native.result_like(array)
     return torch.empty_like(array) if result is None else result
 

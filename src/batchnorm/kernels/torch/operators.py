@@ -53,7 +53,7 @@ def forward(
     activation: str | None,
     group_size: int,
 ) -> Results:
-    """y, mean, mean_lo, m2, rstd and count of a batch that is normalised by its own statistics, or those of groups."""
+    """y, mean, mean_lo, m2, rstd and count of a batch that is normalized by its own statistics, or those of groups."""
     spec = spec_of_graph(axis, x.ndim, eps, placement, correction, activation, group_size)
     operands = Operands(x, gamma, beta, residual, mask)
     done = NATIVE.call(MEASURED_FORWARD, spec, operands) if are_concrete(*operands[:4]) else TYPE
