@@ -129,6 +129,14 @@ def test_python_dash_m_prints_the_same(capsys):
     ]
 
 
+def test_a_closed_pipe_is_no_error_to_report():
+    """As `python -m batchnorm | head -0`: exit status 1, as the shell's own tools, and nothing on stderr."""
+    command = [sys.executable, "-m", "batchnorm"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        process.stdout.close()
+        assert (process.stderr.read(), process.wait()) == (b"", 1)
+
+
 def test_what_it_says():
     found = bn.show_config(mode="dicts")
     assert list(found) == [

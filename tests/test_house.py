@@ -70,6 +70,23 @@ def test_the_arrows_can_fail():
     assert rung("batchnorm.core.axes") < rung("batchnorm.functional") < rung("batchnorm") < rung("batchnorm.cli")
 
 
+#: The front ends and their kernels, each with those that it may import.
+FRONT_ENDS = {"torch": {"torch"}, "jax": {"jax"}, "flax": {"flax", "jax"}}
+
+
+def front_end(module):
+    name = module.removeprefix("batchnorm").removeprefix(".kernels").lstrip(".").split(".")[0]
+    return name if name in FRONT_ENDS else None
+
+
+@pytest.mark.parametrize("name", FRONT_ENDS)
+def test_a_front_end_imports_only_its_own(name):
+    own = [path for path in FILES if front_end(".".join(("batchnorm", *path.relative_to(SOURCE).parts))) == name]
+    imported = {front_end(module) for path in own for module in imports_of(path)}
+    assert name in imported
+    assert imported <= {None, *FRONT_ENDS[name]}
+
+
 def test_version_is_that_of_the_project():
     pyproject = SOURCE.parent.parent / "pyproject.toml"
     assert f'version = "{bn.__version__}"' in pyproject.read_text()
