@@ -6,7 +6,8 @@ from torch import Tensor
 from torch.compiler import disable
 
 from batchnorm.convention import Convention
-from batchnorm.core.normalize import effective_beta, effective_gamma
+from batchnorm.core.axes import Axes
+from batchnorm.core.normalize import effective_beta, effective_gamma, normalize
 from batchnorm.core.running import RunningStatistics, statistics_of_state
 from batchnorm.kernels.torch import operators
 from batchnorm.kernels.torch.compat import is_compiling, is_exporting
@@ -48,8 +49,7 @@ def normalize_in_graph(
     if is_inference_of_torch(convention):
         y = native_batch_norm(spec, operands, state, training=False, is_tracked=False)
     else:
-        gamma, beta = effective_gamma(xp, gamma, convention, x), effective_beta(beta, convention)
-        z = normalized_by_state(x, gamma, beta, state, convention, axis)
+        z = normalize_by_state(operands, state, convention, axis)
         y = apply_activation(z if residual is None else z + residual, spec.activation).to(x.dtype)
     return y if mask is None or convention.masked_output == "normalized" else torch.where(mask, y, 0.0)
 
@@ -87,15 +87,14 @@ def train_in_graph(spec: Spec, operands: Operands, state: LayerBuffers | None) -
     return results[0]
 
 
-def normalized_by_state(
-    x: Tensor, gamma: Tensor | None, beta: Tensor | None, state: LayerBuffers, convention: Convention, axis: int
-) -> Tensor:
+def normalize_by_state(operands: Operands, state: LayerBuffers, convention: Convention, axis: int) -> Tensor:
     """gamma * xhat + beta by running statistics of any kind, in their dtype."""
+    x, gamma, beta, *_ = operands
     zero = state.mean.new_zeros(())
     weight = zero + 1 if state.weight is None else state.weight
     running = RunningStatistics(state.mean, state.spread, zero, weight, zero, tracked=convention.tracked)
-    mean, _, rstd = statistics_of_state(xp, running, convention, state.mean.dtype)
-    shape = [1] * x.ndim
-    shape[axis] = -1
-    z: Tensor = (x.to(mean.dtype) - mean.reshape(shape)) * (rstd if gamma is None else gamma * rstd).reshape(shape)
-    return z if beta is None else z + beta.reshape(shape)
+    statistics = statistics_of_state(xp, running, convention, state.mean.dtype)
+    # Made here: the axes of a spec are a constant to Dynamo, which has no bound methods of constants.
+    axes = Axes((axis,), tuple(a for a in range(x.ndim) if a != axis))
+    gamma, beta = effective_gamma(xp, gamma, convention, x), effective_beta(beta, convention)
+    return normalize(xp, x, axes, statistics, gamma, beta)  # type: ignore[no-any-return]
