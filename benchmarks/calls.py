@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch import Tensor
 
 import batchnorm as bn
 import batchnorm.torch as bnt
@@ -58,6 +59,33 @@ def numpy_calls(shape: tuple[int, ...]) -> Calls:
     }
 
 
+class Allocation(torch.autograd.Function):
+    """The results of a batch norm and of its gradients, allocated and not computed."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+        """y."""
+        ctx.save_for_backward(x, weight, bias)
+        return torch.empty_like(x)
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, ...]:
+        """dx, dweight and dbias."""
+        return tuple(torch.empty_like(tensor) for tensor in ctx.saved_tensors)
+
+
+#: `Allocation.apply` without what it does for torch.func, as the layers call theirs.
+allocate: Callable[..., Tensor] = super(torch.autograd.Function, Allocation).apply
+
+
+class Floor(torch.nn.BatchNorm2d):
+    """The least that a layer in Python takes: a module whose call allocates the results."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        """Uninitialized numbers."""
+        return allocate(input, self.weight, self.bias) if torch.is_grad_enabled() else torch.empty_like(input)
+
+
 def layer_calls(shape: tuple[int, ...], *, backward: bool) -> Calls:
     """Layers in training, forward or both passes."""
     x = torch.randn(shape, requires_grad=backward)
@@ -80,6 +108,7 @@ def layer_calls(shape: tuple[int, ...], *, backward: bool) -> Calls:
     return {
         "layer": calls(plain),
         "torch.nn": calls(native),
+        "a layer that only allocates": calls(Floor(shape[1])),
         "with ReLU": calls(bnt.BatchNorm(shape[1], activation="relu")),
         "masked": calls(plain, mask=mask),
         "another convention": calls(bnt.BatchNorm(shape[1], convention="lasagne-gist")),
