@@ -72,7 +72,8 @@ def test_absent_extension_is_warned_of_once_at_the_call():
     (category, message, filename, line), *others = warned
     assert (category, filename, line, others) == ("RuntimeWarning", "<string>", 9, [])
     assert message.startswith(
-        f"batchnorm computes by array code, which is slower: the compiled extension cannot be loaded ({ABSENT})"
+        "batchnorm falls back to its generic implementation, which is slower: the compiled extension cannot be loaded "
+        f"({ABSENT})"
     )
     assert "`pip install .` in its source tree compiles the extension" in message
 

@@ -187,5 +187,5 @@ def test_unknown_sizes_are_refused():
 
 
 def test_kernels_are_refused_by_name():
-    with pytest.raises(ValueError, match=r"it has no way into arrays of dask\.array\.core"):
+    with pytest.raises(ValueError, match=r"it cannot read arrays of dask\.array\.core"):
         bn.forward(da.from_array(X), kernel="native")

@@ -58,9 +58,9 @@ def train(
     epochs: Annotated[
         int | None, typer.Option(help="Passes over the training images.", show_default="30 for the digits, else 10")
     ] = None,
-    learning_rate: Annotated[float, typer.Option(help="Of Adam.")] = 1e-3,
+    learning_rate: Annotated[float, typer.Option(help="Learning rate of Adam.")] = 1e-3,
     batch_size: Annotated[int, typer.Option(help="Images in a training step; at least 2.")] = 32,
-    seed: Annotated[int, typer.Option(help="Of the first weights and of the images' order.")] = 0,
+    seed: Annotated[int, typer.Option(help="Seed of the initial weights and of the order of the images.")] = 0,
     framework: Annotated[str, typer.Option(help="jax or torch.")] = "jax",
     dataset: Annotated[
         str | None,
@@ -70,7 +70,7 @@ def train(
         Path | None, typer.Option(metavar="DIR", help="A folder with MNIST-like IDX files, gzipped or not.")
     ] = None,
     images: Annotated[
-        int | None, typer.Option(help="Train on the first so many images only.", show_default="all")
+        int | None, typer.Option(help="Train on this many images only, the first ones.", show_default="all")
     ] = None,
     output: Annotated[
         Path | None,
@@ -94,12 +94,12 @@ def train(
     ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print the results as JSON instead of a table.")] = False,
 ) -> None:
-    """Train a LeNet with batch norm and the same one without, and show what batch norm did.
+    """Train a LeNet with and without batch norm, and compare the two.
 
     Without options it uses scans of handwritten digits that need no network
     access, and takes under two minutes on two cores. Ctrl-C leaves a report of
     the epochs completed so far; --resume continues to the same numbers as an
-    unbroken run. No earlier run is lost unless --overwrite asks for it.
+    unbroken run. Earlier runs are kept unless --overwrite is given.
     """
     from rich.console import Console
 
@@ -144,7 +144,7 @@ def train(
     try:
         _show(metrics, output, as_json)
     except OSError as error:
-        if error.errno == errno.EPIPE:  # the reader has had enough
+        if error.errno == errno.EPIPE:  # the reader closed the pipe
             raise
         kept = output / "metrics.json"
         _fail(f"cannot write the results to stdout ({error.strerror or error}); they are in {kept}", FAILURE)
@@ -157,14 +157,14 @@ def train(
 
 
 def _default_output(is_earlier_run: bool) -> Path:
-    """The last folder with a run where that is what the user is after, else the next free one."""
+    """The last folder that holds a run if `is_earlier_run`, else the next free folder."""
     from batchnorm.training.folder import last_folder, next_folder
 
     return last_folder(DEFAULT_OUTPUT) if is_earlier_run else next_folder(DEFAULT_OUTPUT)
 
 
 def _program() -> str:
-    """The words that start this program from the user's shell: it need not be on the PATH, in a virtual environment."""
+    """The shell command that starts this program, which may be absent from PATH (in a virtual environment)."""
     started, found = sys.argv[0], shutil.which("batchnorm")
     if Path(started).name == "batchnorm" and os.access(started, os.X_OK):
         return "batchnorm" if found and os.path.samefile(found, started) else shlex.quote(started)
@@ -172,7 +172,7 @@ def _program() -> str:
 
 
 def _show(metrics: "Metrics", output: Path, as_json: bool) -> None:
-    """Print the results: a table for people, or JSON for programs."""
+    """Print the results as a table, or as JSON."""
     from batchnorm.training.summary import finding
 
     if as_json:
@@ -195,7 +195,7 @@ def _show(metrics: "Metrics", output: Path, as_json: bool) -> None:
 
 
 def _table(metrics: "Metrics") -> "Table":
-    """A row for each network; with the epochs to the other's best where one network was sooner."""
+    """One row per network, with the epochs to the other network's best accuracy if one reached it sooner."""
     from rich.table import Table
 
     from batchnorm.training.summary import NAMES, epochs_to_best, percent, percent_between

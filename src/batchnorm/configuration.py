@@ -1,4 +1,4 @@
-"""The installation that a program runs with, as `show_config` prints it, and the errors for what it lacks."""
+"""The report of `show_config` on the installation, and the import errors for missing packages."""
 
 import os
 import platform
@@ -11,7 +11,7 @@ from typing import Any, Literal, overload
 
 from batchnorm.kernels.registry import native_for_numpy
 
-#: The packages that batchnorm works with, and the extra that installs each; None for those that it always needs.
+#: Packages that batchnorm works with, each with the extra that installs it; None for required packages.
 EXTRAS = {
     "numpy": None,
     "array-api-compat": None,
@@ -24,7 +24,7 @@ EXTRAS = {
     "xarray": "named",
 }
 
-#: Variables of the environment that change how the kernels run.
+#: Environment variables that change how the kernels run.
 VARIABLES = ("BATCHNORM_INSTRUCTION_SET", "OMP_NUM_THREADS")
 
 Configuration = dict[str, dict[str, Any]]
@@ -67,14 +67,14 @@ def show_config(mode: str = "stdout") -> Configuration | None:
 
 
 def import_error(front_end: str, module: str, *, needs_extension: bool = False) -> ImportError | None:
-    """The error of a front end whose framework is not installed, or that cannot do without the extension; else None.
+    """The import error of a front end whose framework or required extension is missing; None if nothing is missing.
 
     A framework that is installed and fails to load raises its own error here.
 
     Args:
-        front_end: The name of the module that is being imported.
-        module: Its framework; the error has the name as `name`, and its message the command that installs it.
-        needs_extension: The front end has no array code.
+        front_end: Name of the module that is being imported.
+        module: Name of its framework: the error's `name`; the message has the command that installs it.
+        needs_extension: Whether the front end has no generic implementation.
     """
     try:
         import_module(module)
@@ -90,7 +90,7 @@ def import_error(front_end: str, module: str, *, needs_extension: bool = False) 
 
 
 def install_command(package: str) -> str:
-    """The command that installs a package of `EXTRAS` together with what batchnorm needs beside it."""
+    """The command that installs a package of `EXTRAS` by its extra, together with what batchnorm needs besides."""
     return f'pip install "batchnorm[{EXTRAS[package]}]"'
 
 
@@ -113,7 +113,7 @@ def configuration() -> Configuration:
 
 
 def extension_or_reason() -> tuple[ModuleType | None, str]:
-    """`kernels.native`, or why it cannot be used, an unknown instruction set in the environment included."""
+    """`kernels.native`, or the reason why it cannot be used, such as an unknown BATCHNORM_INSTRUCTION_SET."""
     try:
         return native_for_numpy()
     except ValueError as error:
@@ -121,7 +121,7 @@ def extension_or_reason() -> tuple[ModuleType | None, str]:
 
 
 def versions() -> dict[str, str | None]:
-    """The versions of Python and of the packages, None for those that are not installed."""
+    """The versions of batchnorm, Python and the packages of `EXTRAS`; None for packages that are not installed."""
     return {
         "batchnorm": version("batchnorm"),
         "python": platform.python_version(),
@@ -130,8 +130,8 @@ def versions() -> dict[str, str | None]:
 
 
 def version(package: str) -> str | None:
-    """The version of an installed package by its metadata, without importing it."""
-    from importlib import metadata  # takes 0.1 s: only where it is asked for
+    """The version of a package from its metadata, without importing it; None if it is not installed."""
+    from importlib import metadata  # imported here because it takes 0.1 s
 
     try:
         return metadata.version(package)
@@ -140,7 +140,7 @@ def version(package: str) -> str | None:
 
 
 def kernels(native: Any, reason: str) -> dict[str, str]:
-    """The kernel that serves each family of arrays, with the reason where it is array code."""
+    """The kernel of each array library, with the reason if it is the generic implementation."""
     where = {
         "numpy": "native",
         "torch": "native on a CPU, agnostic elsewhere",
@@ -172,7 +172,7 @@ def refusal_of_jaxlib(compiled_for: tuple[int, int]) -> str | None:
 
 
 def extension(native: Any, reason: str) -> dict[str, Any]:
-    """The file, how it was compiled, and its instruction sets; or why it cannot be loaded."""
+    """The extension's file, build and instruction sets, or why it cannot be loaded."""
     if native is None:
         return {"file": None, "reason": reason}
     build = getattr(native, "build", {})
@@ -187,19 +187,19 @@ def extension(native: Any, reason: str) -> dict[str, Any]:
 
 
 def processors() -> int | None:
-    """The processors that this process may use."""
+    """The number of processors that this process may use."""
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))
     return os.cpu_count()
 
 
 def caches(folder: Path = Path("/sys/devices/system/cpu/cpu0/cache")) -> dict[str, int]:
-    """Bytes of the first processor's data caches by level, as Linux tells; nothing elsewhere."""
+    """Sizes in bytes of the first processor's data caches by level, from Linux's sysfs; empty on other systems."""
     found = {}
     for index in sorted(folder.glob("index*")):
         try:
             level, kind, size = ((index / name).read_text().strip() for name in ("level", "type", "size"))
-        except OSError:  # virtual machines leave some of the files out
+        except OSError:  # some virtual machines lack these files
             continue
         if kind != "Instruction":
             found[f"L{level}"] = int(size.removesuffix("K")) * 1024
@@ -207,7 +207,7 @@ def caches(folder: Path = Path("/sys/devices/system/cpu/cpu0/cache")) -> dict[st
 
 
 def result_memory(native: Any) -> dict[str, int | None]:
-    """Which results lie in memory that is kept for reuse, and how much of it is kept for how long."""
+    """The pool of freed result buffers: the smallest pooled result, the limits of the pool, and its present size."""
     if native is None:
         return {}
     build = getattr(native, "build", {})
@@ -233,7 +233,7 @@ def lines_of(found: Configuration) -> Iterator[str]:
 
 
 def text_of(section: str, name: str, value: Any) -> str:
-    """An entry as a reader sees it: sizes in units, lists in a row, and a command for what is not installed."""
+    """Format an entry: sizes with units, lists on one line, the install command for a missing package."""
     if value is None and EXTRAS.get(name) is not None:
         return f"not installed; {install_command(name)}"
     if value is None:

@@ -1,4 +1,4 @@
-"""What differs between one system's batch normalization and another's, as data: the `Convention` record."""
+"""The `Convention` record: the differences between batch-norm implementations, as data."""
 
 import math
 from dataclasses import dataclass, fields, replace
@@ -16,7 +16,7 @@ TRACKED_WITH_EPS = ("std_eps", "rstd", "var_eps")
 
 
 class Names(NamedTuple):
-    """What a system calls its parameters and state in its checkpoints; None where it has no such entry."""
+    """A system's names for its parameters and state in checkpoints; None for an absent entry."""
 
     gamma: str | None
     beta: str | None
@@ -27,43 +27,43 @@ class Names(NamedTuple):
 
 @dataclass(frozen=True, kw_only=True)
 class Convention:
-    """Everything that differs between batch-norm layers; validated when it is made.
+    """Everything that differs between batch-norm layers; validated on construction.
 
     Attributes:
-        name: What `convention=` calls it.
-        source: Where the behaviour is written: package, file, version.
+        name: Name of the convention, as passed to `convention=`.
+        source: Where the behavior is defined: package, file, version.
         axis: The axis, or axes, with statistics of their own.
-        eps: The value added; as float32 rounds it where the system keeps it so.
-        eps_train: Where eps goes in training: `inside` sqrt(var + eps), `outside` sqrt(var) + eps, `absent`.
-        eps_eval: The same at inference. `absent` where the tracked quantity already contains eps.
+        eps: The value added; rounded to float32 if the system stores it as float32.
+        eps_train: Placement of eps in training: `inside` sqrt(var + eps), `outside` sqrt(var) + eps, `absent`.
+        eps_eval: Placement of eps at inference; `absent` if the tracked quantity already contains eps.
         zero_eps: Whether training with eps = 0 is `allowed` or an `error`.
         normalize_correction: c in the divisor count - c of the variance that normalizes.
-        tracked: What the running statistic is, in terms of var, std = sqrt(var) and eps.
+        tracked: The quantity that the running statistic averages, in terms of var, std = sqrt(var) and eps.
         running_correction: c, 0 or 1, of the running statistic.
         correction_on: c corrects the `variance`, by the divisor count - c, or the `tracked` value itself, by the
             factor count / (count - c).
-        masked_running_correction: c where a mask changes the estimator; None where it does not.
+        masked_running_correction: c of the running statistic under a mask; None if a mask does not change it.
         decay: Weight of the old value in the running update; None is the cumulative average.
         debias: `none`; `adam`, the average from zero divided by 1 - decay**steps; `weight_sum`, sums divided by
             the sum of their weights (Caffe); `first_batch`, the first batch is copied.
         initial_mean: Running mean before the first update.
         initial_spread: Running spread, in the tracked quantity, before the first update.
-        momentum_name: The system's word for the weight in the running update.
-        momentum_weights: Whether that word weighs the `old` value or the `new` one.
+        momentum_name: The system's name for the weight in the running update.
+        momentum_weights: Whether that weight multiplies the `old` value or the `new` one.
         normalize_with: Training normalizes by the statistics of the `batch`, or by the `running` ones after their
             update (Equinox's ema mode).
         update: Running statistics change in `training`, or `always`: at inference too, before they are used.
         single: One element per channel in training: `error`; `clamp`, divisors become max(count - c, 1);
             `identity`, y = x and nothing is updated (Paddle); `running`, the running statistics normalize and
             nothing is updated.
-        masked_output: What masked positions of the output hold: `zero`, or x `normalized` like the rest.
+        masked_output: Value of masked positions of the output: `zero`, or x `normalized` like the rest.
         affine: `plain`; `ignored`, gamma and beta are not applied; `abs_eps`, abs(gamma) + eps in place of gamma;
             `gamma_one`, 1 in place of gamma.
-        names: The checkpoint's names.
+        names: Names of the parameters and state in checkpoints.
 
     Raises:
-        ValueError: A field holds what no system does.
-        TypeError: A number is not a number.
+        ValueError: A field has an unsupported value.
+        TypeError: A numeric field is not a number.
     """
 
     name: str
@@ -122,7 +122,7 @@ class Convention:
         return hash(tuple(getattr(self, field.name) for field in fields(self)))
 
     def __hash__(self) -> int:
-        """Kept: every call looks the record up in a cache, and it has thirty fields."""
+        """Cached: every call looks the record up in a cache, and it has two dozen fields."""
         return self._hash
 
     def correction(self, *, masked: bool) -> int:
@@ -133,14 +133,14 @@ class Convention:
 
 
 def with_any_decay(convention: Convention, decay: float | None) -> Convention:
-    """The record with another decay, which may lie outside [0, 1]: PyTorch takes any finite momentum."""
+    """The record with another decay, which may lie outside [0, 1]: PyTorch accepts any finite momentum."""
     if decay is None or 0 <= decay <= 1:
         return replace(convention, decay=decay)
     return with_traced(convention, decay=decay)
 
 
 def with_traced(convention: Convention, **values: Any) -> Convention:
-    """The record with other values, which are not validated: of a value that is being traced nothing is known."""
+    """The record with `values` replaced and not validated, because a traced value is unknown."""
     record = replace(convention)
     for name, value in values.items():
         object.__setattr__(record, name, value)

@@ -1,4 +1,4 @@
-"""Arrays whose dimensions have names: an `xarray.DataArray` goes in by name and comes out with its coordinates."""
+"""Named dimensions: `xarray.DataArray` arguments are matched by dimension name, and results keep their coordinates."""
 
 import sys
 from typing import Any
@@ -9,12 +9,12 @@ Axis = int | str | tuple[int | str, ...]
 
 
 def may_be_named() -> bool:
-    """Whether there can be a DataArray at all: whether somebody has imported xarray."""
+    """Whether xarray has been imported; if not, no argument can be a DataArray."""
     return "xarray" in sys.modules
 
 
 def is_named(value: Any) -> bool:
-    """Whether `value` is a DataArray. xarray is consulted only where somebody has imported it."""
+    """Whether `value` is a DataArray; never imports xarray."""
     xarray = sys.modules.get("xarray")
     return xarray is not None and isinstance(value, xarray.DataArray)
 
@@ -37,7 +37,9 @@ def numbered_axis(x: Array, axis: Axis | None) -> Any:
 
 
 def unnamed(name: str, value: Any, x: Any) -> Any:
-    """The plain array behind the argument called `name`, its dimensions in the order of those of the DataArray `x`.
+    """The array inside a DataArray, its dimensions in the order of the DataArray `x`; any other `value` unchanged.
+
+    `name` is the argument's name in error messages.
 
     Raises:
         TypeError: `value` has named dimensions and x has not.
@@ -55,7 +57,7 @@ def unnamed(name: str, value: Any, x: Any) -> Any:
 
 
 def unnamed_like(name: str, value: Any, x: Any) -> Any:
-    """As `unnamed`, with size 1 for every dimension that `value` lacks, so that it broadcasts against x by name."""
+    """The array inside a DataArray, with size 1 for each dimension of x that it lacks, so that it broadcasts to x."""
     array = unnamed(name, value, x)
     return array.reshape(tuple(value.sizes.get(dim, 1) for dim in x.dims)) if is_named(value) else array
 

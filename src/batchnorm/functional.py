@@ -1,4 +1,4 @@
-"""Batch normalization as functions of arrays: of NumPy, PyTorch, JAX, or any library with an array-API namespace."""
+"""Batch normalization as functions of arrays of NumPy, PyTorch, JAX, or any library with an array-API namespace."""
 
 import sys
 import warnings
@@ -61,15 +61,15 @@ def batch_norm(
     kernel: str | None = None,
     out: Array | None = None,
 ) -> tuple[Array, RunningStatistics]:
-    """Batch normalization as a layer of the given convention does it, its state passed in and returned.
+    """Apply batch normalization as a layer of the given convention does; its state is passed in and returned.
 
         training    xhat = (x - mean(x)) / sqrt(var(x) + eps)       running <- decay * running + (1 - decay) * batch
         inference   xhat = (x - running mean) / sqrt(running var + eps)
         both        y = activation(gamma * xhat + beta + residual)
 
-    where the convention says otherwise (eps outside the root, another running statistic, ...), as it says. PyTorch
+    A convention may change these formulas (eps outside the root, another running statistic, ...). PyTorch
     differentiates the result; JAX differentiates, compiles and vectorizes the function. Dask arrays stay lazy: compute
-    y and the state together; what depends on values (the warning, single elements under a mask) is not looked at.
+    y and the state together; checks of values (the warning, single elements under a mask) are skipped.
 
     Args:
         x: float16, bfloat16, float32 or float64, of any rank >= 1; or an `xarray.DataArray`.
@@ -77,29 +77,30 @@ def batch_norm(
         beta: Shift, one for each channel; None is 0.
         running: The state so far. None in training starts from `RunningStatistics.initial`.
         training: Normalize by the batch and update the state, or normalize by the state. May be traced by JAX.
-        convention: Whose behaviour: a name in `batchnorm.CONVENTIONS` or a `Convention`.
+        convention: A name in `batchnorm.CONVENTIONS` or a `Convention`.
         axis: The axis with statistics of its own, a tuple of several, or a dimension's name; None is the convention's.
         eps: Added to the variance, in the units of x squared; None is the convention's.
         decay: Weight of the old value in the running update (PyTorch's momentum m is decay = 1 - m); None is the
             convention's. For the cumulative average pass `dataclasses.replace(convention, decay=None)`.
-        mask: Booleans that broadcast to x, True where an element counts. What x holds elsewhere reaches nothing.
-        lengths: Integers (B,), in place of a mask: how many leading elements count along the first axis that is
-            neither batch nor channel.
+        mask: Booleans that broadcast to x, True where an element counts. Masked elements of x affect neither the
+            statistics nor other elements of y.
+        lengths: Integers (B,), in place of a mask: the number of leading elements that count, along the first axis that
+            is neither batch nor channel.
         activation: A name (`relu`, `leaky_relu(0.2)`, `relu6`, `silu`, `hardswish`, `sigmoid`, `tanh`, `gelu`) or a
             callable on the array.
         residual: Added before the activation; the shape of x.
-        single: What one element per channel does in training (`error`, `clamp`, `identity`, `running`); None is the
+        single: Rule for one element per channel in training (`error`, `clamp`, `identity`, `running`); None is the
             convention's.
-        masked_output: What masked elements of y hold, `zero` or `normalized`; None is the convention's.
-        kernel: Who computes, by name; None is the best available.
-        out: Array that y is written to and which is returned, for libraries whose arrays can be changed.
+        masked_output: Value of masked elements of y, `zero` or `normalized`; None is the convention's.
+        kernel: `native`, the C++, or `agnostic`, the generic implementation; None is the best available.
+        out: Array that receives y and is returned, for libraries with mutable arrays.
 
     Returns:
         y in the dtype of x, and the state after this batch, in float32 or wider.
 
     Raises:
-        ValueError: A shape, value or name that does not fit; nothing has been computed or changed.
-        TypeError: Not an array, or of a dtype without fractions.
+        ValueError: An invalid shape, value or name; nothing has been computed or changed.
+        TypeError: Not an array, or not of a supported floating dtype.
 
     Warns:
         RuntimeWarning: The batch's statistics are not finite; it did not enter the state and is counted in `skipped`.
@@ -133,7 +134,7 @@ def batch_norm(
 
 
 def known_spec(convention: Any, axis: Any, *arguments: Any) -> Spec | None:
-    """The spec of a call; None for one that cannot be cached, or that is wrong, of which `check_call` says so."""
+    """The cached spec of a call; None if it cannot be cached, or is invalid, which `check_call` reports."""
     if type(axis) is tuple and not all(type(one) is int for one in axis):  # (1.0,) and (True,) equal (1,)
         return None
     try:
@@ -152,9 +153,9 @@ def checked_batch_norm(
     out: Array | None = None,
     warn: Callable[[], None] | None = None,
 ) -> tuple[Array, RunningStatistics]:
-    """`batch_norm` of checked operands, by the kernel that is chosen for (spec, operands, others).
+    """Run `batch_norm` on checked operands, with the kernel that `choose(spec, operands, others)` returns.
 
-    `warn` takes the place of the warning that a batch does not enter the state.
+    `warn` replaces the warning that a batch does not enter the state.
     """
     training = check_training(training)
     check_out(out, operands.x, operands.residual)
@@ -170,7 +171,7 @@ def checked_batch_norm(
     return y, updated
 
 
-#: The end of the warning of a skipped batch: where it is counted, in the words of the layer that is being called.
+#: The end of the warning about a skipped batch: where the layer that is being called counts it.
 SKIPPED_REMARK: ContextVar[str] = ContextVar("SKIPPED_REMARK", default=" and is counted in running.skipped")
 
 
@@ -183,12 +184,12 @@ def warn_of_skipped() -> None:
     warnings.warn(message, RuntimeWarning, user_stacklevel())
 
 
-#: The packages, ours and those that call it for a user, whose lines no warning points at.
+#: Packages whose lines no warning points at: this one, and those that call it on the user's behalf.
 CALLERS = ("batchnorm", "jax", "flax", "torch", "contextlib")
 
 
 def user_stacklevel() -> int:
-    """The `stacklevel` with which a warning of the calling function points at the innermost line of the user."""
+    """The `stacklevel` that points a warning of the calling function at the innermost line outside `CALLERS`."""
     level, frame = 1, sys._getframe(1)
     while frame.f_back is not None and str(frame.f_globals.get("__name__")).partition(".")[0] in CALLERS:
         level, frame = level + 1, frame.f_back
@@ -211,18 +212,18 @@ def forward(
     kernel: str | None = None,
     out: Array | None = None,
 ) -> tuple[Array, Cache]:
-    """Normalize a batch, by its own statistics or by running ones, and keep what the gradients need.
+    """Normalize a batch by its own or by running statistics, and return a cache for `backward`.
 
         running=None    y = activation(gamma * (x - mean) / sqrt(var + eps) + beta + residual)
         otherwise       y of `batch_norm(..., running, training=False, convention=convention)`
 
-    var is the mean squared deviation. Masked elements of y are 0. The cache refers to x, which must not change before
-    `backward`; nothing of the size of x is stored besides. Arguments, dtypes and errors as in `batch_norm`; one
-    element per channel gives xhat = 0. `axis` and `eps` are 1 and 1e-5 unless given.
+    var is the mean squared deviation. Masked elements of y are 0, one element per channel gives xhat = 0, and `axis`
+    and `eps` default to 1 and 1e-5. The cache references the arguments, which must not change before `backward`; no
+    other array of the size of x is stored. Arguments, dtypes and errors as in `batch_norm`.
 
-    With `running` the state normalizes, which is constant to `backward`: inference as the convention has it, its axis,
-    its eps and what its masked elements hold included. Without, a convention is refused, and so is one that updates its
-    state at inference.
+    With `running`, the convention's inference applies, including its axis, its eps and its masked elements, and the
+    state is constant to `backward`. A convention that updates its state at inference is refused, and so is any
+    convention without `running`.
 
     Returns:
         y in the dtype of x, and the cache for `backward`.
@@ -264,12 +265,12 @@ def forward(
     return (renamed(y, x) if is_named(x) else y), cache
 
 
-#: `forward` normalizes every batch by its own statistics in one way.
+#: The rules by which `forward` normalizes a batch by its own statistics.
 FORWARD = replace(find("pytorch"), name="forward", single="clamp", zero_eps="allowed")
 
 
 def check_inference(running: RunningStatistics | None, convention: str | Convention, eps: float | None) -> Convention:
-    """The record by whose inference `forward` normalizes."""
+    """The convention whose inference `forward` applies; a ValueError if there is no state or it would be updated."""
     record = resolve(convention, eps, None, None, None)
     if running is None:
         raise ValueError(
@@ -292,15 +293,15 @@ def backward(dy: Array, cache: Cache) -> Gradients:
         dx = gamma * rstd * dz                                              for the cache of a `forward` with `running`
 
     Args:
-        dy: Gradient of the loss with respect to y; the shape of y. What it holds where y is masked is not read.
-        cache: What `forward` returned.
+        dy: Gradient of the loss with respect to y; the shape of y. It is not read where masking made y 0.
+        cache: The cache that `forward` returned.
 
     Returns:
-        (dx, dgamma, dbeta, dresidual), each in the dtype of its argument, None where there was no argument. A
-        DataArray where dy is one.
+        (dx, dgamma, dbeta, dresidual), each in the dtype of its argument, None for an absent argument. dx and dresidual
+        are DataArrays if dy is one.
 
     Raises:
-        ValueError: dy does not fit, or the activation was a callable, whose derivative is not known here.
+        ValueError: dy does not fit, or the activation was a callable, whose derivative is unknown.
 
     Source: Ioffe & Szegedy 2015, section 3; derived in `batchnorm.reference`.
     """
@@ -344,7 +345,7 @@ def moments(x: Array, axis: Axis = 1, mask: Array | None = None) -> Moments:
         mask: Booleans that broadcast to x, True where an element counts.
 
     Returns:
-        Moments in float32, or float64 for float64, whose `var(correction)` and `merge(other)` are the rest.
+        Moments in float32, or float64 for float64, with the methods `var(correction)` and `merge(other)`.
 
     Raises:
         ValueError, TypeError: As in `batch_norm`.
@@ -368,28 +369,28 @@ def advance(
     eps: float | None = None,
     decay: float | None = None,
 ) -> RunningStatistics:
-    """The state after one more batch, known by its moments: what `batch_norm` returns as the state in training.
+    """Update the running statistics by the moments of a batch, as `batch_norm` does in training.
 
         mean   <- decay * mean   + (1 - decay) * mean_batch
         spread <- decay * spread + (1 - decay) * tracked(var_batch)
 
-    with the convention's corrections and weights. A batch that is spread over files, processes or time is measured by
-    `moments` part by part, merged by `Moments.merge`, and enters once.
+    with the convention's corrections and weights. For a batch that is spread over files, processes or time, measure
+    each part by `moments`, merge the parts by `Moments.merge`, and advance once.
 
     Args:
         running: The state so far.
-        moments: Those of the batch, as `batchnorm.moments` returns them, of the library of the state.
-        convention: Whose rule; it must track what the state holds.
-        masked: Whether a mask has left elements out, for conventions that estimate differently then.
+        moments: The moments of the batch, as `batchnorm.moments` returns them, in the library of the state.
+        convention: A name or a `Convention`; it must track the quantity that the state holds.
+        masked: Whether a mask excluded elements; some conventions then use another correction.
         eps: None is the convention's.
         decay: Weight of the old value; None is the convention's.
 
     Returns:
-        A new state, in the dtype of `running` or float32. A batch without elements changes nothing.
+        A new state, in the dtype of `running` but at least float32. A batch without elements changes nothing.
 
     Raises:
-        ValueError: A shape that does not fit, another tracked quantity, a negative count or m2, or a batch on which the
-            convention refuses to train.
+        ValueError: A wrong shape, another tracked quantity, a negative count or m2, or a batch on which the convention
+            refuses to train.
         TypeError: Not a state, not moments, or arrays of different libraries.
 
     Warns:
@@ -425,20 +426,20 @@ def affine(
     convention: str | Convention = "pytorch",
     eps: float | None = None,
 ) -> tuple[Array, Array]:
-    """The layer at inference as y = scale * x + offset, for folding into a neighbouring layer.
+    """Express a layer at inference as y = scale * x + offset, for folding into a neighboring layer.
 
         scale = gamma * rstd        offset = beta - scale * mean
 
     Args:
         gamma: Scale of the layer, or None.
         beta: Shift of the layer, or None.
-        running: Its state.
-        convention: Whose rule makes rstd of the state.
+        running: Running statistics of the layer.
+        convention: A name or a `Convention`, whose rule derives rstd from the state.
         eps: None is the convention's.
 
     Returns:
-        scale and offset, one for each channel. `batch_norm` itself subtracts the mean first: scale * x and offset
-        cancel where the mean is large against the deviations.
+        scale and offset, one for each channel. `batch_norm` itself subtracts the mean first, because scale * x and
+        offset cancel where the mean is large against the deviations.
 
     Raises:
         ValueError, TypeError: As in `batch_norm`.

@@ -1,11 +1,11 @@
 r"""Batch normalization as the paper writes it, in plain float64 NumPy: the specification, to be read beside the paper.
 
 Sergey Ioffe and Christian Szegedy, "Batch Normalization: Accelerating Deep Network Training by Reducing Internal
-Covariate Shift", ICML 2015 (arXiv:1502.03167). Nothing that is shipped imports this module; the tests hold
-everything against it.
+Covariate Shift", ICML 2015 (arXiv:1502.03167). No shipped module imports this one; the tests compare everything with
+it.
 
-Here x has shape (m, C): m values of each of C channels. Images (N, C, H, W) come in by `as_rows`, which makes each
-pixel a row, m = N*H*W (section 3.2 of the paper).
+Here x has shape (m, C): m values of each of C channels. Images (N, C, H, W) are converted by `as_rows`, which makes
+each pixel a row, m = N*H*W (section 3.2 of the paper).
 
 Derivation of the backward pass. For one channel, with r = (var + eps)**-0.5, sums over the m rows, and xhat, y as in
 algorithm 1, the loss L depends on x_i in three ways: directly through xhat_i, and through var and mean, which every
@@ -24,9 +24,9 @@ Put dL/dvar and dL/dmean into the last line, and (x - mean)*r = xhat:
     dL/dx_i = r*(dxhat_i - sum(dxhat)/m - xhat_i*sum(dxhat*xhat)/m)
             = gamma*r*(dy_i - dbeta/m - xhat_i*dgamma/m)
 
-which is the rule of `batchnorm.backward`. It removes from dy what a change of mean or of scale would do, since
-neither changes y: dx is orthogonal to 1 and (but for eps) to xhat. As a map from dy/gamma to dx it is symmetric, so
-the same rule carries tangents forward.
+which is the rule of `batchnorm.backward`. It removes the components of dy along a shift and a scaling of x, since
+neither changes y: dx is orthogonal to 1 and (up to eps) to xhat. As a map from dy/gamma to dx it is symmetric, so the
+same rule maps tangents forward.
 """
 
 from typing import NamedTuple
@@ -81,7 +81,7 @@ def backward(dy: Array, x: Array, gamma: Array, eps: float) -> Backward:
 
 
 def update(running_mean: Array, running_var: Array, x: Array, decay: float) -> tuple[Array, Array]:
-    """A moving average in place of algorithm 2's average over all batches, of the unbiased variance m/(m-1)*var."""
+    """Moving averages of the mean and the unbiased variance m/(m-1)*var; algorithm 2 averages over all batches."""
     m = len(x)
     mean = np.sum(x, axis=0) / m
     var = np.sum((x - mean) ** 2, axis=0) / (m - 1)

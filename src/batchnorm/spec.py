@@ -1,4 +1,4 @@
-"""What a call is, in two parts: everything but its arrays, looked up, and the arrays."""
+"""The two parts of a call: its `Spec`, everything but the arrays, which is cached; and its arrays, the `Operands`."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
@@ -16,14 +16,14 @@ from batchnorm.core.running import RunningStatistics
 
 try:
     import batchnorm._native as _native
-except ImportError:  # `kernels.registry` says so to whoever asks for the kernels
+except ImportError:  # reported by `kernels.registry` when the kernels are requested
     _native = None  # type: ignore[assignment]
 
 Activation = str | Callable[[Array], Array]
 
-new_tuple: Any = tuple.__new__  #: as a named tuple's class does, but for a detour through Python
+new_tuple: Any = tuple.__new__  #: skips the Python-level constructor of a named tuple's class
 
-#: The most dimensions of an array that the kernels read.
+#: The largest rank that the kernels support.
 MOST_DIMENSIONS = 32
 
 
@@ -39,17 +39,17 @@ class Operands(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Spec:
-    """What a call is but for its arrays; hashable, and a static part of the pytree of a cache.
+    """Everything in a call but its arrays; hashable, and a static part of a cache's pytree.
 
     Attributes:
-        convention: Whose rules, with the eps, decay, ... of the call.
+        convention: The rules, with the eps, decay, ... of the call.
         axes: The split of the axes of x.
         activation: Applied to the result.
-        group_size: In training so many indices of the first axis have statistics of their own, which enter the running
-            ones together (ghost batches); 0 is all of them.
+        group_size: Size of a ghost batch along the first axis. In training each has its own statistics; all of them
+            together enter the running statistics. 0 is the whole batch.
         dims: The names of the dimensions of x, if it has any.
-        unsupported: Why the kernels do not serve such a call, whatever its arrays; None if they do.
-        native: The counterpart in the extension; None where there is none.
+        unsupported: Why the kernels do not support this call, whatever its arrays; None if they do.
+        native: The extension's counterpart; None for an unsupported call, a traced eps or decay, or no extension.
     """
 
     convention: Convention
@@ -71,13 +71,13 @@ class Spec:
         return Spec, (self.convention, self.axes, self.activation, self.group_size, self.dims)
 
     def initial_state(self, x: Array) -> RunningStatistics:
-        """The running statistics before the first batch, beside x."""
+        """The running statistics before the first batch, in the library and on the device of x."""
         return RunningStatistics.initial(self.axes.statistics_shape(x.shape), self.convention, like=x)
 
     def groups(self, shape: tuple[int, ...]) -> list[tuple[int, int]]:
         """The bounds, along the first axis, of the groups of an x of this shape.
 
-        The last may be smaller, unless it would have one element for each channel: then the one before takes it in.
+        The last group may be smaller; if it has one element per channel, it is merged into the group before it.
         """
         total, size = shape[0], self.group_size or max(shape[0], 1)
         begins = list(range(0, total, size)) or [0]
@@ -96,10 +96,10 @@ def spec_of(
     single: Single | None = None,
     masked_output: MaskedOutput | None = None,
 ) -> Spec:
-    """The spec of a call on x of rank `ndim`; None arguments, and a None axis, are the convention's own.
+    """The spec of a call on an x of rank `ndim`; None for an argument or the axis is the convention's value.
 
     Raises:
-        ValueError, TypeError: A value that no call may have.
+        ValueError, TypeError: An invalid value.
     """
     record = resolve(convention, eps, decay, single, masked_output)
     if isinstance(activation, str):
@@ -107,13 +107,13 @@ def spec_of(
     return Spec(record, split_axes(record.axis if axis is None else axis, ndim), activation)
 
 
-#: `spec_of`, cached, for calls without a callable activation, which a cache would keep alive. Typed: True is no axis.
+#: `spec_of`, cached. Not for callable activations, which the cache would keep alive. Typed: True is no axis.
 cached_spec = lru_cache(1024, typed=True)(spec_of)
 
 
 @lru_cache(1024)
 def with_plain_affine(spec: Spec) -> Spec:
-    """The spec for gamma and beta that are in effect already."""
+    """The spec for parameters that are already the convention's effective gamma and beta."""
     return replace(spec, convention=replace(spec.convention, affine="plain"))
 
 
@@ -121,9 +121,9 @@ def with_plain_affine(spec: Spec) -> Spec:
 
 
 def unsupported_reason(axes: Axes, activation: Activation | None) -> str | None:
-    """Why the kernels do not serve calls with these axes and this activation; None if they do."""
+    """Why the kernels do not support calls with these axes and this activation; None if they do."""
     if callable(activation):
-        return "a callable activation is array code"
+        return "a callable activation needs the generic implementation"
     if axes.ndim > MOST_DIMENSIONS:
         return f"x has more than {MOST_DIMENSIONS} dimensions"
     channel_axes = axes.channel_axes[axes.has_lanes :]
@@ -138,7 +138,7 @@ DEBIAS, AFFINE = get_args(HINTS["debias"]), get_args(HINTS["affine"])
 
 
 def native_spec(spec: Spec) -> Any:
-    """The counterpart of a spec in the extension."""
+    """The extension's counterpart of a spec, a `_native.Spec`."""
     convention, (activation, slope) = spec.convention, activation_code(spec.activation)
     averaging, masked = (_native.Averaging(**averaging_fields(convention, masked=masked)) for masked in (False, True))
     return _native.Spec(

@@ -1,6 +1,7 @@
-"""What the public functions accept. A call that a kernel declines is checked here, before anything is changed.
+"""Validation of the public functions' arguments. A call that no fast path accepts is checked before anything changes.
 
-Each function returns what the kernels take, or raises what is wrong, what is allowed and how to mend it.
+Each function returns the form that the kernels require, or raises an error that names the fault, what is allowed, and
+the fix.
 """
 
 import math
@@ -32,19 +33,19 @@ from batchnorm.spec import Operands, Spec
 
 
 def concrete_bool(condition: Any) -> bool | None:
-    """A condition's value; None where it is traced, lazy, or on a device that it would have to be fetched from."""
+    """The value of a condition; None if it is traced, lazy, or on a device from which it would have to be copied."""
     if array_api_compat.is_torch_array(condition) and condition.device.type != "cpu":
         return None
-    if array_api_compat.is_dask_array(condition):  # its value would take the whole computation, for this alone
+    if array_api_compat.is_dask_array(condition):  # reading the value would run the whole computation
         return None
     try:
         return bool(condition)
-    except (TypeError, RuntimeError):  # what JAX and PyTorch raise while they trace
+    except (TypeError, RuntimeError):  # raised by JAX and PyTorch while tracing
         return None
 
 
 def check_array(name: str, value: Any) -> Namespace:
-    """The namespace of a floating array; anything else is a TypeError."""
+    """The namespace of a floating array; raises a TypeError for anything else."""
     try:
         xp = namespace(value)
     except TypeError:
@@ -63,7 +64,7 @@ def check_array(name: str, value: Any) -> Namespace:
 
 
 def is_familiar(kind: type) -> bool:
-    """Whether arrays of this type are NumPy's, PyTorch's or JAX's: of known shape, and with numbers taken anywhere."""
+    """Whether this is an array type of NumPy, PyTorch or JAX: shapes are known, and functions accept Python numbers."""
     return issubclass(kind, numpy.ndarray) or kind.__module__.partition(".")[0] in ("torch", "jax", "jaxlib")
 
 
@@ -72,7 +73,7 @@ OLDEST_STANDARD = "2024.12"
 
 
 def check_standard(xp: Namespace) -> None:
-    """Raise where a namespace says that it follows a version of the array API that is too old."""
+    """Raise if a namespace declares a version of the array API that is older than `OLDEST_STANDARD`."""
     version = getattr(xp, "__array_api_version__", OLDEST_STANDARD)
     if version < OLDEST_STANDARD:
         raise ValueError(
@@ -82,7 +83,7 @@ def check_standard(xp: Namespace) -> None:
 
 
 def check_sizes(name: str, value: Array) -> None:
-    """Raise where a size is unknown: counts, and with them all statistics, would be wrong."""
+    """Raise if a size is unknown: counts, and with them all statistics, would be wrong."""
     if any(size is None or math.isnan(size) for size in value.shape):
         raise ValueError(
             f"{name} has shape {tuple(value.shape)}, with sizes that are not known yet; statistics need all of them: "
@@ -98,7 +99,7 @@ def check_axes(given: Any, x: Array, axis: Axis) -> Axes:
 
 
 def as_axis(axis: Any) -> Any:
-    """A list, a range or an array of axes as a tuple, and NumPy's integers as Python's; anything else as it is."""
+    """Convert a list, range or array of axes to a tuple, and NumPy's integers to Python's; leave anything else."""
     if isinstance(axis, numpy.ndarray):
         axis = axis.tolist()
     if isinstance(axis, (tuple, list, range)):
@@ -116,7 +117,7 @@ def check_same_library(name: str, value: Array, x: Array, name_of_x: str = "x") 
 
 
 def check_parameter(name: str, value: Any, x: Array, axes: Axes) -> Array | None:
-    """gamma or beta, one element for each channel."""
+    """Check gamma or beta: None, or an array with one element for each channel."""
     if value is None:
         return None
     check_array(name, value)
@@ -137,7 +138,7 @@ def check_statistics_shape(name: str, value: Array, x: Array, axes: Axes) -> Non
 
 
 def check_running(running: Any, x: Array, axes: Axes, convention: Convention) -> RunningStatistics:
-    """Running statistics that fit x and the convention, float32 or wider, every field an array of the library of x."""
+    """Check running statistics against x and the convention; return them as arrays of its library, float32 or wider."""
     if not isinstance(running, RunningStatistics):
         raise TypeError(
             f"running is a {type(running).__name__}; it must be a batchnorm.RunningStatistics, for example "
@@ -174,7 +175,7 @@ def check_running(running: Any, x: Array, axes: Axes, convention: Convention) ->
 
 
 def check_state(running: Any, convention: Convention) -> RunningStatistics:
-    """As `check_running`, for running statistics without an x."""
+    """Check running statistics against the convention alone; return them as arrays, float32 or wider."""
     if not isinstance(running, RunningStatistics):
         raise TypeError(f"running is a {type(running).__name__}; it must be a batchnorm.RunningStatistics")
     check_array("running.mean", running.mean)
@@ -182,7 +183,7 @@ def check_state(running: Any, convention: Convention) -> RunningStatistics:
 
 
 def check_moments(moments: Any, running: RunningStatistics) -> Moments:
-    """The moments of a batch, one for each channel of a checked state, in float32 or wider."""
+    """Check a batch's moments, one for each channel of a checked state; return them in float32 or wider."""
     if not isinstance(moments, Moments):
         raise TypeError(
             f"moments is a {type(moments).__name__}; it must be a batchnorm.Moments, as batchnorm.moments(x) returns"
@@ -207,7 +208,7 @@ def check_moments(moments: Any, running: RunningStatistics) -> Moments:
 
 
 def check_training(training: Any) -> Any:
-    """True, False, or a boolean that is being traced."""
+    """Check `training`; return True, False, or a traced boolean."""
     if isinstance(training, (bool, numpy.bool_)):
         return bool(training)
     if not array_api_compat.is_array_api_obj(training) or dtype_name(training.dtype) != "bool" or training.ndim:
@@ -217,7 +218,7 @@ def check_training(training: Any) -> Any:
 
 
 def check_activation(activation: Any) -> Any:
-    """None, the name of an activation, or a callable."""
+    """Check `activation`: None, the name of an activation, or a callable."""
     if isinstance(activation, str):
         activations.find(activation)
     elif activation is not None and not callable(activation):
@@ -226,7 +227,7 @@ def check_activation(activation: Any) -> Any:
 
 
 def check_residual(residual: Any, x: Array) -> Array | None:
-    """An array of the shape of x."""
+    """Check `residual`: None, or an array of the shape and library of x."""
     if residual is None:
         return None
     check_array("residual", residual)
@@ -273,14 +274,14 @@ def shares_memory(a: Array, b: Array) -> bool:
 
 
 def is_same_view(a: Array, b: Array) -> bool:
-    """Whether two arrays of one shape and dtype are the same elements at the same places."""
+    """Whether two arrays of equal shape and dtype are the same view of the same memory."""
     if array_api_compat.is_torch_array(a):
         return bool(a.data_ptr() == b.data_ptr() and a.stride() == b.stride())
     return bool(a.__array_interface__["data"][0] == b.__array_interface__["data"][0] and a.strides == b.strides)
 
 
 def check_mask(mask: Any, lengths: Any, x: Array, axes: Axes) -> Mask:
-    """A boolean array of the library of x, of its rank and broadcastable to its shape; or the lengths."""
+    """Check `mask` or `lengths`; return None, lengths, or booleans of the rank and library of x that broadcast to x."""
     if mask is not None and lengths is not None:
         raise ValueError("mask and lengths are both given; pass one (lengths is a mask of the leading elements)")
     if lengths is not None:
@@ -307,7 +308,7 @@ def check_mask(mask: Any, lengths: Any, x: Array, axes: Axes) -> Mask:
 
 
 def check_lengths(lengths: Any, x: Array, axes: Axes) -> Lengths:
-    """Integers, one for each sequence, none longer than the time axis: the first that is neither batch nor channel."""
+    """Check `lengths`: integers, one per sequence, at most the size of the first axis neither batch nor channel."""
     if len(axes.reduced) < 2:
         raise ValueError(
             f"lengths needs a batch axis and a time axis besides the channels; x has shape {tuple(x.shape)} and axis "
@@ -330,14 +331,14 @@ def check_lengths(lengths: Any, x: Array, axes: Axes) -> Lengths:
 
 
 def as_array_like(x: Array, values: Any) -> Array:
-    """`values` (nested lists, a NumPy array or one of the library of x) as an array beside x."""
+    """Convert nested lists, or an array of NumPy or of the library of x, to an array on the device of x."""
     if not array_api_compat.is_array_api_obj(values):
         values = numpy.asarray(values)
     return namespace(x).asarray(values, **placement(x))
 
 
 def check_list(name: str, values: Any, kinds: str, requirement: str) -> numpy.ndarray[Any, Any]:
-    """Nested lists as an array of NumPy, of one of the `kinds` of dtypes (by NumPy's letters) unless it is empty."""
+    """Convert nested lists to a NumPy array; its `dtype.kind` must be one of `kinds`, unless it is empty."""
     try:
         array = numpy.asarray(values)
     except ValueError:  # ragged
@@ -358,7 +359,7 @@ def check_list(name: str, values: Any, kinds: str, requirement: str) -> numpy.nd
 
 
 def check_trainable(spec: Spec, operands: Operands) -> None:
-    """Raise where the convention refuses to train on this batch."""
+    """Raise if the convention refuses to train on this batch."""
     (x, *_, mask), convention = operands, spec.convention
     check_positive_eps(convention)
     allowed = convention.single != "error" or (mask is not None and convention.masked_running_correction == 0)
@@ -387,7 +388,7 @@ def check_trainable(spec: Spec, operands: Operands) -> None:
 
 
 def check_positive_eps(convention: Convention) -> None:
-    """Raise where the convention refuses to train without eps, and there is none."""
+    """Raise if eps is 0 and the convention refuses to train without it."""
     if convention.zero_eps == "error" and concrete_bool(convention.eps == 0):
         raise ValueError(
             f"eps must be positive in training, but is 0: {convention.name} refuses it, as a constant channel would "
@@ -396,7 +397,7 @@ def check_positive_eps(convention: Convention) -> None:
 
 
 def check_enterable(batch: Moments, convention: Convention, *, masked: bool) -> None:
-    """Raise where the convention refuses to train on a batch with these moments."""
+    """Raise if the convention refuses to train on a batch with these moments."""
     check_positive_eps(convention)
     if convention.single != "error" or (masked and convention.masked_running_correction == 0):
         return
@@ -408,7 +409,7 @@ def check_enterable(batch: Moments, convention: Convention, *, masked: bool) -> 
 
 
 class Arguments(NamedTuple):
-    """The array arguments beside x, as they were passed."""
+    """The array arguments other than x, before validation."""
 
     gamma: Any = None
     beta: Any = None
@@ -420,7 +421,7 @@ class Arguments(NamedTuple):
 def check_call(
     x: Any, arguments: Arguments, convention: Convention, axis: Axis | None = None, activation: Any = None
 ) -> tuple[Spec, Operands]:
-    """The spec and the operands of a call; x may be a DataArray, by whose dimensions the others are aligned."""
+    """Check a call and return its spec and operands; if x is a DataArray, the others are aligned to its dimensions."""
     named, x = x, x.data if is_named(x) else x
     check_array("x", x)
     axes = check_axes(named, x, convention.axis if axis is None else axis)
@@ -441,13 +442,13 @@ def check_call(
 
 
 def as_base(array: Array) -> Array:
-    """An array of a subclass of NumPy's as one of NumPy's own; any other as it is."""
+    """Convert an instance of a subclass of `numpy.ndarray` to a plain one; any other array is unchanged."""
     is_derived = isinstance(array, numpy.ndarray) and type(array) is not numpy.ndarray
     return array.view(numpy.ndarray) if is_derived else array
 
 
 def check_or_initial(running: Any, spec: Spec, x: Array, training: bool | Array) -> RunningStatistics:
-    """The state of a call, or in training for None the one before the first batch."""
+    """Check the running statistics of a call; None is the initial state in training and a ValueError at inference."""
     if running is not None:
         return check_running(running, x, spec.axes, spec.convention)
     if training is False:

@@ -114,7 +114,7 @@ def test_explicit_sharding(devices):
         x, dy = (jax.device_put(array, NamedSharding(mesh, P("d"))) for array in (X, DY))
         check(jax.jit(step)(x, GAMMA, BETA), expected_step())
         check(jax.jit(jax.grad(total, argnums=ALL))(x, GAMMA, BETA, dy), expected_gradients(), 1e-4)
-        with pytest.raises(ValueError, match="cut up over the axes of a mesh"):
+        with pytest.raises(ValueError, match="sharded over the axes of a mesh"):
             step(x, GAMMA, BETA, kernel="native")
 
 

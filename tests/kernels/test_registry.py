@@ -35,8 +35,8 @@ def with_option(**options):
 #: What the kernels do not serve, and what the error says about it.
 NOT_SERVED = {
     "empty array of JAX": (converted(lambda x: jnp.asarray(x[:0])), "x has no elements"),
-    "strict": (converted(array_api_strict.asarray), "no way into arrays of array_api_strict"),
-    "callable": (with_option(activation=np.tanh), "a callable activation is array code"),
+    "strict": (converted(array_api_strict.asarray), "it cannot read arrays of array_api_strict"),
+    "callable": (with_option(activation=np.tanh), "a callable activation needs the generic implementation"),
     "byte order": (converted(lambda x: x.astype(">f4")), "foreign byte order"),
     "byte order of gamma": (lambda: ((X, np.ones(3, ">f8")), {}), "foreign byte order"),
     "residual of another type": (with_option(residual=X.astype(np.float64)), "differ in dtype"),

@@ -1,4 +1,4 @@
-"""The records of the systems this library speaks for, by name."""
+"""The convention records of the supported systems, by name."""
 
 import difflib
 from collections.abc import Mapping
@@ -12,7 +12,7 @@ from batchnorm.conventions import frameworks, origins
 
 __all__ = ["CONVENTIONS", "find", "resolve"]
 
-#: Every convention known by name. Each is proven against arrays computed by the system itself (`tests/golden`).
+#: The conventions by name. Each is tested against arrays computed by the system itself (`tests/golden`).
 CONVENTIONS: Mapping[str, Convention] = MappingProxyType(
     {record.name: record for record in (*origins.RECORDS, *frameworks.RECORDS)}
 )
@@ -43,12 +43,12 @@ def resolve(
     single: Single | None,
     masked_output: MaskedOutput | None,
 ) -> Convention:
-    """The convention with the arguments of a call in place of its own values; validated by the record itself."""
+    """The convention with a call's arguments in place of its own values, validated; None keeps the convention's."""
     if eps is None and decay is None and single is None and masked_output is None:
         return find(convention)
     try:
         return replaced(convention, eps, decay, single, masked_output)
-    except TypeError:  # of what cannot be hashed, among others
+    except TypeError:  # raised for unhashable arguments too: the uncached call raises the proper error
         return replaced.__wrapped__(convention, eps, decay, single, masked_output)
 
 
@@ -60,6 +60,6 @@ def replaced(
     single: Single | None,
     masked_output: MaskedOutput | None,
 ) -> Convention:
-    """The same, remembered: to make a record and validate it takes longer than a small batch norm."""
+    """A convention with other values, cached: building and validating a record takes longer than a small batch norm."""
     overrides: dict[str, Any] = {"eps": eps, "decay": decay, "single": single, "masked_output": masked_output}
     return replace(find(convention), **{name: value for name, value in overrides.items() if value is not None})

@@ -1,4 +1,4 @@
-"""The layers of the frameworks in use."""
+"""The conventions of the layers of current frameworks."""
 
 from batchnorm.convention import Convention, Names
 

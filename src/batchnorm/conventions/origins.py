@@ -1,4 +1,4 @@
-"""The five public implementations this library set out from, as their texts define them."""
+"""The conventions of the five public implementations that this library began with, as their texts define them."""
 
 from batchnorm.convention import Convention, Names
 

@@ -1,5 +1,5 @@
-"""The mathematics, once, over any array-API namespace `xp`.
+"""The mathematics, written once, over any array-API namespace `xp`.
 
-Statistics are held in two shapes: as the caller sees them, the sizes of the kept axes in ascending order, and
-`spread out` with size 1 on every reduced axis, so that they broadcast against x. `Axes` goes from one to the other.
+Statistics have two shapes: the caller's, the sizes of the channel axes in ascending order; and an expanded one, with
+size 1 on every reduced axis, which broadcasts against x. `Axes` converts between them.
 """

@@ -93,8 +93,8 @@ def silu_derivative(xp: Namespace, z: Array) -> Array:
 
 
 def leaky_relu(slope: float) -> Activation:
-    """Z where z > 0, slope * z elsewhere; the derivative at 0 is `slope`, as in PyTorch."""
-    # `z <= 0` rather than `z > 0`: NaN must come out as NaN.
+    """max(z, 0) + slope * min(z, 0); the derivative at 0 is `slope`, as in PyTorch."""
+    # `z <= 0` rather than `z > 0`, so that NaN stays NaN.
     return Activation(
         lambda xp, z: xp.where(z <= 0, slope * z, z),
         lambda xp, z: xp.where(z <= 0, slope, xp.ones_like(z)),
@@ -113,7 +113,7 @@ def hardswish_derivative(xp: Namespace, z: Array) -> Array:
 
 DEFAULT_SLOPE = 0.01
 
-#: In the order of the kernels' enumeration.
+#: Activations by name, in the order of the kernels' enumeration.
 ACTIVATIONS = {
     "identity": Activation(lambda xp, z: z, lambda xp, z: xp.ones_like(z)),
     "relu": Activation(lambda xp, z: xp.where(z <= 0, 0.0, z), lambda xp, z: xp.where(z <= 0, 0.0, xp.ones_like(z))),
@@ -129,7 +129,7 @@ ACTIVATIONS = {
     "hardswish": Activation(lambda xp, z: z * relu6(xp, z + 3) / 6, hardswish_derivative),
 }
 
-#: Second names of activations, which are taken wherever the first are.
+#: Second names of activations, accepted wherever the first are.
 ALIASES = {"swish": "silu"}
 
 
@@ -137,17 +137,17 @@ def find(name: str) -> Activation:
     """The activation called `name`.
 
     Raises:
-        ValueError: As `parse`.
+        ValueError: No activation has that name, or its slope is not a finite number.
     """
     base, slope = parse(name)
     return leaky_relu(slope) if base == "leaky_relu" else ACTIVATIONS[base]
 
 
 def parse(name: str) -> tuple[str, float]:
-    """The activation's first name and its slope: `leaky_relu(0.2)` sets it, which is 0.01 by default, 0 for the others.
+    """Parse a name such as `leaky_relu(0.2)` into first name and slope, by default 0.01 for leaky_relu, 0 for others.
 
     Raises:
-        ValueError: No activation has that name; the message names the nearest.
+        ValueError: No activation has that name (the message names the nearest), or its slope is not a finite number.
     """
     if match := re.fullmatch(r"leaky_relu\((.+)\)", name):
         try:

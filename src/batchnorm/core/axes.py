@@ -1,4 +1,4 @@
-"""Which axes keep statistics of their own and which are reduced."""
+"""The split of an array's axes into channel axes, which keep statistics of their own, and reduced axes."""
 
 import math
 from dataclasses import dataclass
@@ -26,12 +26,12 @@ class Axes:
 
     @property
     def has_lanes(self) -> bool:
-        """Whether the first axis is a channel axis and the second is not: each of its indices is a batch norm."""
+        """Whether axis 0 is one of several channel axes and axis 1 is reduced: each index of axis 0 is a batch norm."""
         return self.channel_axes[:1] == (0,) and self.channel_axes[1:2] > (1,)
 
     @cached_property
     def channel_bits(self) -> int:
-        """The channel axes as the set bits of a number."""
+        """The channel axes as a bit mask."""
         return sum(1 << axis for axis in self.channel_axes)
 
     def statistics_shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
@@ -47,8 +47,8 @@ class Axes:
     def sum_reduced(self, xp: Namespace, values: Array, dtype: DType) -> Array:
         """Sums over the reduced axes, which keep size 1, in `dtype`.
 
-        Kept axes of size 1 are summed over as well: on (1, 25088, 128), XLA (JAX 0.10, on a CPU) takes 30 times as long
-        where it must not.
+        Channel axes of size 1 are summed over too: without them XLA (JAX 0.10, on a CPU) takes 30 times as long on (1,
+        25088, 128).
         """
         axes = tuple(axis for axis in range(self.ndim) if axis in self.reduced or values.shape[axis] == 1)
         return xp.sum(values, axis=axes, keepdims=True, dtype=dtype)
@@ -60,23 +60,23 @@ class Axes:
         return xp.reshape(statistic, shape)
 
     def squeeze_reduced(self, xp: Namespace, statistic: Array) -> Array:
-        """The inverse of `expand_to_x`."""
+        """`statistic` without the reduced axes, whose size is 1: the inverse of `expand_to_x`."""
         return xp.reshape(statistic, tuple(statistic.shape[axis] for axis in self.channel_axes))
 
 
 def split_axes(axis: int | tuple[int, ...], ndim: int) -> Axes:
-    """The axes of an x of rank `ndim` that keeps statistics along `axis`.
+    """Split the axes of an x of rank `ndim` that keeps statistics along `axis`.
 
     Args:
-        axis: One axis or several, negative ones counted from the end; `()` reduces everything to one statistic.
-            A system that names the reduced axes instead, as Lasagne does, is served by their complement.
+        axis: One axis or several, negative ones counted from the end; `()` reduces everything to one statistic. Pass
+            the complement for a system that names the reduced axes instead, as Lasagne does.
         ndim: Rank of x, at least 1.
 
     Raises:
         TypeError: Not an integer or a tuple of them.
         ValueError: Out of range, or named twice.
     """
-    for a in axis if isinstance(axis, tuple) else (axis,):  # a cache takes (0.0,) and (False,) for (0,)
+    for a in axis if isinstance(axis, tuple) else (axis,):  # the cache treats (0.0,) and (False,) as (0,)
         if isinstance(a, bool) or not isinstance(a, int):
             raise TypeError(f"axis is {axis!r}; it must be an integer or a tuple of integers")
     return split_integer_axes(axis, ndim)
@@ -84,7 +84,7 @@ def split_axes(axis: int | tuple[int, ...], ndim: int) -> Axes:
 
 @lru_cache
 def split_integer_axes(axis: int | tuple[int, ...], ndim: int) -> Axes:
-    """`split_axes` of what has been checked to be integers."""
+    """The cached part of `split_axes`, for an `axis` that is known to hold integers."""
     axes = axis if isinstance(axis, tuple) else (axis,)
     for a in axes:
         if not -ndim <= a < ndim:

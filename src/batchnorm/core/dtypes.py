@@ -1,24 +1,24 @@
-"""Which precision a quantity is computed and kept in."""
+"""The precision in which a quantity is computed and stored."""
 
 from typing import Any
 
 import array_api_compat
 
-Array = Any  #: an array of any library that array-api-compat knows
-Namespace = Any  #: its module of functions
+Array = Any  #: an array of any library that array-api-compat supports
+Namespace = Any  #: the array-API namespace of such a library
 DType = Any
 
 FLOATS = ("float16", "bfloat16", "float32", "float64")
 
 
 def dtype_name(dtype: DType) -> str:
-    """`float32` for NumPy's, PyTorch's, JAX's and every other library's float32."""
+    """The name of a dtype without its library: `float32` for the float32 of NumPy, PyTorch, JAX and all others."""
     return str(getattr(dtype, "name", dtype)).rpartition(".")[2]
 
 
-#: Of the types of arrays met so far: finding it out anew takes longer than normalizing a small array.
+#: Caches by array type: a lookup in the libraries takes longer than normalizing a small array.
 NAMESPACES: dict[type, Namespace] = {}
-FLOATING: set[tuple[type, DType]] = set()  # by type: dtypes of different libraries may not be comparable
+FLOATING: set[tuple[type, DType]] = set()  # with the dtype's type: dtypes of different libraries may not compare
 
 
 def namespace(array: Array) -> Namespace:
@@ -55,23 +55,23 @@ def statistics_dtype(xp: Namespace, *arrays: Array) -> DType:
 
 def accumulation_dtype(xp: Namespace, like: Array | None = None) -> DType:
     """The dtype of sums: float64 wherever the library, or the device of `like`, has it (JAX only in its x64 mode)."""
-    # PyTorch would find out by allocating an array of each dtype.
+    # PyTorch's query would allocate an array of each dtype.
     device = {} if like is None or array_api_compat.is_torch_array(like) else placement(like)
     known = xp.__array_namespace_info__().dtypes(kind="real floating", **device)
     return xp.float64 if "float64" in known else xp.float32
 
 
 def cast(xp: Namespace, array: Array, dtype: DType) -> Array:
-    """`array` as `dtype`, itself where it already is."""
+    """`array` converted to `dtype`; the array itself if it already has that dtype."""
     return array if array.dtype == dtype else xp.astype(array, dtype)
 
 
 def full(xp: Namespace, shape: tuple[int, ...], value: float, *, dtype: DType, like: Array | None = None) -> Array:
-    """A constant array, on the device of `like` where the library places arrays by hand."""
+    """A constant array, on the device of `like` if the library requires explicit placement."""
     return xp.full(shape, value, dtype=dtype, **({} if like is None else placement(like)))
 
 
 def placement(like: Array) -> dict[str, Any]:
-    """The arguments that make a new array on the device of `like`; none where the library does not place by hand."""
+    """The keyword arguments that create an array on the device of `like`; empty for NumPy, JAX and Dask."""
     libraries = (array_api_compat.is_numpy_array, array_api_compat.is_jax_array, array_api_compat.is_dask_array)
     return {} if any(is_of_library(like) for is_of_library in libraries) else {"device": like.device}

@@ -15,19 +15,19 @@ def gradients(
     gamma: Array | None = None,
     mask: Array | None = None,
 ) -> tuple[Array, Array, Array]:
-    """Gradients of the batch statistics' normalization, eps inside the root.
+    """Gradients of the normalization by batch statistics, eps inside the root.
 
         dbeta = sum(dy)     dgamma = sum(dy * xhat)
         dx    = gamma * rstd * (dy - dbeta / count - xhat * dgamma / count)
 
-    For each channel dx is affine in dy and x, dx = a*dy + b*(x - mean) + c, so xhat is formed for the sum alone.
+    For each channel dx is affine in dy and x, dx = a*dy + b*(x - mean) + c, so xhat is formed for the sum only.
 
     Args:
         xp: Namespace of the arrays.
         dy: Gradient of y; already zero where masked.
         x: The input; where masked it may hold anything.
         axes: The split of its axes.
-        statistics: What normalized it.
+        statistics: The statistics that normalized x.
         count: Elements behind the statistics of each channel.
         gamma: Factor, or None for 1.
         mask: Booleans that broadcast to x; dx is 0 outside it.
@@ -72,12 +72,12 @@ def gradients_by_state(
 
     Args:
         xp: Namespace of the arrays.
-        dy: Gradient of y; already zero where y is.
+        dy: Gradient of y; already zero where masking made y 0.
         x: The input.
         axes: The split of its axes.
-        statistics: What normalized it.
+        statistics: The statistics that normalized x.
         gamma: Factor, or None for 1.
-        is_read: Booleans that broadcast to x; elsewhere xhat was 0 and dx is 0. None is everywhere.
+        is_read: Booleans that broadcast to x, or None for True; where False, xhat was 0 and dx is 0.
 
     Returns:
         dx, dgamma, dbeta in the dtype of the statistics.

@@ -1,4 +1,4 @@
-"""Which elements count."""
+"""Masks: which elements count in the statistics."""
 
 import math
 from typing import NamedTuple
@@ -17,7 +17,7 @@ Mask = Array | Lengths | None
 
 
 def as_boolean_mask(xp: Namespace, mask: Mask, x: Array, axes: Axes) -> Array | None:
-    """The mask as booleans of the rank of x that broadcast to it."""
+    """The mask as booleans of the rank of x that broadcast to x; None without a mask."""
     if not isinstance(mask, Lengths):
         return mask
     batch, time = axes.reduced[:2]
@@ -28,7 +28,7 @@ def as_boolean_mask(xp: Namespace, mask: Mask, x: Array, axes: Axes) -> Array | 
 
 
 def counts(xp: Namespace, x: Array, axes: Axes, mask: Mask) -> Array:
-    """Elements that count, for each channel: an exact integer, whatever the mask broadcasts along.
+    """The number of elements that count, for each channel: an exact integer, whatever the mask broadcasts along.
 
     Cost: a sum over the mask's own elements, never over x.
     """

@@ -14,13 +14,13 @@ class Moments(NamedTuple):
     """The moments of a sample, one for each channel. A pytree of arrays of one shape.
 
     The mean is `mean + mean_lo`: float32 holds a mean of 1e4 to 5e-4 only, which is 5 % of a standard deviation of
-    1e-2. The second number holds the rest.
+    1e-2. `mean_lo` holds the rest.
 
     Attributes:
         count: Number of elements, an integer.
-        mean: Their mean, rounded to the statistics' dtype; 0 where there are none.
+        mean: Mean of the elements, rounded to the statistics' dtype; 0 for an empty sample.
         m2: Sum of squared deviations from the mean.
-        mean_lo: What rounding took from the mean; at most half a unit in its last place.
+        mean_lo: The rounding error of `mean`, to be added to it; at most half a unit in its last place.
     """
 
     count: Array
@@ -41,7 +41,7 @@ class Moments(NamedTuple):
         return self.m2 / xp.where(divisor > 0, divisor, math.nan)
 
     def merge(self, other: "Moments") -> "Moments":
-        """Moments of the two samples taken together; see `merge`.
+        """Moments of the two samples taken together, by the formula of `core.moments.merge`.
 
         Example:
             >>> import numpy as np, batchnorm as bn
@@ -58,16 +58,16 @@ def moments(xp: Namespace, x: Array, axes: Axes, mask: Array | None = None) -> M
 
         hi = round(sum(x) / count)     lo = sum(x - hi) / count     m2 = sum((x - hi)**2) - count * lo**2
 
-    x - hi is exact where x lies within a factor of two of hi (Sterbenz), which is where the mean could be large
-    against the deviations. lo is what rounding left of the mean: m2 does not cancel, as E[x^2] - E[x]^2 does. Two reads
-    of x; one temporary of its size in the statistics' dtype.
+    x - hi is exact where x lies within a factor of two of hi (Sterbenz), which is where the mean could be large against
+    the deviations. lo is the rounding error of hi, and m2 does not cancel, unlike E[x^2] - E[x]^2. Two reads of x; one
+    temporary of its size in the statistics' dtype.
 
     Args:
         xp: Namespace of x.
         x: Floating array of any rank.
         axes: The split of its axes.
-        mask: Booleans of the rank of x that broadcast to it, True where an element counts. What x holds elsewhere,
-            NaN included, reaches nothing, nor do gradients reach it.
+        mask: Booleans of the rank of x that broadcast to it, True where an element counts. Masked elements of x, NaN
+            included, affect no result and receive no gradient.
 
     Returns:
         Statistics-shaped moments, float32 or (for float64) float64.
@@ -86,8 +86,8 @@ def moments(xp: Namespace, x: Array, axes: Axes, mask: Array | None = None) -> M
     lo = average(deviation)
     square = axes.sum_reduced(xp, deviation * deviation, wide)
     m2 = square - divisor * cast(xp, lo, wide) ** 2
-    # Of a constant channel what is left is the rounding of these sums, of either sign. Not `maximum`, whose derivative
-    # where both are 0 is half of m2's.
+    # In a constant channel only the rounding errors of these sums remain, of either sign. Not `maximum`: where both
+    # arguments are 0, its derivative is half of m2's.
     rounding = 64 * float(xp.finfo(wide).eps)
     m2 = cast(xp, xp.where(m2 < rounding * square, 0.0, m2), dtype)
     mean, mean_lo = two_sum(hi, lo)
@@ -121,7 +121,7 @@ def merge(xp: Namespace, a: Moments, b: Moments) -> Moments:
 
 
 def two_sum(a: Array, b: Array) -> tuple[Array, Array]:
-    """The rounded sum of a and b, and exactly what the rounding took. Source: Knuth, TAOCP volume 2, 4.2.2."""
+    """The rounded sum of a and b, and its exact rounding error. Source: Knuth, TAOCP volume 2, 4.2.2."""
     total = a + b
     from_b = total - a
     return total, (a - (total - from_b)) + (b - from_b)

@@ -10,10 +10,10 @@ from batchnorm.core.moments import Moments
 
 
 class Statistics(NamedTuple):
-    """What normalizes: xhat = (x - mean - mean_lo) * rstd, one of each for a channel."""
+    """The statistics in xhat = (x - mean - mean_lo) * rstd, one of each per channel."""
 
     mean: Array
-    mean_lo: Array  # of running statistics None, for 0
+    mean_lo: Array  # None, meaning 0, for running statistics
     rstd: Array
 
 
@@ -28,9 +28,9 @@ def statistics_of_batch(
 def xhat_scale(xp: Namespace, batch: Moments, eps: float, placement: EpsPlacement, correction: int) -> Array | None:
     """The factor of the xhat term of dx; None for 1.
 
-        count / (count - correction), for eps outside the root times (std + eps) / std
+        count / (count - correction)        times (std + eps) / std for eps outside the root
 
-    0 where std is 0: xhat is 0 there as well, and 0 is the limit.
+    0 where std is 0: xhat is 0 there too, and 0 is the limit.
     """
     if placement != "outside" and correction == 0:
         return None
@@ -49,7 +49,7 @@ def rstd_of_var(xp: Namespace, var: Array, eps: float, placement: EpsPlacement, 
     `of_zero` is the result for a deviation of 0, as in `reciprocal`.
     """
     if placement == "inside" and isinstance(eps, Real) and eps > xp.finfo(var.dtype).smallest_normal:
-        # Never 0. What is cheap, as the choices of `reciprocal` are, XLA makes anew at each element of x.
+        # Never 0, so `reciprocal` is not needed: XLA would recompute its cheap selects at each element of x.
         return 1 / xp.sqrt(var + eps)
     if placement == "inside":
         return reciprocal(xp, square_root(xp, var + eps), of_zero)
@@ -57,7 +57,7 @@ def rstd_of_var(xp: Namespace, var: Array, eps: float, placement: EpsPlacement, 
 
 
 def rstd_of_std(xp: Namespace, std: Array, eps: float, placement: EpsPlacement, of_zero: float = 0.0) -> Array:
-    """`rstd_of_var` from a standard deviation."""
+    """The result of `rstd_of_var` for the variance std**2, without squaring where eps is not `inside`."""
     if placement == "inside":
         return rstd_of_var(xp, std * std, eps, placement, of_zero)
     return reciprocal(xp, std + eps if placement == "outside" else std, of_zero)
@@ -66,8 +66,8 @@ def rstd_of_std(xp: Namespace, std: Array, eps: float, placement: EpsPlacement, 
 def reciprocal(xp: Namespace, value: Array, of_zero: float = 0.0) -> Array:
     """1/value, and `of_zero` with derivative 0 where value is 0.
 
-    In training a zero deviation without eps belongs to a constant channel: x - mean is 0 there as well, and 0 is the
-    limit of xhat, where 0 * (1/0) would be NaN. At inference x is another than the state's, and 1/0 is infinity.
+    In training a zero deviation without eps belongs to a constant channel: x - mean is 0 too, and 0 is the limit of
+    xhat, where 0 * (1/0) would be NaN. At inference x is not the batch behind the state, and 1/0 is infinity.
     """
     is_zero = value == 0
     return xp.where(is_zero, of_zero, 1 / xp.where(is_zero, 1.0, value))
@@ -76,7 +76,7 @@ def reciprocal(xp: Namespace, value: Array, of_zero: float = 0.0) -> Array:
 def square_root(xp: Namespace, value: Array) -> Array:
     """sqrt(value), with derivative 0 where value is 0.
 
-    The derivative of sqrt is infinite at 0; with eps outside the root, infinity times a gradient of 0 is how the
+    The derivative of sqrt is infinite at 0; with eps outside the root, infinity times a gradient of 0 is why the
     original of the `lasagne-gist` convention returns NaN for a constant channel.
     """
     is_zero = value == 0
@@ -84,10 +84,10 @@ def square_root(xp: Namespace, value: Array) -> Array:
 
 
 def effective_gamma(xp: Namespace, gamma: Array | None, convention: Convention, *others: Array) -> Array | None:
-    """The factor that the convention makes of gamma; None for 1.
+    """The factor of xhat that the convention derives from gamma; None for 1.
 
-    abs(gamma) + eps has the dtype of the statistics of gamma and the `others`: bfloat16 loses an eps of 1e-5 beside a
-    gamma above 0.004.
+    abs(gamma) + eps has the statistics' dtype for gamma and the `others`: bfloat16 loses an eps of 1e-5 beside a gamma
+    above 0.004.
     """
     if gamma is None or convention.affine in ("ignored", "gamma_one"):
         return None
@@ -97,7 +97,7 @@ def effective_gamma(xp: Namespace, gamma: Array | None, convention: Convention, 
 
 
 def gradient_of_gamma(xp: Namespace, gamma: Array, dgamma: Array | None, convention: Convention) -> Array:
-    """The gradient of gamma from that of `effective_gamma`, which is None where gamma has no effect."""
+    """The gradient of gamma from `dgamma`, the gradient of the effective gamma, or None if gamma has no effect."""
     if dgamma is None:
         return xp.zeros_like(gamma)
     return cast(
@@ -106,12 +106,12 @@ def gradient_of_gamma(xp: Namespace, gamma: Array, dgamma: Array | None, convent
 
 
 def gradient_of_beta(xp: Namespace, beta: Array, dbeta: Array, convention: Convention) -> Array:
-    """The gradient of beta from that of `effective_beta`."""
+    """The gradient of beta from `dbeta`, the gradient of the effective beta; 0 if beta has no effect."""
     return xp.zeros_like(beta) if convention.affine == "ignored" else cast(xp, dbeta, beta.dtype)
 
 
 def effective_beta(beta: Array | None, convention: Convention) -> Array | None:
-    """The term that the convention makes of beta; None for 0."""
+    """The term that the convention derives from beta; None for 0."""
     return None if convention.affine == "ignored" else beta
 
 

@@ -1,4 +1,4 @@
-"""Running statistics: what a layer remembers of its batches, and how a batch enters."""
+"""Running statistics: the averages that a layer keeps over its batches, and their update."""
 
 import math
 from collections.abc import Callable
@@ -28,9 +28,9 @@ class Averages(NamedTuple):
 class RunningStatistics(Averages):
     """The state of a batch-norm layer. A pytree of floating arrays, float32 or wider whatever the type of x.
 
-    The tracked quantity is the static part of the pytree: states of two quantities have different structures, and a
-    function that is given a state of another quantity than its convention's refuses it. It is part of the type (there
-    is a subclass for each quantity), which every library that walks through named tuples preserves.
+    The tracked quantity is the static part of the pytree: states of different quantities have different structures, and
+    functions refuse a state whose quantity is not that of the convention. It is part of the type (one subclass per
+    quantity), which every library that maps over named tuples preserves.
 
     Args:
         mean: Average of the batches' means, one for each channel; to be divided by `weight`.
@@ -39,11 +39,11 @@ class RunningStatistics(Averages):
         weight: Sum of the weights in the averages; a scalar, 1 unless the convention's `debias` is `adam` or
             `weight_sum` (after an update by `batchnorm.jax.running_average` 1 + 2**-20 or 1 - 2**-20, its mark).
         skipped: Number of batches that were refused because their statistics were not finite; a scalar.
-        tracked: What `spread` averages: `var` (the default), `std`, `std_eps`, `rstd`, `var_eps` or `log10_std`, as in
-            `Convention.tracked`.
+        tracked: The quantity that `spread` averages: `var` (the default), `std`, `std_eps`, `rstd`, `var_eps` or
+            `log10_std`, as in `Convention.tracked`.
 
     Raises:
-        ValueError: No quantity is called `tracked`.
+        ValueError: `tracked` is not a known quantity.
 
     Example:
         >>> import batchnorm as bn
@@ -64,7 +64,7 @@ class RunningStatistics(Averages):
         *,
         tracked: Tracked | None = None,
     ) -> "RunningStatistics":
-        """A state of the class that belongs to `tracked`; None is that of the class itself."""
+        """Create a state of the subclass for `tracked`; None is the class itself."""
         return tuple.__new__(cls if tracked is None else kind_of(tracked), (mean, spread, steps, weight, skipped))
 
     def map(self, function: Callable[[Array], Array]) -> "RunningStatistics":
@@ -86,8 +86,8 @@ class RunningStatistics(Averages):
 
         Args:
             channels: Number of channels; a tuple where several axes keep statistics.
-            convention: Whose initial values.
-            like: An array whose library and device the state takes, and whose dtype decides between float32 and
+            convention: A name or a `Convention`, which defines the initial values.
+            like: An array whose library and device the state will have, and whose dtype decides between float32 and
                 float64. None is float32 NumPy.
 
         Example:
@@ -150,7 +150,7 @@ class RunningLog10Std(RunningStatistics):
     tracked = "log10_std"
 
 
-#: The class of the states of each tracked quantity.
+#: The state classes by tracked quantity.
 KINDS = {
     kind.tracked: kind
     for kind in (RunningStatistics, RunningStd, RunningStdEps, RunningRstd, RunningVarEps, RunningLog10Std)
@@ -158,10 +158,10 @@ KINDS = {
 
 
 def kind_of(tracked: Tracked) -> type[RunningStatistics]:
-    """The class of the states of a tracked quantity.
+    """The state class of a tracked quantity.
 
     Raises:
-        ValueError: There is no such quantity.
+        ValueError: `tracked` is not a known quantity.
     """
     if tracked not in KINDS:
         raise ValueError(f"tracked is {tracked!r}; allowed are {', '.join(map(repr, KINDS))}")
@@ -169,7 +169,7 @@ def kind_of(tracked: Tracked) -> type[RunningStatistics]:
 
 
 def tracked_value(xp: Namespace, var: Array, convention: Convention) -> Array:
-    """What the running statistic averages, from the batch's variance."""
+    """The tracked quantity of a batch, from its variance."""
     match convention.tracked:
         case "var":
             return var
@@ -203,7 +203,7 @@ def statistics_of_state(xp: Namespace, running: RunningStatistics, convention: C
 
 
 def estimates(xp: Namespace, running: RunningStatistics, convention: Convention) -> tuple[Array, Array]:
-    """Mean and spread divided by their weight; as they are while the weight is 0, before the first batch."""
+    """Mean and spread divided by their weight; undivided while the weight is 0, before the first batch."""
     if convention.debias not in ("adam", "weight_sum"):
         return running.mean, running.spread
     weight = xp.where(running.weight == 0, 1.0, running.weight)
@@ -213,14 +213,14 @@ def estimates(xp: Namespace, running: RunningStatistics, convention: Convention)
 def advance(
     xp: Namespace, running: RunningStatistics, batch: Moments, convention: Convention, *, masked: bool
 ) -> RunningStatistics:
-    """The state after one more batch.
+    """Update the running statistics by the moments of a batch.
 
         mean   <- decay * mean   + (1 - decay) * mean_batch
         spread <- decay * spread + (1 - decay) * tracked(var_batch)
 
     with decay = steps/(steps + 1) for the cumulative average, and the weights of `Convention.debias`. A batch whose
     statistics are not finite is refused as a whole and counted in `skipped`; a batch without elements changes
-    nothing; a channel without elements (or with one, where `single` says so) keeps its estimates.
+    nothing; a channel without elements (or with one, if `single` is `identity` or `running`) keeps its estimates.
     """
     dtype = running.mean.dtype
     count = cast(xp, batch.count, batch.m2.dtype) + xp.zeros_like(batch.m2)  # sharded as the statistics are
@@ -238,7 +238,7 @@ def advance(
     mean = cast(xp, batch.mean, dtype) + cast(xp, batch.mean_lo, dtype)
     spread = cast(xp, spread, dtype)
     enters = count > (1 if convention.single in ("identity", "running") else 0)
-    # Not by sums or maxima: XLA takes longer for those of 64 channels than for the moments of a small batch.
+    # Not by sums or maxima: over 64 channels XLA takes longer for these than for the moments of a small batch.
     is_finite = xp.all(~enters | (xp.isfinite(mean) & xp.isfinite(spread)))
     accepted = xp.any(enters) & is_finite
     old_mean, old_spread = estimates(xp, running, convention)
@@ -269,7 +269,7 @@ def advance(
 
 
 def with_arrays(running: RunningStatistics, **values: Array) -> RunningStatistics:
-    """The state with other values, all of them arrays: NumPy's operators make scalars of arrays without axes."""
+    """The state with `values` replaced; NumPy scalars, which NumPy's operators return for 0-d arrays, become arrays."""
     arrays = {
         name: numpy.asarray(value) if isinstance(value, numpy.generic) else value for name, value in values.items()
     }

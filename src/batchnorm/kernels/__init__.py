@@ -1,1 +1,1 @@
-"""Who computes: one file for each family of arrays, chosen by `registry`."""
+"""The kernels: one implementation for each array library, selected by `registry`."""

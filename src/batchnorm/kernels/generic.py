@@ -1,7 +1,7 @@
-"""The mathematics of `core` composed over any array-API namespace.
+"""The generic implementation: the mathematics of `core`, composed over any array-API namespace.
 
-Plain array code: a library that differentiates, compiles or vectorizes its arrays (PyTorch, JAX) does so with these
-functions too. Arguments are checked by `functional`; nothing is checked here.
+It consists of array operations alone, so PyTorch and JAX can differentiate, compile and vectorize these functions.
+Arguments are checked by `functional`; nothing is checked here.
 """
 
 from dataclasses import replace
@@ -34,9 +34,9 @@ from batchnorm.spec import Operands, Spec
 
 
 class Cache(NamedTuple):
-    """What `backward` needs of a forward pass: x itself and one number of each kind for a channel. A pytree.
+    """The data of a forward pass that `backward` needs: its arguments and the statistics of each channel. A pytree.
 
-    `count` is None where running statistics normalized, which do not depend on x.
+    `count` is None if running statistics normalized, which do not depend on x.
     """
 
     x: Array
@@ -55,7 +55,7 @@ class Cache(NamedTuple):
 
 
 class Gradients(NamedTuple):
-    """Gradients of a scalar loss; None for an argument that was not given."""
+    """Gradients of a scalar loss; None for an absent argument."""
 
     dx: Array
     dgamma: Array | None
@@ -63,7 +63,7 @@ class Gradients(NamedTuple):
     dresidual: Array | None
 
 
-#: NaN, Inf and overflow in x are reported as statistics that are not finite, once, and not by each operation.
+#: NaN, Inf and overflow in x are reported once, as statistics that are not finite, and not by each operation.
 ignore_fp_warnings = numpy.errstate(divide="ignore", invalid="ignore", over="ignore")
 
 
@@ -76,9 +76,9 @@ def normalize(
     out: Array | None = None,
     across: Any = None,
 ) -> tuple[Array, RunningStatistics]:
-    """`functional.batch_norm` of checked arguments; `training` may be a traced boolean.
+    """Implement `functional.batch_norm` for checked arguments; `training` may be a traced boolean.
 
-    `across.merge` makes the moments of x those of the batch that x is a part of.
+    `across.merge` turns the moments of x into the moments of the batch of which x is a part.
     """
     xp = array_api_compat.array_namespace(operands.x)
     x, convention, axes = operands.x, spec.convention, spec.axes
@@ -113,7 +113,7 @@ def normalize(
 def forward(
     spec: Spec, operands: Operands, running: RunningStatistics | None = None, out: Array | None = None
 ) -> tuple[Array, Cache]:
-    """`functional.forward` of checked arguments."""
+    """Implement `functional.forward` for checked arguments."""
     xp, x = array_api_compat.array_namespace(operands.x), operands.x
     if array_api_compat.is_jax_array(x):
         register_spec_with_jax()
@@ -132,7 +132,7 @@ def forward(
 
 @ignore_fp_warnings
 def gradients(dy: Array, cache: Cache) -> Gradients:
-    """`functional.backward`: the gradients of `forward`, with the pre-activation computed again from x."""
+    """Implement `functional.backward` for checked arguments; recompute the pre-activation from x."""
     xp = array_api_compat.array_namespace(dy)
     x, gamma, beta, residual, mask, statistics, count, spec = cache
     convention, axes = spec.convention, spec.axes
@@ -163,7 +163,7 @@ def gradients(dy: Array, cache: Cache) -> Gradients:
 
 @ignore_fp_warnings
 def moments(spec: Spec, x: Array, mask: Mask) -> Moments:
-    """`functional.moments` of checked arguments."""
+    """Implement `functional.moments` for checked arguments."""
     xp = array_api_compat.array_namespace(x)
     return measure(xp, x, spec.axes, as_boolean_mask(xp, mask, x, spec.axes))
 
@@ -172,24 +172,24 @@ def moments(spec: Spec, x: Array, mask: Mask) -> Moments:
 def advance_by_moments(
     running: RunningStatistics, batch: Moments, convention: Convention, *, masked: bool
 ) -> RunningStatistics:
-    """`functional.advance` of checked arguments."""
+    """Implement `functional.advance` for checked arguments."""
     xp = array_api_compat.array_namespace(running.mean)
     return detach_state(advance(xp, running, batch, convention, masked=masked))
 
 
 def unsupported_reason(spec: Spec, operands: Operands, others: tuple[Array | None, ...]) -> str | None:
-    """None: there is no such call."""
+    """Always None, because the generic implementation supports every call."""
     return None
 
 
 def own_statistics(xp: Namespace, spec: Spec, batch: Moments) -> Statistics:
-    """What normalizes a batch by itself."""
+    """The statistics that normalize a batch by itself, from its moments."""
     convention = spec.convention
     return statistics_of_batch(xp, batch, convention.eps, convention.eps_train, convention.normalize_correction)
 
 
 def output(xp: Namespace, spec: Spec, operands: Operands, statistics: Statistics | None = None) -> Array:
-    """y by given statistics, or for None by those of the batch, or of each of its groups."""
+    """y normalized by `statistics`; None stands for the batch's own, or each group's own."""
     if statistics is None and spec.group_size:
         return normalize_groups(xp, spec, operands)
     operands = operands._replace(mask=as_boolean_mask(xp, operands.mask, operands.x, spec.axes))
@@ -199,9 +199,9 @@ def output(xp: Namespace, spec: Spec, operands: Operands, statistics: Statistics
 
 
 def normalize_groups(xp: Namespace, spec: Spec, operands: Operands, by_state: Statistics | None = None) -> Array:
-    """y by the statistics of each group: equal groups as the lanes of one array, then the rest as one more.
+    """y normalized by each group's statistics: equal groups are the lanes of one array, the rest is one more array.
 
-    `by_state` are the statistics that normalize a single element where the convention's rule is `running`.
+    `by_state` are the statistics that normalize a single element if the convention's rule is `running`.
     """
     x = operands.x
     operands = operands._replace(mask=as_boolean_mask(xp, operands.mask, x, spec.axes))
@@ -215,7 +215,7 @@ def normalize_groups(xp: Namespace, spec: Spec, operands: Operands, by_state: St
 
 
 def normalize_lanes(xp: Namespace, spec: Spec, operands: Operands, by_state: Statistics | None) -> Array:
-    """y by the statistics of each lane, with the convention's rule for single elements."""
+    """y normalized by each lane's statistics, with the convention's rule for single elements."""
     batch = measure(xp, operands.x, spec.axes, operands.mask)
     statistics = own_statistics(xp, spec, batch)
     if by_state is not None and spec.convention.single == "running":
@@ -225,7 +225,7 @@ def normalize_lanes(xp: Namespace, spec: Spec, operands: Operands, by_state: Sta
 
 
 def pass_single_elements(xp: Namespace, spec: Spec, operands: Operands, z: Array, is_single: Array) -> Array:
-    """Z, or x where a channel has one element and the convention's rule is `identity`."""
+    """Replace z by x in channels with one element if the convention's rule is `identity`."""
     if spec.convention.single != "identity":
         return z
     x = cast(xp, masked_values(xp, operands.x, operands.mask, spec.convention.masked_output), z.dtype)
@@ -234,13 +234,13 @@ def pass_single_elements(xp: Namespace, spec: Spec, operands: Operands, z: Array
 
 @lru_cache
 def spec_of_lanes(spec: Spec) -> Spec:
-    """The spec of groups that are the indices of one more axis in front."""
+    """The spec of groups that are the indices of a new first axis."""
     channel_axes = (0, *(axis + 1 for axis in spec.axes.channel_axes))
     return replace(spec, axes=split_axes(channel_axes, spec.axes.ndim + 1), group_size=0)
 
 
 def split_into_lanes(xp: Namespace, operands: Operands, begin: int, end: int, number: int) -> Operands:
-    """The examples from `begin` to `end` as so many lanes, with parameters that they share."""
+    """Reshape the examples from `begin` to `end` into `number` lanes, which share gamma and beta."""
     total = operands.x.shape[0]
 
     def rows(array: Array | None) -> Array | None:
@@ -263,14 +263,14 @@ def register_spec_with_jax() -> None:
 
 
 def detach_state(running: RunningStatistics) -> RunningStatistics:
-    """The state outside PyTorch's graph: kept from step to step, it would keep every step's graph alive."""
+    """Detach the state from PyTorch's graph, because it would keep the graph of every earlier step alive."""
     if not array_api_compat.is_torch_array(running.mean):
         return running
     return running.map(lambda value: value.detach())
 
 
 def write_out(y: Array, out: Array | None) -> Array:
-    """y, written to `out` where that is given."""
+    """Copy y to `out` and return `out`; return y if `out` is None."""
     if out is None:
         return y
     out[...] = y
@@ -281,7 +281,7 @@ T = TypeVar("T", Statistics, RunningStatistics)
 
 
 def where_state(xp: Namespace, condition: bool | Array, a: T, b: T) -> T:
-    """`a` where the condition holds, else `b`: decided here where it is known, by the array library where traced."""
+    """`a` if the condition holds, else `b`; an array condition selects elementwise, by the array library."""
     if isinstance(condition, bool):
         return a if condition else b
     chosen = []
@@ -294,7 +294,7 @@ def where_state(xp: Namespace, condition: bool | Array, a: T, b: T) -> T:
 def affine(xp: Namespace, spec: Spec, operands: Operands, statistics: Statistics) -> Array:
     """gamma * xhat + beta in the dtype of the statistics, with xhat = 0 where x may not be read.
 
-    The mask is one of booleans.
+    The mask must be booleans, not `Lengths`.
     """
     (x, gamma, beta, _, mask), convention, axes = operands, spec.convention, spec.axes
     gamma, beta = effective_gamma(xp, gamma, convention, x), effective_beta(beta, convention)
@@ -309,10 +309,10 @@ def affine(xp: Namespace, spec: Spec, operands: Operands, statistics: Statistics
 
 
 def readable_mask(xp: Namespace, values: Array, mask: Array, masked_output: MaskedOutput) -> Array:
-    """Where `values` may be read.
+    """Booleans that tell where `values` may be read.
 
-    With `zero` output that is where they are not masked. With `normalized` output it is also where they are finite,
-    so that NaN in padding comes out as xhat = 0 and receives no gradient.
+    With `zero` output these are the unmasked elements. With `normalized` output they include all finite elements, so
+    that NaN in padding gives xhat = 0 and receives no gradient.
     """
     return mask if masked_output == "zero" else mask | xp.isfinite(values)
 
@@ -323,15 +323,15 @@ def masked_values(xp: Namespace, values: Array, mask: Array | None, masked_outpu
 
 
 def add_residual(xp: Namespace, spec: Spec, operands: Operands, z: Array) -> Array:
-    """Z plus the residual, where that may be read."""
+    """Add the residual to z where the residual may be read."""
     if operands.residual is None:
         return z
     return z + cast(xp, masked_values(xp, operands.residual, operands.mask, spec.convention.masked_output), z.dtype)
 
 
 def activate(xp: Namespace, spec: Spec, operands: Operands, z: Array) -> Array:
-    """activation(z + residual) in the dtype of x, with masked positions as the convention says."""
+    """activation(z + residual) in the dtype of x, with masked positions by the convention's `masked_output`."""
     y = activations.apply(xp, add_residual(xp, spec, operands, z), spec.activation)
-    # Before the cast: where(mask, bfloat16, 0.0) is float64 in NumPy, to which that type is foreign.
+    # Before the cast: where(mask, bfloat16, 0.0) is float64 in NumPy, which has no bfloat16 of its own.
     has_zeros = operands.mask is not None and spec.convention.masked_output == "zero"
     return cast(xp, xp.where(operands.mask, y, 0.0) if has_zeros else y, operands.x.dtype)

@@ -1,4 +1,4 @@
-"""What a kernel offers."""
+"""The interface of a kernel."""
 
 from typing import Any, Protocol
 
@@ -9,31 +9,30 @@ from batchnorm.core.running import RunningStatistics
 from batchnorm.kernels.generic import Cache, Gradients
 from batchnorm.spec import Operands, Spec
 
-Refusal = Any  #: a `_native.Refusal`, which exists where the extension does
+Refusal = Any  #: a `_native.Refusal`, defined only if the extension is present
 
 
 class Kernel(Protocol):
     """The implementation for the arrays of a library.
 
-    A method returns a `Refusal`, with nothing changed, for a call that is wrong or that it does not serve: whatever is
-    no tuple.
+    A method returns a `Refusal`, with nothing changed, for an invalid or unsupported call: anything but a tuple.
     """
 
     def normalize(
         self, spec: Spec, operands: Operands, running: RunningStatistics, training: bool, out: Array | None = None
     ) -> tuple[Array, RunningStatistics] | Refusal:
-        """`functional.batch_norm`."""
+        """Implement `functional.batch_norm`."""
 
     def forward(
         self, spec: Spec, operands: Operands, running: RunningStatistics | None = None, out: Array | None = None
     ) -> tuple[Array, Cache] | Refusal:
-        """`functional.forward`."""
+        """Implement `functional.forward`."""
 
     def gradients(self, dy: Array, cache: Cache) -> Gradients | Refusal:
-        """`functional.backward`."""
+        """Implement `functional.backward`."""
 
     def moments(self, spec: Spec, x: Array, mask: Mask) -> Moments | Refusal:
-        """`functional.moments`."""
+        """Implement `functional.moments`."""
 
     def unsupported_reason(self, spec: Spec, operands: Operands, others: tuple[Array | None, ...]) -> str | None:
-        """Why the kernel does not serve these operands and `others` beside them; None if it does."""
+        """Why the kernel does not support these operands and the further arrays `others`; None if it does."""

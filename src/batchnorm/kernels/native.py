@@ -1,4 +1,4 @@
-"""The C++ kernels on the arrays of NumPy, and what they share with those on PyTorch's tensors."""
+"""The C++ kernels for NumPy's arrays, and the code shared with the kernels for PyTorch's tensors."""
 
 import os
 from collections.abc import Callable
@@ -34,17 +34,17 @@ MEASURE = _native.Request(source=BATCH, is_in_place=False, returns=MOMENTS)
 APPLY = _native.Request(source=GIVEN, is_in_place=False, returns=OUTPUT)
 
 
-BackwardOptions = tuple[Any, Any, bool, bool]  #: statistics, count, whether they depend on x, whether dx is wanted
+BackwardOptions = tuple[Any, Any, bool, bool]  #: statistics, count, whether they depend on x, whether dx is needed
 
 
 class Native:
-    """The C++ kernels on arrays of one library."""
+    """The C++ kernels for the arrays of one library."""
 
     def __init__(self, library: Any, ops: ArrayOps, threads: Callable[[], int]) -> None:
         self.array_library, self.ops, self.threads = library, ops, threads
 
     def call(self, request: Any, spec: Spec, operands: Operands, numbers: Any = None, out: Array | None = None) -> Any:
-        """`_native.normalize`, once more with copies where no kernel walks through the arrays as they are."""
+        """Call `_native.normalize`, and again with copies in C order if no kernel supports the arrays' strides."""
         if spec.native is None:
             return STRIDES
         done = _native.normalize(self.array_library, request, spec.native, operands, numbers, out, self.threads())
@@ -58,14 +58,14 @@ class Native:
         return out, *done[1:]
 
     def call_backward(self, spec: Spec, dy: Array, operands: Operands, options: BackwardOptions) -> Any:
-        """`_native.gradients`."""
+        """Call `_native.gradients`, and again with copies if no kernel supports the arrays' strides."""
         if spec.native is None:
             return STRIDES
         done = _native.gradients(self.array_library, spec.native, dy, operands, *options, self.threads())
         return self.copied_backward(spec, dy, operands, options) if done is STRIDES else done
 
     def copied_backward(self, spec: Spec, dy: Array, operands: Operands, options: BackwardOptions) -> Any:
-        """`call_backward` with dy and the residual in the layout of x or, if that is declined, all in C order."""
+        """Call `_native.gradients` on copies: dy and the residual in x's layout or, if declined, all in C order."""
         copied, alike = in_layout_of_x(self.ops, dy, operands)
         done = _native.gradients(self.array_library, spec.native, copied, alike, *options, self.threads())
         if done is STRIDES:
@@ -76,7 +76,7 @@ class Native:
     def normalize(
         self, spec: Spec, operands: Operands, running: RunningStatistics, training: bool, out: Array | None = None
     ) -> Any:
-        """`functional.batch_norm`."""
+        """Implement `functional.batch_norm`."""
         if not isinstance(running, RunningStatistics) or running.tracked != spec.convention.tracked:
             return STATE
         done = self.call(TRAIN if training else INFER, spec, operands, running, out)
@@ -85,7 +85,7 @@ class Native:
     def forward(
         self, spec: Spec, operands: Operands, running: RunningStatistics | None = None, out: Array | None = None
     ) -> Any:
-        """`functional.forward`."""
+        """Implement `functional.forward`."""
         if running is not None and (
             not isinstance(running, RunningStatistics) or running.tracked != spec.convention.tracked
         ):
@@ -97,14 +97,14 @@ class Native:
         return y, new_tuple(Cache, (*operands, new_tuple(Statistics, statistics), count, spec))
 
     def gradients(self, dy: Array, cache: Cache) -> Any:
-        """`functional.backward`."""
+        """Implement `functional.backward`."""
         *operands, statistics, count, spec = cache
         options = (statistics, count, count is not None, True)
         done = self.call_backward(spec, dy, new_tuple(Operands, operands), options)
         return done if type(done) is not tuple else new_tuple(Gradients, done)
 
     def moments(self, spec: Spec, x: Array, mask: Mask) -> Any:
-        """`functional.moments`."""
+        """Implement `functional.moments`."""
         done = self.call(MEASURE, spec, Operands(x, mask=mask))
         if type(done) is not tuple:
             return done
@@ -113,7 +113,7 @@ class Native:
 
 
 def updated(running: RunningStatistics, entry: int | None, averages: tuple[Array, ...] | None) -> RunningStatistics:
-    """The state after a call, by how the batch has entered it."""
+    """The state after a call whose batch was accepted (with its new `averages`), empty or refused."""
     if entry == ACCEPTED:
         return new_tuple(type(running), (*averages, running.skipped))  # type: ignore[no-any-return, misc]
     return with_arrays(running, skipped=running.skipped + 1) if entry == REFUSED else running
@@ -123,7 +123,7 @@ def updated(running: RunningStatistics, entry: int | None, averages: tuple[Array
 
 
 def pooled_like(array: Array) -> Array:
-    """An uninitialized array like a large one, in memory that is kept for the next result."""
+    """An uninitialized array like a large one, from the pool of freed buffers if that one is in C order."""
     if not array.flags.c_contiguous:
         return numpy.empty_like(array, subok=False)
     return numpy.ndarray(array.shape, array.dtype, _native.Block(array.nbytes))  # type: ignore[arg-type]
@@ -135,19 +135,19 @@ def empty_like(array: Array) -> Array:
 
 
 def contiguous(array: Array) -> Array:
-    """The array in C order; itself where it is, as NumPy's own function gives scalars an axis."""
+    """The array in C order; itself if it already is, because NumPy's own function gives 0-d arrays an axis."""
     return array if array.flags.c_contiguous else numpy.ascontiguousarray(array)
 
 
 class NumPy(Native):
-    """The C++ kernels on NumPy's arrays."""
+    """The C++ kernels for NumPy's arrays."""
 
     def __init__(self) -> None:
         library = _native.Library((numpy.ndarray,), numpy.empty_like, pooled_like, numpy.empty)
         super().__init__(library, ArrayOps(numpy, empty_like, contiguous), lambda: 0)
 
     def unsupported_reason(self, spec: Spec, operands: Operands, others: tuple[Array | None, ...]) -> str | None:
-        """Why the kernels do not serve these arrays; None if they do."""
+        """Why the kernels do not support these arrays; None if they do."""
         arrays = (*operands[:4], *others)
         if any(array is not None and not array.dtype.isnative for array in arrays):
             return "an array has a foreign byte order"
@@ -155,7 +155,7 @@ class NumPy(Native):
 
 
 def different_dtypes(x: Array, *large: Array | None) -> str | None:
-    """A reason where arrays of the shape of x have another dtype than x."""
+    """The reason for refusal if an array of the shape of x differs from x in dtype; else None."""
     if any(array is not None and array.shape == x.shape and array.dtype != x.dtype for array in large):
         return "arrays of the shape of x differ in dtype"
     return None

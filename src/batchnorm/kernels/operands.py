@@ -1,8 +1,8 @@
-"""Operands in a layout that the kernels walk through.
+"""Copies of operands in a layout that the kernels support.
 
-That is a view (N, C, S) in which the channels or the elements of a channel are contiguous: C-ordered and
+The kernels need a view (N, C, S) in which the channels or the elements of a channel are contiguous: C-ordered and
 Fortran-ordered arrays, channels first or last, slices of them along the batch or the channels. Arrays with other
-strides, or with strides that differ so much from each other that no one view fits them all, are copied once.
+strides, or with strides that no common view fits, are copied once.
 """
 
 from collections.abc import Callable
@@ -15,19 +15,19 @@ from batchnorm.spec import Operands, Spec
 
 
 class ArrayOps(NamedTuple):
-    """What copying takes of an array library."""
+    """The functions of an array library that copying needs."""
 
     xp: ModuleType
     empty_like: Callable[[Array], Array]
-    contiguous: Callable[[Array], Array]  # the array in C order; itself where it is
+    contiguous: Callable[[Array], Array]  # the array in C order; itself if it already is
 
 
 def in_c_order(ops: ArrayOps, spec: Spec, operands: Operands) -> Operands:
-    """The operands in C order, with a mask that has the sizes of x where it is reduced."""
+    """The operands in C order, with the mask expanded to the sizes of x along the reduced axes."""
     x, axes = operands.x, spec.axes
     mask = as_boolean_mask(ops.xp, operands.mask, x, axes)
     if mask is not None:
-        # As large as x, but for the channels where it is the same for all of them.
+        # Expanded to the sizes of x, except along the channels if it is the same for all of them.
         mask = ops.xp.reshape(mask, (1,) * (x.ndim - mask.ndim) + tuple(mask.shape))
         expanded = axes.reduced if all(mask.shape[axis] == 1 for axis in axes.channel_axes) else range(x.ndim)
         sizes = tuple(x.shape[axis] if axis in expanded else 1 for axis in range(x.ndim))
@@ -37,7 +37,7 @@ def in_c_order(ops: ArrayOps, spec: Spec, operands: Operands) -> Operands:
 
 
 def in_layout_of_x(ops: ArrayOps, dy: Array, operands: Operands) -> tuple[Array, Operands]:
-    """dy, and the operands with the residual, copied to the strides of x."""
+    """Copy dy and the residual to the strides of x; return dy and the operands."""
 
     def copied(array: Array) -> Array:
         copy = ops.empty_like(operands.x)

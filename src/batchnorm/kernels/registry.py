@@ -1,4 +1,4 @@
-"""Which kernel computes: the C++ where it serves the arrays, the generic implementation for all others."""
+"""Selection of the kernel: the C++ for the arrays that it supports, the generic implementation for all others."""
 
 import os
 import sys
@@ -21,7 +21,7 @@ NAMES: tuple[str, ...] = ("native", "agnostic")
 
 
 class Kernels(dict[type, Any]):
-    """The C++ kernel for each type of arrays whose calls it takes before they are checked; None for other types."""
+    """The C++ kernel for each array type with a fast path, which accepts calls before they are checked; else None."""
 
     def __missing__(self, kind: type) -> Any:
         module = None
@@ -42,12 +42,12 @@ def select(name: str | None, spec: Spec, operands: Operands, others: tuple[Array
 
     Args:
         name: One of `NAMES`, or None.
-        spec: The call.
-        operands: Its arrays, checked.
+        spec: The spec of the call.
+        operands: The arrays of the call, checked.
         others: Further arrays that are read.
 
     Raises:
-        ValueError: No kernel has that name, or the one that has it does not serve the call.
+        ValueError: No kernel has that name, or the kernel of that name does not support the call.
     """
     if name not in (None, *NAMES):
         raise ValueError(f"no kernel is called {name!r}; known are {', '.join(NAMES)}, or None for the best one")
@@ -68,18 +68,20 @@ def select(name: str | None, spec: Spec, operands: Operands, others: tuple[Array
 
 @cache
 def warn_of_missing_extension(reason: str) -> None:
-    """The warning, once in a process, that calls that the kernels would serve take array code."""
+    """Warn, once in a process, that the generic implementation replaces the missing kernels."""
     level, frame = 1, sys._getframe(0)
     while frame.f_back is not None and frame.f_code.co_filename.startswith(PACKAGE):
         level, frame = level + 1, frame.f_back
-    warnings.warn(f"batchnorm computes by array code, which is slower: {reason}", RuntimeWarning, level)
+    warnings.warn(
+        f"batchnorm falls back to its generic implementation, which is slower: {reason}", RuntimeWarning, level
+    )
 
 
 PACKAGE = os.path.join(Path(__file__).parents[1], "")
 
 
 def kernel_of(x: Array) -> tuple[Kernel | None, str]:
-    """The C++ kernel for the library of x, or why there is none."""
+    """The C++ kernel for the library of x, or None and the reason why it is absent."""
     if isinstance(x, numpy.ndarray):
         module, reason = native_for_numpy()
     elif array_api_compat.is_torch_array(x):
@@ -87,13 +89,13 @@ def kernel_of(x: Array) -> tuple[Kernel | None, str]:
     elif array_api_compat.is_jax_array(x):
         module, reason = native_for_jax()
     else:
-        module, reason = None, f"it has no way into arrays of {type(x).__module__}"
+        module, reason = None, f"it cannot read arrays of {type(x).__module__}"
     return (None if module is None else module.KERNEL), reason
 
 
 @cache
 def native_for_numpy() -> tuple[ModuleType | None, str]:
-    """`kernels.native`, unless the extension is not there."""
+    """The module `kernels.native`, or None and the reason if the extension is absent."""
     try:
         from batchnorm.kernels import native
     except ImportError as error:
@@ -106,7 +108,7 @@ def native_for_numpy() -> tuple[ModuleType | None, str]:
 
 @cache
 def native_for_torch() -> tuple[ModuleType | None, str]:
-    """`kernels.torch.kernel`, unless the extension is not there."""
+    """The module `kernels.torch.kernel`, or None and the reason if the extension is absent."""
     module, reason = native_for_numpy()
     if module is None:
         return None, reason
@@ -117,7 +119,7 @@ def native_for_torch() -> tuple[ModuleType | None, str]:
 
 @cache
 def native_for_jax() -> tuple[ModuleType | None, str]:
-    """`kernels.jax.kernel`, unless the extension is not there, or JAX is older than it."""
+    """The module `kernels.jax.kernel`, or None and the reason if the extension is absent or JAX is too old for it."""
     module, reason = native_for_numpy()
     if module is None:
         return None, reason
@@ -131,10 +133,10 @@ def native_for_jax() -> tuple[ModuleType | None, str]:
 
 
 def set_num_threads(threads: int) -> None:
-    """Let the kernels use this many threads, from the next call on. Results have the same bits for any number.
+    """Set the number of threads that the kernels use, from the next call on. Results have the same bits for any number.
 
-    It starts as OpenMP's own number: OMP_NUM_THREADS, or the processors that the process may use. Calls on PyTorch
-    tensors follow `torch.set_num_threads` instead. A child process after `fork` uses one.
+    The default is OpenMP's: OMP_NUM_THREADS, or the processors that the process may use. Calls on PyTorch tensors
+    follow `torch.set_num_threads` instead. A child process after `fork` uses one thread.
 
     Raises:
         TypeError, ValueError: Not a positive integer.

@@ -1,1 +1,1 @@
-"""The C++ kernels on JAX's arrays, as primitives; `kernel` is the interface, and registers them with XLA."""
+"""The C++ kernels for JAX's arrays, as primitives; `kernel` is their interface and registers them with XLA."""

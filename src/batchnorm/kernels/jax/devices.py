@@ -1,4 +1,4 @@
-"""A batch that is spread over the named axis of a mesh, of `pmap` or of `vmap`, by the kernels."""
+"""Normalization of a batch that is sharded over a named axis of a mesh, `pmap` or `vmap`, by the kernels."""
 
 import jax.numpy as jnp
 from jax import lax
@@ -14,10 +14,10 @@ from batchnorm.kernels.jax.formulas import CrossDevice, Rule, from_operand, mask
 
 
 def normalize_across(across: CrossDevice, operands: list[Array], rule: Rule) -> tuple[Array, Moments]:
-    """y of a part of the batch, and the moments (L, C) of the whole.
+    """y of a part of the batch, and the moments (L, C) of the whole batch.
 
-    The reductions are kernels, here and in the derivatives; what is done to each element is array code, which XLA
-    fuses: x is read twice and y written, as by the kernel for one device.
+    Kernels compute the reductions, here and in the derivatives. The elementwise operations are left to XLA, which fuses
+    them: x is read twice and y written once, as by the kernel for one device.
     """
     x, gamma, beta, residual, keep = operands
     _, mean, mean_lo, m2, _, count = primitives.forward(operands, rule._replace(has_output=False))
@@ -25,7 +25,7 @@ def normalize_across(across: CrossDevice, operands: list[Array], rule: Rule) -> 
     n = jnp.maximum(whole.count, 1).astype(mean.dtype)
     scale = rstd_of_var(jnp, whole.m2 / n, rule.eps, "inside")
     scale = scale if from_operand(gamma) is None else scale * cast(jnp, gamma, scale.dtype)
-    # As constants the mean and its low part have no derivative; that goes through `offset`, where they are 0.
+    # hi and lo are constants. The derivative of the mean flows through `offset`, where its terms have the value 0.
     hi, lo = lax.stop_gradient(whole.mean), lax.stop_gradient(whole.mean_lo)
     offset = -scale * ((whole.mean - hi) + (whole.mean_lo - lo))
     offset = offset if from_operand(beta) is None else offset + cast(jnp, beta, scale.dtype)

@@ -1,9 +1,9 @@
-"""What the primitives of `primitives` compute, as array code.
+"""The primitives of `primitives` in the generic implementation.
 
-On other devices than the CPU, for arrays that XLA cuts up over several, and for derivatives of derivatives. Arrays of
-the shape of x are (L, N, C, S), or (L, N, C) where S is 1, with L lanes that are batch norms of their own; those with a
-number for each channel are (L, C). The mask `keep` holds booleans that broadcast to x, or the lengths (L, N), int32, of
-the leading elements along S that count. An operand that is absent has one dimension and no elements.
+It is used on devices other than the CPU, for arrays that XLA shards over devices, and for derivatives of derivatives.
+Arrays of the shape of x are (L, N, C, S), or (L, N, C) where S is 1, with L lanes that are separate batch norms; arrays
+with one number per channel are (L, C). The mask `keep` holds booleans that broadcast to x, or lengths (L, N), int32:
+the number of leading elements along S that count. An absent operand has one dimension and no elements.
 """
 
 from collections.abc import Callable
@@ -31,24 +31,24 @@ AXES = {ndim: split_axes((0, 2), ndim) for ndim in (3, 4)}  # XLA's loops over a
 
 
 class Rule(NamedTuple):
-    """How a forward pass normalizes; hashable."""
+    """The static parameters of a forward pass; hashable."""
 
     eps: float
     activation: str | None
-    normalizes_padding: bool  # masked elements come out normalized rather than as 0
-    has_output: bool = True  # y, or dx, is computed as well, not the sums over channels alone
+    normalizes_padding: bool  # masked elements of y are normalized rather than 0
+    has_output: bool = True  # y, or dx, is computed too, not only the sums of each channel
 
 
 @lru_cache
 def spec_of_rule(rule: Rule, ndim: int) -> Spec:
-    """The rule as the spec of arrays (L, N, C, S) or (L, N, C)."""
+    """The spec of a rule, for arrays (L, N, C, S) or (L, N, C)."""
     masked_output: MaskedOutput = "normalized" if rule.normalizes_padding else "zero"
     convention = replace(find("pytorch"), eps=rule.eps, single="clamp", zero_eps="allowed", masked_output=masked_output)
     return Spec(convention, AXES[ndim], rule.activation)
 
 
 class Outputs(NamedTuple):
-    """What a forward pass returns."""
+    """The results of a forward pass."""
 
     y: Array
     mean: Array
@@ -59,34 +59,34 @@ class Outputs(NamedTuple):
 
 
 def placeholder(dtype: Any = jnp.float32) -> Array:
-    """The placeholder of an operand or a result that is absent."""
+    """The placeholder of an absent operand or result: one dimension, no elements."""
     return jnp.zeros((0,), dtype)
 
 
 def from_operand(array: Array) -> Array | None:
-    """An operand, None if it is absent."""
+    """The operand; None for a placeholder."""
     return array if array.ndim > 1 else None
 
 
 def to_operand(array: Array | None) -> Array:
-    """The inverse of `from_operand`."""
+    """The array; a placeholder for None."""
     return placeholder() if array is None else array
 
 
 def mask_of(keep: Array, x: Array) -> Array | None:
-    """The booleans of a mask, which may be given by lengths; None without a mask."""
+    """The mask `keep`, booleans or lengths, as booleans that broadcast to x; None for a placeholder."""
     if keep.ndim != 2:
         return from_operand(keep)
     return (jnp.arange(x.shape[-1]) < keep[:, :, None])[:, :, None, :]
 
 
 def operands_of(x: Array, gamma: Array, beta: Array, residual: Array, keep: Array) -> Operands:
-    """The operands, None where they are absent, with the mask as booleans."""
+    """The operands, with None for placeholders and the mask as booleans."""
     return Operands(x, from_operand(gamma), from_operand(beta), from_operand(residual), mask_of(keep, x))
 
 
 def generic_forward(x: Array, gamma: Array, beta: Array, residual: Array, keep: Array, *, rule: Rule) -> Outputs:
-    """The forward pass."""
+    """Compute `forward` by the generic implementation."""
     spec, operands = spec_of_rule(rule, x.ndim), operands_of(x, gamma, beta, residual, keep)
     batch = measure(jnp, x, spec.axes, operands.mask)
     statistics = generic.own_statistics(jnp, spec, batch)
@@ -98,7 +98,7 @@ def generic_backward(
     dy: Array, x: Array, gamma: Array, beta: Array, residual: Array, keep: Array, count: Array, mean: Array,
     mean_lo: Array, rstd: Array, *, rule: Rule,
 ) -> tuple[Array, ...]:  # fmt: skip
-    """The gradients of x, gamma, beta and residual."""
+    """Compute `backward` by the generic implementation: the gradients of x, gamma, beta and residual."""
     if rule.normalizes_padding and from_operand(keep) is not None:
         return tuple(jax.vjp(y_of(keep, rule), x, gamma, beta, residual)[1](dy.astype(x.dtype)))
     operands = operands_of(x, gamma, beta, residual, keep)
@@ -110,7 +110,7 @@ def tangent_of_y(
     tx: Array, tgamma: Array, tbeta: Array, tresidual: Array, x: Array, gamma: Array, beta: Array, residual: Array,
     keep: Array, count: Array, mean: Array, mean_lo: Array, rstd: Array, *, rule: Rule, jacobian: Callable[..., Any],
 ) -> Array:  # fmt: skip
-    """The tangent, by `generic_backward` or the primitive for J."""
+    """The tangent of y; `jacobian`, which is `generic_backward` or the primitive `backward`, applies J to tx."""
     if rule.normalizes_padding and from_operand(keep) is not None:
         directions = (tx, tgamma, tbeta, tresidual)
         return jax.jvp(y_of(keep, rule), (x, gamma, beta, residual), directions)[1]
@@ -136,7 +136,7 @@ def generic_sums(
 ) -> tuple[Array, Array]:
     """sum(d) and sum(d * (x - mean - mean_lo)) of each channel, over the elements that count.
 
-    With `normalizes_padding`, over all of them, where x is not finite in padding as if it were the mean.
+    With `normalizes_padding` the sums are over all elements, and x in padding is taken as the mean if it is not finite.
     """
     d, deviation = d.astype(mean.dtype), deviations(x, keep, mean, mean_lo, normalizes_padding=normalizes_padding)
     mask = None if normalizes_padding else mask_of(keep, x)
@@ -159,7 +159,7 @@ def generic_spread(
 
 
 def deviations(x: Array, keep: Array, mean: Array, mean_lo: Array, *, normalizes_padding: bool) -> Array:
-    """x - mean - mean_lo, 0 where x may not be read."""
+    """x - mean - mean_lo; 0 where x may not be read."""
     axes, mask = AXES[x.ndim], mask_of(keep, x)
     deviation = (x.astype(mean.dtype) - axes.expand_to_x(jnp, mean)) - axes.expand_to_x(jnp, mean_lo)
     if mask is None:
@@ -169,7 +169,7 @@ def deviations(x: Array, keep: Array, mean: Array, mean_lo: Array, *, normalizes
 
 
 def y_of(keep: Array, rule: Rule) -> Callable[..., Array]:
-    """y as a function of x, gamma, beta and residual alone, through whose statistics derivatives go."""
+    """y as a function of x, gamma, beta and residual, differentiable through the statistics."""
 
     def y(x: Array, gamma: Array, beta: Array, residual: Array) -> Array:
         return generic_forward(x, gamma, beta, residual, keep, rule=rule).y
@@ -177,10 +177,10 @@ def y_of(keep: Array, rule: Rule) -> Callable[..., Array]:
     return y
 
 
-# `shard_map` wants all operands to vary along the same axes of the mesh. That the transpose of `pcast` is a sum over
-# these gives replicated parameters the gradient of the whole.
+# `shard_map` requires all operands to vary along the same axes of the mesh. The transpose of `pcast` is a sum over
+# these axes, so replicated parameters get the gradient of the whole batch.
 def match_varying(*arrays: Array) -> list[Array]:
-    """The arrays, all varying along whatever one of them varies along."""
+    """Make all arrays vary along every mesh axis along which one of them varies."""
     own = [varying_axes(array) for array in arrays]
     together = frozenset().union(*own)
     return [
@@ -190,32 +190,32 @@ def match_varying(*arrays: Array) -> list[Array]:
 
 
 def varying_axes(array: Array) -> frozenset[Any]:
-    """The axes of a mesh along which an array varies, within `shard_map`."""
+    """The mesh axes along which an array varies, within `shard_map`."""
     kind: Any = jax.typeof(array)
     axes = kind.mat.varying if hasattr(kind, "mat") else getattr(kind, "vma", ())
     return frozenset(axes)
 
 
 def cast_varying(array: Array, axes: tuple[Any, ...]) -> Array:
-    """The array as one that varies along these axes as well."""
+    """Make the array vary along these mesh axes too."""
     if hasattr(jax.lax, "pcast"):
         return jax.lax.pcast(array, axes, to="varying")
-    return jax.lax.pvary(array, axes)  # type: ignore[attr-defined]  # its name in older versions
+    return jax.lax.pvary(array, axes)  # type: ignore[attr-defined]  # the name in older versions
 
 
 class CrossDevice(NamedTuple):
-    """The named axis along which a batch is spread, and groups of its indices that are batches of their own."""
+    """The named axis along which a batch is sharded, and groups of its indices that are separate batches."""
 
     axis_name: Any
     axis_index_groups: Any = None
 
     def merge(self, part: Moments) -> Moments:
-        """The moments of the whole batch: every part by its count, whatever that is.
+        """The moments of the whole batch, each part weighted by its count, which may be 0.
 
             ref = sum(n * mean) / n        delta = mean - ref        mean = ref + sum(n * delta) / n
             m2  = sum(m2 + n * delta**2) - sum(n * delta)**2 / n
 
-        The sums of the second round are about a value that is the mean but for rounding, so that nothing cancels.
+        The second sums are about `ref`, which is the mean up to rounding, so that nothing cancels.
         """
         total = partial(lax.psum, axis_name=self.axis_name, axis_index_groups=self.axis_index_groups)
         dtype = part.mean.dtype

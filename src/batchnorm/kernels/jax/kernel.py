@@ -1,4 +1,4 @@
-"""The interface of the C++ kernels for JAX's arrays, by the primitives of `primitives`."""
+"""The interface of the C++ kernels for JAX's arrays, built on the primitives of `primitives`."""
 
 import math
 from functools import partial
@@ -27,7 +27,7 @@ lowering.register()
 
 
 class JAX:
-    """The kernel of JAX's arrays, which never declines: what the primitives do not serve is array code."""
+    """The kernel for JAX's arrays. It never declines: calls that no primitive supports fall back to `generic`."""
 
     def normalize(
         self,
@@ -38,12 +38,12 @@ class JAX:
         out: None = None,
         across: CrossDevice | None = None,
     ) -> tuple[Array, RunningStatistics]:
-        """`functional.batch_norm`; of a traced `training`, only the branch that it chooses is computed.
+        """Implement `functional.batch_norm`; for a traced `training`, only the selected branch is computed.
 
-        `across` is the axis of devices, or of lanes, along which the batch is spread.
+        `across` is the axis of devices or lanes along which the batch is sharded.
         """
         x, convention = operands.x, spec.convention
-        if not isinstance(training, bool):  # both branches return a state that varies over devices as x does
+        if not isinstance(training, bool):  # both branches must return a state that varies over devices as x does
             running = running._replace(**dict(zip(running._fields, match_varying(*running, x), strict=False)))
             branches = (
                 partial(self.normalize, spec, operands, running, value, None, across) for value in (True, False)
@@ -65,7 +65,7 @@ class JAX:
     def forward(
         self, spec: Spec, operands: Operands, running: RunningStatistics | None = None, out: None = None
     ) -> tuple[Array, Cache]:
-        """`functional.forward`."""
+        """Implement `functional.forward`."""
         if running is not None:
             return generic.forward(spec, operands, running)
         generic.register_spec_with_jax()
@@ -75,7 +75,7 @@ class JAX:
         return results.y.reshape(x.shape), Cache(*operands, Statistics(mean, mean_lo, rstd), count, spec)
 
     def gradients(self, dy: Array, cache: Cache) -> Gradients:
-        """`functional.backward`."""
+        """Implement `functional.backward`."""
         if cache.count is None:
             return generic.gradients(dy, cache)
         spec, arguments, views = cache.spec, cache.operands[:4], to_lncs(cache.operands, cache.spec)
@@ -87,16 +87,16 @@ class JAX:
         return Gradients(*(None if a is None else r.reshape(a.shape) for a, r in zip(arguments, results, strict=True)))
 
     def moments(self, spec: Spec, x: Array, mask: Mask) -> Moments:
-        """`functional.moments`."""
+        """Implement `functional.moments`."""
         return generic.moments(spec, x, mask)
 
     def unsupported_reason(self, spec: Spec, operands: Operands, others: tuple[Array | None, ...]) -> str | None:
-        """Why the kernels do not serve these arrays; None if they do."""
+        """Why the kernels do not support these arrays; None if they do."""
         for array in (*operands[:4], *others):
             if array is not None and (not isinstance(array, jax.Array) or dtype_name(array.dtype) not in FLOATS):
                 return f"a {type(array).__name__} of {getattr(array, 'dtype', 'no dtype')} is not an array of JAX"
             if array is not None and any(axes is not None for axes in jax.typeof(array).sharding.spec):
-                return "an array is cut up over the axes of a mesh"
+                return "an array is sharded over the axes of a mesh"
         if operands.x.size == 0:
             return "x has no elements"
         return different_dtypes(operands.x, operands.residual, *others) or spec.unsupported
@@ -106,23 +106,23 @@ KERNEL = JAX()
 
 
 def has_kernel(spec: Spec, operands: Operands) -> bool:
-    """Whether the primitives train as the convention does, on this batch."""
+    """Whether the primitives implement the convention's training on this batch."""
     convention = spec.convention
     normalization = (convention.normalize_with, convention.eps_train, convention.normalize_correction)
-    if normalization != ("batch", "inside", 0) or not isinstance(convention.eps, Real):  # a traced one
+    if normalization != ("batch", "inside", 0) or not isinstance(convention.eps, Real):  # a traced eps
         return False
     has_rule = convention.single in ("identity", "running")
     return not (has_rule and (operands.mask is not None or spec.axes.elements(operands.x.shape) <= 1))
 
 
 def named(activation: Activation | None) -> str | None:
-    """The name of the activation, None for one that does nothing."""
+    """The name of the activation; None for the identity."""
     assert not callable(activation)
     return None if activation == "identity" else activation
 
 
 def to_lncs(operands: Operands, spec: Spec) -> list[Array]:
-    """The operands of a primitive: (L, N, C, S) or (L, N, C), (L, C), and the mask."""
+    """Reshape a primitive's operands: x and residual (L, N, C, S) or (L, N, C), gamma and beta (L, C), the mask."""
     (x, gamma, beta, residual, mask), axes = operands, spec.axes
     shape, begin = x.shape, int(axes.has_lanes)
     own = axes.channel_axes[begin:]
@@ -131,13 +131,13 @@ def to_lncs(operands: Operands, spec: Spec) -> list[Array]:
     L, N, C, S = (lanes, *(math.prod(shape[a:b]) for a, b in ((begin, first), (first, last), (last, len(shape)))))
     inner = () if S == 1 else (S,)
     if isinstance(mask, Lengths) and axes.reduced[:2] == (begin, last) and first == begin + 1 and inner:
-        # The batch is N, and time leads S. Traced lengths may be anything.
+        # The batch is N, and time is the first axis of S. Traced lengths have not been checked: clip them.
         lengths = jnp.clip(mask.values, 0, shape[last]).astype(jnp.int32) * (S // shape[last])
         keep: Array | None = jnp.broadcast_to(lengths, (L, N))
     else:
         keep = as_boolean_mask(jnp, mask, x, axes)
         if keep is not None:
-            # As large as x, but for the channels where it is the same for all of them.
+            # Expanded to the sizes of x, except along the channels if it is the same for all of them.
             per_channel = any(keep.shape[axis] != 1 for axis in own)
             expanded = tuple(1 if axis in own and not per_channel else size for axis, size in enumerate(shape))
             keep = jnp.broadcast_to(keep, expanded).reshape(L, N, C if per_channel else 1, *inner)

@@ -1,4 +1,4 @@
-"""What the primitives of `primitives` become in a program: calls of the C++ on a CPU, array code elsewhere."""
+"""Lowering of the primitives of `primitives`: calls of the C++ on a CPU, the generic implementation elsewhere."""
 
 import re
 from collections.abc import Callable
@@ -31,7 +31,7 @@ from batchnorm.spec import activation_code
 
 
 def is_partitioned(context: Any) -> bool:
-    """Whether XLA will cut the program up for several devices: for a call that it knows nothing of it gathers x."""
+    """Whether XLA will partition the program over several devices: for an opaque call it would gather x."""
     where = context.module_context.axis_context
     if isinstance(where, mlir.ShardingContext):
         return where.num_devices > 1
@@ -41,19 +41,19 @@ def is_partitioned(context: Any) -> bool:
 
 
 def is_exported(context: Any) -> bool:
-    """Whether the program will run where this library may not be: `jax.export`."""
+    """Whether the program is exported by `jax.export`, and may run where this library is absent."""
     parameters = context.module_context.lowering_parameters
     return bool(getattr(parameters, "for_export", False))
 
 
 def lower(generic: Callable[..., Any], native: Callable[..., Any], context: Any, *operands: Any, **static: Any) -> Any:
-    """The code of a primitive on a CPU."""
+    """Lower a primitive on a CPU: to `generic` if the program is partitioned or exported, else to `native`."""
     chosen = generic if is_partitioned(context) or is_exported(context) else native
     return chosen(context, *operands, **static)
 
 
 def native_forward(context: Any, *operands: Any, rule: Rule) -> Any:
-    """A call of the C++."""
+    """Lower `forward` to a call of the C++."""
     code, slope = activation_code(rule.activation)
     call = jax.ffi.ffi_lowering("batchnorm_forward")
     return call(
@@ -63,7 +63,7 @@ def native_forward(context: Any, *operands: Any, rule: Rule) -> Any:
 
 
 def native_backward(context: Any, *operands: Any, rule: Rule) -> Any:
-    """A call of the C++."""
+    """Lower `backward` to a call of the C++."""
     code, slope = activation_code(rule.activation)
     call = jax.ffi.ffi_lowering("batchnorm_backward")
     return call(
@@ -75,7 +75,7 @@ def native_backward(context: Any, *operands: Any, rule: Rule) -> Any:
 def sums_by_backward(
     d: Array, x: Array, keep: Array, mean: Array, mean_lo: Array, *, normalizes_padding: bool
 ) -> tuple[Array, Array]:
-    """The sums, as the gradients of beta and gamma where rstd is 1."""
+    """Compute `sums` by `backward`: sum(d) and sum(d * (x - mean)) are the gradients of beta and gamma for rstd = 1."""
     none, one = placeholder(), jnp.ones_like(mean)
     rule = Rule(0.0, None, normalizes_padding, has_output=False)
     _, second, first, _ = backward_p.bind(d, x, one, one, none, keep, none, mean, mean_lo, one, rule=rule)
@@ -83,22 +83,22 @@ def sums_by_backward(
 
 
 def tuple_of(function: Callable[..., Any]) -> Callable[..., tuple[Any]]:
-    """The function with its one result in a tuple."""
+    """The function with its single result in a tuple."""
     return lambda *operands, **options: (function(*operands, **options),)
 
 
 def without_series(asked: Primitive, primals: Any, series: Any, **static: Any) -> Any:
-    """Taylor mode of a question, whose answer does not change along a line; `jet` has no rule for these two."""
+    """The `jet` rule of a boolean reduction: its derivatives are 0. JAX has none for `reduce_and` and `reduce_or`."""
     return asked.bind(*primals, **static), [jnp.zeros(())] * len(series[0])
 
 
 def by_jet(generic: Callable[..., Any], primals: Any, series: Any, **static: Any) -> Any:
-    """Taylor mode, by array code."""
+    """The `jet` rule (Taylor mode) of a primitive, by the generic implementation."""
     return jet.jet(partial(generic, **static), primals, series, factorial_scaled=False)
 
 
 def check_version() -> None:
-    """Raise where JAX is older than what the extension was compiled for: told of such calls it would not even start."""
+    """Raise if JAX is older than the extension was compiled for: with such calls registered it would not even start."""
     header = Path(jax.ffi.include_dir(), "xla", "ffi", "api", "c_api.h").read_text()
     major, minor = (int(found) for found in re.findall(r"#define XLA_FFI_API_(?:MAJOR|MINOR) (\d+)", header))
     if major != _native.xla_version[0] or minor < _native.xla_version[1]:
@@ -109,7 +109,7 @@ def check_version() -> None:
 
 
 def register() -> None:
-    """Make the primitives known to XLA."""
+    """Register the C++ calls with XLA, and the lowerings and `jet` rules of the primitives with JAX."""
     check_version()
     for name, target in _native.xla_targets().items():
         jax.ffi.register_ffi_target(name, target, platform="cpu")
@@ -121,7 +121,7 @@ def register() -> None:
         (backward_p, generic_backward, native_backward),
         (sums_p, generic_sums, native_sums),
         (advance_p, generic_advance, native_advance),
-        (spread_p, tuple_of(generic_spread), None),  # XLA fuses it with what is around it
+        (spread_p, tuple_of(generic_spread), None),  # XLA fuses it with its neighbors
     ]
     for asked in (lax.reduce_and_p, lax.reduce_or_p):
         jet.jet_rules.setdefault(asked, partial(without_series, asked))

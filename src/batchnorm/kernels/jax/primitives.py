@@ -1,4 +1,4 @@
-"""Batch norm as primitives of JAX, with their rules: `forward`, its `tangent`, and `backward`, the transpose of that.
+"""Batch norm as primitives of JAX, with their rules: `forward`, its `tangent`, `backward`, `sums` and `spread`.
 
     y            = activation(gamma * xhat(x) + beta + residual), and the statistics of x
     tangent      ty = activation'(z) * (J(tx) + xhat * tgamma + tbeta + tresidual)     linear in the tangents
@@ -7,12 +7,12 @@
     spread       a + b * (x - mean)                                                    linear in a and b
 
 The derivative of y is `tangent`, whose transpose is `backward`, whose transpose is `tangent`; J, the Jacobian with
-respect to x, is symmetric, so that one kernel computes both (but where padding is normalized). The derivatives of the
-statistics are `sums`, whose transpose is `spread`, whose transpose is `sums`. Derivatives of these with respect to x
-are those of array code. So all of JAX's transformations work, in any order, and on a CPU the C++ computes every
-reduction that they end in.
+respect to x, is symmetric, so that one kernel computes both (except where padding is normalized). The derivatives of
+the statistics are `sums`, whose transpose is `spread`, whose transpose is `sums`. Derivatives of these with respect to
+x come from the generic implementation. So all of JAX's transformations work, in any order, and on a CPU the C++
+computes the reductions of every primitive in the resulting program.
 
-Arrays are those of `formulas`, to whose lanes `vmap` adds.
+Arrays have the shapes of `formulas`; `vmap` adds lanes.
 """
 
 from collections.abc import Callable, Sequence
@@ -40,7 +40,7 @@ from batchnorm.kernels.jax.formulas import (
 
 
 def primitive(name: str, abstract: Callable[..., list[ShapedArray]]) -> Primitive:
-    """A primitive that runs by being compiled."""
+    """Create a primitive whose eager calls are compiled."""
     made = Primitive(name)
     made.multiple_results = True
 
@@ -51,7 +51,7 @@ def primitive(name: str, abstract: Callable[..., list[ShapedArray]]) -> Primitiv
     def run(*operands: Array, **static: Any) -> Any:
         if not jax.config.jax_disable_jit:  # type: ignore[attr-defined]
             return compiled(**static)(*operands)
-        with jax.disable_jit(False):  # else it would end up here again
+        with jax.disable_jit(False):  # else this function would call itself
             return compiled(**static)(*operands)
 
     made.def_impl(run)
@@ -61,7 +61,7 @@ def primitive(name: str, abstract: Callable[..., list[ShapedArray]]) -> Primitiv
 
 
 def aval(like: ShapedArray, shape: Sequence[int], dtype: Any) -> ShapedArray:
-    """An abstract array that lies where another does."""
+    """An abstract array on the mesh of another, and with the same sharding if the ranks are equal."""
     spec = like.sharding.spec if len(shape) == like.ndim else PartitionSpec(*(None,) * len(shape))
     sharding = NamedSharding(like.sharding.mesh, spec)
     made: ShapedArray = like.update(shape=tuple(shape), dtype=jnp.dtype(dtype), weak_type=False, sharding=sharding)
@@ -74,14 +74,14 @@ def statistics_dtype(x: Any) -> Any:
 
 
 def forward_avals(x: ShapedArray, *_: ShapedArray, rule: Rule) -> list[ShapedArray]:
-    """y, mean, mean_lo, m2, rstd, count."""
+    """The abstract results of `forward`: y, mean, mean_lo, m2, rstd, count."""
     channels = (x.shape[0], x.shape[2])
     statistic = aval(x, channels, statistics_dtype(x))
     return [aval(x, x.shape if rule.has_output else (0,), x.dtype), *[statistic] * 4, aval(x, channels, jnp.int32)]
 
 
 def tangent_avals(tx: ShapedArray, *_: ShapedArray, rule: Rule) -> list[ShapedArray]:
-    """ty."""
+    """The abstract result of `tangent`: ty."""
     return [aval(tx, tx.shape, tx.dtype)]
 
 
@@ -89,34 +89,34 @@ def backward_avals(
     dy: ShapedArray, x: ShapedArray, gamma: ShapedArray, beta: ShapedArray, residual: ShapedArray, *_: ShapedArray,
     rule: Rule,
 ) -> list[ShapedArray]:  # fmt: skip
-    """dx, dgamma, dbeta, dresidual."""
+    """The abstract results of `backward`: dx, dgamma, dbeta, dresidual."""
     shapes = (x.shape if rule.has_output else (0,), gamma.shape, beta.shape, residual.shape)
     dtypes = (x.dtype, gamma.dtype, beta.dtype, residual.dtype)
     return [aval(dy, shape, dtype) for shape, dtype in zip(shapes, dtypes, strict=True)]
 
 
 def sums_avals(d: ShapedArray, x: ShapedArray, *_: ShapedArray, normalizes_padding: bool) -> list[ShapedArray]:
-    """sum(d) and sum(d * (x - mean))."""
+    """The abstract results of `sums`: sum(d) and sum(d * (x - mean))."""
     return [aval(x, (x.shape[0], x.shape[2]), statistics_dtype(x))] * 2
 
 
 def spread_avals(
     first: ShapedArray, second: ShapedArray, x: ShapedArray, *_: ShapedArray, normalizes_padding: bool
 ) -> list[ShapedArray]:
-    """The result, of the shape of x, in the dtype of the statistics."""
+    """The abstract result of `spread`: the shape of x, the dtype of the statistics."""
     return [aval(x, x.shape, statistics_dtype(x))]
 
 
 def fold_lanes(
     made: Primitive, operands: Sequence[Array], dims: Sequence[Any], **static: Any
 ) -> tuple[list[Array], list[int]]:
-    """`vmap`: one more axis of lanes, folded into the first."""
+    """The `vmap` rule: fold the batched axis into the lanes, the first axis."""
     size = next(a.shape[d] for a, d in zip(operands, dims, strict=True) if d is not None)
 
     def folded(array: Array, dim: int | None) -> Array:
         if dim is not None:
             array = jnp.moveaxis(array, dim, 0)
-            if array.ndim == 2:  # one that is absent
+            if array.ndim == 2:  # a batched placeholder
                 return array[0]
         elif array.ndim == 1:
             return array
@@ -139,7 +139,7 @@ spread_p = primitive("batchnorm_spread", spread_avals)
 
 
 def forward(operands: Sequence[Array], rule: Rule) -> Outputs:
-    """The forward pass of x, gamma, beta, residual and the mask."""
+    """Bind `forward` to x, gamma, beta, residual and the mask."""
     return Outputs(*forward_p.bind(*match_varying(*operands), rule=rule))
 
 
@@ -147,22 +147,22 @@ def forward(operands: Sequence[Array], rule: Rule) -> Outputs:
 
 
 def instantiated(tangents: Sequence[Any], primals: Sequence[Array]) -> tuple[Array, ...]:
-    """The tangents, zeros as arrays."""
+    """The tangents, with symbolic zeros as arrays."""
     return tuple(jnp.zeros_like(p) if type(t) is ad.Zero else t for t, p in zip(tangents, primals, strict=True))
 
 
 def all_zero(tangents: Sequence[Any]) -> bool:
-    """Whether nothing is differentiated."""
+    """Whether every tangent is a symbolic zero."""
     return all(type(tangent) is ad.Zero for tangent in tangents)
 
 
 def zeros(results: Sequence[Array]) -> list[Any]:
-    """Tangents that are zero."""
+    """Symbolic zeros as the tangents of the results."""
     return [ad.Zero(jax.typeof(result).to_tangent_aval()) for result in results]
 
 
 def forward_jvp(primals: Sequence[Array], tangents: Sequence[Any], *, rule: Rule) -> tuple[Any, Any]:
-    """The tangents of y and of the statistics; that of the mean's low part, a rounding error, is 0."""
+    """The JVP of `forward`; the tangent of mean_lo, a rounding error, is 0."""
     results = Outputs(*forward_p.bind(*primals, rule=rule))
     *operands, keep = primals
     _, mean, mean_lo, _, rstd, count = results
@@ -182,7 +182,7 @@ def forward_jvp(primals: Sequence[Array], tangents: Sequence[Any], *, rule: Rule
 
 
 def sums(d: Array, x: Array, keep: Array, mean: Array, mean_lo: Array, *, normalizes_padding: bool) -> list[Array]:
-    """sum(d) and sum(d * (x - mean - mean_lo)), of d in the dtype of x."""
+    """Bind `sums`: sum(d) and sum(d * (x - mean - mean_lo)), with d cast to the dtype of x."""
     operands = match_varying(d.astype(x.dtype), x, keep, mean, mean_lo)
     return sums_p.bind(*operands, normalizes_padding=normalizes_padding)  # type: ignore[no-any-return]
 
@@ -190,13 +190,13 @@ def sums(d: Array, x: Array, keep: Array, mean: Array, mean_lo: Array, *, normal
 def spread(
     first: Array, second: Array, x: Array, keep: Array, mean: Array, mean_lo: Array, *, normalizes_padding: bool
 ) -> Array:
-    """first + second * (x - mean - mean_lo), in the dtype of the statistics."""
+    """Bind `spread`: first + second * (x - mean - mean_lo), in the dtype of the statistics."""
     operands = match_varying(first, second, x, keep, mean, mean_lo)
     return spread_p.bind(*operands, normalizes_padding=normalizes_padding)[0]
 
 
 def sums_jvp(primals: Sequence[Array], tangents: Sequence[Any], *, normalizes_padding: bool) -> tuple[Any, Any]:
-    """Linear in d; what goes through x and the mean is array code."""
+    """The JVP of `sums`: linear in d; with respect to x and the mean by the generic implementation."""
     d, x, keep, mean, mean_lo = primals
     results = sums_p.bind(*primals, normalizes_padding=normalizes_padding)
     totals = zeros(results)
@@ -215,7 +215,7 @@ def sums_jvp(primals: Sequence[Array], tangents: Sequence[Any], *, normalizes_pa
 
 
 def spread_jvp(primals: Sequence[Array], tangents: Sequence[Any], *, normalizes_padding: bool) -> tuple[Any, Any]:
-    """Linear in the first two; what goes through x and the mean is array code."""
+    """The JVP of `spread`: linear in first and second; with respect to x and the mean by the generic implementation."""
     first, second, x, keep, mean, mean_lo = primals
     results = spread_p.bind(*primals, normalizes_padding=normalizes_padding)
     total = zeros(results)[0]
@@ -234,7 +234,7 @@ def spread_jvp(primals: Sequence[Array], tangents: Sequence[Any], *, normalizes_
 
 
 def sums_transpose(cotangents: Sequence[Any], d: Any, *operands: Any, normalizes_padding: bool) -> list[Any]:
-    """The gradient of d."""
+    """The transpose of `sums`: the cotangent of d."""
     none: list[Any] = [None] * len(operands)
     if all_zero(cotangents):
         return [None, *none]
@@ -246,7 +246,7 @@ def sums_transpose(cotangents: Sequence[Any], d: Any, *operands: Any, normalizes
 def spread_transpose(
     cotangents: Sequence[Any], first: Any, second: Any, *operands: Any, normalizes_padding: bool
 ) -> list[Any]:
-    """The gradients of the first two."""
+    """The transpose of `spread`: the cotangents of first and second."""
     (dy,) = cotangents
     none: list[Any] = [None] * len(operands)
     if type(dy) is ad.Zero:
@@ -259,7 +259,7 @@ def spread_transpose(
 
 
 def tangent_jvp(primals: Sequence[Array], tangents: Sequence[Any], *, rule: Rule) -> tuple[Any, Any]:
-    """The second derivative of the forward pass, by array code."""
+    """The JVP of `tangent`: linear in the tangents; with respect to the operands by the generic implementation."""
     results = tangent_p.bind(*primals, rule=rule)
     directions, operands, rest = primals[:4], primals[4:8], primals[8:]
     total = zeros(results)[0]
@@ -278,7 +278,7 @@ def tangent_jvp(primals: Sequence[Array], tangents: Sequence[Any], *, rule: Rule
 
 
 def backward_jvp(primals: Sequence[Array], tangents: Sequence[Any], *, rule: Rule) -> tuple[Any, Any]:
-    """The derivative of the gradients, by array code."""
+    """The JVP of `backward`: linear in dy; with respect to the operands by the generic implementation."""
     results = backward_p.bind(*primals, rule=rule)
     dy, operands, rest = primals[0], primals[1:5], primals[5:]
     totals = zeros(results)
@@ -296,7 +296,7 @@ def backward_jvp(primals: Sequence[Array], tangents: Sequence[Any], *, rule: Rul
 
 
 def tangent_transpose(cotangents: Sequence[Any], *operands: Any, rule: Rule) -> list[Any]:
-    """The gradients, for those tangents that are linear here."""
+    """The transpose of `tangent`: the gradients, for the tangents that are undefined primals."""
     linear = [ad.is_undefined_primal(operand) for operand in operands[:4]]
     (dy,) = cotangents
     none: list[Any] = [None] * len(operands)
@@ -307,7 +307,7 @@ def tangent_transpose(cotangents: Sequence[Any], *operands: Any, rule: Rule) -> 
 
 
 def backward_transpose(cotangents: Sequence[Any], dy: Any, *operands: Any, rule: Rule) -> list[Any]:
-    """The tangent along the cotangents."""
+    """The transpose of `backward`: the tangent along the cotangents."""
     none: list[Any] = [None] * len(operands)
     if all_zero(cotangents):
         return [None, *none]

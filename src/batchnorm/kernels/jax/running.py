@@ -1,8 +1,8 @@
-"""The running update as a primitive of JAX: one call of the C++ on a CPU, in place of a dozen small programs of XLA's.
+"""The running update as a primitive of JAX: one call of the C++ on a CPU, in place of a dozen small parts of a program.
 
 XLA runs a program of more than eight parts on several threads, and each part that changes threads costs more than the
-update of a hundred channels. The statistics are (L, C), those of the batch as well, and the scalars (L, 1), with L
-lanes whose batches enter, or are refused, by themselves.
+update of a hundred channels. The running statistics and the moments are (L, C) and the scalars (L, 1), with L lanes
+whose batches are accepted or refused separately.
 """
 
 from collections.abc import Sequence
@@ -28,7 +28,7 @@ FIELDS = len(RunningStatistics._fields)
 
 
 def advance(running: RunningStatistics, batch: Moments, convention: Convention, *, masked: bool) -> RunningStatistics:
-    """The state after one more batch, as `core.running.advance`; a traced eps or decay takes array code."""
+    """Update the state by a batch, as a primitive; `core.running.advance` computes it for a traced eps or decay."""
     if not (isinstance(convention.eps, Real) and isinstance(convention.decay, Real | None)):
         return advance_by_array_code(jnp, running, batch, convention, masked=masked)
     state = [jnp.reshape(value, (1, -1)) for value in running]
@@ -39,12 +39,12 @@ def advance(running: RunningStatistics, batch: Moments, convention: Convention, 
 
 
 def advance_avals(*operands: ShapedArray, convention: Convention, masked: bool) -> list[ShapedArray]:
-    """The state, as it was given."""
+    """The abstract results of `advance`: arrays like those of the state."""
     return [state.update(weak_type=False) for state in operands[:FIELDS]]
 
 
 def generic_advance(*operands: Array, convention: Convention, masked: bool) -> tuple[Array, ...]:
-    """The update of every lane, by array code."""
+    """Update every lane by the generic implementation."""
 
     def one(*operands: Array) -> tuple[Array, ...]:
         running = kind_of(convention.tracked)(*operands[:FIELDS])
@@ -57,14 +57,14 @@ def generic_advance(*operands: Array, convention: Convention, masked: bool) -> t
 
 
 def native_advance(context: Any, *operands: Any, convention: Convention, masked: bool) -> Any:
-    """A call of the C++."""
+    """Lower `advance` to a call of the C++."""
     kinds: dict[type, Any] = {bool: bool, int: numpy.int64, float: numpy.float64}
     numbers = {name: kinds[type(value)](value) for name, value in averaging_fields(convention, masked=masked).items()}
     return jax.ffi.ffi_lowering("batchnorm_advance")(context, *operands, **numbers)
 
 
 def advance_jvp(primals: Sequence[Array], tangents: Sequence[Any], **static: Any) -> tuple[Any, Any]:
-    """The derivatives, by array code."""
+    """The JVP of `advance`, by the generic implementation."""
     updated = advance_p.bind(*primals, **static)
     if all_zero(tangents):
         return updated, zeros(updated)

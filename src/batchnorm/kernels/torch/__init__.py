@@ -1,1 +1,1 @@
-"""The C++ kernels on PyTorch's CPU tensors: `kernel` is their interface, `operators` that of compiled graphs."""
+"""The C++ kernels for PyTorch's CPU tensors: `kernel` is the eager interface, `operators` serves compiled graphs."""

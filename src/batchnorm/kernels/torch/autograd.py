@@ -1,4 +1,4 @@
-"""The C++ kernels on PyTorch's CPU tensors, and in its autograd."""
+"""The C++ kernels for PyTorch's CPU tensors, with autograd."""
 
 from typing import Any
 
@@ -27,13 +27,13 @@ def empty(shape: tuple[int, ...], dtype: str) -> Array:
 
 
 def empty_like(array: Array) -> Array:
-    """An uninitialized tensor of the shape, dtype and layout of another, in memory that is kept for reuse."""
+    """An uninitialized tensor of the shape, dtype and layout of another, from the pool of freed buffers if possible."""
     result = _native.result_like(array)
     return torch.empty_like(array) if result is None else result
 
 
 def contiguous(array: Array) -> Array:
-    """The tensor in C order, outside of any graph; itself where it is."""
+    """The tensor in C order: itself if it already is, else a copy outside of any graph."""
     return array if array.is_contiguous() else array.detach().contiguous()
 
 
@@ -42,11 +42,13 @@ NATIVE = Native(LIBRARY, ArrayOps(xp, empty_like, contiguous), get_num_threads)
 
 
 class Mode:
-    """Where a call takes its statistics from, as requests: of calls that autograd records, and of others.
+    """The source of a call's statistics, as two requests: one for calls that autograd records, one for all others.
 
     Attributes:
-        is_in_place: Running statistics are advanced where they are.
-        is_by_batch: What normalizes depends on x.
+        is_in_place: Whether running statistics are updated in place.
+        is_by_batch: Whether the statistics that normalize depend on x.
+        eager: The request for calls that autograd does not record.
+        differentiated: The request for calls that it records, which returns the statistics too.
     """
 
     def __init__(
@@ -64,12 +66,12 @@ CONSTANTS, KNOWN_STATISTICS = (Mode(GIVEN, is_by_batch=is_by_batch) for is_by_ba
 
 
 def has_derivatives(*tensors: Array | None) -> bool:
-    """Whether a result computed from these tensors has to be differentiable."""
+    """Whether a result computed from these tensors must be differentiable."""
     return is_forward_mode() or has_gradients(*tensors)
 
 
 def has_gradients(*tensors: Array | None) -> bool:
-    """Whether autograd records what is computed from these tensors."""
+    """Whether autograd records operations on these tensors."""
     if torch.is_grad_enabled():
         for tensor in tensors:  # `any` of a generator takes twice as long
             if tensor is not None and tensor.requires_grad:
@@ -78,14 +80,14 @@ def has_gradients(*tensors: Array | None) -> bool:
 
 
 def are_concrete(*tensors: Array | None) -> bool:
-    """Whether these are tensors whose memory holds their numbers, in a call that nothing traces."""
+    """Whether these are tensors whose memory holds their values, in a call that is neither traced nor transformed."""
     return not is_traced() and are_in_memory(*tensors)
 
 
 def are_in_memory(*tensors: Array | None) -> bool:
-    """Whether the memory of tensors holds their numbers, and not the negative of them.
+    """Whether the memory of tensors holds their values, and not the negated ones.
 
-    Other types, and tensors without memory, are left to the extension, which declines them.
+    Subclasses, and tensors without memory, are not looked for: the extension declines them.
     """
     try:
         for tensor in tensors:
@@ -97,10 +99,10 @@ def are_in_memory(*tensors: Array | None) -> bool:
 
 
 def apply(mode: Mode, spec: Spec, operands: Operands, numbers: Any = None, out: Array | None = None) -> Any:
-    """(y, entry, running, statistics, count) as `_native.normalize`, y with its place in the graph; or a Refusal.
+    """Normalize, recorded by autograd: (y, entry, running, statistics, count) as `_native.normalize`, or a Refusal.
 
-    `numbers` are running statistics, or those that normalize. Refused in forward mode and under transformations; no
-    graph must be made of the call (`is_in_graph`).
+    `numbers` are running statistics, or the statistics that normalize. The call is refused in forward mode and under
+    transformations. It must not be traced into a graph (`is_in_graph`).
     """
     x, gamma, beta, residual, mask = operands
     if is_transformed() or is_forward_mode() or spec.native is None or not are_in_memory(x, gamma, beta, residual):
@@ -109,13 +111,13 @@ def apply(mode: Mode, spec: Spec, operands: Operands, numbers: Any = None, out: 
         done = NATIVE.call(mode.eager, spec, operands, numbers, out)
     else:
         affine = spec.convention.affine
-        if affine != "plain" and affine != "abs_eps":  # parameters without effect have no gradient, not one of 0
+        if affine != "plain" and affine != "abs_eps":  # the gradient of parameters without effect is None, not 0
             gamma, beta = None, None if affine == "ignored" else beta
         if spec.convention.normalize_with == "running" and mode.is_by_batch:
             return TYPE
         call = SavedCall(mode, spec, mask, numbers)
         y = apply_normalization(x, gamma, beta, residual, call)
-        done, call.done = call.done, None  # which holds y
+        done, call.done = call.done, None  # call.done would keep y alive
         if y is None:
             return done
         done = (y if out is None else generic.write_out(y, out), *done[1:])
@@ -127,7 +129,7 @@ def apply(mode: Mode, spec: Spec, operands: Operands, numbers: Any = None, out: 
 
 
 class SavedCall:
-    """A normalization on its way through autograd, and what it keeps for its gradients."""
+    """The arguments of a normalization that autograd records, and what its backward needs besides saved tensors."""
 
     __slots__ = ("count", "done", "has_lengths", "mask", "mode", "numbers", "spec", "statistics")
 
@@ -139,7 +141,7 @@ class SavedCall:
         self.done: Any = None
 
     def constants(self, x: Array) -> Statistics | None:
-        """The statistics, if they do not depend on x."""
+        """The statistics if they do not depend on x, else None."""
         if self.mode.is_by_batch:
             return None
         shape = self.spec.axes.statistics_shape(x.shape)
@@ -147,9 +149,9 @@ class SavedCall:
 
 
 class Normalization(torch.autograd.Function):
-    """y of x, gamma, beta and residual.
+    """y as a differentiable function of x, gamma, beta and residual.
 
-    The statistics are not saved by reference in the graph and x is not changed: two forwards may precede a backward.
+    The graph holds no reference to running statistics, and x is not changed: two forward passes may precede a backward.
     """
 
     @staticmethod
@@ -163,7 +165,7 @@ class Normalization(torch.autograd.Function):
         if type(done) is not tuple:
             return None
         ctx.call = call
-        ctx.set_materialize_grads(False)  # no gradient is none, and not 0
+        ctx.set_materialize_grads(False)  # an absent gradient is None, not 0
         mask, call.mask = call.mask, None
         if isinstance(mask, Lengths):
             mask, call.has_lengths = mask.values, True
@@ -177,7 +179,7 @@ class Normalization(torch.autograd.Function):
     def backward(ctx: Any, dy: Array) -> tuple[Array | None, ...]:
         if dy is None:
             return (None,) * 5
-        if dy._is_zerotensor():  # which has no memory
+        if dy._is_zerotensor():  # has no memory
             dy = torch.zeros(dy.shape, dtype=dy.dtype)
         call, (x, gamma, beta, residual, mask) = ctx.call, ctx.saved_tensors
         spec, mask = call.spec, Lengths(mask) if call.has_lengths else mask
@@ -192,18 +194,18 @@ class Normalization(torch.autograd.Function):
         return (*differentiable_gradients(spec, Operands(*operands), call.constants(x), dy), None)
 
 
-#: `Normalization.apply` without what it does for torch.func first, which takes as long as a small batch norm. Of calls
-#: that are neither traced nor transformed.
+#: `Normalization.apply` without its preparations for torch.func, which take as long as a small batch norm. Only for
+#: calls that are neither traced nor transformed.
 apply_normalization: Any = super(torch.autograd.Function, Normalization).apply
 
 
 def differentiable_gradients(
     spec: Spec, operands: Operands, constants: Statistics | None, dy: Array
 ) -> tuple[Array | None, ...]:
-    """Gradients of x, gamma, beta and residual that can be differentiated again, by array code."""
+    """Gradients of x, gamma, beta and residual that can be differentiated again, by the generic implementation."""
     with torch.enable_grad():
-        # Aliases: hooks of the tensors themselves are for the gradients that are returned here, and one of the tensors
-        # may depend on another.
+        # Aliases: hooks of the tensors themselves must see only the gradients that are returned here, and one of the
+        # tensors may depend on another.
         leaves = [alias(tensor) for tensor in operands[:4]]
         y = generic.output(xp, spec, Operands._make((*leaves, operands.mask)), constants)
         wanted = [leaf for leaf in leaves if leaf is not None]
@@ -212,7 +214,7 @@ def differentiable_gradients(
 
 
 def alias(tensor: Array | None) -> Array | None:
-    """The tensor as another object of the graph, which requires a gradient."""
+    """The tensor as a new node of the graph, which requires a gradient."""
     if tensor is None:
         return None
     return tensor.view_as(tensor) if tensor.requires_grad else tensor.detach().requires_grad_()

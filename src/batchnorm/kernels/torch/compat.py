@@ -1,6 +1,6 @@
-"""Private names of PyTorch, each with what it is used for. They hold for PyTorch 2.6 to 2.13.
+"""Private names of PyTorch, each with its use. They are valid for PyTorch 2.6 to 2.13.
 
-Nothing else in this package imports a private name of PyTorch, but for `torch.fx` and `torch._dynamo`, which are
+No other module of this package imports a private name of PyTorch, except for `torch.fx` and `torch._dynamo`, which are
 imported where they are needed.
 """
 
@@ -49,7 +49,7 @@ __all__ = [
     "user_stacklevel",
 ]
 
-#: Where the code of PyTorch and of this library lies.
+#: The folders that hold the code of PyTorch and of this library.
 LIBRARIES = tuple(
     os.path.join(folder, "")
     for folder in (os.path.dirname(torch.__file__), os.path.abspath(os.path.join(os.path.dirname(__file__), "../..")))
@@ -58,22 +58,22 @@ LIBRARIES = tuple(
 F = TypeVar("F", bound=Callable[..., Any])
 
 
-#: Whether a graph is made that leaves PyTorch; before PyTorch 2.7 exporting looks like compiling.
+#: Whether calls are traced for torch.export; before PyTorch 2.7 exporting cannot be told from compiling.
 is_exporting: Callable[[], bool] = getattr(torch.compiler, "is_exporting", lambda: False)
 
 
 def is_in_graph() -> bool:
-    """Whether a graph is made of the calls: torch.compile, export, torch.jit.trace."""
+    """Whether calls are traced into a graph: torch.compile, torch.export, torch.jit.trace."""
     return is_compiling() or is_tracing()
 
 
 def is_transformed() -> bool:
-    """Whether calls are transformed, or seen by a dispatch mode: torch.func, fx, fake tensors."""
+    """Whether calls are transformed, or intercepted by a dispatch mode: torch.func, fx, fake tensors."""
     return are_transforms_active() or dispatch_modes() > 0
 
 
 def is_traced() -> bool:
-    """Whether calls are being recorded or transformed rather than run."""
+    """Whether calls are traced or transformed rather than run."""
     return is_in_graph() or is_transformed()
 
 
@@ -83,27 +83,27 @@ def is_forward_mode() -> bool:
 
 
 def is_batched(tensor: torch.Tensor) -> bool:
-    """Whether a tensor is one of `vmap`, the present one or the one of `torch.autograd.grad(is_grads_batched=True)`."""
+    """Whether a tensor is batched by `vmap`, or by the older one of `torch.autograd.grad(is_grads_batched=True)`."""
     return functorch.is_batchedtensor(tensor) or functorch.is_legacy_batchedtensor(tensor)
 
 
 def is_recomputed() -> bool:
-    """Whether autograd is computing a forward pass again, in the middle of a backward pass."""
+    """Whether a forward pass is being recomputed during a backward pass, as gradient checkpointing does."""
     return current_backward() != -1
 
 
 def constant_in_graphs(function: F) -> F:
-    """Let Dynamo call a function while it traces, and take the result for a constant.
+    """Make Dynamo call a function while it traces and treat the result as a constant.
 
-    What `torch.compiler.assume_constant_result` does, without importing Dynamo, which takes as long as importing all of
-    PyTorch.
+    Equivalent to `torch.compiler.assume_constant_result`, without importing Dynamo, which takes as long as importing
+    all of PyTorch.
     """
     function._dynamo_marked_constant = True  # type: ignore[attr-defined]
     return function
 
 
 def user_stacklevel() -> int:
-    """The `stacklevel` with which a warning points at the innermost line that is neither PyTorch's nor ours."""
+    """The `stacklevel` that points a warning at the innermost line outside PyTorch and this library."""
     level, frame = 1, sys._getframe(1)
     while frame.f_back is not None and frame.f_code.co_filename.startswith(LIBRARIES):
         level, frame = level + 1, frame.f_back

@@ -38,12 +38,12 @@ FORWARD, FORWARD_BY_STATE = Mode(BATCH, returns=CACHE), Mode(RUNNING, returns=CA
 
 
 class PyTorch:
-    """The kernel of functions of arrays, on tensors that autograd may differentiate."""
+    """The kernel of `functional` for PyTorch's tensors, which autograd may differentiate."""
 
     def normalize(
         self, spec: Spec, operands: Operands, running: RunningStatistics, training: bool, out: Array | None = None
     ) -> Any:
-        """`functional.batch_norm`."""
+        """Implement `functional.batch_norm`."""
         if is_in_graph() or not is_state_of(running, spec):
             return STATE
         done = apply(TRAINING if training else INFERENCE, spec, operands, running, out)
@@ -52,7 +52,7 @@ class PyTorch:
     def forward(
         self, spec: Spec, operands: Operands, running: RunningStatistics | None = None, out: Array | None = None
     ) -> Any:
-        """`functional.forward`."""
+        """Implement `functional.forward`."""
         if is_in_graph() or (running is not None and not is_state_of(running, spec)):
             return STATE
         done = apply(FORWARD if running is None else FORWARD_BY_STATE, spec, operands, running, out)
@@ -62,7 +62,7 @@ class PyTorch:
         return y, new_tuple(Cache, (*operands, new_tuple(Statistics, statistics), count, spec))
 
     def gradients(self, dy: Array, cache: Cache) -> Any:
-        """`functional.backward`; itself differentiable, as array code, where autograd asks for it."""
+        """Implement `functional.backward`; a call that autograd records uses the generic implementation."""
         operands = cache.operands
         arrays = operands[:4]
         if not are_concrete(dy, *arrays):
@@ -73,11 +73,11 @@ class PyTorch:
         return Gradients(*differentiable_gradients(cache.spec, operands, constants, dy))
 
     def moments(self, spec: Spec, x: Array, mask: Mask) -> Any:
-        """`functional.moments`."""
+        """Implement `functional.moments`."""
         return TYPE if has_derivatives(x) or not are_concrete(x) else NATIVE.moments(spec, x, mask)
 
     def unsupported_reason(self, spec: Spec, operands: Operands, others: tuple[Array | None, ...]) -> str | None:
-        """Why the kernels do not serve these tensors; None if they do."""
+        """Why the kernels do not support these tensors; None if they do."""
         if is_traced():
             return "the tensors are being traced or transformed"
         for tensor in (*operands[:4], *others):
@@ -94,14 +94,14 @@ KERNEL = PyTorch()
 
 
 def is_state_of(running: Any, spec: Spec) -> bool:
-    """Whether these are running statistics of the spec's convention that nothing differentiates."""
+    """Whether these are running statistics of the spec's convention that require no gradient."""
     if not isinstance(running, RunningStatistics) or running.tracked != spec.convention.tracked:
         return False
     return not any(getattr(value, "requires_grad", False) for value in running[:2])
 
 
 def normalize_by(spec: Spec, operands: Operands, statistics: Statistics) -> Array:
-    """y by given statistics, not differentiable, of tensors anywhere."""
+    """y normalized by `statistics`, on any device; not differentiable."""
     done = NATIVE.call(APPLY, spec, operands, statistics) if are_concrete(*operands[:4]) else TYPE
     return done[0] if type(done) is tuple else generic.output(xp, spec, operands, statistics)
 

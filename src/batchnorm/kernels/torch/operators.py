@@ -1,7 +1,8 @@
-"""The kernels as operators of PyTorch, for graphs that are compiled: opaque to the compiler, with fake versions.
+"""The kernels as custom operators of PyTorch for compiled graphs: opaque to the compiler, with fake implementations.
 
-`batchnorm::forward` and `batchnorm::backward` compute, `batchnorm::advance` changes running statistics in place. In
-eager mode they would cost more than a small batch norm, so nothing but compiled code calls them.
+`batchnorm::forward`, `batchnorm::backward` and `batchnorm::moments` return results; `batchnorm::advance` updates
+running statistics in place. Only compiled code calls them, because in eager mode they cost more than a small batch
+norm.
 """
 
 from dataclasses import replace
@@ -33,7 +34,7 @@ MEASURED_FORWARD = _native.Request(source=BATCH, is_in_place=False, returns=EVER
 def spec_of_graph(
     axis: int, ndim: int, eps: float, placement: str, correction: int, activation: str | None, group_size: int
 ) -> Spec:
-    """The spec of an operator's arguments; the parameters are in effect, and single elements have been seen to."""
+    """The spec of an operator's arguments; gamma and beta are effective, and the caller handles single elements."""
     rules: dict[str, Any] = {"eps": eps, "eps_train": placement, "normalize_correction": correction}
     convention = replace(find("pytorch"), single="clamp", zero_eps="allowed", **rules)
     return replace(spec_of(convention, axis, ndim, activation), group_size=group_size)
@@ -53,7 +54,7 @@ def forward(
     activation: str | None,
     group_size: int,
 ) -> Results:
-    """y, mean, mean_lo, m2, rstd and count of a batch that is normalized by its own statistics, or those of groups."""
+    """Normalize a batch or its groups by their own statistics; return y, mean, mean_lo, m2, rstd and count."""
     spec = spec_of_graph(axis, x.ndim, eps, placement, correction, activation, group_size)
     operands = Operands(x, gamma, beta, residual, mask)
     done = NATIVE.call(MEASURED_FORWARD, spec, operands) if are_concrete(*operands[:4]) else TYPE
@@ -65,7 +66,7 @@ def forward(
         statistics = generic.own_statistics(xp, spec, batch)
         y = generic.output(xp, spec, operands, statistics)
         return y, batch.mean, batch.mean_lo, batch.m2, statistics.rstd, batch.count.clone()
-    # The gradients are those of the array code, which need no statistics.
+    # `backward` falls back to the generic implementation, which recomputes the statistics.
     y = generic.output(xp, spec, operands)
     _, *empty, count = fake_forward(x, gamma, beta, residual, mask, axis, eps, placement, correction, None, group_size)
     mean, mean_lo, m2, rstd = (torch.full_like(tensor, torch.nan) for tensor in empty)
@@ -86,7 +87,7 @@ def fake_forward(
     activation: str | None,
     group_size: int,
 ) -> Results:
-    """Shapes, dtypes and layouts of the results."""
+    """The fake implementation of `forward`: shapes, dtypes and layouts of the results."""
     dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
     shape = [x.shape[axis]]
     if group_size:
@@ -116,7 +117,7 @@ def backward(
     activation: str | None,
     group_size: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of x, gamma, beta and residual; without elements for what was not given."""
+    """Gradients of x, gamma, beta and residual; an empty tensor for an absent argument."""
     spec = spec_of_graph(axis, x.ndim, eps, placement, correction, activation, group_size)
     operands = Operands(x, gamma, beta, residual, mask)
     done: Any = TYPE
@@ -138,20 +139,20 @@ def fake_backward(
     residual: Tensor | None,
     *_: Any,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Shapes, dtypes and layouts of the gradients."""
+    """The fake implementation of `backward`: shapes, dtypes and layouts of the gradients."""
     arguments = (x, gamma, beta, residual)
     return tuple(x.new_empty(0) if tensor is None else torch.empty_like(tensor) for tensor in arguments)  # type: ignore[return-value]
 
 
 def save_for_backward(ctx: Any, inputs: tuple[Any, ...], output: Results) -> None:
-    """What the gradients need: the arguments and the statistics."""
+    """Save the arguments and the statistics for backward."""
     _, *statistics = output
     ctx.save_for_backward(*inputs[:5], *statistics)
     ctx.rules = inputs[5:]
 
 
 def differentiate(ctx: Any, dy: Tensor, *_: Tensor | None) -> tuple[Tensor | None, ...]:
-    """The gradients of `forward`; those of its statistics are not asked for."""
+    """The backward formula of `forward`; cotangents of its statistics are ignored."""
     gradients = backward(dy, *ctx.saved_tensors, *ctx.rules)
     arguments = ctx.saved_tensors[:4]
     return (
@@ -165,7 +166,7 @@ forward.register_autograd(differentiate, setup_context=save_for_backward)
 
 @library.custom_op("batchnorm::moments", mutates_args=())
 def moments(x: Tensor, mask: Tensor | None, axis: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """count, mean, mean_lo and m2 of a batch; without derivatives."""
+    """count, mean, mean_lo and m2 of a batch; not differentiable."""
     spec = spec_of_graph(axis, x.ndim, 0.0, "inside", 0, None, 0)
     batch = NATIVE.moments(spec, x, mask) if are_concrete(x) else TYPE
     batch = batch if type(batch) is Moments else generic.moments(spec, x, mask)
@@ -174,7 +175,7 @@ def moments(x: Tensor, mask: Tensor | None, axis: int) -> tuple[Tensor, Tensor, 
 
 @moments.register_fake
 def fake_moments(x: Tensor, mask: Tensor | None, axis: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Shapes and dtypes of the results."""
+    """The fake implementation of `moments`: shapes and dtypes of the results."""
     dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
     mean, mean_lo, m2 = (x.new_empty(x.shape[axis], dtype=dtype) for _ in range(3))
     return x.new_empty(x.shape[axis], dtype=torch.int64), mean, mean_lo, m2
@@ -201,7 +202,7 @@ def advance(
     debias: str,
     single: str,
 ) -> None:
-    """Let the moments of a batch enter running statistics, as the fields of `Convention` say."""
+    """Update running statistics in place by the moments of a batch; the other arguments are fields of `Convention`."""
     dtype = torch.float64 if torch.float64 in (mean.dtype, spread.dtype) else torch.float32
     zero, quantity = torch.zeros((), dtype=dtype, device=mean.device), cast(Tracked, tracked)
     number, own_weight = (
@@ -225,4 +226,4 @@ def advance(
 
 @advance.register_fake
 def fake_advance(*_: Any) -> None:
-    """Nothing comes out."""
+    """The fake implementation of `advance`, which returns nothing."""

@@ -1,9 +1,9 @@
-"""Running statistics under `torch.func`: a batch's moments, whatever they are wrapped in, change plain buffers.
+"""Running statistics under `torch.func`: a batch's wrapped moments update the unwrapped buffers.
 
-PyTorch refuses to change in place, from inside a transformation, a tensor that comes from outside: a layer in training
-could not be transformed. What is recorded here is a side effect and no part of the function, so it happens beneath the
-transformations, on the tensors that they wrap. Of `vmap`, the lanes over which a buffer is not batched are one batch to
-it: their moments are merged.
+Inside a transformation, PyTorch refuses to change a tensor from outside in place, so a layer in training could not be
+transformed. The update is a side effect and no part of the function, so it is made beneath the transformations, on the
+tensors that they wrap. Under `vmap`, the lanes over which a buffer is not batched form one batch: their moments are
+merged.
 """
 
 from collections.abc import Callable
@@ -18,13 +18,13 @@ from batchnorm.kernels.torch.compat import functorch, temporarily_clear_interpre
 
 
 class Unwrapped(NamedTuple):
-    """A tensor beneath all transformations; the dimensions of the levels of vmap come first, in their order."""
+    """A tensor beneath all transformations; its first dimensions are the levels of vmap, in ascending order."""
 
     tensor: Tensor
     levels: tuple[int, ...]
 
     def expand_over(self, levels: tuple[int, ...]) -> Tensor:
-        """The tensor with a dimension for each of these levels, of size 1 where it has none."""
+        """The tensor with a first dimension for each of these levels, of size 1 for a level that it lacks."""
         for position, level in enumerate(levels):
             if level not in self.levels:
                 self = Unwrapped(self.tensor.unsqueeze(position), tuple(sorted((*self.levels, level))))
@@ -41,7 +41,7 @@ def unwrap(tensor: Tensor) -> Unwrapped:
     with temporarily_clear_interpreter_stack():
         tensor = tensor.data
         rest, found = list(range(tensor.ndim)), {}
-        for level, dimension in reversed(batched):  # from the innermost: a dimension is counted without those within
+        for level, dimension in reversed(batched):  # innermost first: a dimension is counted without inner ones
             found[level] = rest.pop(dimension)
         levels = tuple(sorted(found))
         return Unwrapped(tensor.permute([*(found[level] for level in levels), *rest]), levels)
@@ -50,7 +50,7 @@ def unwrap(tensor: Tensor) -> Unwrapped:
 def update_beneath(
     buffers: tuple[Tensor | None, ...], batch: Moments, track: Callable[[tuple[Tensor | None, ...], Moments], None]
 ) -> None:
-    """Call `track` with plain tensors: views of the buffers, and the moments that belong to them."""
+    """Call `track`, for each lane of the buffers, with unwrapped tensors: views of the buffers and their moments."""
     targets = [None if buffer is None else unwrap(buffer) for buffer in buffers]
     parts = [unwrap(part) for part in batch]
     own = tuple(sorted({level for target in targets if target is not None for level in target.levels}))
@@ -68,17 +68,17 @@ def update_beneath(
 
 
 def expand_lanes(state: Tensor, sizes: torch.Size) -> Tensor:
-    """A view of the buffer with so many lanes in front, which are one where it has only one."""
+    """A view of the buffer with leading lanes of these sizes, which share memory where the buffer has only one."""
     return state.expand([*sizes, *state.shape[len(sizes) :]])
 
 
 def flatten_front(tensor: Tensor, dimensions: int) -> Tensor:
-    """The first so many dimensions as one."""
+    """Flatten the first `dimensions` dimensions into one; add one of size 1 if there are none."""
     return tensor.flatten(0, dimensions - 1) if dimensions else tensor[None]
 
 
 def merge_lanes(lanes: Moments) -> Moments:
-    """The moments of all lanes of the first dimension, halves merged with halves."""
+    """Merge the moments of all lanes, the indices of the first dimension, in a tree: halves with halves."""
     while (number := len(lanes.mean)) > 1:
         half = number // 2
         first, second, odd = (
