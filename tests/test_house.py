@@ -17,8 +17,8 @@ FRAMEWORKS = ("torch", "jax", "flax", "optax", "xarray", "sklearn", "scipy", "ma
 
 #: From the bottom up: a module imports from its own rung and the ones before it.
 RUNGS = (
-    "_native", "convention", "conventions", "core", "spec", "dimension_names", "kernels", "configuration", "validation",
-    "functional", "torch", "jax", "flax", "compat", "", "training", "cli", "__main__",
+    "_native", "convention", "conventions", "core", "spec", "dimension_names", "user_warnings", "kernels",
+    "configuration", "validation", "functional", "torch", "jax", "flax", "compat", "", "training", "cli", "__main__",
 )  # fmt: skip
 
 

@@ -1,9 +1,6 @@
 """Batch normalization as functions of arrays of NumPy, PyTorch, JAX, or any library with an array-API namespace."""
 
-import sys
-import warnings
 from collections.abc import Callable
-from contextvars import ContextVar
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -22,23 +19,17 @@ from batchnorm.kernels.generic import Cache, Gradients
 from batchnorm.kernels.interface import Kernel
 from batchnorm.kernels.registry import KERNELS, select
 from batchnorm.spec import Activation, Operands, Spec, cached_spec, new_tuple
-from batchnorm.validation import (
-    Arguments,
+from batchnorm.user_warnings import warn_of_skipped
+from batchnorm.validation.arrays import (
     as_base,
     check_array,
-    check_call,
-    check_enterable,
-    check_moments,
-    check_or_initial,
     check_out,
     check_parameter,
-    check_running,
     check_same_library,
-    check_state,
-    check_trainable,
-    check_training,
     concrete_bool,
 )
+from batchnorm.validation.calls import Arguments, check_call, check_enterable, check_trainable, check_training
+from batchnorm.validation.states import check_moments, check_or_initial, check_running, check_state
 
 
 def batch_norm(
@@ -169,31 +160,6 @@ def checked_batch_norm(
     if training is not False and concrete_bool(updated.skipped > running.skipped):
         (warn or warn_of_skipped)()
     return y, updated
-
-
-#: The end of the warning about a skipped batch: where the layer that is being called counts it.
-SKIPPED_REMARK: ContextVar[str] = ContextVar("SKIPPED_REMARK", default=" and is counted in running.skipped")
-
-
-def warn_of_skipped() -> None:
-    """Warn, at the user's line, that a batch did not enter the running statistics."""
-    message = (
-        "the statistics of a batch are not finite (NaN, Inf or overflow in x): it did not enter the running "
-        f"statistics{SKIPPED_REMARK.get()}"
-    )
-    warnings.warn(message, RuntimeWarning, user_stacklevel())
-
-
-#: Packages whose lines no warning points at: this one, and those that call it on the user's behalf.
-CALLERS = ("batchnorm", "jax", "flax", "torch", "contextlib")
-
-
-def user_stacklevel() -> int:
-    """The `stacklevel` that points a warning of the calling function at the innermost line outside `CALLERS`."""
-    level, frame = 1, sys._getframe(1)
-    while frame.f_back is not None and str(frame.f_globals.get("__name__")).partition(".")[0] in CALLERS:
-        level, frame = level + 1, frame.f_back
-    return level
 
 
 def forward(

@@ -6,7 +6,7 @@ from numbers import Real
 from typing import Any
 
 from batchnorm.core.dtypes import Array
-from batchnorm.validation import check_array, check_same_library
+from batchnorm.validation.arrays import check_array, check_same_library
 
 
 def check_number(name: str, value: Any, role: str, *, most: float = math.inf) -> None:

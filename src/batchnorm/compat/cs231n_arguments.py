@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 from batchnorm.compat.arguments import check_number, check_values
 from batchnorm.core.dtypes import statistics_dtype
 from batchnorm.core.running import RunningStatistics
-from batchnorm.validation import check_array
+from batchnorm.validation.arrays import check_array
 
 Array = NDArray[Any]
 

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 
 from batchnorm.compat.arguments import check_number
 from batchnorm.jax.functional import in_jax, scalar
-from batchnorm.validation import check_array
+from batchnorm.validation.arrays import check_array
 
 
 def value_of(name: str, variable: Any) -> Any:

@@ -4,7 +4,7 @@ import operator
 from typing import Any
 
 from batchnorm.core.dtypes import Array
-from batchnorm.validation import as_axis, check_activation
+from batchnorm.validation.calls import as_axis, check_activation
 
 Shape = tuple[int | None, ...]
 

@@ -11,7 +11,7 @@ from batchnorm.conventions import resolve
 from batchnorm.core.axes import split_axes
 from batchnorm.core.dtypes import Array, namespace
 from batchnorm.core.running import RunningStatistics
-from batchnorm.validation import check_array
+from batchnorm.validation.arrays import check_array
 
 
 class BatchNormLayer:

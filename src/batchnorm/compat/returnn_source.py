@@ -11,7 +11,7 @@ from batchnorm.core.axes import split_axes
 from batchnorm.core.dtypes import cast, namespace, statistics_dtype
 from batchnorm.core.running import RunningStatistics
 from batchnorm.dimension_names import unnamed_like
-from batchnorm.validation import as_array_like, check_array, check_same_library
+from batchnorm.validation.arrays import as_array_like, check_array, check_same_library
 
 PREFIX = "lengths_of_"
 

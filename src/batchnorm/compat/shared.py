@@ -7,7 +7,7 @@ import numpy
 
 from batchnorm.compat.storage import is_recomputed, is_traced, storable, without_derivatives
 from batchnorm.core.dtypes import Array, cast, namespace, statistics_dtype
-from batchnorm.validation import as_array_like, check_same_library
+from batchnorm.validation.arrays import as_array_like, check_same_library
 
 
 class Shared:

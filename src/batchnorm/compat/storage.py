@@ -12,10 +12,11 @@ from batchnorm.convention import Convention
 from batchnorm.core.dtypes import Array
 from batchnorm.core.running import RunningStatistics
 from batchnorm.dimension_names import Axis, is_named, renamed
-from batchnorm.functional import SKIPPED_REMARK, checked_batch_norm, warn_of_skipped
+from batchnorm.functional import checked_batch_norm
 from batchnorm.kernels.registry import select
 from batchnorm.spec import Activation
-from batchnorm.validation import Arguments, check_call
+from batchnorm.user_warnings import SKIPPED_REMARK, warn_of_skipped
+from batchnorm.validation.calls import Arguments, check_call
 
 
 def storable(name: str, value: Array, instead: str) -> Array:

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 
 from batchnorm.compat.arguments import check_values
 from batchnorm.jax.functional import in_jax
-from batchnorm.validation import check_array
+from batchnorm.validation.arrays import check_array
 
 Initializer = Callable[[int], Any]
 ZEROS, ONES = partial(jnp.zeros, dtype=jnp.float32), partial(jnp.ones, dtype=jnp.float32)

@@ -13,7 +13,7 @@ from batchnorm.compat.zygote_formulas import apply_as_written
 from batchnorm.core.running import RunningStatistics
 from batchnorm.jax import implicit_batch_norm
 from batchnorm.spec import Activation
-from batchnorm.validation import check_activation
+from batchnorm.validation.calls import check_activation
 
 ARRAYS, STATIC = ("beta", "gamma", "running"), ("activation", "eps", "momentum", "faithful", "frozen")
 

@@ -12,9 +12,9 @@ from flax.linen.dtypes import canonicalize_dtype
 from batchnorm.convention import Convention, Single
 from batchnorm.core.running import RunningStatistics
 from batchnorm.flax.options import Own
-from batchnorm.functional import SKIPPED_REMARK, warn_of_skipped
 from batchnorm.jax import batch_norm
-from batchnorm.validation import check_list, concrete_bool
+from batchnorm.user_warnings import SKIPPED_REMARK, warn_of_skipped
+from batchnorm.validation.arrays import check_list, concrete_bool
 
 
 class LayerCall(NamedTuple):

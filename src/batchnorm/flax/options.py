@@ -14,7 +14,7 @@ from batchnorm.convention import Convention
 from batchnorm.conventions import find, resolve
 from batchnorm.kernels.registry import NAMES
 from batchnorm.spec import Activation
-from batchnorm.validation import check_activation
+from batchnorm.validation.calls import check_activation
 
 
 class Own(NamedTuple):

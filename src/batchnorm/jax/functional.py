@@ -17,7 +17,8 @@ from batchnorm.jax.placement import channel_spec, place, place_like, place_mask
 from batchnorm.kernels.jax.formulas import CrossDevice
 from batchnorm.kernels.registry import select
 from batchnorm.spec import Activation
-from batchnorm.validation import Arguments, as_axis, check_array, check_call
+from batchnorm.validation.arrays import check_array
+from batchnorm.validation.calls import Arguments, as_axis, check_call
 
 AxisName = Hashable | tuple[Hashable, ...]
 Axis = int | Sequence[int]

@@ -21,7 +21,7 @@ from batchnorm.jax.averaging import check_width, checksum
 from batchnorm.jax.functional import Axis, batch_norm
 from batchnorm.kernels.jax.formulas import varying_axes
 from batchnorm.spec import Activation
-from batchnorm.validation import concrete_bool
+from batchnorm.validation.arrays import concrete_bool
 
 UNTOUCHED = 2.0**-15  # what averages of parameters may take from a weight of 1: 2e-5 in optax.ema(0.999)
 

@@ -7,7 +7,7 @@ from jax.sharding import PartitionSpec, reshard
 
 from batchnorm.core.axes import split_axes
 from batchnorm.core.masks import as_boolean_mask
-from batchnorm.validation import check_mask
+from batchnorm.validation.masks import check_mask
 
 
 def channel_spec(x: jax.Array, axis: Any) -> PartitionSpec | None:

@@ -1,10 +1,8 @@
 """Selection of the kernel: the C++ for the arrays that it supports, the generic implementation for all others."""
 
-import os
 import sys
 import warnings
 from functools import cache
-from pathlib import Path
 from types import ModuleType
 from typing import Any
 
@@ -15,6 +13,7 @@ from batchnorm.core.dtypes import Array
 from batchnorm.kernels import generic
 from batchnorm.kernels.interface import Kernel
 from batchnorm.spec import Operands, Spec
+from batchnorm.user_warnings import user_stacklevel
 
 #: The kernels by name, the best first.
 NAMES: tuple[str, ...] = ("native", "agnostic")
@@ -69,15 +68,8 @@ def select(name: str | None, spec: Spec, operands: Operands, others: tuple[Array
 @cache
 def warn_of_missing_extension(reason: str) -> None:
     """Warn, once in a process, that the generic implementation replaces the missing kernels."""
-    level, frame = 1, sys._getframe(0)
-    while frame.f_back is not None and frame.f_code.co_filename.startswith(PACKAGE):
-        level, frame = level + 1, frame.f_back
-    warnings.warn(
-        f"batchnorm falls back to its generic implementation, which is slower: {reason}", RuntimeWarning, level
-    )
-
-
-PACKAGE = os.path.join(Path(__file__).parents[1], "")
+    message = f"batchnorm falls back to its generic implementation, which is slower: {reason}"
+    warnings.warn(message, RuntimeWarning, user_stacklevel())
 
 
 def kernel_of(x: Array) -> tuple[Kernel | None, str]:

@@ -8,8 +8,9 @@ from typing import Any, Literal
 
 from batchnorm.convention import Convention, Single, with_any_decay
 from batchnorm.conventions import find, resolve
-from batchnorm.kernels.torch.compat import constant_in_graphs, user_stacklevel
+from batchnorm.kernels.torch.compat import constant_in_graphs
 from batchnorm.spec import Spec, spec_of
+from batchnorm.user_warnings import user_stacklevel
 
 Momentum = float | Literal["convention"] | None
 

@@ -27,7 +27,7 @@ from batchnorm.torch.state import (
     warn_of_skipped,
     write_buffers,
 )
-from batchnorm.validation import Arguments, check_call
+from batchnorm.validation.calls import Arguments, check_call
 
 
 def batch_norm(

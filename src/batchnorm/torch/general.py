@@ -15,7 +15,7 @@ from batchnorm.spec import Activation, Operands, Spec
 from batchnorm.torch.conventions import Momentum, is_inference_of_torch, layer_convention, layer_spec
 from batchnorm.torch.functional import apply_callable, normalize, one_mask
 from batchnorm.torch.layers import Layer, prepare_layer, trace_layer_call
-from batchnorm.validation import check_activation
+from batchnorm.validation.calls import check_activation
 
 
 class BatchNorm(LazyModuleMixin, Layer):

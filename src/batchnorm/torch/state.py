@@ -11,9 +11,10 @@ from batchnorm.convention import Convention
 from batchnorm.core.axes import split_axes
 from batchnorm.core.moments import Moments
 from batchnorm.core.running import RunningStatistics, advance
-from batchnorm.kernels.torch.compat import are_transforms_active, user_stacklevel
+from batchnorm.kernels.torch.compat import are_transforms_active
 from batchnorm.kernels.torch.transforms import update_beneath
-from batchnorm.validation import check_running
+from batchnorm.user_warnings import user_stacklevel
+from batchnorm.validation.states import check_running
 
 
 class LayerBuffers(NamedTuple):

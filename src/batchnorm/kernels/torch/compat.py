@@ -4,8 +4,6 @@ No other module of this package imports a private name of PyTorch, except for `t
 imported where they are needed.
 """
 
-import os
-import sys
 from collections.abc import Callable
 from typing import Any, TypeVar
 
@@ -46,14 +44,7 @@ __all__ = [
     "is_tracing",
     "is_transformed",
     "temporarily_clear_interpreter_stack",
-    "user_stacklevel",
 ]
-
-#: The folders that hold the code of PyTorch and of this library.
-LIBRARIES = tuple(
-    os.path.join(folder, "")
-    for folder in (os.path.dirname(torch.__file__), os.path.abspath(os.path.join(os.path.dirname(__file__), "../..")))
-)
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -100,11 +91,3 @@ def constant_in_graphs(function: F) -> F:
     """
     function._dynamo_marked_constant = True  # type: ignore[attr-defined]
     return function
-
-
-def user_stacklevel() -> int:
-    """The `stacklevel` that points a warning at the innermost line outside PyTorch and this library."""
-    level, frame = 1, sys._getframe(1)
-    while frame.f_back is not None and frame.f_code.co_filename.startswith(LIBRARIES):
-        level, frame = level + 1, frame.f_back
-    return level
