@@ -35,7 +35,7 @@ __all__ = ["BatchNorm", "ImplicitBatchNorm"]
 
 
 class BatchNorm(linen.BatchNorm):
-    """Drop-in `flax.linen.BatchNorm`, several times faster on a CPU, with activation, residual, lengths and conventions.
+    """Drop-in `flax.linen.BatchNorm`, several times faster on CPUs, with activation, residual, lengths and conventions.
 
         y = activation(scale * (x - mean) / sqrt(var + epsilon) + bias + residual)
 

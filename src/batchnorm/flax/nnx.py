@@ -41,7 +41,7 @@ KEEPS_DTYPE = hasattr(nnx.Variable, "set_value")
 
 
 class BatchNorm(nnx.BatchNorm):
-    """Drop-in `flax.nnx.BatchNorm`, several times faster on a CPU, with activation, residual, lengths and conventions.
+    """Drop-in `flax.nnx.BatchNorm`, several times faster on CPUs, with activation, residual, lengths and conventions.
 
         y = activation(scale * (x - mean) / sqrt(var + epsilon) + bias + residual)
 
