@@ -129,7 +129,7 @@ def test_python_dash_m_prints_the_same(capsys):
     ]
 
 
-def test_contents():
+def test_what_it_says():
     found = bn.show_config(mode="dicts")
     assert list(found) == [
         "versions", "kernels", "extension", "threads", "environment", "caches", "result_memory",
