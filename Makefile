@@ -1,5 +1,5 @@
-# `make demo` and `make test` need Python >= 3.11, make and a network connection once; everything else they install
-# themselves into .venv. PYTHON=... chooses the interpreter of a new .venv.
+# `make demo` and `make test` need Python >= 3.11, a C++ compiler with OpenMP, make and, once, a network connection;
+# they install everything else into .venv. PYTHON=... selects the interpreter of a new .venv.
 
 PYTHON ?= python3
 VENV := .venv
@@ -16,8 +16,8 @@ help: ## Show this list
 demo: $(VENV)/.train ## Train LeNet with and without batch norm on real digits (half a minute); DEMO="--epochs 5" passes options
 	$(BIN)/batchnorm train $(DEMO)
 
-# The whole run, in a process for each core, also holds the coverage of what pyproject.toml lists; a selection by PYTEST
-# does not. Idle OpenMP threads sleep: they would take the other processes' time.
+# The whole run uses a process for each core and checks the coverage of the files listed in pyproject.toml; a selection
+# by PYTEST does neither. Idle OpenMP threads sleep: spinning, they would take the other processes' time.
 PYTEST ?= --numprocesses=auto --cov=batchnorm --cov-fail-under=95
 
 test: $(VENV)/.dev ## Run the tests; PYTEST="-k golden" passes options
@@ -38,12 +38,12 @@ lint: $(VENV)/.dev ## Check style (ruff, clang-format) and types (mypy --strict)
 	$(BIN)/clang-format --dry-run --Werror $(CPP_FILES)
 	$(BIN)/mypy
 
-format: $(VENV)/.dev ## Rewrite the code in the project's style
+format: $(VENV)/.dev ## Format the code in the project's style
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 	$(BIN)/clang-format -i $(CPP_FILES)
 
-clean: ## Remove the environment and everything made
+clean: ## Remove the environment and all generated files
 	rm -rf $(VENV) build dist batchnorm-report* bench-report .coverage .hypothesis .mypy_cache .pytest_cache .ruff_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
@@ -52,13 +52,13 @@ $(BIN)/python:
 		{ echo "make: $(PYTHON) is older than Python 3.11; choose another with PYTHON=..."; exit 1; }
 	$(PYTHON) -m venv $(VENV)
 
-# The build requirements of pyproject.toml; of CMake and Ninja those that the system lacks, which the second step adds.
+# The build requirements of pyproject.toml. The second step adds CMake and Ninja if the system lacks them.
 REQUIREMENTS := import tomllib; print(*tomllib.load(open("pyproject.toml", "rb"))["build-system"]["requires"])
 ALL_REQUIREMENTS := $(REQUIREMENTS); import scikit_build_core.build as build; print(*build.get_requires_for_build_editable())
 
-# Without isolation: pip's isolated builds lie in a new temporary folder each, and scikit-build-core, seeing that it has
-# moved, would delete what is compiled. The extension by itself, and its dependencies after it: without isolation pip
-# could not build one that has no wheel. Stamps are newer than pyproject.toml, so that a second run starts at once.
+# Without isolation: pip isolates each build in a new temporary folder, and scikit-build-core, which sees that it has
+# moved, would delete the compiled files. Dependencies are installed after the extension: without isolation pip could not
+# build one that has no wheel. Stamps are newer than pyproject.toml, so that a second run starts at once.
 $(VENV)/.native: pyproject.toml constraints.txt CMakeLists.txt $(wildcard cpp/*) | $(BIN)/python
 	@echo "Building the extension (some minutes the first time)"
 	$(INSTALL) $$($(BIN)/python -c '$(REQUIREMENTS)')

@@ -1,4 +1,4 @@
-"""`advance`: moments that enter a state, as a batch does that `batch_norm` trains on."""
+"""`advance` updates a state from moments as `batch_norm` does from a training batch."""
 
 import math
 import warnings
@@ -179,7 +179,7 @@ def test_integers_without_a_sign():
     assert math.isclose(after.steps, 1)
 
 
-def test_what_rounding_took_from_the_mean_enters_a_wider_state(rng):
+def test_the_rounding_error_of_the_mean_enters_a_wider_state(rng):
     """float32 holds a mean of 1e4 to 5e-4; the rest is in `mean_lo`."""
     x = (1e4 + rng.normal(size=(64, 3))).astype(np.float32)
     exact, batch = x.astype(np.float64).mean(0), bn.moments(x)
@@ -192,7 +192,7 @@ def test_what_rounding_took_from_the_mean_enters_a_wider_state(rng):
 @every_library
 @pytest.mark.parametrize("debias", ["none", "adam", "weight_sum", "first_batch"])
 def test_a_channel_without_elements_keeps_its_estimates(library, debias):
-    """Average over weight, which is what inference takes: the weight grows with the other channels' batch."""
+    """Inference uses average / weight, and the weight grows with the other channels' batch."""
     convention = replace(bn.CONVENTIONS["pytorch"], debias=debias)
     running = bn.RunningStatistics.initial(4, convention, like=library.array(BATCHES[0], "float32"))
     before = bn.advance(running, bn.moments(library.array(BATCHES[0], "float32")), convention)

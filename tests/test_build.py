@@ -1,4 +1,4 @@
-"""Builds: what CMake says where something is missing, that nothing else is needed, and what is compiled again."""
+"""Builds: CMake's messages for missing requirements, that there are no others, and incremental compilation."""
 
 import os
 import shutil
@@ -30,7 +30,7 @@ def compiler(path, line):
 
 
 def test_nothing_else_is_needed(tmp_path):
-    """Neither JAX nor its headers, whose absence shows in the requirements of a build."""
+    """Neither JAX nor its headers are build requirements."""
     code, output = configure(tmp_path)
     assert code == 0, output
     assert not [line for line in (tmp_path / "CMakeCache.txt").read_text().splitlines() if "jax" in line.lower()]
@@ -38,7 +38,7 @@ def test_nothing_else_is_needed(tmp_path):
     assert sorted(name.split(">=")[0] for name in requires) == ["nanobind", "scikit-build-core"]
 
 
-#: By what is missing: options and variables for CMake that hide it, and what the message says.
+#: By missing requirement: CMake options and variables that hide it, and words of the message.
 MISSING = {
     "compiler": (
         lambda folder: ([], {"CXX": str(folder / "none")}),
@@ -68,7 +68,7 @@ MISSING = {
 
 
 @pytest.mark.parametrize("what", MISSING)
-def test_what_is_missing_is_said(tmp_path, what):
+def test_missing_requirements_are_named(tmp_path, what):
     hide, said = MISSING[what]
     options, environment = hide(tmp_path)
     code, output = configure(tmp_path / "build", *options, **environment)
@@ -78,9 +78,9 @@ def test_what_is_missing_is_said(tmp_path, what):
         assert words in output
 
 
-# ---- what is compiled again ---------------------------------------------------------------------------------------
+# ---- incremental compilation ---------------------------------------------------------------------------------------
 
-#: A compiler that notes the sources of the project and of nanobind, and compiles nothing in their place, in no time.
+#: A compiler that records the sources of the project and of nanobind, and compiles empty files in their place.
 NOTING = f"""#!{sys.executable}
 import os, subprocess, sys
 command = [os.environ["REAL_COMPILER"]]
@@ -97,7 +97,7 @@ sys.exit(subprocess.call(command))
 
 @pytest.fixture
 def build(tmp_path):
-    """A function that builds a copy of the project as `make` does, and gives the names of the compiled sources."""
+    """A function that builds a copy of the project as `make` does, and returns the names of the compiled sources."""
     project, notes, noting = tmp_path / "project", tmp_path / "notes", tmp_path / "c++"
     project.mkdir()
     for name in ("pyproject.toml", "CMakeLists.txt", "README.md", "LICENSE"):
@@ -140,7 +140,7 @@ def test_one_instruction_set_by_itself(monkeypatch, request):
 
 
 def test_make_builds_without_isolation():
-    """In isolation scikit-build-core lies in a new folder for each build, and deletes what it compiled in another."""
+    """In isolation scikit-build-core is in a new folder for each build, and deletes what it compiled in another."""
     plan = subprocess.run(
         ["make", "--dry-run", "--always-make", ".venv/.dev"], cwd=ROOT, capture_output=True, text=True, check=True
     ).stdout

@@ -1,4 +1,4 @@
-"""`show_config`, and what is said where a framework or the compiled extension is absent."""
+"""`show_config`, and the messages if a framework or the compiled extension is absent."""
 
 import importlib.metadata
 import json
@@ -79,7 +79,7 @@ def test_absent_extension_is_warned_of_once_at_the_call():
 
 
 def test_absent_extension_by_name():
-    """An explicit choice raises without a warning, and so does a front end without array code."""
+    """An explicit choice raises without a warning; so does a front end without a generic implementation."""
     program = without("batchnorm._native") + (
         "import warnings, numpy as np, batchnorm as bn\nwarnings.simplefilter('error')\n"
         "by_name = lambda: bn.forward(np.ones((2, 1)), kernel='native')\n"
@@ -156,7 +156,7 @@ def test_what_it_says():
     assert found["result_memory"]["smallest_bytes"] == 1 << 18
 
 
-def test_what_the_build_says():
+def test_contents_from_the_build():
     build, found = _native.build, bn.show_config(mode="dicts")
     assert set(_native.instruction_sets()) <= set(build["instruction_sets"])
     assert found["extension"]["compiled"] == build["instruction_sets"]

@@ -1,4 +1,4 @@
-"""The record: what it refuses, and what it says."""
+"""`Convention`: invalid records, names and documentation."""
 
 import re
 from dataclasses import FrozenInstanceError, fields, replace

@@ -133,7 +133,7 @@ def test_batch_norm_refuses(arguments, error, message):
 
 @pytest.mark.parametrize("like", [torch.tensor, jnp.asarray, array_api_strict.asarray])
 def test_lists_of_a_wrong_type_beside_any_array(like):
-    """The same errors, and not those of the library that the list would have been given to."""
+    """Lists raise this library's errors, not those of the array library that would convert them."""
     x = like(X.astype(np.float32))
     for mask in (["a"] * 5, [[True], [True, False]], [1, 0, 1, 1, 1], [0.5] * 5):
         for call in (bn.batch_norm, bn.forward, bn.moments):

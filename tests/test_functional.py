@@ -1,4 +1,4 @@
-"""What `batch_norm`, `forward`, `backward`, `moments` and `affine` compute, for every array library."""
+"""Results of `batch_norm`, `forward`, `backward`, `moments` and `affine`, for every array library."""
 
 import pickle
 
@@ -48,7 +48,7 @@ def test_several_channel_axes_keep_each_combination(library, rng):
 @every_library
 @pytest.mark.parametrize("axis", [[1], [-2], (1,), range(1, 2), np.array([1]), np.int64(1), np.array(1), [np.int32(1)]])
 def test_an_axis_in_any_form(library, axis, rng):
-    """In every function that takes one, also where running statistics normalize."""
+    """In every function with an `axis`, also for normalization by running statistics."""
     with library.context("float64"):
         x, dy = (library.array(rng.normal(size=(4, 3, 5))) for _ in range(2))
         running = bn.RunningStatistics.initial(3, like=x)

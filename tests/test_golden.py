@@ -1,4 +1,4 @@
-"""Every convention against arrays computed by the system it speaks for."""
+"""Every convention against arrays computed by the system that it reproduces."""
 
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -15,7 +15,7 @@ NORMAL = ("d2", "d3", "d4", "d5", "seq")
 ILL, CONST, SINGLE = ("ill",), ("const",), ("single", "single4")
 EPS_FLOAT32 = float(np.float32(1e-5))
 
-# Systems whose records are not shipped, each the only one with some field's value.
+# Systems whose records are not shipped; each alone has the value of some field.
 HAIKU = Convention(name="haiku", source="", eps=1e-5, decay=0.9, debias="adam", initial_spread=0.0)
 EQUINOX_BATCH = Convention(name="equinox-batch", source="", eps=1e-5, decay=0.99, debias="adam", initial_spread=1.0)
 EQUINOX_EMA = Convention(
@@ -36,7 +36,7 @@ RETURNN_11 = replace(bn.CONVENTIONS["returnn"], name="returnn-tf-11", decay=0.01
 
 @dataclass(frozen=True)
 class Run:
-    """One configuration of one system, and how it is asked of `batch_norm`."""
+    """One configuration of one system, and the arguments of `batch_norm` that reproduce it."""
 
     system: str
     convention: str | Convention

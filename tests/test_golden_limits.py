@@ -1,4 +1,4 @@
-"""Where a system's own result is NaN, infinite or noise, and what ours is there; and padding."""
+"""Results where a system's own are NaN, infinite or noise; and padding."""
 
 import numpy as np
 import pytest
@@ -70,7 +70,7 @@ def test_cs231n_evaluated_without_deviation_and_eps():
 ])  # fmt: skip
 @pytest.mark.parametrize("library", DIFFERENTIATING, ids=by_name)
 def test_nan_in_padding_reaches_nothing(system, convention, dtype, library):
-    """Their y is NaN on padding and their dx NaN on valid frames too; ours are those of clean padding, and finite."""
+    """The system's y is NaN on padding, and its dx on valid frames too; ours are finite, as with clean padding."""
     theirs, clean = (results(system, dtype, "seq", config) for config in ("mask_padnan", "mask"))
     assert np.isnan(theirs["dx"]).any()
     assert np.isnan(theirs["y"]).any()
@@ -108,7 +108,7 @@ def test_large_padding_changes_no_statistic(system, convention):
 
 
 def test_returnn_with_gradients_on_padding():
-    """Normalized padding is output like any other: its dy counts in dgamma, dbeta and through the statistics."""
+    """Normalized padding is output like any other: its dy enters dgamma, dbeta and the gradient of the statistics."""
     theirs, inputs = results("returnn_rf", "float64", "seq", "mask"), case_inputs("seq")
     replay = Replay(LIBRARIES["torch"], "float64", inputs, "returnn", lengths=inputs["lengths"])
     ours = replay.run(names={"y", "dx", "dgamma", "dbeta"})
@@ -127,7 +127,7 @@ def test_returnn_without_tracking_uses_the_batch_always():
     ("mask_onevalid", 1, [1, 0, 0, 0, 0]), ("mask_alllen0", 0, [0, 0, 0, 0, 0]),
 ])  # fmt: skip
 def test_returnn_with_hardly_a_frame(config, frames, lengths):
-    """One valid frame is its mean, with variance 0; none leaves the state alone."""
+    """One valid frame is its own mean, with variance 0; without valid frames the state is unchanged."""
     theirs, inputs = results("returnn_rf", "float64", "seq", config), case_inputs("seq")
     running = None
     for step, x in enumerate(inputs["x_steps"][:, :, :frames], start=1):

@@ -1,4 +1,4 @@
-"""Two originals that are replayed in ways of their own: statistics as gradients, and rows taken for channels."""
+"""Two originals with special replays: statistics as gradients, and rows in place of channels."""
 
 import numpy as np
 import pytest
@@ -18,7 +18,7 @@ DIFFERENTIATING = [LIBRARIES["torch"], LIBRARIES["jax"]]
     *((case, "eps1e-2", {"eps": float(np.float32(1e-2))}) for case in ("d2", "d4")),
 ])  # fmt: skip
 def test_zygote(library, dtype, case, config, options):
-    """Its statistics come back as gradients: those of one batch, which is a running update of decay 0."""
+    """Its gradients are the statistics of one batch, which is a running update with decay 0."""
     theirs, inputs = results("zygote", dtype, case, config), case_inputs(case)
     bound = tolerance("zygote", dtype, case)
     with library.context(dtype):
@@ -59,7 +59,7 @@ def test_zygote_averages_what_it_returns():
 
 
 def test_zygote_single_element_is_finite():
-    """Its m/(m - 1) is infinite for one element; ours is clamped to 1, and sigma is sqrt(eps)."""
+    """Its m / (m - 1) is infinite for one element; ours is clamped to 1, so that sigma is sqrt(eps)."""
     theirs, inputs = results("zygote", "float64", "single", "default"), case_inputs("single")
     assert np.isinf(theirs["sigma_dropped_1"]).all()
     y, batch = bn.batch_norm(inputs["x"], inputs["gamma"], inputs["beta"], convention="zygote-gist", decay=0.0)

@@ -1,4 +1,4 @@
-"""The house rules: what importing loads, and which way the arrows point."""
+"""Rules of the project: the modules that an import loads, and the direction of imports between layers."""
 
 import ast
 import json

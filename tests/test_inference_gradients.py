@@ -1,4 +1,4 @@
-"""`forward` by running statistics, and the gradients that `backward` has of it."""
+"""`forward` with running statistics, and its gradients by `backward`."""
 
 from dataclasses import replace
 
@@ -54,7 +54,7 @@ def gradients(library, convention, arrays=ARRAYS, dy=DY, **options):
 
 
 def by_autograd(convention, arrays=ARRAYS, dy=DY, **options):
-    """The gradients of inference by PyTorch, of array code."""
+    """The gradients of inference by PyTorch's autograd of the generic implementation."""
     leaves = [torch.tensor(array, requires_grad=True) for array in arrays]
     running = state(LIBRARIES["torch"], convention)
     options = {name: torch.tensor(value) if name == "mask" else value for name, value in options.items()}

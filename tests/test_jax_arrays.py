@@ -71,7 +71,7 @@ def test_jax_cache_and_gradients_cross_jit(rng):
 
 
 def test_jax_variance_of_constants(rng):
-    """Sums in float32 miss their mean, and what they leave of the variance is rounding, which is not kept."""
+    """float32 sums miss the mean of constants; the variance that remains is only rounding, and becomes 0."""
     x = jnp.broadcast_to(jnp.asarray(rng.uniform(0.1, 10, 64), jnp.float32), (4097, 64))
     m2 = jax.jit(lambda x: bn.moments(x).m2)(x)
     np.testing.assert_array_equal(m2, 0)

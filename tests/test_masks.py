@@ -1,4 +1,4 @@
-"""Masks and lengths: the same as leaving the masked elements out, whatever they hold."""
+"""Masks and lengths give the results without the masked elements, whatever their values."""
 
 import numpy as np
 import pytest

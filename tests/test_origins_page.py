@@ -1,4 +1,4 @@
-"""The page "Where it comes from": its right-hand column runs, and what it says about tests and records holds."""
+"""The page "Where it comes from": its right-hand column runs, and its statements about tests and records hold."""
 
 import re
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""What the README says of PyTorch's and Flax's own layers: shown with them, then with ours."""
+"""The README's statements about PyTorch's and Flax's own layers, tested on them and then on ours."""
 
 import flax.linen as nn
 import jax

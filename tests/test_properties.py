@@ -1,4 +1,4 @@
-"""Laws, for inputs that hypothesis chooses."""
+"""Mathematical properties, on inputs that hypothesis chooses."""
 
 import hypothesis.extra.numpy as hnp
 import hypothesis.strategies as st
@@ -16,7 +16,7 @@ EPS = 1e-5
 
 
 def spreads(x):
-    """Whether every channel has a variance that eps does not rule."""
+    """Whether eps dominates the variance of no channel."""
     return (x.var(axis=(0, 2)) > 1).all()
 
 

@@ -1,4 +1,4 @@
-"""Running statistics: every way to keep them, what is refused, and what is left alone."""
+"""Running statistics: every update rule, refused arguments, and skipped batches."""
 
 import copy
 import math
@@ -231,7 +231,7 @@ def test_identity_has_the_gradient_of_identity():
     assert gamma.grad.tolist() == [0, 0]
 
 
-# --- what never enters -----------------------------------------------------------------------------------------------
+# --- skipped batches --------------------------------------------------------------------------------------------------
 
 
 @every_library
@@ -311,7 +311,7 @@ def test_channel_without_elements_keeps_its_estimate(debias):
 @pytest.mark.parametrize("tracked", ["var", "std", "std_eps", "var_eps"])
 @pytest.mark.filterwarnings("ignore:invalid value:RuntimeWarning")
 def test_inference_by_a_deviation_of_zero_is_infinite(library, tracked):
-    """(x - mean) / 0, as the systems have it: not beta, which is what a constant channel is in training."""
+    """(x - mean) / 0, as in the systems; a constant channel in training gives beta instead."""
     convention = plain(tracked=tracked, eps=0.0, eps_eval="absent" if tracked.endswith("eps") else "inside")
     for kernel in (None, "agnostic"):
         x, mean, spread, beta = map(library.array, ([[1.0], [3.0]], [2.0], [0.0], [5.0]))
@@ -350,7 +350,7 @@ def test_state_taken_from_a_layer():
 
 @every_library
 def test_a_state_of_another_quantity_is_refused(library):
-    """Lasagne's deviations read as variances made the deviation of y 1.377 in place of 0.995, and nothing was said."""
+    """Reading Lasagne's deviations as variances silently gave y a deviation of 1.377 in place of 0.995."""
     with library.context("float64"):
         x = library.array(BATCHES[0])
         _, deviations = bn.batch_norm(x, convention="lasagne-gist")

@@ -1,4 +1,4 @@
-"""Random numbers of tests: of each test its own, and the same in every process and selection."""
+"""Random numbers of tests: each test has its own, equal in every process and selection."""
 
 import re
 from pathlib import Path

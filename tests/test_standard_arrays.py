@@ -1,4 +1,4 @@
-"""Arrays of the standard: of older versions of it, on a second device, and lazy ones of dask."""
+"""Arrays of the standard: older versions of it, a second device, and lazy arrays of dask."""
 
 import array_api_strict
 import dask
@@ -30,7 +30,7 @@ X, DY, RESIDUAL, GAMMA, BETA, MASK = arrays()
 
 @pytest.fixture
 def version(request):
-    """A version of the standard; afterwards that which was in use."""
+    """Set a version of the standard, and restore the previous one afterwards."""
     before = array_api_strict.get_array_api_strict_flags()["api_version"]
     array_api_strict.set_array_api_strict_flags(api_version=request.param)
     yield request.param

@@ -1,4 +1,4 @@
-"""`compat.cs231n` against the arrays of the original, and where it is meant to differ."""
+"""`compat.cs231n` against the original's arrays, and its intended differences."""
 
 import subprocess
 import sys
@@ -15,7 +15,7 @@ DTYPES = ["float64", "float32"]
 
 
 def rows(array, channel_axis):
-    """(N, D): the other cases than the two-dimensional ones were given to the original in this form."""
+    """A case flattened to (N, D), the only form that the original accepts."""
     return np.moveaxis(array, channel_axis, -1).reshape(-1, array.shape[channel_axis])
 
 
@@ -59,7 +59,7 @@ def test_original(name, config, options, dtype):
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_ill_conditioned_training_is_exact(dtype):
-    """The cache keeps what float32 cannot hold of the mean: out and the gradients are those of `forward`."""
+    """The cache stores the rounding error of a float32 mean: out and the gradients equal those of `forward`."""
     (x, *_), dy, gamma, beta, *_ = case("ill", dtype)
     out, cache = batchnorm_forward(x, gamma, beta, {"mode": "train"})
     expected, own = bn.forward(x, gamma, beta, eps=1e-5)
@@ -70,7 +70,7 @@ def test_ill_conditioned_training_is_exact(dtype):
 
 
 def test_one_measurement(monkeypatch):
-    """Training goes through x once: one call of `batch_norm` gives out, the cache and the running statistics."""
+    """Training reads x once: one call of `batch_norm` returns out, the cache and the running statistics."""
     import batchnorm.compat.cs231n as module
 
     calls = []
@@ -107,7 +107,7 @@ def test_backward_of_test_mode(dtype):
 
 
 def test_dictionary_is_updated_in_place():
-    """Both modes set the running statistics, as there; the caller's arrays are not written to."""
+    """Both modes store running statistics in `bn_param`, like the original, without writing to the caller's arrays."""
     (x, *_), _, gamma, beta, mean, var = case("d2", "float64")
     for array in (x, gamma, beta, mean, var):
         array.flags.writeable = False
@@ -133,7 +133,7 @@ def test_half_precision_keeps_statistics_in_float32():
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_constant_channel_without_eps(dtype):
-    """In training 0/0 in the original; ours is the limit, xhat = 0. Test mode divides by 0, as there."""
+    """Training gives the limit, xhat = 0, where the original gives 0/0. In test mode both divide by 0."""
     theirs = results("cs231n", dtype, "const", "eps0")
     assert not np.isfinite(theirs["y"]).all()
     (x, *_), dy, gamma, beta, *_ = case("const", dtype)
@@ -151,7 +151,7 @@ def test_constant_channel_without_eps(dtype):
 
 
 def test_batch_that_is_not_finite():
-    """It is reported and stays out of the running statistics; its gradients are NaN in its own channel alone."""
+    """Running statistics skip the batch with a warning; its gradients are NaN only in the affected channel."""
     (x, *_), dy, gamma, beta, mean, var = case("d2", "float64")
     x = x.copy()
     x[3, 2] = np.nan
@@ -178,7 +178,7 @@ def test_empty_batch_changes_nothing():
 
 
 def test_cache_of_test_mode_is_a_copy():
-    """Running statistics that are changed in place before the backward pass leave its gradients as they are."""
+    """Changing the running statistics in place before the backward pass does not change its gradients."""
     (x, *_), dy, gamma, beta, mean, var = case("d2", "float64")
     bn_param = {"mode": "test", "running_mean": mean.copy(), "running_var": var.copy()}
     _, cache = batchnorm_forward(x, gamma, beta, bn_param)
@@ -248,7 +248,7 @@ def test_another_cache_is_refused(cache):
 
 
 def test_numpy_alone():
-    """Neither `batchnorm.compat` nor this module loads a framework, in use as well."""
+    """Importing and using `batchnorm.compat.cs231n` loads no framework."""
     program = (
         "import sys, numpy as np, batchnorm.compat\n"
         "from batchnorm.compat.cs231n import batchnorm_backward, batchnorm_forward\n"

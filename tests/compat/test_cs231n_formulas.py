@@ -1,4 +1,4 @@
-"""`faithful=True` of `compat.cs231n`: the faults of the original, which the default does not have."""
+"""`faithful=True` of `compat.cs231n` reproduces faults of the original that the default corrects."""
 
 import numpy as np
 import pytest
@@ -12,7 +12,7 @@ from batchnorm.compat.cs231n import batchnorm_backward, batchnorm_forward
 )
 @pytest.mark.parametrize("dtype", ["float64", "float32"])
 def test_faithful_training(case, config, eps, dtype):
-    """Where no fault shows, out and the gradients are the original's as well."""
+    """Where the original has no fault, out and the gradients equal its own."""
     theirs, inputs = results("cs231n", dtype, case, config), case_inputs(case)
     x, dy, gamma, beta = (inputs[name].astype(dtype) for name in ("x", "dy", "gamma", "beta"))
     bn_param = {"mode": "train", "eps": eps}
@@ -35,7 +35,7 @@ def test_faithful_constant_channel_without_eps(dtype):
         gradients = batchnorm_backward(dy, cache)
     for name, ours in zip(("y", "dx", "dgamma", "dbeta"), (out, *gradients), strict=True):
         assert ours.dtype == dtype
-        ours, expected = (np.delete(array, 2, axis=-1) for array in (ours, theirs[name]))  # whose mean is rounded
+        ours, expected = (np.delete(array, 2, axis=-1) for array in (ours, theirs[name]))  # 2: rounded mean
         np.testing.assert_array_equal(np.isnan(ours), np.isnan(expected), name)
         finite = np.isfinite(expected)
         assert relative_error(ours[finite], expected[finite]) <= tolerance("cs231n", dtype, "const", name), name
@@ -46,7 +46,7 @@ def test_faithful_constant_channel_without_eps(dtype):
 
 
 def test_faithful_mean_is_a_product_with_one_over_n():
-    """The mean of 49 ones is 1 / 49 * 49 < 1 there, so that without eps each is one deviation above it."""
+    """The original's mean of 49 ones is 1 / 49 * 49 < 1, so that without eps each is one deviation above it."""
     x = np.ones((49, 1))
     assert 1 / 49 * 49 < 1
     out, cache = batchnorm_forward(x, np.ones(1), np.zeros(1), {"mode": "train", "eps": 0.0}, faithful=True)
@@ -58,7 +58,7 @@ def test_faithful_mean_is_a_product_with_one_over_n():
 
 @pytest.mark.parametrize("value", [np.nan, np.inf])
 def test_faithful_batch_that_is_not_finite(value):
-    """It stays in the running statistics for good, in its own feature; by default it does not enter them at all."""
+    """The running statistics of the affected feature stay NaN; by default they skip the batch."""
     x, good = np.array([[1.0, value], [3.0, 2.0]]), np.array([[1.0, 2.0], [3.0, 6.0]])
     faithful, ours = ({"mode": "train"} for _ in range(2))
     with np.errstate(invalid="ignore"):
@@ -86,7 +86,7 @@ def test_faithful_half_precision_does_not_overflow():
 
 
 def test_faithful_test_mode_has_no_cache():
-    """The formula is the default's, and the cache is None, which `batchnorm_backward` cannot take."""
+    """The formula is the default's, and the cache is None, which `batchnorm_backward` rejects."""
     theirs, inputs = results("cs231n", "float64", "d2", "default"), case_inputs("d2")
     stored = {"mode": "test", "running_mean": inputs["rmean0"], "running_var": inputs["rvar0"]}
     out, cache = batchnorm_forward(inputs["x"], inputs["gamma"], inputs["beta"], stored, faithful=True)

@@ -1,4 +1,4 @@
-"""`compat.d2l` against the arrays of the original: faithful in all of them, by default where they are not at fault."""
+"""`compat.d2l` against the original's arrays: `faithful=True` for all, the default for those without faults."""
 
 import subprocess
 import sys
@@ -20,7 +20,7 @@ FEATURES = ("gamma", "beta")
 
 
 def arrays_of(case, config, dtype):
-    """What the original was given, and what it returned; `config` may bring inputs of its own."""
+    """The inputs and results of the original; `config` may have its own inputs."""
     theirs, inputs = dict(results("d2l", dtype, case, config)), case_inputs(case)
     given = [theirs.pop(name, inputs[name]) for name in ("x_steps", "dy", *FEATURES)]
     return [jnp.asarray(value, dtype) for value in given], theirs
@@ -41,7 +41,7 @@ def statistics_after(variables, number):
 
 @partial(jax.jit, static_argnums=0)
 def run_module(layer, x_steps, dy, gamma, beta):
-    """Every result of the module that the original's arrays have, by their names."""
+    """All results of the module, by the names of the original's arrays."""
     ours, key, predicting = {}, jax.random.key(0), layer.clone(deterministic=True)
     fresh = predicting.init(key, x_steps[0])
     for name, one in (("init", layer), ("eval_init", predicting)):
@@ -75,7 +75,7 @@ def run_module(layer, x_steps, dy, gamma, beta):
     *((case, "float64") for case in ("d2", "single", "const", "ill")), ("d2", "float32"), ("const", "float32"),
 ])  # fmt: skip
 def test_module_on_rows(case, dtype, faithful):
-    """Both reproduce the original on (N, C), except that by default `init` makes no update."""
+    """Both modes reproduce the original on (N, C), except that by default `init` makes no update."""
     with jax.enable_x64(dtype == "float64"):
         given, theirs = arrays_of(case, "default", dtype)
         ours = run_module(BatchNorm(case_inputs(case)["x"].shape[-1], 2, faithful=faithful), *given)
@@ -99,7 +99,7 @@ def test_faithful_module_on_images(config, features, dtype):
 
 @pytest.mark.parametrize("dtype", ["float64", "float32"])
 def test_module_on_images(dtype):
-    """By default statistics of each channel: what the original's function returns for (N, C, H, W), transposed."""
+    """The default has statistics per channel: the original function's results for (N, C, H, W), transposed."""
     with jax.enable_x64(dtype == "float64"):
         given, others = arrays_of("d4", "module_nhwc_nf4", dtype)
         _, theirs = arrays_of("d4", "func_nchw", dtype)
@@ -108,12 +108,12 @@ def test_module_on_images(dtype):
     check(ours, theirs, "d4", dtype)
     assert ours["running_var_3"].shape == (1, 1, 1, 4)
     np.testing.assert_array_equal(ours["moving_var_after_init"], np.ones((1, 1, 1, 4)))
-    assert relative_error(ours["y"], others["y"]) > 0.1  # that of each row is another result
+    assert relative_error(ours["y"], others["y"]) > 0.1  # statistics of each row differ
 
 
 @partial(jax.jit, static_argnames=("faithful", "eps", "momentum"))
 def run_function(x_steps, dy, gamma, beta, *, faithful, eps, momentum):
-    """What the function alone was asked for: no gradients of prediction, no `init`."""
+    """All results of the function, which has no gradients of prediction and no `init`."""
 
     def state():
         return [SimpleNamespace(value=f(gamma.shape, gamma.dtype)) for f in (jnp.zeros, jnp.ones)]
@@ -163,7 +163,7 @@ def test_constant_channel_without_eps():
 
 
 def test_batch_that_is_not_finite():
-    """It stays in the state for good in the original, in its own channel; by default it does not enter."""
+    """In the original the state of the affected channel stays NaN; by default the batch is skipped."""
     bad, good = jnp.asarray([[jnp.nan, 1.0], [1.0, 3.0]]), jnp.asarray([[1.0, 2.0], [3.0, 6.0]])
     for faithful, mean, var in ((True, [np.nan, 1.12], [np.nan, 1.6]), (False, [0.4, 0.8], [1, 1.6])):
         moving = [SimpleNamespace(value=f((1, 2))) for f in (jnp.zeros, jnp.ones)]
@@ -178,7 +178,7 @@ def test_batch_that_is_not_finite():
 
 
 def test_parameters_of_one_element():
-    """On several channels they are broadcast by the original, and the state grows; by default they are refused."""
+    """The original broadcasts them to several channels, and the state grows; by default they are refused."""
     X = jnp.asarray(np.random.default_rng(2).normal(2, 3, (6, 4)), jnp.float32)
     variables = BatchNorm(1, 2, faithful=True).init(jax.random.key(0), X)
     assert variables["params"]["gamma"].shape == (1, 1)
@@ -221,7 +221,7 @@ def test_arrays_are_checked(arguments, message):
 
 
 def test_arrays_of_numpy():
-    """Parameters and a state of NumPy's float64, which JAX has in its x64 mode only, are taken without a warning."""
+    """Float64 parameters and state of NumPy are accepted without a warning, although JAX needs x64 mode for float64."""
     X, ones = np.asarray([[1.0], [3.0]]), np.ones((1, 1))
     mean, var = SimpleNamespace(value=np.zeros((1, 1))), SimpleNamespace(value=np.ones((1, 1)))
     Y = batch_norm(X, False, ones, 0 * ones, mean, var, 1e-5, 0.5)
@@ -280,7 +280,7 @@ def test_shapes_that_do_not_fit(X, shape, state, message, deterministic):
 
 
 def test_rank_in_faithful_mode():
-    """The original's prediction takes any rank; training refuses, as there."""
+    """Prediction accepts any rank and training does not, as in the original."""
     X, moving = jnp.full((2, 3, 4), 3.0), variables_like((1, 4), (1, 4))
     Y = batch_norm(X, True, jnp.ones(4), jnp.zeros(4), *moving, 0.0, 0.9, faithful=True)
     np.testing.assert_array_equal(Y, np.full((2, 3, 4), 2.0))
@@ -306,7 +306,7 @@ def test_lenet_variables(faithful, height):
 
 
 def test_lenet_learns():
-    """Loss and accuracy on handwritten digits of 14x14 pixels; gamma and beta, read out as on the page, have moved."""
+    """Loss and accuracy on handwritten digits of 14x14 pixels; gamma and beta, read as on the page, have changed."""
     digits, model, batch = load_digits(), BNLeNetScratch(), 32
     X, test_X = (jnp.asarray(images)[:, ::2, ::2, None] for images in (digits.train_images, digits.test_images))
     labels = jnp.asarray(digits.train_labels)
@@ -351,7 +351,7 @@ def test_without_a_framework_the_extra_is_named(missing):
 
 
 def test_frameworks():
-    """JAX and Flax, and none of the others."""
+    """Importing the module loads JAX and Flax, and no other framework."""
     program = "import sys, batchnorm.compat.d2l\nprint({'torch', 'xarray', 'sklearn', 'matplotlib'} & set(sys.modules))"
     result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
     assert result.stdout.strip() == "set()"

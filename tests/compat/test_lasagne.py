@@ -26,7 +26,7 @@ OPTIONS = {key: value for key, value in meta(THEANO)["configs"].items() if "/" i
 
 
 def made(config, shape, *, faithful=False):
-    """The layer of a configuration of the arrays."""
+    """The layer of a configuration of the golden arrays."""
     options = dict(OPTIONS[config])
     if isinstance(options.get("axes"), list):
         options["axes"] = tuple(options["axes"])
@@ -47,7 +47,7 @@ def cells():
 
 
 def replayed(layer, library, dtype, inputs, theirs):
-    """What the original's generator computed: evaluation, gradients, three steps, evaluation with gradients."""
+    """The results of the original's generator: evaluation, gradients, three steps, evaluation with gradients."""
     xs, dy = [library.array(x, dtype) for x in inputs["x_steps"]], library.array(inputs["dy"], dtype)
     for shared, name in ((layer.gamma, "gamma"), (layer.beta, "beta")):
         shared.set_value(theirs[name])
@@ -96,7 +96,7 @@ def test_original(system, dtype, config, library):
     ("const/eps0", LIBRARIES["jax"]),
 ])  # fmt: skip
 def test_gradient_of_a_constant_channel(config, library):
-    """NaN there and, faithful, here; the limit otherwise: gamma / epsilon * (dy - mean(dy)), or 0 without epsilon."""
+    """NaN in the original and if faithful; by default gamma / epsilon * (dy - mean(dy)), or 0 without epsilon."""
     case, _, name = config.partition("/")
     theirs, inputs = results(THEANO, "float64", case, name), case_inputs(case)
     with library.context("float64"):
@@ -183,7 +183,7 @@ def results_of(system, name):
 
 @pytest.mark.parametrize("name", ["batch_norm_dense", "batch_norm_conv2d"])
 def test_batch_norm_of_torch_layers(name):
-    """The same arrays by `torch.nn`, whose convolution does not flip the kernel as theirs does."""
+    """The original's arrays by `torch.nn`, whose convolution, unlike Lasagne's, does not flip the kernel."""
     theirs, _ = results_of(THEANO, name)
     weight = torch.from_numpy(theirs["W"].T if name.endswith("dense") else theirs["W"][..., ::-1, ::-1].copy())
     inner = torch.nn.Linear(5, 4) if name.endswith("dense") else torch.nn.Conv2d(4, 3, (3, 2))
@@ -301,7 +301,7 @@ def test_batch_norm_of_flax_layers_normalizes_their_features(kind, inner, x):
         y, updated = call(x)
         averages, dx = updated["batch_stats"]["norm"], jax.grad(lambda x: (call(x)[0] ** 3).sum())(x)
     else:
-        layer, bare = batch_norm(inner), inner  # whose bias it has taken
+        layer, bare = batch_norm(inner), inner  # its bias has moved to the batch norm
         y, norm = layer(x), layer.layers[-1]
         averages = {"mean": norm.mean[...], "std": norm.std[...]}
         dx = nnx.grad(lambda layer, x: (layer(x) ** 3).sum(), argnums=1)(layer, x)
@@ -334,7 +334,7 @@ def test_batch_norm_of_flax_layers_keeps_what_they_are():
 
 
 def test_batch_norm_without_a_bias_or_a_nonlinearity():
-    """There it is `KeyError: None`."""
+    """The original raises `KeyError: None`."""
     assert meta(THEANO)["errors"]["batch_norm(DenseLayer(b=None))"] == "KeyError: None"
     dense = Dense(np.eye(3), b=None, nonlinearity=np.tanh)
     layer = batch_norm(dense)
@@ -372,7 +372,7 @@ def test_negative_axes(axes, same):
 
 
 class Unhashable:
-    """A callable that is no key of a dictionary, as instances of many classes with an `__eq__`."""
+    """An unhashable callable, like instances of classes that define `__eq__`."""
 
     __hash__ = None
 
@@ -441,7 +441,7 @@ def test_wrong_inputs_are_refused():
 
 
 def test_names_and_arguments_of_lasagne():
-    """A layer keeps its name, and takes the keyword arguments that are meant for other layers of a network."""
+    """A layer keeps its name, and accepts keyword arguments for other layers of a network."""
     layer, x = BatchNormLayer((None, 2), name="norm"), np.array([[1.0, 10.0], [3.0, 30.0]])
     assert (layer.name, BatchNormLayer((None, 2)).name) == ("norm", None)
     y = layer.get_output_for(x, deterministic=True, batch_norm_update_averages=True)
@@ -485,7 +485,7 @@ def test_nonlinearities(library, name, value):
 
 @pytest.mark.parametrize("library", [LIBRARIES[name] for name in ("numpy", "torch", "jax")], ids=by_name)
 def test_a_batch_that_is_not_finite(library):
-    """It does not enter the averages; faithful, it stays in them for good, in its own channel."""
+    """The averages skip the batch; with `faithful=True` those of the affected channel stay NaN."""
     bad, good = (library.array(x, "float32") for x in ([[np.nan, 1.0], [1.0, 3.0]], [[1.0, 2.0], [3.0, 6.0]]))
     layer, faithful = BatchNormLayer((None, 2)), BatchNormLayer((None, 2), faithful=True)
     with pytest.warns(RuntimeWarning, match="did not enter the running statistics; faithful=True averages") as caught:
@@ -527,7 +527,7 @@ def test_nonlinearity_is_called_once(faithful):
 
 @pytest.mark.parametrize("library", [LIBRARIES[name] for name in ("numpy", "torch", "jax")], ids=by_name)
 def test_values_are_copies(library):
-    """Theano's `get_value` copies unless `borrow`: what was read survives an update, and is no way to make one."""
+    """`get_value` copies, like Theano's without `borrow`: copy and layer can then be changed independently."""
     layer, x = BatchNormLayer((None, 2)), library.array([[1.0, 10.0], [3.0, 30.0]], "float32")
     layer.get_output_for(x)
     before = {shared.name: shared.get_value() for shared in layer.params}
@@ -609,7 +609,7 @@ def test_torch_transformations_and_inference_mode():
 
 
 def test_jax_stores_numbers_alone():
-    """Differentiated, the averages are those of the batch; traced, the update is refused, and inference is not."""
+    """Under `grad` the averages get concrete values; under `jit` an update is refused, and inference is not."""
     layer, x = BatchNormLayer((None, 3)), jax.random.normal(jax.random.key(0), (8, 3))
     evaluated = jax.jit(lambda x: layer.get_output_for(x, deterministic=True))(x)
     np.testing.assert_allclose(evaluated, x / 1.01, rtol=1e-6)
@@ -622,7 +622,7 @@ def test_jax_stores_numbers_alone():
 
 
 def test_jax_trains_by_apply():
-    """`jax.jit`, `jax.grad` and `jax.lax.scan` through the pure function; it is what the layer itself does."""
+    """`jax.jit`, `jax.grad` and `jax.lax.scan` through the pure function, which equals the layer's own call."""
     layer, xs = BatchNormLayer((None, 3)), jax.random.normal(jax.random.key(1), (4, 8, 3))
     layer.get_output_for(xs[0], deterministic=True)
     start = {shared.name: shared.get_value() for shared in layer.params}

@@ -19,7 +19,7 @@ CASES = ("d2", "d3", "d4", "d5", "seq", "ill", "const", "single", "single4")
 
 
 def named(values, inputs, *, masked=False):
-    """A DataArray with the channels along `feature`, and the lengths of `d1` where they are asked for."""
+    """A DataArray with the channels along `feature` and, optionally, the lengths of `d1`."""
     dims = [f"d{axis}" for axis in range(values.ndim)]
     dims[int(inputs["channel_axis"])] = "feature"
     source = xr.DataArray(values, dims=dims)
@@ -40,7 +40,7 @@ def trained(norm, sources, **options):
 @pytest.mark.parametrize("faithful", [True, False])
 @pytest.mark.parametrize(("case", "masked"), [*((case, False) for case in CASES), ("seq", True)])
 def test_port_of_the_original(case, masked, faithful):
-    """Faithful, it is the original; else it is that with a variance of 1 at first, and its y times gamma plus beta."""
+    """`faithful=True` equals the original; by default the initial variance is 1, and gamma and beta are applied."""
     inputs, config = case_inputs(case), "masked_" * masked + ("init0" if faithful else "init_var1")
     theirs = results("returnn_demo_port", "float64", case, config)
     norm, sources = (
@@ -93,7 +93,7 @@ def test_faults_of_the_original():
 
 
 def test_momentum_and_epsilon_of_a_call():
-    """RETURNN's released layer, which was made of the sketch, with other numbers than the defaults."""
+    """Against RETURNN's released layer, which is based on the sketch, with numbers other than the defaults."""
     inputs = case_inputs("seq")
     theirs = results("returnn_rf", "float64", "seq", "mask_mom0.3_eps1e-5")
     norm, sources = BatchNorm(), [named(x, inputs, masked=True) for x in inputs["x_steps"]]
@@ -192,7 +192,7 @@ def along(*dims, size=3):
     ("mean", along("feature").copy(data=jnp.ones(3)), TypeError, "^mean is a jax.*, but source is a numpy"),
 ])  # fmt: skip
 def test_fields_that_do_not_fit_change_nothing(field, value, error, message):
-    """A field of another dimension is not taken by position, and an error leaves the layer without a first call."""
+    """A field of another dimension is not matched by position, and after an error the layer is still unbuilt."""
     norm = BatchNorm()
     setattr(norm, field, value)
     with pytest.raises(error, match=message):
@@ -239,7 +239,7 @@ def test_no_update_after_an_exception():
     np.testing.assert_array_equal(norm.mean, np.zeros(3))
     np.testing.assert_allclose(norm(SOURCE).values, X / np.sqrt(1 + 1e-5), rtol=1e-14)  # the flag is off again
     trained(norm, [SOURCE])
-    np.testing.assert_allclose(norm.mean, 0.1 * X.mean(axis=(0, 1)), rtol=1e-12)  # once
+    np.testing.assert_allclose(norm.mean, 0.1 * X.mean(axis=(0, 1)), rtol=1e-12)  # a single update
 
 
 def test_contexts_within_contexts():
@@ -266,7 +266,7 @@ def test_threads_start_outside():
 
 
 def test_tasks_and_threads_that_outlive_the_block_do_not_train():
-    """Their update would be lost."""
+    """Their updates would be lost."""
     norm, outcomes = BatchNorm(), []
 
     async def started_within():
@@ -302,7 +302,7 @@ def outcome(norm):
 
 
 def test_lengths_of_two_dimensions():
-    """Each counts along its own; what padding holds reaches no statistic, and it is normalized like the rest."""
+    """Each length counts along its own dimension; padding enters no statistic, and is normalized too."""
     lengths = {"lengths_of_time": ("batch", [5, 2, 0, 3]), "lengths_of_feature": ("batch", [3, 1, 2, 2])}
     source, norm = SOURCE.assign_coords(lengths), BatchNorm("batch")
     with pytest.raises(ValueError, match="must hold the lengths of another dimension over the remaining ones"):
@@ -352,7 +352,7 @@ def test_batches_that_do_not_enter():
 @pytest.mark.parametrize("library", [np, jnp])
 @pytest.mark.parametrize("masked", [False, True])
 def test_faithful_batch_that_is_not_finite(masked, library):
-    """It stays in mean and var for good, where it counts; an update for each call, at the end of the block."""
+    """Unmasked NaN stays in mean and var; each call makes its own update at the end of the block."""
     values = X.astype(np.float32)
     values[0, 1, 0], values[1, 0, 1], values[3, 4, 2] = np.nan, np.inf, np.nan
     lengths = [5, 2, 0, 3] if masked else [5, 5, 5, 5]

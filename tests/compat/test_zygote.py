@@ -1,4 +1,4 @@
-"""`compat.zygote` against the arrays of the original, where it differs on purpose, and as a part of a training loop."""
+"""`compat.zygote` against the original's arrays, its intended differences, and its use in a training loop."""
 
 import subprocess
 import sys
@@ -65,7 +65,7 @@ def replay(layer, x_steps, dy, axis, stored):
     ("single", "default", "float64", {"faithful": True}), ("single4", "default", "float32", {"faithful": True}),
 ])  # fmt: skip
 def test_original(case, config, dtype, options):
-    """What the layer returns plainly and differentiated, and its statistics as gradients; Inf where it is there."""
+    """The results of plain and differentiated calls, and the statistics as gradients, Inf included."""
     theirs = results("zygote", dtype, case, config)
     with jax.enable_x64(dtype == "float64"):
         layer, x_steps, dy, stored, axis = given(case, dtype, **options)
@@ -89,7 +89,7 @@ def test_one_element_per_channel(case):
         assert relative_error(y, theirs["y"]) <= 1e-12
         assert relative_error(gradient.mu, theirs["mu_dropped_1"]) <= 1e-12
         np.testing.assert_allclose(gradient.sigma, EPS**0.5, rtol=1e-12)
-        two = jnp.concatenate([x_steps[0], x_steps[1]])  # no fault in sight: faithful changes nothing
+        two = jnp.concatenate([x_steps[0], x_steps[1]])  # no fault: faithful changes nothing
         for faithful in (False, True):
             one = layer.replace(faithful=faithful)
             gradient = jax.grad(lambda one: one(two).sum())(one)
@@ -111,7 +111,7 @@ def inference(beta, gamma, x):
 
 
 def test_testmode_has_the_derivatives_of_inference():
-    """In reverse and forward mode; without it every derivative is that of training."""
+    """In reverse and forward mode; without `testmode` all derivatives are those of training."""
     frozen = zygote.testmode(LAYER)
     y, gradient, dx = differentiated(frozen, X, DY)
     expected = jax.grad(lambda *a: jnp.sum(inference(*a) * DY), argnums=(0, 1, 2))(LAYER.beta, LAYER.gamma, X)
@@ -137,7 +137,7 @@ def test_testmode_of_a_faithful_single_element():
 
 
 def test_testmode_of_a_model_is_a_copy():
-    """It reaches every layer of a pytree and leaves the given one as it is: threads cannot disturb each other."""
+    """It changes every layer of a copy of the pytree, so that threads cannot affect each other."""
     model = {"layers": [LAYER, (LAYER.replace(faithful=True), X)]}
     frozen = zygote.testmode(model)
     assert [layer.frozen for layer in (frozen["layers"][0], frozen["layers"][1][0])] == [True, True]
@@ -204,7 +204,7 @@ def test_another_optimizer_on_the_statistics_is_refused():
 
 
 def test_statistics_do_not_depend_on_the_loss():
-    """They add up over calls, and are those of the batch where y does not matter to the loss."""
+    """They add up over calls, and are those of the batch even if the loss does not depend on y."""
     gradient = jax.grad(lambda layer: -3.0 * layer(X).sum() + 0.0 * layer(2 * X).sum())(LAYER)
     np.testing.assert_allclose(gradient.mu, 3 * np.mean(X, axis=(0, 2)), rtol=1e-5)
     assert float(gradient.running.steps) == 2
@@ -278,7 +278,7 @@ def test_calls_that_do_not_fit(x, fields, error, message, faithful):
 
 
 def test_only_what_is_differentiated_trains():
-    """Zygote trains every layer in a differentiated function; JAX tells a layer of derivatives that reach it alone."""
+    """Zygote trains every layer in a differentiated function; in JAX only layers reached by derivatives train."""
     head, x = jnp.asarray(2.0), X[:, :, 0]
 
     def loss(head, layer, x):
@@ -306,7 +306,7 @@ def averaged(layer, xs):
 
 @pytest.mark.parametrize("value", [np.nan, np.inf])
 def test_batch_that_is_not_finite(value):
-    """It stays in the averages for good in the original, in its own channel; by default it does not enter."""
+    """In the original the averages of the affected channel stay NaN; by default they skip the batch."""
     bad, good = jnp.asarray([[value, 1.0], [1.0, 3.0]]), jnp.asarray([[1.0, 2.0], [3.0, 6.0]])
     mu, sigma = averaged(zygote.BatchNorm(2, faithful=True), (bad, good))
     np.testing.assert_allclose(mu, [np.nan, 2.5], rtol=1e-5)
@@ -320,7 +320,7 @@ def test_batch_that_is_not_finite(value):
 
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
 def test_faithful_gradients(dtype):
-    """Where no fault shows, faithful is the default: y, all gradients, second derivatives, and under `vmap`."""
+    """Where the original has no fault, `faithful=True` equals the default: y, all derivatives, and under `vmap`."""
     x, dy = X.astype(dtype), DY.astype(dtype)
     bound = {"rtol": 1e-4, "atol": 1e-5} if dtype == jnp.float32 else {"rtol": 3e-2, "atol": 3e-2}
     faithful, ours = (jax.jit(differentiated)(LAYER.replace(faithful=kind), x, dy) for kind in (True, False))
@@ -343,7 +343,7 @@ def test_faithful_gradients(dtype):
 
 
 def test_zero_sigma():
-    """In training xhat = 0, where the original is 0 / 0, as `faithful`; inference divides by 0, as there."""
+    """In training xhat = 0, where the original and `faithful=True` give 0 / 0; inference divides by 0 in all three."""
     theirs = results("zygote", "float64", "const", "eps0")["y"]
     assert np.isnan(theirs[:, 1:]).all()
     layer = zygote.BatchNorm(3, eps=0.0).replace(sigma=jnp.zeros(3), beta=jnp.arange(3.0))
@@ -368,7 +368,7 @@ def test_without_jax_the_extra_is_named():
 
 
 def test_frameworks():
-    """JAX, and neither Flax nor any of the others."""
+    """Importing the module loads JAX, and neither Flax nor any other framework."""
     program = "import sys, batchnorm.compat.zygote\nprint({'torch', 'flax', 'xarray', 'sklearn'} & set(sys.modules))"
     result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
     assert result.stdout.strip() == "set()"

@@ -1,4 +1,4 @@
-"""Flax's own tests with our batch norms in the place of Flax's: `python tests/flax/run_flax_tests.py`.
+"""Flax's own tests with this library's batch norms in place of Flax's: `python tests/flax/run_flax_tests.py`.
 
 They are not in Flax's wheel: pip fetches the sources of the installed version. Every test that mentions a batch norm,
 or has norm or batch in its name, is run in a process in which `flax.linen.BatchNorm` and `flax.nnx.BatchNorm` are ours

@@ -1,4 +1,4 @@
-"""The dtypes of results and statistics, each of which must be that of Flax's layer in the installed version."""
+"""The dtypes of results and statistics equal those of the installed version of Flax."""
 
 import itertools
 import warnings
@@ -74,7 +74,7 @@ def integers(rng, dtype):
 @pytest.mark.parametrize("given", INTEGERS)
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32", None])
 def test_integers_are_not_rounded_to_a_half(given, dtype, rng):
-    """In training and in evaluation, as Flax's linen; nnx of Flax rounds x to `dtype` first, ours do not."""
+    """As in Flax's linen, in training and evaluation. Flax's nnx rounds x to `dtype` first; ours does not."""
     x = integers(rng, given)
     exact = np.asarray(x, float)
     xhat = (exact - exact.mean(0)) / np.sqrt(exact.var(0) + 1e-5)
@@ -102,7 +102,7 @@ def test_integers_are_not_rounded_to_a_half(given, dtype, rng):
 
 
 def test_what_nnx_of_flax_makes_of_integers(rng):
-    """The example of `docs/flax.md`: three neighbours that are one number in bfloat16, from Flax 0.12.1 on."""
+    """The example of `docs/flax.md`: three adjacent integers that are one number in bfloat16, from Flax 0.12.1 on."""
     x = 1000 + jnp.asarray(rng.integers(0, 3, (64, 3)))
     theirs, ours = (
         kind(3, dtype=jnp.bfloat16, momentum=0.0, rngs=flax.nnx.Rngs(0)) for kind in (flax.nnx.BatchNorm, nnx.BatchNorm)

@@ -1,4 +1,4 @@
-"""The implicit layers: training by them is that of the explicit ones, under Flax's transformations and in its files."""
+"""The implicit layers train like the explicit ones, under Flax's transformations and through its checkpoints."""
 
 import inspect
 from dataclasses import replace
@@ -187,7 +187,7 @@ def test_training_equals_that_of_the_explicit_layers(kind, name):
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_step_and_its_gradients(kind):
-    """Of x, scale and bias as in training; of the state the batch, whatever the loss is scaled by."""
+    """Gradients of x, scale and bias are those of training; the state's is the batch, for any scale of the loss."""
     layer, explicit = Layer(kind), linen.BatchNorm()
     weights = {"scale": jnp.asarray([0.5, 1, 2]), "bias": jnp.asarray([0.0, 1, -1])}
     statistics = {"mean": STATE.mean, "var": STATE.spread}
@@ -251,7 +251,7 @@ def test_the_axis_is_the_convention_s(kind, rng):
 
 
 def test_several_axes():
-    """Their statistics have the shape of the axes; nnx is told it."""
+    """Statistics have the shape of the axes; nnx takes it as an argument."""
     module = linen.ImplicitBatchNorm(axis=(1, 2))
     parameters = module.init(jax.random.key(0), X)["params"]
     received = jax.grad(lambda p: jnp.sum(module.apply({"params": p}, X)))(parameters)["running"]
@@ -270,7 +270,7 @@ def test_several_axes():
     (True, None, True), (False, True, True), (True, False, False), (False, None, False),
 ])  # fmt: skip
 def test_frozen_is_the_derivative_of_inference(kind, attribute, argument, is_frozen):
-    """Of the attribute, or of the call, which comes first; the optimizer leaves the state of a frozen layer alone."""
+    """`frozen` of the call overrides the attribute; the optimizer does not change the state of a frozen layer."""
     layer, explicit = Layer(kind, frozen=attribute), linen.BatchNorm(use_running_average=is_frozen)
     parameters = {**layer.parameters, "running": STATE}
     weights = {name: parameters[name] for name in ("scale", "bias")}
@@ -342,7 +342,7 @@ def test_all_layers_of_a_model_are_frozen(freeze):
 
 
 def test_tools_that_look_for_the_shape_of_a_variable():
-    """The state is five arrays in one Param: Flax's tools count it but do not describe it, so that one maps over it."""
+    """The state is five arrays in one Param: Flax's tools map over it and count it, but do not describe it."""
     layer = nnx.ImplicitBatchNorm(3, rngs=flax.nnx.Rngs(0))
     specs = flax.nnx.to_pure_dict(flax.nnx.get_partition_spec(flax.nnx.state(layer)))
     assert (specs["scale"], specs["running"]) == (PartitionSpec(), None)
@@ -371,7 +371,7 @@ def test_signature_of_nnx():
 @pytest.mark.parametrize("transformation", ["jit", "remat", "jit of remat"])
 @pytest.mark.parametrize("kind", KINDS)
 def test_transformations_of_flax(kind, transformation):
-    """The forward pass that is computed again counts once."""
+    """A recomputed forward pass counts once."""
     if kind == "linen":
         remat = linen.ImplicitBatchNorm if transformation == "jit" else flax.linen.remat(linen.ImplicitBatchNorm)
         variables = linen.ImplicitBatchNorm().init(jax.random.key(0), X)
@@ -418,7 +418,7 @@ def scanned(kind):
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_stacked_layers_of_a_scan(kind):
-    """As the same layers one after the other, the optimizer's step included."""
+    """Equal to the same layers one after the other, the optimizer's step included."""
     gradients, parameters = scanned(kind)
     assert len({float(value) for value in parameters["bias"].ravel()}) == 9
     optimizer = bnj.partition(optax.sgd(1e-2), DECAY)
@@ -442,7 +442,7 @@ def test_stacked_layers_of_a_scan(kind):
 
 
 def test_an_activation_of_nnx_with_a_parameter():
-    """PReLU: its slope is trained, and is there in evaluation."""
+    """PReLU: its slope is trained, and used in evaluation."""
     model = nnx.ImplicitBatchNorm(3, activation=flax.nnx.PReLU(0.3), rngs=flax.nnx.Rngs(0))
 
     def explicit(slope):
@@ -495,7 +495,7 @@ def test_a_model_of_nnx_takes_over_a_checkpoint():
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_checkpoint_without_types(kind):
-    """It could be refused by its shapes alone, as the fields are in another order: the message says what to do."""
+    """A dict in place of the state: Flax would compare the shapes of misordered fields; our message says what to do."""
     layer = Layer(kind)
     parameters = serialization.msgpack_restore(serialization.to_bytes(layer.parameters))
     with pytest.raises(TypeError, match=r"'running' is a dict; .* flax.serialization.from_bytes\(parameters, data\)"):
@@ -565,7 +565,7 @@ def test_options_are_checked_by_the_constructors(kind, options, error, message):
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_other_channels_than_those_of_x(kind, rng):
-    """In the words of the constructor of nnx; linen itself checks the shapes of parameters."""
+    """The message names the constructor's option in nnx; linen itself checks the shapes of parameters."""
     layer = Layer(kind)
     message = {
         "nnx": r"scale has shape \(3,\), but x with shape \(6, 4\) has channels \(4,\) along axis 1; .*num_features=4",

@@ -1,4 +1,4 @@
-"""Batch norms behind layers of Flax that have none."""
+"""Insertion of batch norms after layers of Flax."""
 
 import flax.linen
 import flax.nnx
@@ -74,7 +74,7 @@ def test_a_layer_without_a_bias(make):
 
 
 def test_a_trailing_activation_moves_behind():
-    """As a name where the kernels compute what the function does, derivatives included; else as it is."""
+    """A function that the kernels reproduce, derivatives included, becomes its name; others stay callables."""
     for function, expected in (
         (flax.linen.relu, "relu"), (flax.linen.silu, "silu"), (jax.nn.swish, "silu"), (jnp.tanh, "tanh"),
         (flax.linen.sigmoid, "sigmoid"), (flax.linen.gelu, flax.linen.gelu), (jax.nn.relu6, jax.nn.relu6),
@@ -184,7 +184,7 @@ def test_names_within_a_module():
 
 
 def test_a_layer_that_occurs_twice_is_refused():
-    """It would lose its bias where it occurs first, or, in linen, share its parameters no more."""
+    """Its first occurrence would lose its bias or, in linen, no longer share its parameters."""
     dense, linear = flax.linen.Dense(3), flax.nnx.Linear(3, 3, bias_init=ONES, rngs=flax.nnx.Rngs(0))
     for model in (
         flax.linen.Sequential([dense, jnp.sin, dense]),

@@ -1,4 +1,4 @@
-"""The layers of Flax, linen's and nnx's: the same constructors, variables and results, and where ours are right."""
+"""The linen and nnx layers have Flax's constructors, variables and results, except where Flax is wrong."""
 
 import inspect
 import re
@@ -105,7 +105,7 @@ def test_nnx_is_that_of_flax(options, dtype):
     for _ in range(3):
         y = [layer(x) for layer in layers]
         close(y[1], y[0])
-    for name in ("mean", "var"):  # nnx takes them of an x that `dtype` has rounded
+    for name in ("mean", "var"):  # nnx computes them from x rounded to `dtype`
         rounds = options.get("dtype") == jnp.bfloat16
         close(getattr(layers[1], name)[...], getattr(layers[0], name)[...], 0.05 if rounds else None)
     gradients = [flax.nnx.grad(lambda layer, x: jnp.sum(layer(x) * DY), argnums=(0, 1))(layer, x) for layer in layers]
@@ -209,7 +209,7 @@ def test_activation_residual_and_lengths():
 
 @pytest.mark.parametrize("epsilon", [0.0, 1e-5])
 def test_one_element_per_channel(epsilon):
-    """y is the bias and the variance 0, as Flax has it; without epsilon Flax's y is NaN, and ours the limit."""
+    """y is the bias and the variance 0, as in Flax; without epsilon Flax's y is NaN, and ours the limit."""
     x = jnp.asarray([[1.0, -2.0, 3.0]])
     layers = [kind(use_running_average=False, epsilon=epsilon) for kind in (flax.linen.BatchNorm, linen.BatchNorm)]
     variables = layers[0].init(jax.random.key(0), x)
@@ -233,7 +233,7 @@ def test_rematerialization_updates_once():
 
 
 class TestPains:
-    """What Flax's layers do wrong; each test shows it."""
+    """Faults of Flax's layers, each demonstrated by its test."""
 
     def test_large_mean(self, rng):
         """Negative or cancelled variances (flax#1491)."""
@@ -276,7 +276,7 @@ class TestPains:
         assert all(np.isfinite(gradient).all() for gradient in ours)
 
     def test_uneven_masks_over_devices(self, rng):
-        """By counts, not by devices (flax#2417); statistics come back equal on all of them (flax#877)."""
+        """Devices are weighted by counts (flax#2417), and return equal statistics (flax#877)."""
         mesh = jax.make_mesh((4,), ("d",), axis_types=(AxisType.Auto,), devices=jax.devices()[:4])
         mask = jnp.asarray([True] * 5 + [False] * 3)[:, None]
         x = jnp.asarray(rng.normal(2, 1, (8, 3)), jnp.float32)

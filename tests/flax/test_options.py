@@ -1,4 +1,4 @@
-"""What the layers take beside Flax's options, and what they make of Flax's: numbers, axes, conventions, signatures."""
+"""The options that the layers add, and their handling of Flax's: numbers, axes, conventions, signatures."""
 
 import inspect
 import statistics
@@ -48,7 +48,7 @@ def batches_of(rng, number):
 
 
 def test_initialization_needs_no_named_axis(rng):
-    """The groups are of an axis that does not exist yet; the layer normalizes within them once it does."""
+    """The axis of the groups does not exist yet; once it does, the layer normalizes within them."""
     layer = linen.BatchNorm(
         axis_name="i", axis_index_groups=[[0, 1], [2, 3]], use_running_average=False, momentum=0.0
     )  # fmt: skip
@@ -81,7 +81,7 @@ def test_axes_of_nnx(axis):
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_axes_that_are_none(kind):
-    """Flax takes -4 of three axes for -1, and reduces over all of them."""
+    """Flax accepts axis -4 of three, and reduces over all of them."""
     assert flax.nnx.BatchNorm(3, axis=-4, rngs=flax.nnx.Rngs(0))(X).shape == X.shape
     with pytest.raises(ValueError, match="axis -4 is out of range for x with 3 dimensions"):
         steps_of(kind, [X], axis=-4)
@@ -111,7 +111,7 @@ def test_features_of_several_axes_in_nnx():
 
 
 def test_other_channels_than_those_of_x():
-    """The variable by Flax's name and the option that mends it; Flax broadcasts, or fails within a formula."""
+    """The message has Flax's name of the variable and the fix; Flax broadcasts, or fails within a formula."""
     channels = r"x with shape \(6, 4\) has channels \(4,\) along axis 1; "
     for options, name in (({}, "scale"), ({"use_scale": False, "use_bias": False}, "mean")):
         layer = nnx.BatchNorm(3, rngs=flax.nnx.Rngs(0), **options)
@@ -135,7 +135,7 @@ def test_a_scalar_is_refused(kind):
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("name", ["mask", "residual"])
 def test_arguments_that_are_no_numbers(kind, name, rng):
-    """Before anything is compiled; lists of numbers are taken."""
+    """They are refused before compilation; lists of numbers are accepted."""
     for value, message in (
         ("abc", f"{name} is a str of strings; it must"),
         ([[1.0], [2.0, 3.0]], f"{name} is a list whose parts differ in shape; it must"),
@@ -219,7 +219,7 @@ OUT_OF_RANGE = [
 
 @pytest.mark.parametrize(("option", "value", "error", "message"), OUT_OF_RANGE, ids=str)
 def test_numbers_out_of_range(option, value, error, message):
-    """By our constructors; of Flax's layers, which take most of them, at the first call by ours."""
+    """Our constructors refuse them. Flax's accept most of them; a replaced layer refuses them at its first call."""
     for make in (linen.BatchNorm, lambda **options: nnx.BatchNorm(3, rngs=flax.nnx.Rngs(0), **options)):
         with pytest.raises(error, match=message):
             make(**{option: value})
@@ -233,7 +233,7 @@ def test_numbers_out_of_range(option, value, error, message):
     ids=str,
 )
 def test_numbers_that_flax_takes(option, value):
-    """Each computes something there: a running mean that runs away from the data, one for each channel, ..."""
+    """Flax computes something for each: a running mean that diverges, a momentum for each channel, ..."""
     theirs = flax.nnx.BatchNorm(3, rngs=flax.nnx.Rngs(0), **{option: value})
     theirs(X)
     momentum = value if option == "momentum" else 0.99
@@ -316,7 +316,7 @@ VARIABLES = {
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("name", [*bn.CONVENTIONS, *EXTRA])
 def test_every_convention(kind, name, rng):
-    """The layers compute and keep what the function does, with the convention's own momentum and epsilon."""
+    """The layers compute and store the same as the function, with the convention's own momentum and epsilon."""
     convention = EXTRA.get(name, name)
     batches = batches_of(rng, 3)
     if name == "always" and kind == "linen":
@@ -351,7 +351,7 @@ def test_an_update_in_evaluation_needs_a_mutable_state():
 
 
 def test_attributes_are_numbers():
-    """Code that inspects a layer finds Flax's defaults, or the convention's; given ones stay."""
+    """Attributes hold Flax's defaults, or the convention's, for code that inspects them; explicit numbers are kept."""
     for layer in (linen.BatchNorm(), nnx.BatchNorm(3, rngs=flax.nnx.Rngs(0))):
         assert (layer.momentum, layer.epsilon, layer.axis) == (0.99, 1e-5, -1)
     for options, expected in (({}, (0.99, 1e-3)), ({"momentum": 0.5}, (0.5, 1e-3)), ({"epsilon": 0.0}, (0.99, 0.0))):
@@ -368,7 +368,7 @@ def test_attributes_are_numbers():
 
 
 def test_one_element_in_a_convention_that_refuses_it():
-    """While it is initialized, on whatever is at hand, a layer does not mind."""
+    """Initialization, whose input may be a dummy, does not refuse it."""
     x = X[:1, 0]
     layer = linen.BatchNorm(convention="pytorch", use_running_average=False)
     variables = layer.init(jax.random.key(0), x)
@@ -380,7 +380,7 @@ def test_one_element_in_a_convention_that_refuses_it():
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_checks_of_values_hold_in_eager_calls(kind):
-    """Eager calls are compiled, in which values are unknown: not where a check depends on them."""
+    """Eager calls are compiled, which hides values, unless a check depends on them."""
     mask = jnp.asarray([[True, False, False, False, False]] + [[False] * 5] * 5)[..., None]
     with pytest.raises(ValueError, match="one element per channel after masking"):
         called(kind, {"convention": "pytorch", "axis": -1}, mask=mask)
@@ -397,7 +397,7 @@ def called(kind, options, **arguments):
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_callable_activation_sees_its_variables(kind):
-    """It is not part of what is compiled and kept: a parameter that it refers to changes from call to call."""
+    """It is not compiled and cached, because a variable that it refers to changes between calls."""
     slope = [jnp.float32(0.5)]
 
     def leaky(z):
@@ -410,7 +410,7 @@ def test_a_callable_activation_sees_its_variables(kind):
 
 
 def test_eager_calls_on_an_array_that_lies_on_several_devices():
-    """The batch is the whole one; neither y nor the state moves."""
+    """Statistics are those of the whole batch; y has the sharding of x."""
     mesh = jax.make_mesh((4,), ("d",), axis_types=(AxisType.Auto,), devices=jax.devices()[:4])
     x = jnp.concatenate([X, X[:2] + 5])
     sharding = NamedSharding(mesh, PartitionSpec("d"))
@@ -470,7 +470,7 @@ def operations(monkeypatch, kind):
 
 
 def test_operations_are_counted(monkeypatch):
-    """XLA counts none in the C++; within two times those of Flax's layer, in the layer's row and its parent's."""
+    """XLA counts none in C++ calls; counts are within a factor of 2 of Flax's, in the layer's row and its parent's."""
     theirs, ours = (operations(monkeypatch, kind) for kind in (flax.linen.BatchNorm, linen.BatchNorm))
     assert len(theirs) == len(ours) == 3
     for expected, counted in zip(np.ravel(theirs), np.ravel(ours), strict=True):
@@ -479,7 +479,7 @@ def test_operations_are_counted(monkeypatch):
 
 
 def test_eager_calls_are_no_slower(rng):
-    """Small, so that the time is that of Python and of dispatch: ours takes about 0.4 of Flax's."""
+    """On a small array, whose time is that of Python and dispatch: ours takes about 0.4 of Flax's."""
     x = jnp.asarray(rng.normal(size=(8, 16)), jnp.float32)
     layers = [kind(16, rngs=flax.nnx.Rngs(0)) for kind in (flax.nnx.BatchNorm, nnx.BatchNorm)]
     times = ([], [])
@@ -494,7 +494,7 @@ def test_eager_calls_are_no_slower(rng):
 
 @pytest.mark.parametrize("kernel", [None, "agnostic"])
 def test_an_exported_training_step(kernel):
-    """`jax.export` takes a step with a layer as it is, and what it made computes the same."""
+    """`jax.export` exports a step with a layer unchanged, and the exported program computes the same."""
     layer = linen.BatchNorm(use_running_average=False, kernel=kernel, activation="relu")
     variables = layer.init(jax.random.key(0), X)
 

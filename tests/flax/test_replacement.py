@@ -1,4 +1,4 @@
-"""Flax's batch norms in networks of other people, computed by ours: in place in nnx, within a context in linen."""
+"""Replacement of Flax's batch norms in existing networks: in place for nnx, within a context for linen."""
 
 import copy
 import pickle
@@ -155,7 +155,7 @@ def test_a_subclass_with_an_attribute_that_ours_would_take_stays():
 
 
 def test_options_that_are_assigned_afterwards():
-    """They act, do not keep a layer from being restored, and go with it."""
+    """They take effect, do not prevent restoring the layer, and are then dropped."""
     layer = batchnorm.flax.replace(flax.nnx.BatchNorm(3, rngs=flax.nnx.Rngs(0)))
     layer.activation, layer.kernel = "relu", "agnostic"
     assert float(layer(X).min()) == 0
@@ -190,7 +190,7 @@ def test_replaced_layers_are_pickled_and_copied(kind):
 
 
 def test_a_subclass_of_a_class_that_was_made():
-    """It is restored by nothing, and pickle finds it by its name."""
+    """`restore` leaves it unchanged, and pickle finds it by its name."""
     global Tripling
 
     class Tripling(type(batchnorm.flax.replace(Doubling(3, rngs=flax.nnx.Rngs(0))))):
@@ -218,7 +218,7 @@ def test_what_has_no_module_is_refused(model, change):
 
 
 def test_networks_of_linen_within_nnx():
-    """Alone they are refused; within a model they are named, unless they are layers of Flax's without a batch norm."""
+    """Alone they are refused; within a model a warning names them, except Flax's own layers without a batch norm."""
 
     def wrapped(module):
         return flax.nnx.bridge.ToNNX(module, rngs=flax.nnx.Rngs(0))
@@ -260,7 +260,7 @@ def test_replacing_and_restoring_are_idempotent():
 
 
 def test_an_optimizer_and_a_checkpoint_go_on():
-    """A step, the replacement, a step, and back: as Flax's layers alone; the state loads into either."""
+    """Replacing and restoring between steps changes no result, and the state loads into either layer."""
 
     def loss(model, x):
         return jnp.mean((model(x) - x[..., ::-1]) ** 2)
@@ -324,7 +324,7 @@ def step_of(network, variables, x):
 
 @pytest.mark.parametrize("wrap", [lambda f: f, jax.jit])
 def test_a_network_of_linen_within_the_context(wrap):
-    """The variables, results, gradients and states of Flax; by our kernels while the context lasts."""
+    """Variables, results, gradients and states are Flax's; the kernels are called only within the context."""
     network = Block()
     plain = network.init(jax.random.key(0), X, False)
     expected = step_of(network, plain, X)
@@ -405,7 +405,7 @@ def test_masks_and_a_flag_at_each_call(rng):
 
 
 def test_the_context_may_be_entered_again():
-    """Each time with a report of its own; as a decorator; within itself, where the outermost computes."""
+    """Each entry has its own report; also as a decorator, and nested, where the outermost computes."""
     layer = flax.linen.BatchNorm(use_running_average=False)
     variables = layer.init(jax.random.key(0), X)
 

@@ -1,4 +1,4 @@
-"""The warning of a skipped batch: at the user's line, in the words of what was called."""
+"""The warning of a skipped batch points at the user's line and fits the function or layer that was called."""
 
 import inspect
 import warnings
@@ -102,7 +102,7 @@ def test_the_warning_is_at_the_users_line(name):
 
 
 def test_the_words_of_a_layer_end_with_its_call():
-    """Also where it fails: the function that is called afterwards speaks for itself."""
+    """A layer's wording ends with its call, even a failed one: a function called afterwards has its own."""
     with pytest.raises(ZeroDivisionError):
         call_nnx(activation=lambda z: 1 / 0)
     with pytest.warns(RuntimeWarning, match="counted in running.skipped"):

@@ -1,4 +1,4 @@
-"""The optimizers that a state passes through: what is linear cancels, what is not is refused."""
+"""Optimizers around `running_average`: linear changes of the gradients cancel, others are refused."""
 
 from functools import partial, reduce
 from operator import add
@@ -39,7 +39,7 @@ def loss(parameters, x):
 
 
 def inputs_alone(parameters, x):
-    """The same with weights that do not change: the statistics are those of the inputs."""
+    """`loss` with constant weights, so that the statistics depend on the inputs alone."""
     return loss({**parameters, "w": jax.lax.stop_gradient(start()["w"])}, x)
 
 
@@ -52,7 +52,7 @@ def partitioned(optimizer):
 
 
 def expected(groups):
-    """The running statistics after one update for each group of batches: by the mean of their statistics."""
+    """The running statistics after one update per group of batches, by the mean of the group's statistics."""
     mean, var = np.zeros(4), np.ones(4)
     w = np.asarray(start()["w"], np.float64)
     for group in groups:
@@ -127,7 +127,7 @@ def test_summed_micro_batches(batches):
 
 
 def test_dynamic_scale(batches):
-    """Flax's loss scaling, whose gradients are divided by the scale: those of the statistics had none."""
+    """Flax's loss scaling divides all gradients by the scale, which those of the statistics do not have."""
     optimizer, parameters, scaler = bnj.partition(optax.adam(1e-2), DECAY), start(), DynamicScale()
     state = optimizer.init(parameters)
     for x in batches:
@@ -139,7 +139,7 @@ def test_dynamic_scale(batches):
 
 
 def test_a_device_that_has_skipped_its_batch(batches):
-    """`pmean` over two, of which one has NaN: the other's statistics, not half of them."""
+    """`pmean` over two devices, one of which has NaN, gives the other's statistics, not half of them."""
     good, bad = batches[0], batches[1].at[3].set(jnp.nan)
     gradient = jax.vmap(lambda x: jax.lax.pmean(jax.grad(inputs_alone)(start(), x)["running"], "d"), axis_name="d")
     received = jax.tree.map(lambda value: value[0], gradient(jnp.stack([good, bad])))
@@ -154,7 +154,7 @@ def test_a_device_that_has_skipped_its_batch(batches):
 
 
 def test_partition_clips_the_weights_alone(batches):
-    """As if there were no statistics among the parameters, which would dominate the norm."""
+    """The norm is that of the weights; the statistics, which would dominate it, are excluded."""
     ours = train(
         bnj.partition(optax.chain(optax.clip_by_global_norm(0.1), optax.sgd(0.5)), DECAY), batches, jax.grad(loss)
     )
@@ -168,7 +168,7 @@ def test_partition_clips_the_weights_alone(batches):
         weights = optax.apply_updates(weights, updates)
     np.testing.assert_allclose(ours["w"], weights["w"], rtol=1e-5)
     whole = train(optax.chain(optax.clip_by_global_norm(0.1), partitioned(optax.sgd(0.5))), batches, jax.grad(loss))
-    assert np.abs(np.asarray(whole["w"] - weights["w"])).max() > 0.01  # what the recipe is for
+    assert np.abs(np.asarray(whole["w"] - weights["w"])).max() > 0.01  # with the statistics it would differ
 
 
 def test_averages_of_the_parameters(batches):
@@ -188,7 +188,7 @@ def test_averages_of_the_parameters(batches):
 
 @pytest.mark.parametrize("transformation", [lambda f: f, jax.jit])
 def test_lanes(batches, transformation):
-    """A training step under `vmap`, as of an ensemble: each lane has the averages of its own batches."""
+    """A training step of an ensemble under `vmap`: each lane averages its own batches."""
     optimizer = bnj.partition(optax.adam(1e-2), DECAY)
 
     def step(parameters, state, x):
@@ -220,7 +220,7 @@ def test_a_decay_that_is_a_scalar_array(batches, decay):
 
 
 def test_stacked_layers(batches):
-    """The layers of a scan: their states are one, with an axis in front."""
+    """The layers of a scan have one state with a leading axis."""
     running = jax.tree.map(lambda *values: jnp.stack(values), *[start()["running"]] * 3)
     received = jax.vmap(lambda r, x: jax.grad(inputs_alone)({**start(), "running": r}, x)["running"])(
         running, jnp.stack(batches[:3])
@@ -248,7 +248,7 @@ AHEAD = {
 
 @pytest.mark.parametrize("name", AHEAD)
 def test_what_changes_elements_is_refused(batches, name):
-    """With values known, and under jit, where it is the program that raises."""
+    """Eager updates raise; under jit the compiled program does."""
     optimizer = optax.chain(AHEAD[name], partitioned(optax.sgd(1e-2)))
     gradients, state = jax.grad(loss)(start(), batches[0]), optimizer.init(start())
     with pytest.raises(ValueError, match="times a positive factor"):
@@ -260,7 +260,7 @@ def test_what_changes_elements_is_refused(batches, name):
 
 @jax.jit
 def received(x):
-    """A state for the channels of x, and its gradient; of several batches, a stack of both."""
+    """A state for the channels of x, and its gradient; for several batches, both are stacked."""
     running = bn.RunningStatistics.initial(x.shape[-1], "flax", like=jnp.zeros(1))
     gradient = jax.grad(lambda running, x: jnp.sum(bnj.implicit_batch_norm(x, None, None, running)))
     if x.ndim == 2:
@@ -270,7 +270,7 @@ def received(x):
 
 @pytest.mark.parametrize("channels", [16, 256, 1024, 4096])
 def test_noise_is_found_among_many_channels(channels):
-    """A fifth of a deviation, of which one update in eight or so is not told from rounding, however many channels."""
+    """Noise of a fifth of a deviation: about one update in eight passes as rounding, for any number of channels."""
     x = jnp.asarray(np.random.default_rng(channels).normal(1, 1, (64, channels)), jnp.float32)
     running, gradient = received(x)
     average, noise, refused = bnj.running_average(0.0), optax.add_noise(0.04, 0.0, 0), 0
@@ -298,7 +298,7 @@ def test_clipping_of_one_element_is_found():
 
 @pytest.mark.parametrize("channels", [1, 2, 64, 4096])
 def test_a_change_of_a_tenth_of_the_norm_is_found(channels):
-    """In whichever element, up or down; rounding of a hundredth is not."""
+    """In any element, up or down; a change of 0.5 % passes as rounding."""
     x = jnp.asarray(np.random.default_rng(channels).normal(2, 1, (32, channels)), jnp.float32)
     running, gradient = received(x)
     optimizer, norm = bnj.running_average(0.9), optax.tree.norm(gradient._replace(weight=0.0))
@@ -318,7 +318,7 @@ def test_a_change_of_a_tenth_of_the_norm_is_found(channels):
      (1, "float16", 2.0**-15, 1e-2), (8, "float16", 1.0, 1e-2), (1, "bfloat16", 2.0**15, 1e-2)],
 )  # fmt: skip
 def test_random_gradients_that_are_legal(channels, number, dtype, factor, rtol):
-    """Three hundred each: sums of micro-batches in a dtype, times any positive factor, are never refused."""
+    """Sums of micro-batches in any dtype, times any positive factor, are never refused: 300 gradients each."""
     rng = np.random.default_rng(channels)
     location, scale = rng.normal(0, 2, (300, 1, channels)), np.exp(rng.normal(0, 1, (300, 1, channels)))
     factor = jnp.asarray(np.exp(rng.uniform(-20, 20, 300)) if factor is None else np.full(300, factor), jnp.float32)
@@ -337,7 +337,7 @@ def test_random_gradients_that_are_legal(channels, number, dtype, factor, rtol):
 
 
 def test_steps_that_vanish_are_refused():
-    """A factor that float16 rounds to 0 for the count of batches, though not for their means: no batch would enter."""
+    """A factor rounds the number of batches to 0 in float16, but not their means: the update would skip them."""
     running, gradient = received(jnp.asarray([[99.0], [101.0]]))
     tiny = gradient.map(lambda value: (value * 2.0**-26).astype(jnp.float16))
     assert float(tiny.steps) == 0
@@ -365,7 +365,7 @@ BEHIND = {
 @pytest.mark.parametrize("transformation", [lambda f: f, jax.jit], ids=["eager", "jit"])
 @pytest.mark.parametrize("name", [*BEHIND, "schedule-free", "lookahead"])
 def test_what_changes_the_update_is_refused(batches, name, transformation):
-    """At one of the updates after the first; those before are counted."""
+    """The first update succeeds; a later one detects the change."""
     own = bnj.partition(optax.adam(1e-2), DECAY)
     parameters, is_pair = start(), name == "lookahead"
     if is_pair:
@@ -392,7 +392,7 @@ def test_what_changes_the_update_is_refused(batches, name, transformation):
 
 
 def test_training_goes_on_from_an_average(batches):
-    """The error says how; a state that receives nothing is let be."""
+    """The error states the fix; a state with a zero gradient is not checked."""
     optimizer, running = (
         bnj.running_average(DECAY),
         train(bnj.partition(optax.sgd(1e-2), DECAY), batches[:3])["running"],
@@ -443,7 +443,7 @@ OTHERS = {
 @pytest.mark.parametrize("name", OTHERS)
 @pytest.mark.parametrize("is_new", [True, False])
 def test_another_optimizer_in_place_of_the_running_average(batches, name, is_new):
-    """It lowers the steps of a new state, and moves the weight of any: a call says so, or is NaN where it is traced."""
+    """It lowers the steps of a new state and moves any state's weight: a call raises or, if traced, returns NaN."""
     optimizer, number = OTHERS[name]
     parameters = start() if is_new else train(bnj.partition(optax.sgd(1e-2), DECAY), batches)
     gradient, state = jax.jit(jax.grad(loss)), optimizer.init(parameters)
@@ -457,7 +457,7 @@ def test_another_optimizer_in_place_of_the_running_average(batches, name, is_new
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 def test_a_state_in_half_precision_is_refused(batches, dtype):
-    """Parameters that are all cast, as for mixed precision, or as a copy of an optimizer."""
+    """All parameters are cast, for mixed precision or as an optimizer's copy."""
     running = start()["running"]
     gradient = jax.grad(loss)(start(), batches[0])["running"]
     with pytest.raises(TypeError, match=rf"running\.mean is {dtype}; .*is_leaf=lambda v: isinstance\(v, bn\."):
@@ -468,7 +468,7 @@ def test_a_state_in_half_precision_is_refused(batches, dtype):
 
 
 def test_masks_and_line_searches_inside(batches):
-    """The optimizer of `partition` sees a node without leaves in the place of a state."""
+    """The optimizer of `partition` receives a node without leaves in place of a state."""
     by_tree = partial(jax.tree.map, lambda value: value.ndim > 1)
     by_name = partial(jax.tree.map_with_path, lambda path, value: path[-1].key == "w")
     by_path = partial(path_aware_map, lambda path, value: path[-1] == "w")
@@ -493,7 +493,7 @@ def test_masks_and_line_searches_inside(batches):
 
 
 def test_export(batches):
-    """A check that runs on the host cannot be exported; the gradients can, and the update applied where they are."""
+    """The update's check, a host callback, cannot be exported; the gradients can, and the update is applied to them."""
     optimizer = bnj.partition(optax.sgd(1e-2), DECAY)
     state = optimizer.init(start())
 
@@ -508,7 +508,7 @@ def test_export(batches):
 
 
 def test_not_finite_gradients_pass(batches):
-    """They are what the transformations around look for."""
+    """The transformations around `running_average` look for them."""
     gradients = jax.tree.map(lambda value: value * jnp.nan, jax.grad(loss)(start(), batches[0]))
     optimizer = optax.apply_if_finite(bnj.partition(optax.sgd(1e-2), DECAY), 3)
     updates, _ = jax.jit(optimizer.update)(gradients, optimizer.init(start()), start())

@@ -1,4 +1,4 @@
-"""`batchnorm.jax.batch_norm`: the kernels against array code, against float64, and their derivatives."""
+"""`batchnorm.jax.batch_norm`: the kernels against the generic implementation and float64, and their derivatives."""
 
 import warnings
 from functools import partial
@@ -43,13 +43,13 @@ CASES += [((2, 7, 5, 3), 1, dtype, False, "tanh") for dtype in TOLERANCES]
 
 @pytest.mark.parametrize(("shape", "axis", "dtype", "has_mask", "activation"), CASES)
 def test_kernels_against_array_code(shape, axis, dtype, has_mask, activation, rng):
-    """y, all gradients and the state; array code computes them in float64."""
+    """y, all gradients and the state; the generic implementation computes them in float64."""
     with jax.enable_x64(True):
         x, gamma, beta, residual, mask = arrays(rng, shape, axis, dtype, has_mask=has_mask)
         dy = jnp.asarray(rng.normal(size=shape), dtype)
 
         def run(kernel, x, gamma, beta, residual):
-            with warnings.catch_warnings():  # a channel of which nothing counts
+            with warnings.catch_warnings():  # a fully masked channel
                 warnings.simplefilter("ignore", RuntimeWarning)
                 return bnj.batch_norm(
                     x, gamma, beta, training=True, axis=axis, mask=mask, activation=activation, residual=residual,
@@ -186,7 +186,7 @@ def test_errors(options, message):
 
 
 def test_operands_that_do_not_go_together():
-    """What binds the primitives by hand gets an error and no crash."""
+    """Binding the primitives by hand raises an error instead of crashing."""
     rule = formulas.Rule(1e-5, None, False)
     x, none, forward_p = jnp.ones((1, 4, 3)), formulas.placeholder(), primitives.forward_p
     with pytest.raises(Exception, match="operands that do not go together"):

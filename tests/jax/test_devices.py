@@ -1,4 +1,4 @@
-"""A batch that is spread over several (simulated) devices: the result of the whole, whatever each part holds."""
+"""A batch sharded over several (simulated) devices gives the results of the whole batch, whatever its parts."""
 
 from functools import cache, partial
 
@@ -65,7 +65,7 @@ def test_shard_map(devices):
 
 
 def test_statistics_of_each_device():
-    """Without axis_name each normalizes its own part, by the kernels; shared parameters get the sum of gradients."""
+    """Without axis_name each device normalizes its own part by the kernels; shared parameters get summed gradients."""
     mesh, in_specs = mesh_of(8), (P("d"), P(), P())
     sharded = jax.jit(jax.shard_map(lambda *a: step(*a)[0], mesh=mesh, in_specs=in_specs, out_specs=P("d")))
     check(sharded(X, GAMMA, BETA), jnp.concatenate([step(part, GAMMA, BETA)[0] for part in jnp.split(X, 8)]))
@@ -94,7 +94,7 @@ def test_traced_flag_in_shard_map():
 
 @pytest.mark.parametrize("devices", [2, 8])
 def test_automatic_sharding(devices):
-    """XLA cuts array code up, with sums over the devices; a call of the kernels would have all of x on each."""
+    """XLA shards the generic implementation, with all-reduces; a kernel call would gather x on each device."""
     sharding = NamedSharding(mesh_of(devices), P("d"))
     x, dy = (jax.device_put(array, sharding) for array in (X, DY))
     check(jax.jit(step)(x, GAMMA, BETA), expected_step())
@@ -121,7 +121,7 @@ def test_explicit_sharding(devices):
 @pytest.mark.parametrize("masked", [{}, {"mask": np.arange(5)[None, :, None] < 3}, {"lengths": np.arange(16) % 6}])
 @pytest.mark.parametrize("spec", [P(None, None, "d"), P("d", None, None), P("d", None, "e")])
 def test_explicit_sharding_of_channels(spec, masked):
-    """Parameters and state may lie anywhere; the state keeps its place, so that it can be carried."""
+    """Parameters and state may have any sharding; the state keeps its own, so that a loop can carry it."""
     mesh = jax.make_mesh((2, 2), ("d", "e"), axis_types=(AxisType.Explicit,) * 2, devices=jax.devices()[:4])
     x, dy = X[..., :2], DY[..., :2]
     gamma, beta, running = GAMMA[:2], BETA[:2], RUNNING._replace(mean=RUNNING.mean[:2], spread=RUNNING.spread[:2])
@@ -144,7 +144,7 @@ def test_explicit_sharding_of_channels(spec, masked):
 
 
 def test_reductions_over_devices_are_kernels():
-    """With `axis_name` as without: moments forward, two sums backward; no reduction of x is left to XLA."""
+    """With and without `axis_name`: moments forward, two sums backward; XLA reduces x nowhere."""
     mesh = mesh_of(4)
 
     def loss(x, gamma, beta, dy):
@@ -232,7 +232,7 @@ def uneven():
 
 @pytest.mark.parametrize("devices", [2, 8])
 def test_parts_of_different_sizes(devices):
-    """By counts: Flax's mean over the devices is that of no batch (flax#2417), and NaN where one has nothing."""
+    """Weighted by counts: Flax's mean over devices is the mean of no batch (flax#2417), and NaN if one is empty."""
     mask = uneven()
     x = jnp.where(mask, X, jnp.nan)
     expected = step(X, GAMMA, BETA, mask)
@@ -268,7 +268,7 @@ def test_an_empty_batch_on_every_device():
 
 @pytest.mark.parametrize(("mean", "std"), [(1e3, 1), (1e4, 1), (1e4, 1e-2)])
 def test_large_means_over_devices(mean, std, rng):
-    """The last: the mean of the means, in float32, is a tenth of a deviation off; that must not enter m2."""
+    """In the last case the float32 mean of the means is a tenth of a deviation off, which must not affect m2."""
     x = np.asarray(rng.normal(mean, std, (16, 10, 3)), np.float32)
     wide = x.astype(np.float64)
     exact = (wide - wide.mean((0, 1))) / np.sqrt(wide.var((0, 1)) + 1e-5)

@@ -1,4 +1,4 @@
-"""Differentiating is training: `implicit_batch_norm` and `running_average`."""
+"""`implicit_batch_norm` and `running_average`: differentiation selects training."""
 
 from dataclasses import replace
 from functools import partial
@@ -42,7 +42,7 @@ def test_plainly_it_is_inference():
 
 @pytest.mark.parametrize("options", [{}, {"activation": "silu"}, {"mask": jnp.arange(12)[:, None] < 7}])
 def test_differentiated_it_trains(options):
-    """The value and the gradients of training; the state's is the batch, whatever the loss."""
+    """Value and gradients are those of training; the state's gradient is the batch's statistics for any loss."""
     residual = X[::-1]
 
     def implicit(x, gamma, beta, residual, running, scale):
@@ -171,7 +171,7 @@ def test_no_batch_changes_nothing():
 
 
 def test_several_devices():
-    """The rule backward sums over the devices what they share."""
+    """The backward rule sums the gradients of replicated arguments over the devices."""
     mesh = jax.make_mesh((4,), ("d",), axis_types=(AxisType.Auto,), devices=jax.devices()[:4])
     running = initial(X)
 
@@ -194,7 +194,7 @@ def test_several_devices():
 
 
 def test_other_transformations():
-    """jit, remat, scan and vmap; forward mode has no place for what the state receives."""
+    """jit, remat, scan and vmap; forward mode, which cannot return the state's gradient, is refused."""
     running = initial(X)
 
     def loss(running, x):
@@ -213,7 +213,7 @@ def test_other_transformations():
 
 @pytest.mark.parametrize("options", [{}, {"activation": "silu"}, {"mask": jnp.arange(12)[:, None] < 7}])
 def test_frozen_is_the_derivative_of_inference(options):
-    """What saliency maps and adversarial examples differentiate, in both modes; the state receives nothing."""
+    """The derivative for saliency maps and adversarial examples, in both modes; the state's gradient is 0."""
     running = initial(X)._replace(mean=jnp.asarray([1.0, 2, 3]), spread=jnp.asarray([4.0, 1, 9]))
 
     def implicit(x, gamma, beta, running):
@@ -275,7 +275,7 @@ def test_an_activation_that_closes_over_a_parameter(transformation, masked):
 
 
 def test_millions_of_steps():
-    """A float32 of 2**24 steps is the same after one more; the gradient counts from 0."""
+    """In float32, 2**24 steps plus 1 is 2**24; the gradient counts from 0."""
     running = initial(X)._replace(steps=jnp.float32(2**24))
     received = jax.grad(lambda r: jnp.sum(bnj.implicit_batch_norm(X, None, None, r)))(running)
     assert float(received.steps) == 1
@@ -283,7 +283,7 @@ def test_millions_of_steps():
 
 
 def test_a_result_that_is_not_differentiated():
-    """`stop_gradient` of y, as for a target: by the batch, which does not enter; of the arguments: by the state."""
+    """`stop_gradient` of y (a target) normalizes by the batch, without an update; of the arguments, by the state."""
     running = initial(X)._replace(mean=jnp.asarray([1.0, 2, 3]), spread=jnp.asarray([4.0, 1, 9]))
     by_batch, _ = bnj.batch_norm(X, GAMMA, BETA, training=True)
     by_state, _ = bnj.batch_norm(X, GAMMA, BETA, running, training=False)
@@ -315,7 +315,7 @@ def test_a_result_that_is_not_differentiated():
 @pytest.mark.parametrize("kind", ["function", "linen", "nnx"])
 @pytest.mark.parametrize("differentiate", [lambda f: f, jax.grad, lambda f: jax.jit(jax.grad(f))])
 def test_a_state_in_half_precision_is_refused(kind, dtype, differentiate):
-    """By the cast of all parameters; the cast that leaves states alone is in the message, and passes."""
+    """A cast of all parameters is refused; the message contains the cast that skips states, which works."""
 
     def loss(parameters):
         if kind == "function":

@@ -1,4 +1,4 @@
-"""The running update by the C++ against array code, for every convention and whatever a batch may be."""
+"""The C++ running update against the generic implementation, for every convention and kind of batch."""
 
 from dataclasses import replace
 
@@ -72,7 +72,7 @@ def test_every_convention(name, masked):
 
 def test_the_batches_are_told_apart():
     last = states("native", CONVENTIONS["flax"], masked=True)[-1]
-    assert (float(last.steps), float(last.skipped)) == (4, 1)  # one of six is refused, and one is empty
+    assert (float(last.steps), float(last.skipped)) == (4, 1)  # one of six is skipped, and one is empty
 
 
 def test_float64():

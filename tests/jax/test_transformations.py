@@ -1,4 +1,4 @@
-"""Every transformation of JAX, by the kernels, against array code."""
+"""Every transformation of JAX, by the kernels, against the generic implementation."""
 
 from functools import partial
 
@@ -78,7 +78,7 @@ def test_hessian_of_x():
 
 @pytest.mark.parametrize("values", [[2.5, 2.5, 2.5], [1.0, 2.0, 7.0]])
 def test_hessian_of_moments(values):
-    """2 (I - 1/n), of a constant channel as well, whose m2 lies on the edge of what it can be."""
+    """The Hessian is 2 (I - 1/n), also for a constant channel, whose m2 is at its minimum 0."""
     hessian = jax.hessian(lambda x: bn.moments(x, axis=()).m2)(jnp.asarray(values))
     np.testing.assert_allclose(hessian, 2 * (np.eye(3) - 1 / 3), rtol=1e-6)
 
@@ -91,7 +91,7 @@ def small(x, gamma, beta, kernel=None):
 @pytest.mark.parametrize("in_axes", [(0, None, None), (0, 0, 0), (1, None, 0), (None, 0, None), (2, 1, None)])
 @pytest.mark.parametrize("order", [0, 1])
 def test_vmap_is_a_batch_norm_for_each_lane(in_axes, order):
-    """Of any batched axis, of any argument, of the function and of its gradient; and twice."""
+    """For any batched axis of any argument, the function and its gradient; also nested."""
     lanes = 4
     arguments = []
     for value, axis in zip(ARGUMENTS, in_axes, strict=True):
@@ -181,7 +181,7 @@ def test_traced_flag_computes_one_branch():
 
 @pytest.mark.parametrize("platforms", [None, ("cpu", "cuda", "tpu")])
 def test_export(platforms):
-    """A training step with its gradients; as array code, since the program may run without this library."""
+    """A training step with its gradients, as the generic implementation: the program may run without this library."""
     step = jax.jit(jax.value_and_grad(loss, argnums=ALL))
     exported = jax.export.export(step, platforms=platforms)(*ARGUMENTS)
     assert "stablehlo.custom_call @batchnorm" not in exported.mlir_module()
@@ -200,7 +200,7 @@ def test_export_of_a_state():
 
 
 def test_disable_jit():
-    """What is printed and stepped through while debugging."""
+    """`jax_disable_jit`, which debugging uses to print and step."""
     expected = jax.value_and_grad(loss, argnums=ALL)(*ARGUMENTS)
     with jax.disable_jit():
         results = jax.value_and_grad(loss, argnums=ALL)(*ARGUMENTS)
@@ -237,7 +237,7 @@ STATE = {
 
 @pytest.mark.parametrize("name", STATE)
 def test_derivatives_of_the_state(name):
-    """Losses on the statistics (DeepInversion's): both modes and second order, as of array code and by differences."""
+    """Losses on the statistics (DeepInversion's): both modes and second order, against array code and differences."""
     options = STATE[name]
     convention = options.get("convention", "flax")
 
@@ -284,7 +284,7 @@ def test_derivatives_of_the_state_equal_flax_s():
 @pytest.mark.parametrize("masked_output", ["zero", "normalized"])
 @pytest.mark.parametrize("kind", ["mask", "by element", "lengths", "channels first"])
 def test_derivatives_with_padding(kind, masked_output, rng):
-    """Of padding that comes out normalized as well, which is Flax's behaviour: by the kernels, as by array code."""
+    """Also of normalized padding, which is Flax's behavior: the kernels against the generic implementation."""
     x = X.at[1, 3:].set(jnp.nan) if kind != "by element" else X
     options = {
         "mask": {"mask": jnp.arange(5)[None, :, None] < jnp.asarray([5, 3, 0, 1, 2, 5, 4, 3])[:, None, None]},
@@ -316,7 +316,7 @@ def test_derivatives_with_padding(kind, masked_output, rng):
 
 
 def test_lengths_are_not_expanded():
-    """Channels first, no mask of them is made; traced values beyond the time axis count as its end."""
+    """With channels first, lengths do not become a mask; traced values beyond the time axis count as its end."""
     x = jnp.moveaxis(X, -1, 1)
     call = jax.jit(lambda x, lengths: bnj.batch_norm(x, training=True, axis=1, lengths=lengths)[0])
     lengths = jnp.asarray([5, 3, 0, 1, 2, 5, 4, 3])
@@ -360,7 +360,7 @@ def test_traced_eps_and_decay():
     swept = jax.vmap(step)(jnp.asarray([0.1, 0.25]), jnp.asarray([0.5, 0.75]))
     jax.tree.map(lambda a, b: check(a[1], b), swept, expected)
     text = jax.jit(lambda decay: bnj.batch_norm(X, training=True, decay=decay)).lower(0.5).as_text()
-    assert "batchnorm_forward" in text  # by the kernels: decay is none of their business
+    assert "batchnorm_forward" in text  # by the kernels, which do not use decay
     gradient = jax.grad(lambda eps: jnp.sum(step(eps, 0.5)[0] ** 2))(0.25)
     difference = (jnp.sum(step(0.26, 0.5)[0] ** 2) - jnp.sum(step(0.24, 0.5)[0] ** 2)) / 0.02
     np.testing.assert_allclose(gradient, difference, rtol=1e-2)
@@ -372,7 +372,7 @@ def test_traced_eps_and_decay():
 
 
 def test_the_axis_is_the_convention_s():
-    """As in `batchnorm.batch_norm`, and of whatever kind."""
+    """As in `batchnorm.batch_norm`, for any kind of axis."""
     x = jnp.moveaxis(X, -1, 1)
     expected = bn.batch_norm(x, convention="pytorch")[0]
     for options in ({}, {"axis": [1]}, {"axis": range(1, 2)}, {"axis": np.int64(1)}, {"axis": -2}):
@@ -383,21 +383,21 @@ def test_the_axis_is_the_convention_s():
 
 
 def test_numpy_parameters():
-    """Whatever JAX's own functions take."""
+    """NumPy arrays are accepted, as by JAX's own functions."""
     y, _ = bnj.batch_norm(X, np.asarray(GAMMA), np.asarray(BETA), training=True, mask=np.ones((8, 5, 1), bool))
     np.testing.assert_allclose(y, bnj.batch_norm(X, GAMMA, BETA, training=True)[0], atol=2e-6)
 
 
 @pytest.mark.parametrize("platform", ["cuda", "tpu"])
 def test_other_platforms_are_array_code(platform):
-    """That XLA fuses: no call that it could not look into."""
+    """XLA fuses the generic implementation, but could not fuse a call."""
     text = jax.jit(jax.grad(loss, argnums=ALL)).trace(*ARGUMENTS).lower(lowering_platforms=(platform,)).as_text()
     assert "batchnorm_forward" not in text
     assert "stablehlo.reduce" in text
 
 
 def test_forward_and_backward_of_arrays():
-    """`batchnorm.forward` and `backward` on JAX's arrays take the same kernels."""
+    """`batchnorm.forward` and `backward` use these kernels for JAX's arrays."""
     y, cache = jax.jit(partial(bn.forward, axis=-1, activation="relu"))(X, GAMMA, BETA)
     expected, plain_cache = bn.forward(X, GAMMA, BETA, axis=-1, activation="relu", kernel="agnostic")
     np.testing.assert_allclose(y, expected, atol=2e-6)

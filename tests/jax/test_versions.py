@@ -1,4 +1,4 @@
-"""An extension that is newer than JAX: told of calls that it does not know, JAX would not start at all."""
+"""An extension newer than JAX: registering calls that JAX does not know would keep it from starting."""
 
 import subprocess
 import sys

@@ -1,4 +1,4 @@
-"""Instruction sets, one after the other, in this process; numbers of threads."""
+"""Fixtures that set the instruction set and the number of threads of this process."""
 
 import pytest
 import torch
@@ -12,7 +12,7 @@ bn.set_num_threads(_native.num_threads())  # loads the kernels, which choose an 
 
 @pytest.fixture(params=ENDS)
 def instruction_set(request):
-    """The kernels of the best set and of `baseline`, or of a mark's; afterwards those that were in use before."""
+    """Run with the best set and with `baseline`, or with a mark's sets; restore the previous set afterwards."""
     before = _native.instruction_set()
     _native.set_instruction_set(request.param)
     yield request.param
@@ -22,7 +22,7 @@ def instruction_set(request):
 
 @pytest.fixture
 def set_threads():
-    """A function that sets the threads of NumPy's and PyTorch's calls alike; afterwards they are as before."""
+    """A function that sets the threads of NumPy's and PyTorch's calls, which are restored afterwards."""
     before, before_torch = _native.num_threads(), torch.get_num_threads()
 
     def set_both(threads):

@@ -1,8 +1,8 @@
-"""Random calls of the extension, proper and hostile: none may crash, write where it must not, or leak.
+"""Random calls of the extension, valid and hostile: none may crash, write outside its results, or leak.
 
     fuzz_native.py [--extension PATH] [--calls 20000] [--seed 0]
 
-`sanitize.sh` runs it with an extension that is compiled with sanitizers; by itself it takes the installed one.
+`sanitize.sh` runs it with an extension that is compiled with sanitizers; the default is the installed one.
 """
 
 from __future__ import annotations
@@ -22,9 +22,9 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "support"))
 
-#: Of a call that is refused; MemoryError where a result like a view of terabytes is allocated. Others would be faults.
+#: Errors of refused calls; MemoryError if a result like a view of terabytes is allocated. Any other is a fault.
 REFUSALS = (TypeError, ValueError, BufferError, RuntimeError, MemoryError)
-#: Growth of the resident memory in a third of the calls that is no leak: caches, the allocator's own.
+#: Growth of resident memory in a third of the calls that is not a leak: caches and the allocator's own.
 MOST_BYTES = 12 << 20
 
 SIZES = (1, 1, 2, 3, 5, 8, 17, 33)
@@ -49,7 +49,7 @@ class Call(NamedTuple):
 
 
 class Maker:
-    """Makes proper calls, seeded."""
+    """Makes valid calls, seeded."""
 
     def __init__(self, rng: np.random.Generator) -> None:
         self.rng = rng
@@ -65,7 +65,7 @@ class Maker:
         return (self.rng.normal(size=shape) + 1).astype(dtype)
 
     def guarded(self, shape: Any, dtype: Any) -> np.ndarray:
-        """An array at any address, amid bytes that nothing may write to; or, for a sanitizer, a block of its own."""
+        """An array at any address between guard bytes, which must not change; or, for a sanitizer, in its own block."""
         size = int(np.prod(shape)) * np.dtype(dtype).itemsize
         if self.one_in(2):
             return np.ones(shape, dtype)
@@ -178,7 +178,7 @@ class Maker:
 
 
 def as_tensor(value: Any) -> Any:
-    """A tensor on the memory of an array, where PyTorch can have one."""
+    """A tensor that shares an array's memory, if PyTorch can represent it."""
     if value is NUMPY:
         return PYTORCH
     if isinstance(value, tuple):
@@ -193,7 +193,7 @@ def as_tensor(value: Any) -> Any:
 
 
 def hostile_values() -> list[Any]:
-    """What has no business among the arguments; made once, so that their references can be counted."""
+    """Invalid arguments, created once so that their references can be counted."""
     ones = np.ones((5, 3), np.float32)
     read_only = ones.copy()
     read_only.flags.writeable = False
@@ -250,7 +250,7 @@ def spoiled(call: Call, rng: np.random.Generator, values: list[Any]) -> Call:
 
 
 def make(call: Call) -> str:
-    """How it ended; raises what is no refusal."""
+    """Make a call and return its outcome; errors other than refusals propagate."""
     try:
         done = getattr(_native, call.name)(**call.arguments)
     except (*REFUSALS, KeyboardInterrupt):  # the latter of `Liar`
@@ -269,7 +269,7 @@ def resident_bytes() -> int:
 
 
 def run(calls: int, seed: int) -> dict[str, Counter]:
-    """The outcomes of proper and of hostile calls, half each. Raises AssertionError for a fault."""
+    """The outcomes of valid and of hostile calls, half each. Raises AssertionError for a fault."""
     rng = np.random.default_rng(seed)
     maker, values = Maker(rng), hostile_values()
     gc.collect()
@@ -290,7 +290,7 @@ def run(calls: int, seed: int) -> dict[str, Counter]:
     gc.collect()
     after = [sys.getrefcount(value) for value in values if isinstance(value, np.ndarray | torch.Tensor | Liar)]
     assert after == references, "arrays that were refused are still held"
-    # The least of two growths: what is allocated once (a pool of threads, a library's tables) is in one of them.
+    # The smaller of two growths: one-time allocations (a thread pool, a library's tables) count in only one.
     grown = min(after - before for before, after in itertools.pairwise(in_use))
     assert grown < MOST_BYTES, f"{grown >> 10} KiB more are in use after {calls // 3} calls, and as much again: a leak"
     return outcomes

@@ -1,4 +1,4 @@
-"""A call is one call of the extension, whatever its convention, mask, groups and state, and none that it declines."""
+"""Each call is one call of the extension, never declined, for every convention, mask, group and state."""
 
 from dataclasses import replace
 
@@ -73,7 +73,7 @@ def test_a_loop_of_batch_norm(library, shape, masked, convention, extension):
 @every_native_library
 @pytest.mark.parametrize("axis", [(0, 2), (1, 2), (0, 1), ()])
 def test_several_axes(library, axis, extension):
-    """Lanes of their own among them: the first axis, and not the next one."""
+    """Sets with the first axis and not the next one are computed as lanes."""
     x = library(np.random.default_rng(0).normal(size=(3, 4, 5, 6)).astype(np.float32))
     running = expected = bn.RunningStatistics.initial(tuple(x.shape[a] for a in axis), like=x)
     for _ in range(2):
@@ -141,7 +141,7 @@ def test_layers(shape, masked, make, extension):
 
 @every_native_library
 def test_states_are_arrays_without_axes(library):
-    """Whatever way they were computed: scalars of NumPy would be declined at the next call."""
+    """On every path: the next call would decline NumPy scalars."""
     x = library(np.random.default_rng(0).normal(size=(6, 4)).astype(np.float32))
     mask = library(np.arange(24).reshape(6, 4) % 3 > 0)
     for options in ({}, {"mask": mask}, {"kernel": "agnostic"}, {"convention": "lasagne-gist"}):
@@ -158,7 +158,7 @@ def test_states_are_arrays_without_axes(library):
 
 @every_native_library
 def test_the_first_call_of_all(library, extension):
-    """Without a state, and of a type that has not been met."""
+    """Without a state, and with a type that no earlier call had."""
     x, gamma = arrays(library, (8, 4, 6, 6))
     _, running = bn.batch_norm(x, gamma)
     assert extension.taken() == {"normalize": 1}

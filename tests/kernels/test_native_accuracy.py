@@ -31,7 +31,7 @@ def test_float32_at_any_mean(instruction_set, family, ratio):
         check_within(name, ours, theirs, GRADIENTS["float32"] * np.abs(theirs).max())
 
 
-#: Of x and of dy.
+#: Scales of x and of dy.
 SCALES = [(1e18, 1e22), (1e-16, 1e-24), (1e18, 1e-30), (1e-16, 1e20)]
 
 

@@ -1,7 +1,7 @@
 """Views into packed buffers: parameters, statistics, masks and results that start between two elements.
 
-On x86 a misaligned load does what it should whether or not it is undefined; `sanitize.sh` runs the extension where it
-is reported.
+On x86 misaligned loads work even where they are undefined behavior; `sanitize.sh` runs the extension with a sanitizer
+that reports them.
 """
 
 import numpy as np
@@ -49,6 +49,6 @@ def test_running_statistics(place, training, rng):
         running = running._replace(mean=view(gamma), spread=view(np.abs(beta) + 1))
         y, after = bn.batch_norm(view(x), view(gamma), view(beta), running, training=training)
         results.append([y, after.mean, after.spread, after.steps])
-    for aligned, misaligned in zip(*results, strict=True):  # PyTorch's own sums depend on it by a rounding
+    for aligned, misaligned in zip(*results, strict=True):  # PyTorch's own sums differ by a rounding
         np.testing.assert_allclose(np.asarray(misaligned), np.asarray(aligned), rtol=3e-7)
     assert (np.asarray(results[1][1]) != gamma).all() == training

@@ -1,4 +1,4 @@
-"""The extension itself declines, with a reason, whatever it could not walk through safely."""
+"""The extension itself declines, with a reason, all arguments that it cannot traverse safely."""
 
 import sys
 
@@ -58,7 +58,7 @@ def gradients(spec=SPEC, dy=None, statistics=None, count=None, **operands):
     )
 
 
-def test_what_is_changed_below_is_served_as_it_is():
+def test_unchanged_arguments_are_served():
     x, gamma, beta, dy = floats(5, 3), floats(3), floats(3), floats(5, 3)
     exact = expected(x, None, gamma, beta)
     y, entry, running, (mean, mean_lo, rstd), count = normalize()
@@ -188,7 +188,7 @@ def test_lengths_out_of_range(lengths):
     assert type(normalize(spec=spec, x=x, mask=Lengths(np.array([7, 0, 1, 2, 3])))) is tuple
     assert normalize(spec=spec, x=x, mask=Lengths(np.array(lengths))) is Refusal.shape
     assert gradients(spec=spec, x=x, dy=x, mask=Lengths(np.array(lengths))) is Refusal.shape
-    scattered = floats(10, 6, 14)[::2, ::2, ::2]  # whose strides are declined as well, and copied
+    scattered = floats(10, 6, 14)[::2, ::2, ::2]  # strides that are declined too, and copied
     with pytest.raises(ValueError, match="lengths"):
         bn.forward(scattered, lengths=np.array(lengths))
 
@@ -219,7 +219,7 @@ def test_an_output_that_overlaps_a_parameter():
 
 @pytest.mark.parametrize("axes", [(0,), (1,), (0, 1)])
 def test_negative_strides(axes):
-    """Walked through where the kernels can, else declined, and copied by the caller."""
+    """The kernels traverse some; others are declined, and the caller copies them."""
     x, dy = np.flip(floats(5, 3), axes), np.flip(floats(5, 3), axes)
     gamma, beta = floats(3), floats(3)
     done = normalize(x=x)
@@ -231,7 +231,7 @@ def test_negative_strides(axes):
 
 
 def test_a_layout_that_no_kernel_walks_through(extension):
-    """One call that is declined, and one with copies, into the array that was passed."""
+    """A declined call is repeated with copies, and its result written to the array that was passed."""
     x = floats(10, 6)[::2, ::2]
     out = np.empty((5, 3), np.float32)
     y, cache = bn.forward(x, out=out)

@@ -79,7 +79,7 @@ def test_a_forked_child_computes_alone():
 
 
 def test_a_forked_child_with_tensors():
-    """PyTorch's own operations hang there as soon as they want threads: the results are compared as NumPy arrays."""
+    """PyTorch's own operations hang in the child once they use threads: the results are compared as NumPy arrays."""
     program = """
         import os, torch
         import batchnorm as bn
@@ -97,7 +97,7 @@ def test_a_forked_child_with_tensors():
 
 
 def test_out_of_memory_is_a_memory_error():
-    """4 million channels need 300 MB of workspace, for which the process is given no room; then it is."""
+    """4 million channels need 300 MB of workspace: the call fails under a memory limit and succeeds without."""
     program = """
         import resource
         import numpy as np

@@ -30,7 +30,7 @@ def bits(array):
 
 
 def assert_same_bits(ours, theirs, dtype):
-    """Bit by bit, but for which NaN it is."""
+    """Compare bit by bit, with all NaN equal."""
     infinity = {"float16": 0x7C00, "bfloat16": 0x7F80}[dtype]
     ours, theirs = (np.where(bits(a) & 0x7FFF > infinity, 0xFFFF, bits(a)) for a in (ours, theirs))
     np.testing.assert_array_equal(ours, theirs)
@@ -46,7 +46,7 @@ def zero_where(condition, x, y):
 @halves
 @pytest.mark.parametrize("shape", OF_EVERY_HALF)
 def test_unchanged(instruction_set, dtype, shape):
-    """But for -0, which is 0: beta, or the 0 in its place, is always added."""
+    """All but -0, which becomes 0, because beta, or 0 in its place, is always added."""
     x = every_number(dtype, *OF_EVERY_HALF[shape])
     assert_same_bits(by_statistics(x, 1, None), zero_where(lambda x: x == 0, x, x), dtype)
 

@@ -9,7 +9,7 @@ from pairwise import pairwise
 
 import batchnorm as bn
 
-#: Where sums are taken about an outlier, or beside its square: relative error of the variance, and ulps of y.
+#: Relative error of the variance and ulps of y, if sums are taken about an outlier or include its square.
 BESIDE_OUTLIERS = (2.5e-6, 12)
 every_place = pytest.mark.parametrize("place", SMALL)
 
@@ -36,8 +36,8 @@ def test_the_first_look_at_a_channel_is_misleading(instruction_set, place, dista
     check_gradients(bn.backward(dy, cache), exact, "float32")
 
 
-#: Where sums are taken about outliers that lie up to two standard deviations from the mean, and most terms are equal:
-#: relative error of the variance, and ulps of y.
+#: Relative error of the variance and ulps of y, if sums are taken about outliers up to two standard deviations from
+#: the mean, and most terms are equal.
 OF_EQUAL_TERMS = {"float16": (1e-5, 1.02), "bfloat16": (1e-5, 1.02), "float32": (1e-5, 100), "float64": (1e-13, 500)}
 
 
@@ -48,7 +48,7 @@ def sampled(n, S):
 
 
 def placements(n, S):
-    """Channels of n numbers by their names; of those called `far` the sums are taken again."""
+    """Channels of n numbers by name; those called `far` have their sums recomputed."""
     rng, at = np.random.default_rng(8), sampled(n, S)
     bulks = {"normal": rng.normal(size=n), "two values": rng.choice([-1.0, 1.0], size=n), "equal": np.full(n, 0.337)}
     for bulk, values in bulks.items():
@@ -75,7 +75,7 @@ PLACES_OF_SAMPLES = SMALL | {
 @pytest.mark.parametrize("place", PLACES_OF_SAMPLES)
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_samples_that_mislead(instruction_set, place, dtype):
-    """Variance and y within the usual budgets where the sums are taken again, or else within those of equal terms."""
+    """Variance and y keep the usual budgets if the sums are recomputed, else those of equal terms."""
     shape, axis, layout = PLACES_OF_SAMPLES[place]
     x = placed(np.random.default_rng(0).normal(size=shape).astype(DTYPES[dtype]), layout, axis)
     n = x.size if axis == () else x.size // shape[axis]

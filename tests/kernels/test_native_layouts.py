@@ -1,4 +1,4 @@
-"""Every argument in any layout: the results are those of array code on C-ordered copies."""
+"""Every argument in any layout gives the results of the generic implementation on C-ordered copies."""
 
 import itertools
 import random
@@ -11,12 +11,12 @@ from layouts import DTYPES, LAYOUTS, placed, tensor
 import batchnorm as bn
 from batchnorm.kernels import generic
 
-#: Largest differences between kernels and array code, relative to the largest entry.
+#: Largest differences between kernels and the generic implementation, relative to the largest entry.
 TOLERANCES = {"float16": 2e-3, "bfloat16": 1.6e-2, "float32": 2e-5, "float64": 1e-12}
 
 
 def layouts_of_rank(rank):
-    """Those that an array of this rank can have."""
+    """The layouts that an array of this rank can have."""
     if rank == 0:
         return ("c", "offset1", "bytes")
     return (*LAYOUTS, *(f"{name}{axis}" for name in ("step", "part", "reversed") for axis in range(1, rank)))

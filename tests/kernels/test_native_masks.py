@@ -1,4 +1,4 @@
-"""What masked elements come out as, and what they leave untouched, in every instruction set."""
+"""Values of masked elements, and results that these must not affect, in every instruction set."""
 
 import numpy as np
 import pytest
@@ -44,7 +44,7 @@ def masked_sample(rng, case, dtype):
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("case", CASES)
 def test_normalized_padding(instruction_set, case, dtype, rng):
-    """Normalized by the statistics of what counts; NaN and Inf come out as the mean does."""
+    """Padding is normalized by the statistics of unmasked elements; NaN and Inf give the y of the mean."""
     x, residual, gamma, beta, mask, counting, axis = masked_sample(rng, case, dtype)
     options = {"axis": axis, "activation": "silu", "residual": residual, "single": "clamp", **counting}
     y, _ = bn.batch_norm(x, gamma, beta, masked_output="normalized", kernel="native", **options)
@@ -63,7 +63,7 @@ def test_normalized_padding(instruction_set, case, dtype, rng):
 @pytest.mark.parametrize("case", CASES)
 @pytest.mark.parametrize("activation", [None, "relu", "gelu"])
 def test_gradients_at_inference(instruction_set, case, activation, rng):
-    """Of statistics that do not depend on x, by autograd."""
+    """With statistics that do not depend on x, against autograd."""
     x, residual, gamma, beta, mask, counting, axis = masked_sample(rng, case, "float64")
     dy, (mean, var) = rng.normal(size=x.shape), rng.random((2, x.shape[axis])) + 0.5
     leaves = [tensor(a).requires_grad_() for a in (x, gamma, beta, residual)]
@@ -91,7 +91,7 @@ def test_nothing_counts(instruction_set):
 @pytest.mark.parametrize("has_residual", [False, True])
 @pytest.mark.parametrize("case", CASES)
 def test_gradients_of_normalized_padding(instruction_set, case, has_residual, activation, rng):
-    """By autograd, against array code: of padding too, whose NaN and Inf leave its y to beta and the residual alone."""
+    """Autograd against the generic implementation, also for padding, whose NaN and Inf leave beta and residual in y."""
     x, residual, gamma, beta, _, counting, axis = masked_sample(rng, case, "float64")
     arrays = (x, gamma.astype(float), beta.astype(float), residual if has_residual else None)
     options = {"axis": axis, "activation": activation, "single": "clamp", "masked_output": "normalized"}
@@ -110,7 +110,7 @@ def test_gradients_of_normalized_padding(instruction_set, case, has_residual, ac
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_masks_of_leading_elements_are_lengths(instruction_set, dtype, rng):
-    """Channels first, to the bit; and a mask of everything is none."""
+    """With channels first, bit for bit; a mask of all elements equals no mask."""
     x, _, gamma, beta, mask, counting, axis = masked_sample(rng, "rows, lengths", dtype)
     by_lengths, by_mask = (
         bn.forward(x, gamma, beta, axis=axis, kernel="native", **options) for options in (counting, {"mask": mask})

@@ -1,4 +1,4 @@
-"""`out=`, and sizes at which there is nothing or next to nothing to compute."""
+"""`out=`, and empty and tiny arrays."""
 
 import numpy as np
 import pytest
@@ -71,7 +71,7 @@ def test_out_whose_elements_share_memory(rng):
     ("dtype", "rows", "axis"), [("float32", 1_100_000, 0), ("float32", 1_100_000, 1), ("bfloat16", 2_200_000, 1)]
 )
 def test_results_that_go_past_the_cache(instruction_set, dtype, rows, axis, rng):
-    """Beyond 24 MB whole vectors are stored so, where they are aligned: the same elements as of small pieces."""
+    """Beyond 24 MB aligned whole vectors bypass the cache: the elements equal those of small pieces."""
     shape = (3, rows) if axis == 0 else (rows, 3)
     x = rng.normal(size=shape).astype(np.float32).astype(DTYPES[dtype])
     running = bn.RunningStatistics(np.float32([1, -2, 0.3]), np.float32([1, 4, 0.1]))
@@ -93,7 +93,7 @@ def test_results_that_go_past_the_cache(instruction_set, dtype, rows, axis, rng)
 @pytest.mark.parametrize("library", [np.asarray, tensor])
 @pytest.mark.parametrize("layout", ["c", "f", "last"])
 def test_no_elements(library, shape, layout):
-    """Zeros, not what happened to be in memory."""
+    """Zeros, not uninitialized memory."""
     channels = shape[1]
     x, gamma = library(placed(np.ones(shape, np.float32), layout)), library(np.ones(channels, np.float32))
     dirt = [np.full(channels, 7.0, dtype) for dtype in (np.float32, np.int64) for _ in range(20)]

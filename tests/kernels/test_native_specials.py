@@ -1,4 +1,4 @@
-"""The same bits for any number of threads where infinities and NaN of several bits are among the elements."""
+"""Infinities and NaN of several bit patterns: results have the same bits for any number of threads."""
 
 import numpy as np
 import pytest
@@ -17,7 +17,7 @@ CASES = (
     ("three channels last, sliced", "relu", True),
     ("one channel", "relu", False),
 )
-#: The NaN that x86 makes has the sign; the others have bits of their own in the fraction of the narrowest type.
+#: x86 creates NaN with the sign set; the others differ in fraction bits that the narrowest type has.
 QUIET = {"float16": 0x7E00, "bfloat16": 0x7FC0, "float32": 0x7FC00000, "float64": 0x7FF8 << 48}
 STEP = {"float16": 1, "bfloat16": 1, "float32": 1 << 16, "float64": 1 << 45}
 
@@ -72,7 +72,7 @@ def test_threads(instruction_set, set_threads, place, activation, masked, dtype)
 @pytest.mark.parametrize("place", ["six channels", "short rows", "channels last"])
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_statistics_have_one_nan(instruction_set, place, dtype):
-    """What is stored for a channel does not show which NaN it was that made it one."""
+    """Stored statistics do not depend on which NaN caused theirs."""
     shape, axis, layout = LARGE[place]
     shape = tuple(min(size, 64) for size in shape)
     rng = np.random.default_rng(5)

@@ -1,4 +1,4 @@
-"""The same bits for any number of threads."""
+"""Results have the same bits for any number of threads."""
 
 import numpy as np
 import pytest
@@ -62,7 +62,7 @@ def test_torch(set_threads, cut, dtype):
     set_threads(1)
     alone = results(x, dy, residual, gamma, axis, None, "relu")
     for threads in (2, 3, 7):
-        torch.set_num_threads(threads)  # which decides for tensors; the extension's own number stays 1
+        torch.set_num_threads(threads)  # tensors use PyTorch's number; the extension's own stays 1
         assert _native.num_threads() == 1
         assert bits(results(x, dy, residual, gamma, axis, None, "relu")) == bits(alone)
 

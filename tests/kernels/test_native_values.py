@@ -62,7 +62,7 @@ def cases():
         Case((3, 2, 4, 5), (1, 2), "f", "first"),
         Case((3, 2, 4, 5), (2, 3), "last", "reversed"),
         Case((3, 2, 4, 5), (0, 1)),
-        Case((3, 2, 4, 5), (1, 3), "last", "last"),  # not next to each other: array code
+        Case((3, 2, 4, 5), (1, 3), "last", "last"),  # not next to each other: the generic implementation
         Case((3, 2, 4), (), "step1", "f"),
         Case((3, 2, 4), (0, 1, 2), "f", "c"),
         Case((5,), 0, "step0", "reversed"),

@@ -1,4 +1,4 @@
-"""Inference without a mask goes to the kernels in one step, before any check: the same results, the same errors."""
+"""The unchecked fast path of inference without a mask has the results and the errors of the checked path."""
 
 from dataclasses import replace
 
@@ -25,7 +25,7 @@ def state(rng, channels=3, convention="pytorch", dtype=np.float32, library=np.as
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32", "float64"])
 @pytest.mark.parametrize("of_state", [np.float32, np.float64])
 @pytest.mark.parametrize("layout", ["c", "f", "last", "part1", "step2", "reversed0"])
-def test_the_same_as_step_by_step(library, dtype, of_state, layout, extension, rng):
+def test_equals_the_checked_path(library, dtype, of_state, layout, extension, rng):
     if of_state is np.float32 and dtype == "float64":
         of_state = np.float64
     x, residual = (library(placed(rng.normal(size=(4, 3, 17)).astype(DTYPES[dtype]), layout)) for _ in range(2))
@@ -73,8 +73,8 @@ def test_placements_of_eps(library, placement, extension, rng):
 
 
 @every_native_library
-def test_variances_that_are_none(library, rng):
-    """0 without eps gives infinities, below 0 NaN, as step by step."""
+def test_invalid_variances(library, rng):
+    """A variance of 0 without eps gives infinities, one below 0 NaN, as on the checked path."""
     x = library(rng.normal(size=(5, 3)).astype(np.float32))
     running = state(rng, library=library)._replace(spread=library(np.array([0.0, -1.0, 1.0], np.float32)))
     y = bn.batch_norm(x, None, None, running, training=False, eps=0.0)[0]

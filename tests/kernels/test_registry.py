@@ -1,4 +1,4 @@
-"""Which kernel computes: by name, by the best one, and by environment variable."""
+"""Selection of the kernel: by name, automatically, and by environment variable."""
 
 import json
 import os
@@ -32,7 +32,7 @@ def with_option(**options):
     return lambda: ((X,), options)
 
 
-#: What the kernels do not serve, and what the error says about it.
+#: Calls that the kernels do not support, and the reason in the error.
 NOT_SERVED = {
     "empty array of JAX": (converted(lambda x: jnp.asarray(x[:0])), "x has no elements"),
     "strict": (converted(array_api_strict.asarray), "it cannot read arrays of array_api_strict"),
@@ -139,7 +139,7 @@ def test_instruction_set_by_environment(name):
 
 
 def test_unknown_instruction_set_by_environment():
-    """A clear error wherever the kernels are asked for."""
+    """Every way to request the kernels raises a clear error."""
     result = in_a_process_with("sse9")
     assert result.returncode == 1
     assert "the instruction set sse9 is not one of" in result.stderr

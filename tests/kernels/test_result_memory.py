@@ -1,4 +1,4 @@
-"""Large results lie in blocks that are kept for the next one of their size."""
+"""Large results come from a pool: a freed block is reused for the next result of its size."""
 
 import copy
 import io
@@ -70,7 +70,7 @@ def test_the_block_stays_while_anything_refers_to_it():
         lambda x: x.permute(0, 2, 3, 1).contiguous().permute(0, 3, 1, 2),
         lambda x: x[:, :, None],
         lambda x: x.repeat(1, 1, 1, 2)[..., ::2],  # not dense: PyTorch allocates
-        lambda x: x[:1, :1],  # small: likewise
+        lambda x: x[:1, :1],  # small: PyTorch allocates
     ],
 )
 def test_like_what_pytorch_would_allocate(layout, dtype):
@@ -197,7 +197,7 @@ def run_program(program):
 
 
 def test_a_forked_child():
-    """It gives back what its parent has taken, and takes what waited there, without changing the parent's."""
+    """It frees its parent's blocks and reuses pooled ones, without changing the parent's memory."""
     program = """
         import os, threading, torch
         import batchnorm as bn
@@ -233,7 +233,7 @@ def test_a_forked_child():
 
 
 def test_out_of_memory():
-    """What waits is given back to the system first; then it is a MemoryError, and nothing is lost."""
+    """The pool is released to the system first; then a MemoryError is raised, and later calls work."""
     program = """
         import resource, torch
         import batchnorm as bn

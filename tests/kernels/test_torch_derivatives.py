@@ -15,7 +15,7 @@ import batchnorm.torch as bnt
 PYTORCH = bn.CONVENTIONS["pytorch"]
 MASK = torch.tensor([[True, False, True, True, False], [True, True, True, False, True]])[:, None]
 
-#: Every rule that a forward pass may follow.
+#: Options that select each derivative rule of a forward pass.
 RULES = {
     "training": {},
     "relu": {"activation": "relu"},
@@ -161,7 +161,7 @@ def test_backward_is_differentiable():
 
 @pytest.mark.parametrize("name", ["mask", "lengths"])
 def test_a_mask_that_is_changed_before_the_backward_pass(name):
-    """It is saved as the tensors are: PyTorch notices, where the gradient would be of another mask."""
+    """The mask is saved for backward: PyTorch detects the change, which would give the gradient of another mask."""
     layer, x = bnt.BatchNorm1d(3), torch.randn(4, 3, 5, requires_grad=True)
     masks = {"mask": torch.rand(4, 1, 5) < 0.8, "lengths": torch.tensor([5, 2, 3, 4])}
     layer(x, **{name: masks[name]}).sum().backward()
@@ -172,7 +172,7 @@ def test_a_mask_that_is_changed_before_the_backward_pass(name):
 
 
 def test_tensors_whose_memory_is_not_their_numbers():
-    """Negative views, and symbolic zeros, which have no memory at all."""
+    """Negative views, and symbolic zeros, which have no memory."""
     layer, x = bnt.BatchNorm1d(3), torch.randn(5, 3)
     expected = torch.nn.BatchNorm1d(3)(-x)
     torch.testing.assert_close(layer(torch._neg_view(x)), expected)

@@ -1,4 +1,4 @@
-"""PyTorch tensors go in and come out without copies, whatever their strides and types."""
+"""PyTorch tensors are read and returned without copies, whatever their strides and types."""
 
 import numpy as np
 import pytest

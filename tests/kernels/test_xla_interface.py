@@ -1,4 +1,4 @@
-"""Our declarations of XLA's foreign function interface: as XLA's own header has them, and checked in each call."""
+"""The declarations of XLA's foreign function interface match XLA's own header, and each call is checked."""
 
 import ctypes
 import os
@@ -21,7 +21,7 @@ HEADER = Path("xla", "ffi", "api", "c_api.h")
 
 
 def compiled(include):
-    """The compiler's errors over cpp/tests/xla_abi.cpp, with the header that lies in a folder."""
+    """The compiler's errors over cpp/tests/xla_abi.cpp, with the header in a folder."""
     compiler = os.environ.get("CXX") or shutil.which("c++") or "g++"
     command = [compiler, "-std=c++20", "-fsyntax-only", f"-I{CPP}", f"-I{include}", str(CPP / "tests" / "xla_abi.cpp")]
     return subprocess.run(command, capture_output=True, text=True, timeout=120, check=False).stderr
@@ -107,7 +107,7 @@ def test_another_layout_is_refused(options):
 
 
 def test_a_longer_frame_is_taken():
-    """A later minor version appends fields: what is wrong with this call is only that it has no operands."""
+    """A later minor version appends fields: the only error of this call is that it has no operands."""
     call = Call(frame_bytes=WORD * 30)
     assert call.run()
     assert call.messages == [(3, "batchnorm: takes 5 operands, not 0; was the program exported by another version?")]

@@ -1,4 +1,4 @@
-"""Blocks of networks whose batch norms are followed by something, and steps to compare them by."""
+"""Blocks of networks with operations after the batch norms, and training steps to compare them."""
 
 import torch
 from torch import nn
@@ -11,7 +11,7 @@ def images(number=6, seed=0):
 
 
 class Block(nn.Module):
-    """Convolution, batch norm and activation, for subclasses to put together."""
+    """Convolution, batch norm and activation, which subclasses combine."""
 
     def __init__(self):
         super().__init__()
@@ -23,7 +23,7 @@ class Block(nn.Module):
 
 
 class Residual(Block):
-    """As in a ResNet: one activation module for both places."""
+    """A ResNet block, with one activation module in both places."""
 
     def __init__(self):
         super().__init__()
@@ -47,7 +47,7 @@ class Kept(Block):
 
 
 class Square(torch.autograd.Function):
-    """An activation that PyTorch's functions are not told of."""
+    """An activation that bypasses PyTorch's overridable functions."""
 
     @staticmethod
     def forward(ctx, z):

@@ -1,9 +1,9 @@
-"""Programs of JAX that a callback has failed."""
+"""Cleanup after a JAX program that a callback made fail."""
 
 import jax
 
 
 def forget():
-    """The runtime would report a failed program once more, at whichever barrier is next."""
+    """Clear a failed program, which the runtime would report again at the next barrier."""
     jax.jit(lambda: jax.debug.callback(lambda: None))()
     jax.effects_barrier()

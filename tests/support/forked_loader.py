@@ -1,4 +1,4 @@
-"""A layer where images are loaded, in forked processes. A program: threads of other libraries mind forks."""
+"""A layer in forked data loaders: a program of its own, because other libraries' threads do not survive forks."""
 
 import copy
 import sys
@@ -25,7 +25,7 @@ class Normalized(torch.utils.data.Dataset):
 def main(training: bool) -> None:
     torch.manual_seed(0)
     images, layer = torch.randn(6, 3, 300, 300), bnt.BatchNorm2d(3)
-    layer(images)  # the parent's threads have worked
+    layer(images)  # starts the parent's threads
     layer.train(training)
     before = {name: value.clone() for name, value in layer.state_dict().items()}
     expected = torch.stack([Normalized(copy.deepcopy(layer), images)[index] for index in range(6)])
@@ -34,7 +34,7 @@ def main(training: bool) -> None:
     )
     loaded = torch.cat(list(loader))
     same = all(torch.equal(value, before[name]) for name, value in layer.state_dict().items())
-    layer(images)  # and still do
+    layer(images)  # the parent's threads still work
     print(torch.equal(loaded, expected), same)
 
 

@@ -58,7 +58,7 @@ def case_inputs(case: str) -> dict[str, np.ndarray]:
 
 
 def results(system: str, dtype: str, case: str, config: str) -> dict[str, np.ndarray]:
-    """What the system computed: the arrays of one configuration, by name."""
+    """The system's arrays of one configuration, by name."""
     prefix = f"{'f64' if dtype == 'float64' else 'f32'}/{case}/{config}/"
     return {key.removeprefix(prefix): value for key, value in load(system).items() if key.startswith(prefix)}
 
@@ -116,7 +116,7 @@ class Replay:
         return bn.RunningStatistics.initial(shape, self.convention, like=self.x_steps[0])
 
     def run(self, *, names: set[str]) -> dict[str, np.ndarray]:
-        """The results by name; of those whose computation is refused, only what `names` asks for."""
+        """The results by name; results that may be refused are computed only if `names` has them."""
         computed: dict[str, Any] = {}
         running, spread_name = self.initial(), SPREAD_NAMES[self.convention.tracked]
         if "y_eval_init" in names:

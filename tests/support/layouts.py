@@ -1,4 +1,4 @@
-"""Arrays placed in memory in every way that a caller may have them, with NaN in whatever lies between the elements."""
+"""Arrays in every memory layout that a caller may pass, with NaN in the gaps between the elements."""
 
 import ml_dtypes
 import numpy as np

@@ -26,7 +26,7 @@ class Library:
         return np.asarray(array)
 
     def context(self, dtype: str) -> Any:
-        """What float64 arrays need around them."""
+        """The context that float64 arrays require."""
         return nullcontext()
 
     def gradients(self, loss: Callable[..., Any], *arguments: Any) -> list[np.ndarray]:
@@ -92,7 +92,7 @@ class Jax(Library):
 
 LIBRARIES = {library.name: library for library in (Library(), ReadOnly(), Strict(), Torch(), Jax())}
 
-#: What the kernels take.
+#: The libraries that the kernels support.
 NATIVE_LIBRARIES = {"numpy": np.asarray, "torch": tensor}
 
 

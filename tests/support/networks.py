@@ -1,4 +1,4 @@
-"""Networks that people train, small where their configuration allows it, with small inputs.
+"""Widely used networks, small where their configuration allows it, with small inputs.
 
 torchvision 0.28.0 and transformers 5.24.0. Weights are random, those of the batch norms too, and always the same.
 """
@@ -19,7 +19,7 @@ Factory = Callable[[], tuple[nn.Module, Example]]
 
 
 def build(name: str) -> tuple[nn.Module, Example]:
-    """A network in float64 and training mode, and an example of its input, whose gradients are asked for."""
+    """A network in float64 and training mode, and an example of its input that requires gradients."""
     torch.manual_seed(0)
     model, example = NETWORKS[name]()
     for module in model.modules():
@@ -36,24 +36,24 @@ def build(name: str) -> tuple[nn.Module, Example]:
 
 
 def vision(name: str, *shape: int, **options: Any) -> Factory:
-    """A network that torchvision knows by name."""
+    """A network of torchvision, by name."""
     return lambda: (load_torchvision().models.get_model(name, weights=None, **options), torch.randn(shape))
 
 
 def features_of_vgg() -> tuple[nn.Module, Example]:
-    """Of its 133 million parameters, those that are no convolution's are left out."""
+    """The convolutional part alone, because the rest has most of the 133 million parameters."""
     return load_torchvision().models.vgg11_bn(init_weights=False).features, torch.randn(4, 3, 32, 32)
 
 
 def small_maxvit() -> tuple[nn.Module, Example]:
-    """One with windows of 2 x 2, called with positional arguments."""
+    """A MaxVit with windows of 2 x 2, called with positional arguments."""
     sizes = {"stem_channels": 8, "block_channels": [8, 16], "block_layers": [1, 2], "head_dim": 4}
     maxvit = load_torchvision().models.MaxVit((32, 32), partition_size=2, stochastic_depth_prob=0.2, **sizes)
     return maxvit, (torch.randn(4, 3, 32, 32),)
 
 
 def frozen_resnet() -> tuple[nn.Module, Example]:
-    """A short one with the frozen batch norms of torchvision."""
+    """A short ResNet with the frozen batch norms of torchvision."""
     package = load_torchvision()
     model = package.models.ResNet(
         package.models.resnet.BasicBlock, [1, 1, 1, 1], norm_layer=package.ops.FrozenBatchNorm2d
@@ -64,9 +64,9 @@ def frozen_resnet() -> tuple[nn.Module, Example]:
 
 
 def huggingface(name: str, inputs: dict[str, Any], part: str = "", **config: Any) -> Factory:
-    """A class of transformers, made from its configuration; `part` is the submodule that is meant.
+    """A model class of transformers, built from its configuration; `part` selects a submodule.
 
-    Callables among the inputs are called for their tensors.
+    Callables among the inputs are called to make their tensors.
     """
 
     def make() -> tuple[nn.Module, Example]:
@@ -329,7 +329,7 @@ SLOW = {
     "hf-rt_detr_v2", "hf-d_fine",
 }  # fmt: skip
 
-#: Where no batch norm is fused: what its results go to.
+#: Networks in which no batch norm is fused, and what consumes the results.
 UNFUSED = {
     "resnet-frozen": "activations, but frozen layers of torchvision are not fused",
     "hf-cvt": "attention",

@@ -1,4 +1,4 @@
-"""What the kernels are held against: the paper's formulas in the widest floats that NumPy has, over any axes."""
+"""The oracle of the kernels: the paper's formulas in the widest floats that NumPy has, over any axes."""
 
 from typing import Any, NamedTuple
 
@@ -153,7 +153,7 @@ def check_y(y: Array, exact: Expected, dtype: str, activation: str | None = None
 
 
 def check_gradients(gradients: Any, exact: Expected, dtype: str) -> None:
-    """All gradients that are there, rounded to their own dtypes."""
+    """All gradients that are present, rounded to their own dtypes."""
     for name, ours in zip(("dx", "dgamma", "dbeta", "dresidual"), gradients, strict=True):
         if ours is None:
             continue

@@ -1,4 +1,4 @@
-"""Runs a function in several processes that talk through gloo; for tests of what is synchronized."""
+"""Runs a function in several processes connected by gloo, for tests of synchronized layers."""
 
 import os
 import socket
@@ -34,7 +34,7 @@ def member(
 
 
 def in_processes(size: int, function: Callable[..., Any], *arguments: Any) -> list[Any]:
-    """What `function(rank, size, *arguments)` returns in each of `size` processes.
+    """The results of `function(rank, size, *arguments)` in `size` processes.
 
     They are forked from a server that has imported PyTorch and has no threads yet: each import takes seconds.
     """
@@ -49,7 +49,7 @@ def in_processes(size: int, function: Callable[..., Any], *arguments: Any) -> li
     try:
         answers = sorted((queue.get(timeout=120) for _ in processes), key=lambda answer: answer[0])
     finally:
-        for process in processes:  # which have no more to say, and may wait for one that has given up
+        for process in processes:  # they have answered, or wait for one that failed
             process.kill()
             process.join()
     for _, _, error in answers:

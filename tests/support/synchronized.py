@@ -1,4 +1,4 @@
-"""What the tests of `SyncBatchNorm` do in each process; a module of its own, which spawned processes can import."""
+"""The per-process part of the `SyncBatchNorm` tests, in a module that child processes can import."""
 
 import time
 
@@ -87,7 +87,7 @@ def distributed(rank, size):
 
 
 def everything(rank, size, sizes):
-    """All of it in one go: to start a process takes longer than the rest."""
+    """Run everything in one process, because starting a process takes longer than the rest."""
     results = {("step", split): step(rank, size, split, torch.float64) for split in sizes}
     if size == 2:
         results["float32"] = step(rank, size, (5, 2), torch.float32)

@@ -37,12 +37,12 @@ def parts(x, t):
 
 
 def share(model, batch):
-    """The part of the mean loss that a micro-batch has."""
+    """The contribution of a micro-batch to the mean loss."""
     return cross_entropy(model(batch[0]), batch[1], reduction="sum") / N
 
 
 def step_by_parts(model, x, t):
-    """What everybody does."""
+    """Plain gradient accumulation."""
     for part in parts(x, t):
         share(model, part).backward()
 
@@ -56,7 +56,7 @@ def check_same(ours, whole, tolerance=1e-13):
 
 
 def test_the_whole_batch_in_parts():
-    """PyTorch's layers have other gradients and statistics then (pytorch#46516)."""
+    """PyTorch's layers have other gradients and statistics than for the whole batch (pytorch#46516)."""
     (x, t), ours, whole, native = data(), two_stages(), two_stages(), two_stages(nn.BatchNorm2d)
     loss = bnt.accumulate(ours, partial(share, ours), parts(x, t))
     expected = cross_entropy(whole(x), t)
@@ -189,7 +189,7 @@ class Checkpointed(nn.Module):
 
 
 def test_checkpointing():
-    """The second forward pass of a block has the random numbers of the first, though others ran in between."""
+    """A recomputed block has the random numbers of its first pass, although other micro-batches ran in between."""
     x, t = data()
     models = [Checkpointed(), Checkpointed()]
     x.requires_grad_()
@@ -215,7 +215,7 @@ def test_reentrant_checkpointing_is_refused():
 
 
 def test_checkpoints_save_memory():
-    """Between the blocks nothing but their inputs is kept."""
+    """Only the inputs of the blocks are saved."""
 
     def kept(model):
         sizes = []
@@ -239,7 +239,7 @@ def test_checkpoints_save_memory():
 
 
 def test_modes_belong_to_a_microbatch():
-    """Each finds those of its own `with` blocks after a stop, and the caller those of his."""
+    """After a switch each micro-batch has the modes of its own `with` blocks, and the caller has its own."""
     model, seen = two_stages(), []
 
     def loss(index):
@@ -258,7 +258,7 @@ def test_modes_belong_to_a_microbatch():
 
 
 def test_random_numbers():
-    """Micro-batches draw different ones, the same for the same seed, whatever the others draw."""
+    """Micro-batches draw different numbers, which depend on the seed but not on the draws of the others."""
 
     def drawn(number):
         torch.manual_seed(11)
@@ -266,7 +266,7 @@ def test_random_numbers():
 
         def loss(index):
             x = torch.randn(4, 2)
-            torch.rand(index)  # how many another draws is no matter
+            torch.rand(index)  # the number of draws does not affect other micro-batches
             y = layer(x)
             values[index] = torch.cat([x.ravel(), torch.rand(3)])
             return y.pow(2).mean()
@@ -320,7 +320,7 @@ def unchanged(model):
 
 
 def branching(model, batch):
-    """The second micro-batch takes another way."""
+    """The second micro-batch takes another branch."""
     x, t = batch
     if len(x) == 1:
         return model[1](x.expand(-1, 8, -1, -1)[..., :3]).mean() if x.ndim == 4 and t is None else model[0](x).mean()
@@ -351,7 +351,7 @@ def test_errors_change_nothing(make, loss_fn, error, message):
     with pytest.raises(error, match=message):
         bnt.accumulate(model, partial(loss_fn, model), parts(x, t))
     unchanged(model)
-    share(model, (x, t)).backward()  # as ever
+    share(model, (x, t)).backward()  # still works
 
 
 def test_no_microbatches():
@@ -374,7 +374,7 @@ def test_one_element_in_all_parts():
 
 
 def test_parts_of_one_example_each():
-    """A plain layer cannot take these at all."""
+    """A call without `accumulate` refuses such parts."""
     layer, whole = bnt.BatchNorm1d(3), bnt.BatchNorm1d(3)
     x = torch.randn(5, 3)
     bnt.accumulate(layer, lambda part: layer(part).pow(3).sum(), x.split(1))

@@ -1,4 +1,4 @@
-"""Batch norms of timm, torchvision and detectron2 that ours compute, with the interface of theirs."""
+"""Replacements of the batch norms of timm, torchvision and detectron2, with the original interfaces."""
 
 import copy
 import pickle

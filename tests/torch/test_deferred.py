@@ -1,4 +1,4 @@
-"""Results that wait for what follows: they come out right whatever the code of the model does with them."""
+"""Deferred results are right whatever the code of the model does with them."""
 
 import copy
 import gc
@@ -23,7 +23,7 @@ def small_tensors_wait_too(monkeypatch):
 
 
 def test_a_change_in_place_before_the_activation_is_refused():
-    """The result can no longer be computed: an error, as autograd's for saved tensors, and no wrong number."""
+    """The result can no longer be computed: an error like autograd's for saved tensors, not a wrong number."""
 
     class Network(Block):
         def forward(self, x):
@@ -42,7 +42,7 @@ def test_a_change_in_place_before_the_activation_is_refused():
 
 
 def test_a_change_in_place_that_the_example_shows():
-    """Autograd does not mind it, as an addition needs none of its terms again."""
+    """Autograd allows it, because an addition saves none of its terms."""
 
     class Network(Residual):
         def forward(self, x):
@@ -65,7 +65,7 @@ def scripted_swish(z):
 
 
 class PastPython(Residual):
-    """What follows does not ask PyTorch's Python functions for the numbers: a script, and functions of autograd."""
+    """The consumers of the result bypass PyTorch's Python functions: a script, and autograd functions."""
 
     def forward(self, x):
         out = self.bn2(self.second(self.act(self.bn(self.conv(x)))))
@@ -87,7 +87,7 @@ class PastPython(Residual):
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
 @pytest.mark.parametrize("flag", ["script", "function", "in place", "sum in place"])
 def test_past_the_python_interface(flag):
-    """The right numbers and gradients, though nobody asks PyTorch's Python functions for them."""
+    """Numbers and gradients are right although the consumers bypass PyTorch's Python functions."""
     torch.manual_seed(0)
     ours = PastPython().double()
     native = copy.deepcopy(ours)
@@ -386,7 +386,7 @@ def gradient_taken_away(m, x):
     return y
 
 
-#: What a model may do where its example did something else.
+#: Valid uses of a result that differ from the example's.
 TAILS = [
     kept, in_another_order, failing, read_in_backward, dropped_and_changed, running_mean_between, scaled_in_place,
     written_in_place, hooked, checkpointed(lambda z: z.relu_()), checkpointed(lambda z: z.mean()),
@@ -398,7 +398,7 @@ TAILS = [
     view_changed_past_python, without_a_gradient,
 ]  # fmt: skip
 
-#: What cannot be right, and says so.
+#: Uses that cannot give right results, and raise.
 REFUSED = [
     dirty, hook_after_the_activation, gradient_for_the_pre_activation, gradient_taken_away, hook_on_a_summand,
     held_and_changed, dirty_after_a_checkpoint,
@@ -441,14 +441,14 @@ def test_whatever_the_example_did_not_show(tail):
 
 
 @pytest.mark.parametrize("tail", REFUSED, ids=lambda tail: tail.__name__)
-def test_what_cannot_be_right_is_refused(tail):
+def test_uses_that_cannot_be_right_are_refused(tail):
     ours, _ = with_tail(tail)
     with pytest.raises(RuntimeError, match="whose result waits to be used"):
         ours(images().requires_grad_()).pow(2).sum().backward()
 
 
 def test_a_recomputation_that_is_another_is_refused():
-    """By the checkpoint, as the tensor outside has been computed in the meantime."""
+    """The checkpoint refuses it, because the tensor outside has been computed in the meantime."""
 
     def tail(m, x):
         z = m.z(x)
@@ -488,8 +488,8 @@ def test_a_weight_that_is_computed_is_computed_once():
     assert Counted.calls == before + 1
 
 
-def test_what_the_kernels_do_not_take_is_computed_at_once():
-    """With the errors and the results of a layer that is not fused."""
+def test_unsupported_calls_are_computed_at_once():
+    """With the errors and the results of an unfused layer."""
     network = Block().double()
     bnt.replace(network, fuse=True, example=images())
     with pytest.raises(RuntimeError, match="should contain 3 elements not 4"):
@@ -501,14 +501,14 @@ def test_what_the_kernels_do_not_take_is_computed_at_once():
     assert network.bn(images()[:0]).shape == (0, 4, 5, 5)
 
 
-def test_nothing_reads_memory_that_is_not_there():
+def test_absent_memory_cannot_be_read():
     ours, _ = with_tail(lambda m, x: torch.utils.dlpack.from_dlpack(torch.utils.dlpack.to_dlpack(m.z(x))))
     with pytest.raises(RuntimeError), torch.no_grad():
         ours(images())
 
 
 def test_nothing_is_left_behind():
-    """Neither calls nor tensors, with the garbage collector switched off."""
+    """Neither calls nor tensors remain, with the garbage collector off."""
     network = Residual().double()
     bnt.replace(network, fuse=True, example=images())
     gc.collect()
@@ -527,12 +527,12 @@ def number_of_waiting():
 
 
 def test_results_that_are_kept():
-    """Read long after the forward pass, with the gradient that belongs to them, and only once in the statistics."""
+    """Results that are read after the forward pass have the right gradient, and enter the statistics once."""
     torch.manual_seed(0)
     ours = Kept().double()
     native = copy.deepcopy(ours)
     bnt.replace(ours)
-    ours.bn.fused = "relu"  # against better knowledge
+    ours.bn.fused = "relu"  # although replace() would not fuse it
     gradients = []
     for network in (ours, native):
         y = network(images())

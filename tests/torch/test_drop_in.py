@@ -1,4 +1,4 @@
-"""What works with PyTorch's layers works with ours: copies, checkpoints, odd arguments, other tensors; and messages."""
+"""Compatibility with PyTorch's layers: copies, checkpoints, odd arguments, other kinds of tensors; and messages."""
 
 import copy
 import io
@@ -18,7 +18,7 @@ import batchnorm.torch as bnt
 
 
 class Subclass(bnt.BatchNorm):
-    """One that fixes the number of features itself."""
+    """A subclass that fixes the number of features."""
 
     def __init__(self):
         super().__init__(5, activation="relu")
@@ -38,7 +38,7 @@ SAFE = [bnt.BatchNorm, bnt.BatchNorm1d, bnt.LazyBatchNorm1d, bnt.SyncBatchNorm, 
 
 
 def through_a_file(layer):
-    """Read without executing anything: only what is allowed by name."""
+    """Save the whole layer to a file, and load it."""
     buffer = io.BytesIO()
     torch.save(layer, buffer)
     buffer.seek(0)
@@ -88,7 +88,7 @@ def test_a_lazy_layer_stays_what_it_is():
 
 @pytest.mark.parametrize("name", ["1d", "general"])
 def test_buffers_are_those_of_torch(name):
-    """So that what walks two models in parallel pairs them up; batches that were skipped are counted elsewhere."""
+    """Tools that walk two models in parallel pair them up; skipped batches are counted elsewhere."""
     layer, native = LAYERS[name](), nn.BatchNorm1d(5)
     assert [n for n, _ in layer.named_buffers()] == [n for n, _ in native.named_buffers()]
     before = copy.deepcopy(nn.Sequential(native))
@@ -310,7 +310,7 @@ WRONG = {
 
 
 @pytest.mark.parametrize("case", WRONG)
-def test_messages_speak_of_what_the_call_has(case):
+def test_messages_name_the_arguments_of_the_call(case):
     arguments, expected = WRONG[case]
     options = {"input": X, "running_mean": None, "running_var": None, "training": True} | arguments
     error = messages(bnt.batch_norm, **options)
@@ -321,7 +321,7 @@ def test_messages_speak_of_what_the_call_has(case):
 
 
 def test_the_warning_of_a_bad_batch():
-    """Names the layer, points at the line of the user, and comes once a layer."""
+    """It names the layer, points at the user's line, and appears once for each layer."""
     model = nn.Sequential(nn.Linear(3, 3), nn.Sequential(nn.BatchNorm1d(3)), nn.BatchNorm1d(3))
     bnt.replace(model)
     with pytest.warns(RuntimeWarning) as caught:

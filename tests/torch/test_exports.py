@@ -34,7 +34,7 @@ def operators(exported):
 @pytest.mark.parametrize("training", [False, True])
 @pytest.mark.parametrize("options", [{}, {"track_running_stats": False}, {"affine": False}], ids=str)
 def test_export_is_that_of_torch(options, training, strict):
-    """Operator for operator, so that whatever rewrites the graph knows it."""
+    """Operator for operator, so that tools that rewrite the graph recognize it."""
     programs = [torch.export.export(n.train(training), (images(),), strict=strict) for n in pair(**options)]
     ours, native = map(operators, programs)
     assert ours == native
@@ -91,8 +91,8 @@ class Masked(nn.Module):
     ],
     ids=["mask", "lasagne", "flax", "cumulative", "ghosts"],
 )
-def test_training_that_torch_cannot_say_is_refused(module, arguments, reason):
-    """In a graph of its own operator; in evaluation it can be said."""
+def test_training_without_an_operator_of_torch_is_refused(module, arguments, reason):
+    """PyTorch's batch norm operator cannot express it in training, but can in evaluation."""
     axis = 1 if isinstance(module, (Masked, bnt.BatchNorm1d)) else module.axis
     arguments = (arguments[0].movedim(1, axis), *arguments[1:])
     with pytest.raises(Exception, match=reason):
@@ -165,7 +165,7 @@ def test_scripts_of_fused_and_frozen_layers():
 
 
 @pytest.mark.parametrize("layer", [bnt.BatchNorm(3, activation="relu"), bnt.SyncBatchNorm(3)], ids=["general", "sync"])
-def test_what_cannot_be_scripted_says_so(layer):
+def test_unscriptable_layers_raise(layer):
     with pytest.raises(NotImplementedError, match=r"torch\.jit\.script does not compile"):
         torch.jit.script(nn.Sequential(layer))
 
@@ -213,7 +213,7 @@ def test_eager_quantization_fuses(names, is_qat):
 
 
 def test_fx_quantization_of_a_restored_model():
-    """It compares exact classes, which `restored` gives it."""
+    """Quantization compares exact classes, which `restored` provides."""
     from torch.ao.quantization.quantize_fx import fuse_fx
 
     ours, native = pair()
@@ -226,7 +226,7 @@ def test_fx_quantization_of_a_restored_model():
     assert type(ours[1]) is bnt.BatchNorm2d
 
 
-def test_native_synchronization_of_what_it_does_not_know_is_refused():
+def test_native_synchronization_of_unknown_options_is_refused():
     frozen, single, plain = (small_network(bnt.BatchNorm2d) for _ in range(3))
     bnt.freeze(frozen)
     single[1].single = "running"
@@ -234,7 +234,7 @@ def test_native_synchronization_of_what_it_does_not_know_is_refused():
     for module, what in ((frozen, "frozen"), (single, "single='running'")):
         with pytest.raises(RuntimeError, match=f"is {what}, which torch.nn.SyncBatchNorm does not know"):
             nn.SyncBatchNorm.convert_sync_batchnorm(module)
-        assert not hasattr(module[1], "qconfig")  # asked by anyone else
+        assert not hasattr(module[1], "qconfig")  # other callers get an AttributeError
         converted = bnt.SyncBatchNorm.convert_sync_batchnorm(module)
         assert converted is module
         assert (module[1].is_frozen, module[1].single) == (what == "frozen", "error" if what == "frozen" else "running")

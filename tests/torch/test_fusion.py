@@ -1,4 +1,4 @@
-"""Which batch norms are computed together with what follows them: seen on an example."""
+"""Fusion of batch norms with the operations after them, which a run on an example shows."""
 
 import copy
 import pickle
@@ -99,7 +99,7 @@ class Branch(Block):
 
 
 class SizeOfBatch(Block):
-    """What follows depends on the input."""
+    """The operation after the batch norm depends on the input."""
 
     def forward(self, x):
         z = self.bn(self.conv(x))
@@ -137,7 +137,7 @@ class Plain(Block):
 
 
 class Dropped(Block):
-    """A result that nobody uses advances the running statistics all the same."""
+    """An unused result advances the running statistics too."""
 
     def forward(self, x):
         z = self.bn(self.conv(x))
@@ -219,7 +219,7 @@ def test_activations(name):
 
 
 def test_one_kernel_computes_it_all():
-    """The sum and the activation are no operations of their own in the graph."""
+    """The sum and the activation are not separate operations in the graph."""
     network = Residual().double()
     bnt.replace(network, fuse=True, example=images())
     y = network(images().requires_grad_())
@@ -230,7 +230,7 @@ def test_one_kernel_computes_it_all():
 
 
 def test_small_tensors_do_not_wait(monkeypatch):
-    """Where waiting costs more than the pass over memory that it saves."""
+    """Deferring them would cost more than the pass over memory that it saves."""
     network = Block().double()
     assert bnt.replace(network, fuse=True, example=images()).fused == {"bn": "relu"}
     x = network.conv(images())
@@ -341,7 +341,7 @@ def test_fusing_again_goes_by_the_new_example():
     assert network.bn.fused is None
 
 
-def test_what_is_asked_for_needs_an_example():
+def test_fusion_needs_an_example():
     network = Block()
     with pytest.raises(ValueError, match="fuse=True needs example="):
         bnt.replace(network, fuse=True)

@@ -55,7 +55,7 @@ ALWAYS = replace(bn.CONVENTIONS["pytorch"], name="always", update="always")
 
 @pytest.mark.parametrize("convention", [*sorted(bn.CONVENTIONS), ALWAYS], ids=lambda c: getattr(c, "name", c))
 def test_every_convention(convention):
-    """The same as the function of arrays with the state passed along."""
+    """Equal to the functional API with the state passed along."""
     record = bn.CONVENTIONS.get(convention, convention)
     layer = bnt.BatchNorm(3, convention=convention, dtype=torch.float64)
     running = bn.RunningStatistics.initial(3, record, like=torch.ones(1, dtype=torch.float64))
@@ -79,7 +79,7 @@ def test_ghost_batches(rest):
     torch.testing.assert_close(layer.running_var, whole.running_var)
     torch.testing.assert_close(layer.eval()(x), whole.eval()(x))
     assert layer.num_batches_tracked == 1
-    other = torch.cat([x[:4], torch.randn(8 + rest, 3, 5)])  # the first view with other company
+    other = torch.cat([x[:4], torch.randn(8 + rest, 3, 5)])  # the first ghost batch beside others
     assert torch.equal(layer.train()(other)[:4], y[:4])
     assert not torch.allclose(native(other)[:4], native(x)[:4]), "PyTorch's layer lets the views see each other"
 
@@ -115,7 +115,7 @@ def test_wrong_input():
 
 @pytest.mark.parametrize("single", ["running", "identity", "clamp"])
 def test_a_group_with_one_element(single):
-    """Of a channel, after masking: by the layer's running statistics, as it is, or the shift alone."""
+    """Masking leaves a channel one element: y is by the running statistics, the element itself, or the shift."""
     layer = bnt.BatchNorm(2, virtual_batch_size=2, single=single).double()
     layer.running_mean.fill_(3.0), layer.running_var.fill_(4.0)
     layer.bias.data.fill_(0.5)

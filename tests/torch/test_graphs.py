@@ -135,7 +135,7 @@ def test_jit_trace():
 
 
 def test_on_another_device():
-    """The framework's own operators: nothing is copied to the CPU."""
+    """PyTorch's own operators compute: nothing is copied to the CPU."""
     layer = bnt.BatchNorm2d(4, device="meta")
     x = torch.empty(2, 4, 3, 3, device="meta", requires_grad=True)
     y = layer(x)

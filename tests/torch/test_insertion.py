@@ -1,4 +1,4 @@
-"""Batch norms behind the layers of a model that has none."""
+"""Insertion of batch norms after the layers of a model that has none."""
 
 import pytest
 import torch

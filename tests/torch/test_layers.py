@@ -1,4 +1,4 @@
-"""The layers of torch.nn: what ours share with them, and where they differ on purpose."""
+"""The layers against those of torch.nn: common behavior, and intended differences."""
 
 import copy
 import io
@@ -281,7 +281,7 @@ def test_masked_sequences(training):
 
 
 def test_two_forwards_before_a_backward():
-    """What is saved for the gradients is no buffer: DDP writes to these, and PyTorch's layer fails in evaluation."""
+    """No buffer is saved for backward, because DDP writes to buffers: PyTorch's layer then fails in evaluation."""
     x = torch.randn(4, 3, requires_grad=True)
     for layer in (bnt.BatchNorm1d(3).eval(), nn.BatchNorm1d(3).eval()):
         y = layer(x)
@@ -298,7 +298,7 @@ def test_two_forwards_before_a_backward():
 
 @pytest.mark.parametrize("mode", ["training", "evaluation"])
 def test_forked_data_loaders(mode):
-    """The threads of the parent are not in the children, and results in its memory go back to it."""
+    """A forked worker lacks the threads of its parent, and frees results in the parent's memory."""
     done = subprocess.run(
         [sys.executable, forked_loader.__file__, mode], capture_output=True, text=True, timeout=120, check=False
     )
@@ -306,7 +306,7 @@ def test_forked_data_loaders(mode):
 
 
 def test_zero_tensors_without_memory():
-    """Autograd makes them where it knows a gradient to be 0."""
+    """Autograd creates them for gradients that are known to be 0."""
     zeros = torch._efficientzerotensor((6, 5), dtype=torch.float64)
     results = []
     for layer in pair("1d"):
@@ -345,7 +345,7 @@ def test_a_hook_on_the_input_runs_once_in_second_derivatives():
 
 
 def test_autograd_notices_that_the_statistics_have_changed():
-    """What was computed from them before a step has no right gradients after it; PyTorch's layer says nothing."""
+    """Results computed before a step have no right gradients after it; PyTorch's layer does not notice."""
     layer, weight = bnt.BatchNorm1d(3), torch.ones(3, requires_grad=True)
     for name in ("running_mean", "running_var"):
         before = (weight * getattr(layer, name)).sum()

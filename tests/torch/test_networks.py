@@ -1,4 +1,4 @@
-"""Networks of torchvision and transformers compute in float64 what they do with PyTorch's own batch norms.
+"""Networks of torchvision and transformers have the results of PyTorch's own batch norms, in float64.
 
 CI runs some of them. All of them, or those that are named, as a table (all take some minutes):
 
@@ -24,7 +24,7 @@ TOLERANCE = 1e-9
 
 
 class Run(NamedTuple):
-    """What a network has computed."""
+    """The results of a network."""
 
     outputs: dict[str, Tensor]
     gradients: dict[str, Tensor]
@@ -72,7 +72,7 @@ def evaluated(model, example):
 
 
 def error(ours, native):
-    """The largest, relative to the largest element of its tensor or to 1e-5 of the largest of all, and where it is."""
+    """The largest error, relative to its tensor's largest element or to 1e-5 of the largest of all, and its place."""
     assert ours.keys() == native.keys()
     names = [name for name, value in native.items() if value.numel()]
     sizes = torch.stack([native[name].abs().max().double() for name in names])
@@ -84,13 +84,13 @@ def error(ours, native):
 
 @lru_cache(maxsize=1)
 def native(name):
-    """What PyTorch's batch norms compute, and their names."""
+    """The results with PyTorch's batch norms, and the names of these."""
     model, example = build(name)
     return trained(model, example), {path for path, module in model.named_modules() if isinstance(module, _BatchNorm)}
 
 
 def anatomy(model):
-    """What `restore` brings back, with the identity of objects."""
+    """The structure that `restore` recovers, with the identities of objects."""
     tensors = [*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)]
     return (
         [(name, type(module), id(module), module.training) for name, module in model.named_modules()],
@@ -117,7 +117,7 @@ def compared(name, fuse):
 
 @pytest.fixture
 def _one_thread():
-    """On a busy machine several take many times as long, waiting for each other."""
+    """Run on one thread: on a busy machine several wait for each other, and take many times as long."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -144,7 +144,7 @@ def main(names):
         start = perf_counter()
         try:
             report, errors = compared(name, fuse)
-        except Exception as error:  # of any kind: the others are wanted all the same
+        except Exception as error:  # of any kind: the other networks still run
             outcome, is_right = f"  {type(error).__name__}: {error}", False
         else:
             numbers = (len(native(name)[1]), len(report.replaced), len(report.fused), len(report.kept))

@@ -1,4 +1,4 @@
-"""Differential privacy: gradients of single examples, which a batch norm in training has not."""
+"""Differential privacy: per-example gradients, which a batch norm does not have in training."""
 
 import warnings
 
@@ -20,7 +20,7 @@ def dense_network(norm):
 
 
 def per_example(model, x):
-    """The gradients of the first layer that each example has, and those it has alone."""
+    """Per-example gradients of the first layer, and those of each example by itself."""
     alone = []
     for row in x:
         gradient = torch.autograd.grad(model(row[None]).pow(2).sum(), model[0].weight)[0]
@@ -41,7 +41,7 @@ def test_training_is_refused(norm):
 
 
 def test_frozen_layers_may_train_their_parameters():
-    """It is the statistics of the batch that mix the examples."""
+    """Only the statistics of the batch mix the examples."""
     model = dense_network(bnt.BatchNorm1d(4))
     bnt.freeze(model, parameters=False)
     assert ModuleValidator.validate(model) == []
@@ -60,7 +60,7 @@ def test_fixed_as_the_native_layer():
 
 
 def test_frozen_layers_have_gradients_of_single_examples():
-    """Opacus wants the model in training mode, where a native layer thaws: its examples mix unseen (opacus#319)."""
+    """Opacus requires training mode, where a native layer thaws and silently mixes examples (opacus#319)."""
     x = torch.randn(6, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
     ours, native = dense_network(bnt.BatchNorm1d(4)), dense_network(nn.BatchNorm1d(4))
     bnt.freeze(ours)

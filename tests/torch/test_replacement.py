@@ -1,4 +1,4 @@
-"""Models whose batch norms become ours, and PyTorch's again."""
+"""Replacement of a model's batch norms by ours, and restoration of PyTorch's."""
 
 import copy
 import random
@@ -37,7 +37,7 @@ def train(network, optimizer, batches=3):
 
 @pytest.mark.parametrize("fuse", [False, True])
 def test_replaced_and_restored_in_place(fuse):
-    """At any time: the same objects, and an optimizer with its momentum goes on as if nothing had happened."""
+    """At any time: the objects stay the same, and an optimizer with momentum continues unaffected."""
     ours, native = model().double(), model().double()
     objects = [list(part) for part in (ours.modules(), ours.parameters(), ours.buffers())]
     optimizers = [torch.optim.SGD(n.parameters(), 0.1, momentum=0.9) for n in (ours, native)]
@@ -98,7 +98,7 @@ def test_restoring_undoes_freezing():
     bnt.freeze(network)
     bnt.restore(network)
     assert [p.requires_grad for p in network[1].parameters()] == [True, False]
-    assert not network[1].training  # or it would take in the next batch
+    assert not network[1].training  # or it would be updated by the next batch
     assert network.training
 
 
@@ -120,7 +120,7 @@ def test_restored_for_a_while():
 
 
 def test_restored_in_half_precision():
-    """PyTorch's layers want their statistics in the dtype of the parameters; ours keep them in float32."""
+    """PyTorch's layers need statistics in the dtype of the parameters; ours store them in float32."""
     network = model()
     bnt.replace(network)
     network(images())
@@ -133,7 +133,7 @@ def test_restored_in_half_precision():
         torch.testing.assert_close(network(x), expected, rtol=0.05, atol=0.05)
     assert network[1].running_mean is wide
     with bnt.restored(network):
-        network[1].running_mean.fill_(3.0)  # what happens to the numbers in between is not lost
+        network[1].running_mean.fill_(3.0)  # changes of the numbers in between are kept
     assert network[1].running_mean.dtype == torch.float32
     assert (network[1].running_mean == 3).all()
     bnt.restore(network)
@@ -154,14 +154,14 @@ def test_what_is_cast_or_moved_while_restored():
 
 
 class Doubled(bnt.BatchNorm1d):
-    """A user's own."""
+    """A user's subclass."""
 
     def forward(self, x):
         return 2 * super().forward(x)
 
 
 def test_restoring_layers_of_other_classes():
-    """Those that PyTorch has derived from ours are derived from its own afterwards; users' own stay."""
+    """Classes that PyTorch derived from ours are derived from its own afterwards; users' subclasses stay."""
     network = nn.Sequential(nn.BatchNorm1d(3), Doubled(3)).double()
     bnt.replace(network)
     nn.utils.parametrize.register_parametrization(network[0], "weight", nn.Softplus())
@@ -198,7 +198,7 @@ def test_attributes_of_the_user_are_left_alone():
 
 
 def test_a_model_that_is_called_through_its_copy():
-    """A method that was bound before the copy belongs to the original, which must not notice."""
+    """A method that was bound before the copy belongs to the original, which must not change."""
     network = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU())
     original = network.forward
     network.forward = lambda x: original(x)

@@ -1,4 +1,4 @@
-"""SyncBatchNorm in two and three processes on gloo: the same as one process with the whole batch."""
+"""SyncBatchNorm in two and three processes on gloo equals one process with the whole batch."""
 
 import numpy as np
 import pytest
@@ -14,7 +14,7 @@ SIZES = [(4, 4), (5, 2), (6, 0), (1, 1), (3, 1, 4)]
 
 @pytest.fixture(scope="module")
 def results():
-    """What every process has found, by what it did."""
+    """The results of every process, by task."""
     by_size = {
         size: in_processes(size, synchronized.everything, [sizes for sizes in SIZES if len(sizes) == size])
         for size in (2, 3)

@@ -1,4 +1,4 @@
-"""The table of docs/deploying.md, for tools that the tests have: what they see, and what `restored` changes."""
+"""The table of docs/deploying.md, for the installed tools: some recognize our layers, others need `restored`."""
 
 import copy
 import warnings
@@ -90,7 +90,7 @@ def test_sees_ours(tool, is_fused):
 
 @pytest.mark.parametrize("tool", PASSED_BY)
 def test_passes_ours_by_unless_restored(tool):
-    """By the exact class."""
+    """These tools compare exact classes."""
     expected, ours = PASSED_BY[tool](trained_network()), trained_network()
     bnt.replace(ours)
     assert PASSED_BY[tool](copy.deepcopy(ours)) != expected

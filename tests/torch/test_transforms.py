@@ -1,4 +1,4 @@
-"""Everything that PyTorch derives from a function: gradients of gradients, forward mode, torch.func."""
+"""Transformations of PyTorch: gradients of gradients, forward mode, torch.func."""
 
 import copy
 

@@ -19,7 +19,7 @@ from batchnorm.training.summary import Metrics, collect, summarize
 
 
 class Recorder:
-    """An observer that keeps what it is told."""
+    """An observer that records its calls."""
 
     def __init__(self) -> None:
         self.started: tuple[int, int, int] | None = None
@@ -64,7 +64,7 @@ def trained(tiny: ImageSet, tmp_path_factory: pytest.TempPathFactory) -> Metrics
 
 @pytest.fixture
 def metrics(trained: Metrics) -> Metrics:
-    """The same for the test to change."""
+    """A copy of the metrics of a real run, which the test may change."""
     return copy.deepcopy(trained)
 
 

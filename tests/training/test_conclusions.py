@@ -1,4 +1,4 @@
-"""Every sentence that concludes something, against made-up results for which it is right or wrong."""
+"""Every sentence that draws a conclusion, against made-up results for which it is right or wrong."""
 
 import html
 import re

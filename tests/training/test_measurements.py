@@ -6,7 +6,7 @@ from batchnorm.training.network import HIDDEN, LAYERS, Probe, Score
 
 
 class FakeNetwork:
-    """Scores by the labels themselves, and hands back known values."""
+    """Scores by the labels themselves, and returns known values."""
 
     def __init__(self):
         self.sizes = []

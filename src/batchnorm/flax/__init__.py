@@ -1,4 +1,4 @@
-"""Batch norm for Flax: `linen.BatchNorm` and `nnx.BatchNorm`, as Flax's own are made, called and stored."""
+"""Batch norm for Flax: `linen.BatchNorm` and `nnx.BatchNorm` with Flax's constructors, calls and variables."""
 
 from batchnorm.configuration import import_error
 

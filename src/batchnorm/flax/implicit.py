@@ -1,4 +1,4 @@
-"""The call that the implicit batch norms of linen and nnx share, around `batchnorm.jax.implicit_batch_norm`."""
+"""Shared implementation of the implicit linen and nnx layers, around `batchnorm.jax.implicit_batch_norm`."""
 
 from typing import Any, NamedTuple, Protocol
 
@@ -22,7 +22,7 @@ from batchnorm.spec import Activation
 
 
 class ImplicitLayer(Protocol):
-    """The attributes that the layers of linen and nnx have in common."""
+    """The attributes that the implicit linen and nnx layers share."""
 
     axis: Any
     epsilon: Any
@@ -32,7 +32,7 @@ class ImplicitLayer(Protocol):
 
 
 class Parameters(NamedTuple):
-    """The values of a layer's parameters; None where there is no scale or no bias."""
+    """The values of a layer's parameters; an absent scale or bias is None."""
 
     scale: jax.Array | None
     bias: jax.Array | None
@@ -40,7 +40,7 @@ class Parameters(NamedTuple):
 
 
 class Inputs(NamedTuple):
-    """The arrays of a call; None where an argument is absent."""
+    """The array arguments of a layer's call; None where absent."""
 
     x: jax.Array
     mask: jax.Array | None
@@ -49,11 +49,11 @@ class Inputs(NamedTuple):
 
 
 def implicit_convention(layer: ImplicitLayer) -> Convention:
-    """The convention of a layer with its epsilon.
+    """The convention of a layer, with the layer's epsilon.
 
     Raises:
-        ValueError, TypeError: The activation or the convention does not exist; epsilon is out of range; or the
-            convention asks for what an optimizer that averages gradients cannot do.
+        ValueError, TypeError: The activation or the convention is unknown; epsilon is out of range or an array; or the
+            convention requires an update that an optimizer, which averages gradients, cannot make.
     """
     epsilon, array = checked_number("epsilon", layer.epsilon)
     if array is not None:
@@ -73,15 +73,15 @@ def implicit_convention(layer: ImplicitLayer) -> Convention:
 
 
 def initial_running(shape: tuple[int, ...], convention: Convention, param_dtype: Any) -> RunningStatistics:
-    """The state before the first batch, in float32 or, where `param_dtype` is that, float64."""
+    """The state before the first batch, in float64 if `param_dtype` is float64, else in float32."""
     return RunningStatistics.initial(shape, convention, like=jnp.zeros((), param_dtype))
 
 
 def check_running(value: Any) -> None:
-    """Raise unless the value of a layer's parameter `running` is a state.
+    """Check that the value of a layer's parameter `running` is a `RunningStatistics`.
 
     Raises:
-        TypeError: It is something else, as after a checkpoint that was read without a target.
+        TypeError: It has another type, for example because a checkpoint was read without a target.
     """
     if not isinstance(value, RunningStatistics):
         raise TypeError(
@@ -93,13 +93,13 @@ def check_running(value: Any) -> None:
 def apply_implicit_batch_norm(
     layer: ImplicitLayer, parameters: Parameters, inputs: Inputs, *, frozen: bool
 ) -> jax.Array:
-    """y of a layer in its dtype; for `dtype=None` that of x, scale and bias together.
+    """Compute y of an implicit layer in its `dtype` or, if None, in the promoted dtype of x, scale and bias.
 
-    Computed in `wide_dtype`, as the explicit layers are.
+    The computation is in `wide_dtype`, as in the explicit layers.
 
     Raises:
-        TypeError: x or a parameter is complex.
-        ValueError: x is a scalar, or does not have the channels of the parameters.
+        TypeError: x, a parameter or `dtype` is complex.
+        ValueError: x is a scalar, or its channels do not match the parameters.
         ValueError, TypeError: As `batchnorm.jax.implicit_batch_norm`.
     """
     check_running(parameters.running)

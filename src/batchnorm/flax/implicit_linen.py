@@ -20,35 +20,35 @@ from batchnorm.spec import Activation
 
 
 class ImplicitBatchNorm(linen.Module):
-    """A batch norm without `use_running_average` and `batch_stats`: differentiating it is training.
+    """A batch norm without `use_running_average` and `batch_stats`: differentiation selects training.
 
         called            y = activation(scale * (x - running mean) / sqrt(running var + epsilon) + bias + residual)
         differentiated    y and the gradients of training
 
-    The running statistics are a parameter, `params["running"]`, a `batchnorm.RunningStatistics`, whose gradient is the
+    The running statistics are a parameter, `params["running"]`, a `batchnorm.RunningStatistics` whose gradient is the
     batch's statistics. The optimizer averages them: `batchnorm.jax.partition(optimizer, decay)`, with Flax's momentum
-    as `decay`. Another optimizer on them is refused, as `batchnorm.jax.implicit_batch_norm` describes.
+    as `decay`. Any other optimizer on them is rejected, as described in `batchnorm.jax.implicit_batch_norm`.
 
-    Parameters: `scale`, `bias`, `running`. Initialization is a plain call; nothing is updated.
+    Parameters: `scale`, `bias`, `running`. Initialization updates nothing.
 
     Args:
-        frozen: Whether the derivatives are those of inference and the gradient of `running` is 0. Scale and bias keep
+        frozen: Whether to use the derivatives of inference, with a zero gradient for `running`. Scale and bias keep
             their gradients.
-        axis: The axis of the channels, or several; None is the convention's, the last one for `flax`.
+        axis: Channel axis, or several; None is the convention's, the last axis for `flax`.
         epsilon: Added to the variance; None is the convention's, 1e-5 for `flax`.
-        convention: Whose running statistics and masks: a name in `batchnorm.CONVENTIONS` or a `Convention`. Its decay
-            has no effect.
-        activation: A name that `batchnorm.jax.batch_norm` knows, or a callable.
-        dtype: The dtype of y; None is that of x, scale and bias together.
-        param_dtype: The dtype of scale and bias. The running statistics are float32, or float64 where this is.
-        use_scale: Whether there is a scale.
-        use_bias: Whether there is a bias.
+        convention: Defines the running statistics and masks: a name in `batchnorm.CONVENTIONS` or a `Convention`. Its
+            decay has no effect.
+        activation: A name supported by `batchnorm.jax.batch_norm`, or a callable.
+        dtype: The dtype of y; None is the promoted dtype of x, scale and bias.
+        param_dtype: The dtype of scale and bias. The running statistics are float64 if it is float64, else float32.
+        use_scale: Whether the layer has a scale.
+        use_bias: Whether the layer has a bias.
         scale_init: Initializer of the scale, by default 1.
         bias_init: Initializer of the bias, by default 0.
 
     Raises:
-        ValueError, TypeError: At construction, for an activation or a convention that does not exist, a convention
-            that weights its averages or updates in inference, or an axis that is no integer.
+        ValueError, TypeError: At construction, for an unknown activation or convention, an axis that is not an integer,
+            or a convention that debiases its averages, normalizes by them in training, or updates in inference.
 
     Example:
         >>> import jax, jax.numpy as jnp, optax, batchnorm.jax as bnj
@@ -92,16 +92,16 @@ class ImplicitBatchNorm(linen.Module):
         lengths: jax.Array | None = None,
         residual: jax.Array | None = None,
     ) -> jax.Array:
-        """y; see the class, and `batchnorm.jax.implicit_batch_norm` for mask, lengths and residual.
+        """Apply batch norm; `batchnorm.jax.implicit_batch_norm` describes mask, lengths and residual.
 
-        `frozen=None` is the attribute.
+        `frozen=None` uses the attribute.
         """
         x = jnp.asarray(x)
         shape = tuple(x.shape[axis] for axis in normalized_axes(self.axis, x.ndim))
         scale = self.param("scale", self.scale_init, shape, self.param_dtype) if self.use_scale else None
         bias = self.param("bias", self.bias_init, shape, self.param_dtype) if self.use_bias else None
         if self.has_variable("params", "running"):
-            # Before `param`, which would compare the shapes of something else to those of a state.
+            # Before `param`, which would compare the shapes of a value of another type to those of a state.
             check_running(self.get_variable("params", "running"))
         running = self.param("running", lambda _: initial_running(shape, implicit_convention(self), self.param_dtype))
         return apply_implicit_batch_norm(

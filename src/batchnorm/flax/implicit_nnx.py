@@ -21,37 +21,37 @@ from batchnorm.spec import Activation
 
 
 class ImplicitBatchNorm(nnx.Module):
-    """A batch norm without `use_running_average` and `BatchStat`: differentiating it is training.
+    """A batch norm without `use_running_average` and `BatchStat`: differentiation selects training.
 
         called            y = activation(scale * (x - running mean) / sqrt(running var + epsilon) + bias + residual)
         differentiated    y and the gradients of training
 
-    The running statistics are an `nnx.Param`, `running`, that holds a `batchnorm.RunningStatistics` and whose gradient
+    The running statistics are an `nnx.Param`, `running`, which holds a `batchnorm.RunningStatistics` and whose gradient
     is the batch's statistics. The optimizer averages them:
     `nnx.Optimizer(model, batchnorm.jax.partition(optimizer, decay), wrt=nnx.Param)`, with Flax's momentum as `decay`.
-    Another optimizer on them is refused, as `batchnorm.jax.implicit_batch_norm` describes. `train()` and `eval()` of a
-    model have no effect.
+    Any other optimizer on them is rejected, as described in `batchnorm.jax.implicit_batch_norm`. `train()` and `eval()`
+    of a model have no effect.
 
     Args:
-        num_features: Channels; a tuple where `axis` names several axes, by ascending axis.
-        frozen: Whether the derivatives are those of inference and the gradient of `running` is 0. Scale and bias keep
-            their gradients. May be assigned: `model.set_attributes(ImplicitBatchNorm, frozen=True)`.
-        axis: The axis of the channels, or several; None is the convention's, the last one for `flax`.
+        num_features: Number of channels; for several axes a tuple, by ascending axis.
+        frozen: Whether to use the derivatives of inference, with a zero gradient for `running`. Scale and bias keep
+            their gradients. It can be changed later: `model.set_attributes(ImplicitBatchNorm, frozen=True)`.
+        axis: Channel axis, or several; None is the convention's, the last axis for `flax`.
         epsilon: Added to the variance; None is the convention's, 1e-5 for `flax`.
-        convention: Whose running statistics and masks: a name in `batchnorm.CONVENTIONS` or a `Convention`. Its decay
-            has no effect.
-        activation: A name that `batchnorm.jax.batch_norm` knows, or a callable.
-        dtype: The dtype of y; None is that of x, scale and bias together.
-        param_dtype: The dtype of scale and bias. The running statistics are float32, or float64 where this is.
-        use_scale: Whether there is a scale.
-        use_bias: Whether there is a bias.
+        convention: Defines the running statistics and masks: a name in `batchnorm.CONVENTIONS` or a `Convention`. Its
+            decay has no effect.
+        activation: A name supported by `batchnorm.jax.batch_norm`, or a callable.
+        dtype: The dtype of y; None is the promoted dtype of x, scale and bias.
+        param_dtype: The dtype of scale and bias. The running statistics are float64 if it is float64, else float32.
+        use_scale: Whether the layer has a scale.
+        use_bias: Whether the layer has a bias.
         scale_init: Initializer of the scale, by default 1.
         bias_init: Initializer of the bias, by default 0.
-        rngs: Random numbers for the initializers, `params`.
+        rngs: Random number generators; the initializers use the stream `params`.
 
     Raises:
-        ValueError, TypeError: At construction, for an activation or a convention that does not exist, a convention
-            that weights its averages or updates in inference, or an axis that is no integer.
+        ValueError, TypeError: At construction, for an unknown activation or convention, an axis that is not an integer,
+            or a convention that debiases its averages, normalizes by them in training, or updates in inference.
 
     Example:
         >>> import jax.numpy as jnp, optax, batchnorm.jax as bnj
@@ -99,10 +99,10 @@ class ImplicitBatchNorm(nnx.Module):
         self.running = nnx.Param(initial_running(shape, own, param_dtype))
 
     def set_view(self, frozen: bool | None = None) -> None:
-        """What `nnx.view` sets.
+        """Apply the options of `nnx.view`.
 
         Args:
-            frozen: Whether the derivatives are those of inference; None leaves it as it is.
+            frozen: Whether to use the derivatives of inference; None keeps the attribute.
         """
         if frozen is not None:
             self.frozen = frozen
@@ -122,9 +122,9 @@ class ImplicitBatchNorm(nnx.Module):
         lengths: jax.Array | None = None,
         residual: jax.Array | None = None,
     ) -> jax.Array:
-        """y; see the class, and `batchnorm.jax.implicit_batch_norm` for mask, lengths and residual.
+        """Apply batch norm; `batchnorm.jax.implicit_batch_norm` describes mask, lengths and residual.
 
-        `frozen=None` is the attribute.
+        `frozen=None` uses the attribute.
         """
         scale, bias = (None if variable is None else variable[...] for variable in (self.scale, self.bias))
         return apply_implicit_batch_norm(
@@ -136,6 +136,6 @@ class ImplicitBatchNorm(nnx.Module):
 
 
 def value_of(variable: Any) -> Any:
-    """The value of a variable that holds a pytree: `variable[...]` is for arrays."""
-    # `get_value` is there from Flax 0.12.1 on, which deprecates `value`.
+    """The value of a variable that holds a pytree; `variable[...]` supports only arrays."""
+    # Flax 0.12.1 added `get_value` and deprecated `value`.
     return variable.get_value() if hasattr(variable, "get_value") else variable.value

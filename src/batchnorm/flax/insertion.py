@@ -1,4 +1,4 @@
-"""Putting batch norms behind the layers of a network that has none."""
+"""Insertion of batch norms after the layers of a network that has none."""
 
 import dataclasses
 import re
@@ -13,25 +13,25 @@ from batchnorm.flax.linen import BatchNorm
 from batchnorm.flax.nnx import BatchNorm as NnxBatchNorm
 from batchnorm.spec import Activation
 
-#: The layers, whose results have the channels last.
+#: The supported layers; their outputs have channels last.
 LINEN_LAYERS = (linen.Dense, linen.Conv, linen.ConvTranspose)
 NNX_LAYERS = (nnx.Linear, nnx.Conv, nnx.ConvTranspose)
 
-#: The names of JAX's functions that the kernels compute alike, derivatives included. `jax.nn.gelu` approximates, and
+#: JAX functions that the kernels reproduce, derivatives included, with their names. `jax.nn.gelu` approximates, and
 #: `relu6`, `leaky_relu` and `hard_swish` have other derivatives at their kinks.
 ACTIVATIONS = ((jax.nn.relu, "relu"), (jax.nn.silu, "silu"), (jax.nn.sigmoid, "sigmoid"), (jnp.tanh, "tanh"))
 
 
 class SequentialWithBatchNorm(linen.Sequential):
-    """Layers of linen, followed by a batch norm, whose arguments the call takes; made by `with_batch_norm`.
+    """Linen layers followed by a batch norm, called with the batch norm's arguments; created by `with_batch_norm`.
 
     Attributes:
-        layers: The layers, the last of them without a bias; their variables are in `layers_0`, `layers_1`, ..., or by
-            the names that the layers were given.
-        norm: The batch norm, whose variables are in `norm`.
+        layers: The layers, the last without a bias; their variables are in `layers_0`, `layers_1`, ..., or under the
+            layers' explicit names.
+        norm: The batch norm; its variables are in `norm`.
     """
 
-    preserve_adopted_names: ClassVar[bool] = True  # Flax's, for the layers' own names
+    preserve_adopted_names: ClassVar[bool] = True  # makes Flax keep the layers' explicit names
 
     norm: BatchNorm
 
@@ -44,7 +44,7 @@ class SequentialWithBatchNorm(linen.Sequential):
         lengths: jax.Array | None = None,
         residual: jax.Array | None = None,
     ) -> jax.Array:
-        """The result of the batch norm, as `batchnorm.flax.linen.BatchNorm`."""
+        """Apply the layers, then the batch norm with the arguments of `batchnorm.flax.linen.BatchNorm`."""
         x = super().__call__(x)  # type: ignore[no-untyped-call]
         return self.norm(x, use_running_average, mask=mask, lengths=lengths, residual=residual)
 
@@ -58,26 +58,26 @@ def with_batch_norm(layer: nnx.Module, activation: Activation | None = None) -> 
 
 
 def with_batch_norm(layer: Any, activation: Activation | None = None) -> Any:
-    """The layer, followed by a batch norm that does its bias's and its activation's work.
+    """Append a batch norm that takes over a layer's bias and activation.
 
-    The layer loses its bias: the batch's mean would take it out again. It becomes the batch norm's, so that in
-    evaluation, before any batch, the result is what it was (up to epsilon): in nnx the `Param` itself, in place; in
-    linen its initializer. The batch norm has the dtypes of the layer.
+    The layer's bias is removed, because subtracting the batch mean cancels it, and becomes the batch norm's: in nnx the
+    `Param` itself, in place; in linen its initializer. Evaluation before any batch therefore returns the same result as
+    the layer alone (up to epsilon). The batch norm has the dtypes of the layer.
 
     Args:
         layer: A `Dense`, `Conv` or `ConvTranspose` of `flax.linen`, a `Linear`, `Conv` or `ConvTranspose` of
-            `flax.nnx`, or a `Sequential` that ends in one of them, or in one and an activation function, which moves
-            behind the normalization.
-        activation: A name that `batchnorm.jax.batch_norm` knows, or any callable on the array.
+            `flax.nnx`, or a `Sequential` that ends in one of them, optionally followed by an activation function,
+            which is moved after the normalization.
+        activation: A name supported by `batchnorm.jax.batch_norm`, or any callable on the array.
 
     Returns:
-        Of linen, a module that is called as a batch norm: `(x, use_running_average)`. Of nnx, an `nnx.Sequential` of
-        what there was and a `batchnorm.flax.nnx.BatchNorm`.
+        For linen, a module that is called like a batch norm: `(x, use_running_average)`. For nnx, an `nnx.Sequential`
+        of the given layers and a `batchnorm.flax.nnx.BatchNorm`.
 
     Raises:
-        TypeError: Not such a layer.
-        ValueError: There are two activations, no activation has that name, or the layer occurs earlier in the
-            `Sequential` as well, where it would lose its bias.
+        TypeError: The layer is not supported.
+        ValueError: There are two activations, the activation's name is unknown, or the layer also occurs earlier in the
+            `Sequential`, where it would lose its bias.
 
     Source: Lasagne's `batch_norm(layer)`, lasagne/layers/normalization.py 0.2.
 
@@ -102,7 +102,7 @@ def with_batch_norm(layer: Any, activation: Activation | None = None) -> Any:
 def split_activation(
     layer: Any, layers: list[Any], activation: Activation | None
 ) -> tuple[list[Any], Activation | None]:
-    """The layers up to the one that is normalized, and the activation, which may stand behind it.
+    """Separate a trailing activation function from the layers, the last of which is normalized.
 
     Raises:
         TypeError, ValueError: As `with_batch_norm`.
@@ -132,7 +132,7 @@ def split_activation(
 
 
 def modules_in(tree: Any) -> Iterator[Any]:
-    """The modules in a tree and within each other; of linen those in attributes."""
+    """Iterate over the modules in a pytree and their submodules; for linen, those in attributes."""
     for leaf in jax.tree.leaves(tree, is_leaf=lambda one: isinstance(one, nnx.Module)):
         if isinstance(leaf, nnx.Module):
             yield from (node for _, node in nnx.iter_graph(leaf))
@@ -143,7 +143,7 @@ def modules_in(tree: Any) -> Iterator[Any]:
 
 
 def name_of(layer: Any) -> str:
-    """A layer or a function in a message: a module's own text has many lines."""
+    """The name of a layer or function in a message; the repr of a module has many lines."""
     is_module = isinstance(layer, (linen.Module, nnx.Module))
     return type(layer).__name__ if is_module else str(getattr(layer, "__name__", repr(layer)))
 
@@ -151,9 +151,9 @@ def name_of(layer: Any) -> str:
 def with_batch_norm_of_linen(
     before: Sequence[Any], layer: Any, activation: Activation | None
 ) -> SequentialWithBatchNorm:
-    """`with_batch_norm` of a layer of linen and the ones before it."""
+    """Append a batch norm to a linen layer and the layers before it."""
     bias = {"bias_init": layer.bias_init} if layer.use_bias else {}
-    # Without a parent the norm is named by its attribute: within @nn.compact it would become the caller's BatchNorm_0.
+    # parent=None names the norm after its attribute: within @nn.compact it would become the caller's BatchNorm_0.
     norm = BatchNorm(activation=activation, dtype=layer.dtype, param_dtype=layer.param_dtype, **bias, parent=None)
     is_named = layer.name is not None and not re.fullmatch(rf"{type(layer).__name__}_\d+", layer.name)
     last = layer.clone(use_bias=False, name=layer.name if is_named else None)
@@ -161,7 +161,7 @@ def with_batch_norm_of_linen(
 
 
 def batch_norm_behind(layer: Any, activation: Activation | None) -> NnxBatchNorm:
-    """A batch norm for the result of a layer of nnx, which takes over its bias."""
+    """Create a batch norm for the output of an nnx layer, and move the layer's bias to it."""
     norm = NnxBatchNorm(
         layer.out_features, activation=activation, dtype=layer.dtype, param_dtype=layer.param_dtype, rngs=nnx.Rngs(0)
     )

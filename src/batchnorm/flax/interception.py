@@ -1,4 +1,4 @@
-"""Networks of `flax.linen` by other people: their batch norms computed by ours, within a context."""
+"""A context in which this library computes the batch norms of existing `flax.linen` networks."""
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager, ContextDecorator
@@ -14,11 +14,11 @@ from batchnorm.flax.linen import BatchNorm, has_complex_numbers, normalize
 
 @dataclass
 class Report:
-    """The layers that were called within `replaced`.
+    """The batch norms that were called within `replaced`.
 
     Attributes:
-        replaced: Paths of the layers that ours have computed.
-        kept: Paths of batch norms that Flax or a class of their own has computed, each with the reason.
+        replaced: Paths of the layers that this library computed.
+        kept: Paths of the layers that Flax or a subclass computed, with the reasons.
     """
 
     replaced: list[str] = field(default_factory=list)
@@ -26,7 +26,7 @@ class Report:
 
 
 class Interception(ContextDecorator):
-    """The context of `replaced`: every time that it is entered, with a new report."""
+    """The context of `replaced`; each entry creates a new report."""
 
     def __init__(self) -> None:
         self.entered: list[AbstractContextManager[None]] = []
@@ -45,16 +45,16 @@ class Interception(ContextDecorator):
 def replaced() -> Interception:
     """A context in which every `flax.linen.BatchNorm` of any network computes as `batchnorm.flax.linen.BatchNorm`.
 
-    Variables are those of the network: `init`, `apply`, checkpoints and optimizers know no difference. Works with
-    `jit`, `grad` and lifted transformations, while they trace: a function that was compiled before stays as it was, and
-    one that is compiled within stays so afterwards. A subclass with a `__call__` of its own keeps it, and complex input
-    is Flax's. A momentum or an epsilon that Flax takes and ours refuse is an error of the call.
+    Variables are unchanged: `init`, `apply`, checkpoints and optimizers work as before. Works with `jit`, `grad` and
+    lifted transformations, and takes effect when they trace: a function compiled before the context keeps Flax's
+    layers, and one compiled within it keeps the replacement. A subclass that overrides `__call__` keeps its own, and
+    Flax computes complex input. A momentum or epsilon that only Flax accepts raises an error at the call.
 
-    Like all of Flax's interceptors, it acts in the thread that enters it and not in those started within. Of nested
-    contexts the outermost computes, and the report of an inner one stays empty.
+    Like all of Flax's interceptors, it acts only in the thread that enters it, not in threads started within. In nested
+    contexts the outermost computes, and the reports of the inner ones stay empty.
 
     Returns:
-        A context that gives a `Report`, to which every layer that is called is added. It may be entered again.
+        A reusable context manager whose `Report` records every batch norm that is called.
 
     Example:
         >>> import flax.linen, jax, jax.numpy as jnp, batchnorm.flax
@@ -74,7 +74,7 @@ def intercept(
     options: dict[str, Any],
     context: InterceptorContext,
 ) -> Any:
-    """A call of any method of linen: that of a batch norm by ours."""
+    """Intercept the method calls of linen: compute those of Flax's batch norms, and record them in `report`."""
     layer = context.module
     if context.method_name != "__call__" or isinstance(layer, BatchNorm) or not isinstance(layer, linen.BatchNorm):
         return call(*args, **options)
@@ -96,10 +96,10 @@ def x_of(x: Any, *args: Any, **kwargs: Any) -> Any:
 
 
 def as_ours(layer: linen.BatchNorm, x: Any, use_running_average: bool | None = None, *, mask: Any = None) -> Any:
-    """The call of Flax's layer by ours."""
+    """Compute the call of Flax's layer by this library."""
     return normalize(layer, x, use_running_average, mask=mask)
 
 
 def name_of(kind: type) -> str:
-    """The class with its module."""
+    """The qualified name of a class, with its module."""
     return f"{kind.__module__}.{kind.__qualname__}"

@@ -1,4 +1,4 @@
-"""The call that the batch norms of linen and nnx share: Flax's rules for dtypes around `batchnorm.jax.batch_norm`."""
+"""Shared implementation of the linen and nnx layers: Flax's dtype rules around `batchnorm.jax.batch_norm`."""
 
 import inspect
 from collections.abc import Mapping
@@ -18,7 +18,7 @@ from batchnorm.validation.arrays import check_list, concrete_bool
 
 
 class LayerCall(NamedTuple):
-    """A call but for its arrays; hashable, unless a callable activation is not."""
+    """The static arguments of a layer's call; hashable, unless a callable activation is not."""
 
     training: bool
     axes: tuple[int, ...]
@@ -31,7 +31,7 @@ class LayerCall(NamedTuple):
 
 
 class Arrays(NamedTuple):
-    """The arrays of a call; None where an argument is absent."""
+    """The array arguments of a layer's call; None where absent."""
 
     x: jax.Array
     scale: jax.Array | None
@@ -40,7 +40,7 @@ class Arrays(NamedTuple):
     mask: jax.Array | None
     lengths: jax.Array | None
     residual: jax.Array | None
-    epsilon: jax.Array | None  # where it is an array; a Python number is part of the convention
+    epsilon: jax.Array | None  # if an array; a Python number is part of the convention
     momentum: jax.Array | None
 
 
@@ -48,7 +48,7 @@ class Arrays(NamedTuple):
 
 
 def canonical_dtype(dtype: Any, *arrays: jax.Array) -> Any:
-    """The dtype of a result: `dtype`, or for None that of the arrays together, which must have fractions."""
+    """The dtype of y: `dtype`, which must be floating or complex, or, if None, the promoted dtype of the arrays."""
     if any(getattr(array, "weak_type", False) for array in arrays):
         return canonicalize_dtype(*arrays, dtype=dtype)
     return cached_dtype(dtype, *(array.dtype for array in arrays))
@@ -56,7 +56,7 @@ def canonical_dtype(dtype: Any, *arrays: jax.Array) -> Any:
 
 @lru_cache
 def cached_dtype(dtype: Any, *dtypes: Any) -> Any:
-    """`canonical_dtype`, cached: finding it out takes a quarter of an eager call."""
+    """Cached `canonical_dtype` for arrays of these dtypes: computing it takes a quarter of an eager call."""
     return canonicalize_dtype(*(jnp.empty((), one) for one in dtypes), dtype=dtype)
 
 
@@ -66,9 +66,9 @@ def with_fractions(dtype: Any) -> Any:
 
 
 def wide_dtype(x: jax.Array, dtype: Any) -> Any:
-    """The dtype of the computation: the wider one of those of x and y, since Flax takes statistics of x as it is given.
+    """The compute dtype: the promoted dtype of x and y, because Flax takes the statistics of x before it is cast.
 
-    Integers become float32 before: the type of an integer and a half together is the half, in which 1001 is 1000.
+    Integers become float32 first: JAX promotes an integer and bfloat16 to bfloat16, in which 1001 is 1000.
     """
     return jnp.promote_types(with_fractions(x.dtype), dtype)
 
@@ -77,10 +77,10 @@ def wide_dtype(x: jax.Array, dtype: Any) -> Any:
 
 
 def variable_names(own: Own) -> dict[str, str]:
-    """The names of the running statistics' variables, each with the field of `RunningStatistics` that it holds.
+    """Map the names of a layer's running statistics to the fields of `RunningStatistics` that they store.
 
-    The second is called by the quantity that it averages: `var`, `std`, `rstd`, ... The others exist where the
-    convention needs them.
+    The variable of `spread` is named after the tracked quantity: `var`, `std`, `rstd`, ... `steps` and `weight` exist
+    only if the convention needs them, `skipped` only with `count_skipped`.
     """
     convention = own.convention
     names = {"mean": "mean", convention.tracked: "spread"}
@@ -94,14 +94,14 @@ def variable_names(own: Own) -> dict[str, str]:
 
 
 def initial_value(own: Own, field: str, shape: tuple[int, ...], dtype: Any) -> jax.Array:
-    """A variable before the first batch; scalars are float32, as bfloat16 cannot count beyond 256."""
+    """The initial value of a variable; scalars are float32, because bfloat16 cannot count beyond 256."""
     state = RunningStatistics.initial(shape, own.convention, like=jnp.zeros(()))
     value: jax.Array = getattr(state, field)
     return value.astype(dtype) if field in ("mean", "spread") else value.astype(jnp.float32)
 
 
 def is_complex(*dtypes: Any) -> bool:
-    """Whether any of the dtypes, of which some may be None, is complex."""
+    """Whether any of the dtypes is complex; None is ignored."""
     return any(dtype is not None and jnp.issubdtype(dtype, jnp.complexfloating) for dtype in dtypes)
 
 
@@ -109,10 +109,10 @@ def is_complex(*dtypes: Any) -> bool:
 
 
 def check_shapes(layer: Any, x: jax.Array, axes: tuple[int, ...], variables: Mapping[str, jax.Array | None]) -> None:
-    """Raise unless each of a layer's variables has one element for each channel of x; Flax broadcasts some.
+    """Check that each variable of a layer has one element per channel of x; Flax broadcasts some that do not.
 
     Raises:
-        ValueError: The message names the variable and, of nnx, the option of the constructor.
+        ValueError: A shape differs. The message names the variable and, for nnx, the option of the constructor.
     """
     channels = tuple(x.shape[axis] for axis in axes)
     for name, value in variables.items():
@@ -127,10 +127,10 @@ def check_shapes(layer: Any, x: jax.Array, axes: tuple[int, ...], variables: Map
 
 
 def check_epsilon(call: LayerCall, epsilon: jax.Array | None) -> None:
-    """Raise where the convention refuses to train without an epsilon, and it is 0.
+    """Check that epsilon is not 0 in training with a convention that requires a positive one.
 
     Raises:
-        ValueError: As `batchnorm.batch_norm`, in Flax's words.
+        ValueError: Epsilon is 0. The message uses Flax's argument name, unlike that of `batchnorm.batch_norm`.
     """
     convention = call.own.convention
     if not call.training or convention.zero_eps == "allowed":
@@ -142,7 +142,7 @@ def check_epsilon(call: LayerCall, epsilon: jax.Array | None) -> None:
         )
 
 
-#: What the arguments of a call must be.
+#: Requirements of array arguments, for error messages.
 REQUIREMENTS = {
     "mask": "it must hold booleans, True where x counts",
     "residual": "it must be an array of the shape of x",
@@ -150,10 +150,10 @@ REQUIREMENTS = {
 
 
 def as_array(name: str, value: Any) -> Any:
-    """An argument as an array of numbers, of NumPy or JAX; None as it is.
+    """Convert an argument to a NumPy or JAX array of numbers; None is returned unchanged.
 
     Raises:
-        TypeError: Not numbers. JAX's own error is about what it compiles.
+        TypeError: The values are not numbers. JAX's own error would describe the compiled function.
     """
     if value is None or isinstance(value, jax.Array):
         return value
@@ -161,7 +161,7 @@ def as_array(name: str, value: Any) -> Any:
 
 
 def as_dtype(value: Any, dtype: Any) -> jax.Array | None:
-    """An array in another dtype; None as it is."""
+    """Convert an array to `dtype`; None is returned unchanged."""
     return None if value is None else jnp.asarray(value, dtype)
 
 
@@ -169,12 +169,13 @@ def as_dtype(value: Any, dtype: Any) -> jax.Array | None:
 
 
 def apply_batch_norm(call: LayerCall, arrays: Arrays) -> tuple[jax.Array, dict[str, jax.Array]]:
-    """y in the call's dtype, and the running statistics after the call by their fields.
+    """Compute y in the call's dtype, and the updated running statistics by field name.
 
-    Eager calls are compiled as a whole and cached: the operations one by one take three times as long on a small batch.
+    Eager calls are compiled as a whole and cached: dispatching each operation takes three times as long on a small
+    batch.
 
     Warns:
-        RuntimeWarning: Outside of `jit`, where a batch does not enter the running statistics.
+        RuntimeWarning: Outside of `jit`, if the running statistics skip a batch.
     """
     if call.own.kernel is None and isinstance(arrays.x, jax.core.Tracer) and is_within_tabulate():
         call = call._replace(own=call.own._replace(kernel="agnostic"))
@@ -192,13 +193,13 @@ def apply_batch_norm(call: LayerCall, arrays: Arrays) -> tuple[jax.Array, dict[s
         SKIPPED_REMARK.reset(remark)
 
 
-#: The end of the warning of a skipped batch.
+#: Endings of the warning about a skipped batch.
 COUNTED = " and is counted in the variable `skipped`"
 NOT_COUNTED = "; layers of batchnorm.flax with count_skipped=True count such batches"
 
 
 def is_within_tabulate() -> bool:
-    """Whether Flax's `tabulate` is tracing, which asks XLA for the number of operations: of C++ it knows none."""
+    """Whether Flax's `tabulate` is tracing: it asks XLA for operation counts, and XLA counts none in C++ calls."""
     frame = inspect.currentframe()
     while frame is not None:
         if frame.f_globals.get("__name__") in ("flax.linen.summary", "flax.nnx.summary"):
@@ -208,14 +209,14 @@ def is_within_tabulate() -> bool:
 
 
 def is_compilable(call: LayerCall, arrays: Arrays) -> bool:
-    """Whether compiling the call hides nothing: no check depends on values, and no callable refers to variables."""
+    """Whether the call can be compiled: no check depends on values, and no callable may close over variables."""
     has_numbers = arrays.epsilon is None and arrays.momentum is None
     has_checked_mask = arrays.mask is not None and call.own.convention.single == "error"
     return has_numbers and arrays.lengths is None and not has_checked_mask and not callable(call.own.activation)
 
 
 def compute(call: LayerCall, arrays: Arrays) -> tuple[jax.Array, dict[str, jax.Array], jax.Array]:
-    """`apply_batch_norm`, and whether the batch was skipped."""
+    """Compute y, the updated running statistics by field name, and whether the batch was skipped."""
     own, wide = call.own, wide_dtype(arrays.x, call.dtype)
     scale, bias = (None if one is None else as_dtype(one, with_fractions(one.dtype)) for one in arrays[1:3])
     running = running_statistics(own.convention, arrays.state, jnp.promote_types(call.state_dtype, jnp.float32))
@@ -236,7 +237,7 @@ compiled = jax.jit(compute, static_argnums=0, inline=True)
 
 
 def running_statistics(convention: Convention, state: Mapping[str, jax.Array], dtype: Any) -> RunningStatistics:
-    """The state of `batchnorm.jax.batch_norm` from a layer's variables."""
+    """Build the state of `batchnorm.jax.batch_norm` from a layer's variables."""
     fields = {field: jnp.asarray(value, dtype) for field, value in state.items()}
     scalars = {field: jnp.asarray(default, dtype) for field, default in RunningStatistics._field_defaults.items()}
     return RunningStatistics(**(scalars | fields), tracked=convention.tracked)

@@ -35,38 +35,38 @@ __all__ = ["BatchNorm", "ImplicitBatchNorm"]
 
 
 class BatchNorm(linen.BatchNorm):
-    """`flax.linen.BatchNorm`, several times faster on a CPU, with an activation, a residual, lengths, any convention.
+    """Drop-in `flax.linen.BatchNorm`, several times faster on CPUs, with activation, residual, lengths and conventions.
 
         y = activation(scale * (x - mean) / sqrt(var + epsilon) + bias + residual)
 
     Attributes, variables (`params`: scale, bias; `batch_stats`: mean, var) and results are those of Flax's layer, so
-    that checkpoints load either way. Other than there:
+    that checkpoints load either way. Differences from Flax's layer:
 
     - Variances do not cancel: `use_fast_variance` has no effect.
-    - A batch whose statistics are not finite, or in which nothing counts, leaves the running statistics as they are.
-    - With `axis_name` parts of the batch are weighted by what their masks leave of them.
-    - NaN in padding reaches no gradient.
+    - A batch that is empty, fully masked or has non-finite statistics leaves the running statistics unchanged.
+    - With `axis_name`, the parts of the batch are weighted by their numbers of unmasked elements.
+    - NaN in padding does not reach any gradient.
 
-    Another convention changes what its record says. `batch_stats` then holds what it tracks, by the name of that:
-    `std`, `std_eps`, `rstd`, `var_eps` or `log10_std` in place of `var`; and `steps` and `weight` where it needs them.
-    Complex input is computed by Flax; an option of ours is refused there.
+    Another convention changes what its record specifies. `batch_stats` then stores the tracked quantity under its name
+    (`std`, `std_eps`, `rstd`, `var_eps` or `log10_std`) in place of `var`, and `steps` and `weight` if needed. Complex
+    input is computed by Flax and does not support the options below that Flax's layer lacks.
 
     Args:
-        axis: The axis of the channels, or several; None is the convention's, the last one for `flax`.
+        axis: Channel axis, or several; None is the convention's, the last axis for `flax`.
         momentum: Weight of the old value in the running statistics, a number or an array; None is the convention's,
             0.99 for `flax`.
         epsilon: Added to the variance, a number or an array; None is the convention's, 1e-5 for `flax`. The attributes
-            hold the numbers, so that `clone(convention=...)` keeps them.
-        activation: A name that `batchnorm.jax.batch_norm` knows, or a callable.
-        convention: Whose behaviour: a name in `batchnorm.CONVENTIONS` or a `Convention`.
-        kernel: `native`, the C++, or `agnostic`, array code; None is the best available.
-        count_skipped: Whether `batch_stats` has the number of skipped batches, `skipped`.
+            store the resolved numbers, so that `clone(convention=...)` keeps them.
+        activation: A name supported by `batchnorm.jax.batch_norm`, or a callable.
+        convention: The system to reproduce: a name in `batchnorm.CONVENTIONS` or a `Convention`.
+        kernel: `native` (C++) or `agnostic` (the generic implementation); None is the best available.
+        count_skipped: Whether `batch_stats` counts skipped batches in `skipped`.
 
-    The others are those of `flax.linen.BatchNorm`.
+    All other arguments are those of `flax.linen.BatchNorm`.
 
     Raises:
-        ValueError, TypeError: At construction, for an activation, a convention or a kernel that does not exist, an axis
-            that is no integer, a momentum outside of 0 to 1 or a negative epsilon.
+        ValueError, TypeError: At construction, for an unknown activation, convention or kernel, an axis that is not an
+            integer, a momentum outside of 0 to 1, or a negative epsilon.
 
     Example:
         >>> import jax, jax.numpy as jnp
@@ -105,9 +105,9 @@ class BatchNorm(linen.BatchNorm):
         lengths: jax.Array | None = None,
         residual: jax.Array | None = None,
     ) -> jax.Array:
-        """y; see the class, and `batchnorm.jax.batch_norm` for mask, lengths and residual.
+        """Apply batch norm; `batchnorm.jax.batch_norm` describes mask, lengths and residual.
 
-        While the layer is being initialized its statistics are not updated, and `axis_name` need not exist.
+        Initialization updates no statistics, and `axis_name` need not exist then.
         """
         if has_complex_numbers(self, x):
             check_complex(options_of(self), lengths=lengths, residual=residual)
@@ -117,14 +117,14 @@ class BatchNorm(linen.BatchNorm):
 
 
 def options_of(layer: linen.BatchNorm) -> Own:
-    """The options that Flax's layer does not have, checked; Flax's own has their defaults."""
+    """Validate the options that Flax's layer lacks; for a layer of Flax's own, return their defaults."""
     if not isinstance(layer, BatchNorm):
         return Own()
     return checked_options(layer.activation, layer.convention, layer.kernel, layer.count_skipped)
 
 
 def has_complex_numbers(layer: linen.BatchNorm, x: jax.Array) -> bool:
-    """Whether a call computes with complex numbers."""
+    """Whether the input, a dtype or the stored mean of a layer is complex."""
     mean: Any = layer.get_variable("batch_stats", "mean")
     own = None if mean is None else mean.dtype
     return is_complex(jnp.result_type(x), layer.dtype, layer.param_dtype, own)
@@ -139,7 +139,7 @@ def normalize(
     lengths: jax.Array | None = None,
     residual: jax.Array | None = None,
 ) -> jax.Array:
-    """The call of a batch norm of linen, ours or Flax's own, on its variables."""
+    """Apply a linen batch norm, ours or Flax's own, to x, and update its variables."""
     training = not merge_param("use_running_average", layer.use_running_average, use_running_average)
     x = jnp.asarray(x)
     axes = normalized_axes(layer.axis, x.ndim)
@@ -178,7 +178,7 @@ def normalize(
 
 
 def updated_dtype(layer: linen.BatchNorm, x: jax.Array, mean: jax.Array, momentum: jax.Array | None) -> Any:
-    """The dtype of Flax's running update: that of the old value and of the batch's statistics together."""
+    """The dtype of Flax's running update, promoted from the old value, the batch's statistics and `momentum`."""
     computed = x.dtype if layer.dtype is None else layer.dtype
     if layer.force_float32_reductions or not jnp.issubdtype(computed, jnp.inexact):
         computed = jnp.promote_types(computed, jnp.float32)

@@ -36,32 +36,31 @@ from batchnorm.spec import Activation
 
 __all__ = ["BatchNorm", "ImplicitBatchNorm"]
 
-#: Whether `variable[...] = value` keeps the variable's dtype, as from Flax 0.12.1 on, or takes the value's.
+#: Whether `variable[...] = value` keeps the variable's dtype (Flax 0.12.1 and newer) or adopts the value's.
 KEEPS_DTYPE = hasattr(nnx.Variable, "set_value")
 
 
 class BatchNorm(nnx.BatchNorm):
-    """`flax.nnx.BatchNorm`, several times faster on a CPU, with an activation, a residual, lengths and any convention.
+    """Drop-in `flax.nnx.BatchNorm`, several times faster on CPUs, with activation, residual, lengths and conventions.
 
         y = activation(scale * (x - mean) / sqrt(var + epsilon) + bias + residual)
 
     Attributes, variables (`Param`: scale, bias; `BatchStat`: mean, var) and results are those of Flax's layer, so that
-    checkpoints load either way. What differs is what differs in `batchnorm.flax.linen.BatchNorm`, and one thing more:
-    running statistics are used as float32 in evaluation whatever `dtype` is. The variables of other conventions are
-    described there.
+    checkpoints load either way. `batchnorm.flax.linen.BatchNorm` lists the differences from Flax's layers and the
+    variables of other conventions. In nnx, also, evaluation uses the running statistics in float32 whatever `dtype` is.
 
     Args:
-        num_features: Channels; a tuple where `axis` names several axes, by ascending axis.
-        activation: A name that `batchnorm.jax.batch_norm` knows, or a callable.
-        convention: Whose behaviour: a name in `batchnorm.CONVENTIONS` or a `Convention`.
-        kernel: `native`, the C++, or `agnostic`, array code; None is the best available.
-        count_skipped: Whether there is a `BatchStat` with the number of skipped batches, `skipped`.
-        **options: Those of `flax.nnx.BatchNorm`, `rngs` among them. `momentum` and `epsilon` may be arrays, and are the
-            convention's where they are None or left out; as is `axis`.
+        num_features: Number of channels; for several axes a tuple, by ascending axis.
+        activation: A name supported by `batchnorm.jax.batch_norm`, or a callable.
+        convention: The system to reproduce: a name in `batchnorm.CONVENTIONS` or a `Convention`.
+        kernel: `native` (C++) or `agnostic` (the generic implementation); None is the best available.
+        count_skipped: Whether a `BatchStat` named `skipped` counts skipped batches.
+        **options: Options of `flax.nnx.BatchNorm`, including `rngs`. `momentum`, `epsilon` and `axis` are the
+            convention's if None or omitted; `momentum` and `epsilon` may be arrays.
 
     Raises:
-        ValueError, TypeError: At construction, for an activation, a convention or a kernel that does not exist, an axis
-            that is no integer, a momentum outside of 0 to 1 or a negative epsilon.
+        ValueError, TypeError: At construction, for an unknown activation, convention or kernel, an axis that is not an
+            integer, a momentum outside of 0 to 1, or a negative epsilon.
 
     Example:
         >>> import jax.numpy as jnp
@@ -74,10 +73,10 @@ class BatchNorm(nnx.BatchNorm):
 
     __signature__ = OwnSignature()
 
-    #: Whether the constructor has made the layer, and not `batchnorm.flax.replace`.
+    #: Whether the constructor made the layer; False if `batchnorm.flax.replace` converted it.
     _is_constructed: bool = False
 
-    # Those of a layer of Flax's that `batchnorm.flax.replace` has made one of ours.
+    # The options of a layer that `batchnorm.flax.replace` converted: the constructor did not set them.
     activation: Activation | None = None
     convention: str | Convention = "flax"
     kernel: str | None = None
@@ -101,7 +100,7 @@ class BatchNorm(nnx.BatchNorm):
         options["axis"] = checked_axis(options["axis"])
         for name in ("momentum", "epsilon"):
             checked_number(name, options[name])
-        if isinstance(num_features, tuple):  # Flax's constructor makes variables of one axis
+        if isinstance(num_features, tuple):  # Flax's constructor supports one axis only
             for name, initializer in (("scale_init", nnx.initializers.ones), ("bias_init", nnx.initializers.zeros)):
                 options[name] = partial(initialized, options.get(name, initializer), num_features)
         super().__init__(1 if isinstance(num_features, tuple) else num_features, **options)
@@ -119,7 +118,7 @@ class BatchNorm(nnx.BatchNorm):
         lengths: jax.Array | None = None,
         residual: jax.Array | None = None,
     ) -> jax.Array:
-        """y; see the class, and `batchnorm.jax.batch_norm` for mask, lengths and residual."""
+        """Apply batch norm; `batchnorm.jax.batch_norm` describes mask, lengths and residual."""
         training = not first_from(
             use_running_average, self.use_running_average,
             error_msg="use_running_average is None: pass it to the constructor or the call, or call train() or eval()",
@@ -133,18 +132,18 @@ class BatchNorm(nnx.BatchNorm):
 
 
 def options_of(layer: BatchNorm) -> Own:
-    """The options that Flax's layer does not have."""
+    """Validate the options that Flax's layer lacks."""
     return checked_options(layer.activation, layer.convention, layer.kernel, layer.count_skipped)
 
 
 def initialized(initializer: Any, shape: tuple[int, ...], key: Any, _: Any, dtype: Any) -> jax.Array:
-    """The parameter of a shape, whatever shape the initializer is asked for."""
+    """Initialize a parameter of `shape`, whatever shape Flax's constructor asks for."""
     value: jax.Array = initializer(key, shape, dtype)
     return value
 
 
 def make_statistics(layer: BatchNorm) -> None:
-    """Give a new layer the variables of its convention, in place of Flax's."""
+    """Replace the statistics of a new Flax layer by the variables of its convention."""
     own = with_numbers(options_of(layer), None, checked_number("momentum", layer.momentum)[0])
     shape = layer.num_features if isinstance(layer.num_features, tuple) else (layer.num_features,)
     names = variable_names(own)
@@ -163,7 +162,7 @@ def normalize(
     lengths: jax.Array | None,
     residual: jax.Array | None,
 ) -> jax.Array:
-    """The call of a layer on its variables."""
+    """Apply an nnx batch norm to x, and update its variables."""
     epsilon, epsilon_array = checked_number("epsilon", layer.epsilon)
     momentum, momentum_array = checked_number("momentum", layer.momentum)
     own = with_numbers(options_of(layer), epsilon, momentum)
@@ -187,7 +186,7 @@ def normalize(
 def dtypes_of(
     layer: BatchNorm, x: jax.Array, mean: jax.Array, scale: jax.Array | None, bias: jax.Array | None
 ) -> tuple[Any, Any]:
-    """The dtypes of y, and of the running statistics after the call: those of Flax's layer in the installed version."""
+    """The dtypes of y and of the updated running statistics, which equal those of the installed version of Flax."""
     parameters = [array for array in (scale, bias) if array is not None]
     promote = getattr(layer, "promote_dtype", None)  # from Flax 0.12.1 on
     if promote is promote_dtype:
@@ -203,10 +202,10 @@ def dtypes_of(
 
 
 def is_reference(variable: Any) -> bool:
-    """Whether a variable of Flax 0.12.0 is a reference, which is written to in its own dtype."""
+    """Whether a variable of Flax 0.12.0 is a reference, which keeps its dtype when written."""
     return bool(variable.has_ref)
 
 
 def has_gradient(variable: Any) -> bool:
-    """Whether Flax lets gradients through the running update: in 0.12.0, unless the variable is a reference."""
+    """Whether Flax propagates gradients through the running update: only 0.12.0 does, for non-references."""
     return not (KEEPS_DTYPE or is_reference(variable))

@@ -1,4 +1,4 @@
-"""The options of the layers of linen and nnx, checked and reported in Flax's words."""
+"""Validation of the options of the linen and nnx layers; messages use Flax's argument names."""
 
 import operator
 import sys
@@ -18,7 +18,7 @@ from batchnorm.validation.calls import check_activation
 
 
 class Own(NamedTuple):
-    """The options that Flax's layers do not have."""
+    """The options that Flax's layers lack."""
 
     activation: Activation | None = None
     convention: Convention = find("flax")
@@ -29,10 +29,10 @@ class Own(NamedTuple):
 def checked_options(
     activation: Activation | None, convention: str | Convention, kernel: str | None, count_skipped: bool
 ) -> Own:
-    """The options of a layer, checked while it is constructed.
+    """Validate the options of a layer.
 
     Raises:
-        ValueError, TypeError: An activation, a convention or a kernel that does not exist.
+        ValueError, TypeError: The activation, the convention or the kernel is unknown.
     """
     if kernel is not None and kernel not in NAMES:
         raise ValueError(f"no kernel is called {kernel!r}; known are {', '.join(NAMES)}, or None for the best one")
@@ -40,10 +40,10 @@ def checked_options(
 
 
 def checked_axis(axis: Any) -> int | tuple[int, ...]:
-    """An axis as Flax takes it, or several in any iterable, as Python integers.
+    """Convert an axis, or any iterable of axes, to Python integers.
 
     Raises:
-        TypeError: Not an integer or an iterable of integers.
+        TypeError: The axis is not an integer or an iterable of integers.
     """
     axes = tuple(axis) if isinstance(axis, Iterable) else (axis,)
     try:
@@ -56,7 +56,7 @@ def checked_axis(axis: Any) -> int | tuple[int, ...]:
 
 
 def normalized_axes(axis: Any, ndim: int) -> tuple[int, ...]:
-    """The axes with statistics of their own, ascending and not negative; one that is named twice counts once.
+    """The channel axes, ascending, non-negative and without duplicates.
 
     Raises:
         ValueError: x is a scalar, or an axis is out of range.
@@ -74,7 +74,7 @@ def normalized_axes(axis: Any, ndim: int) -> tuple[int, ...]:
     return tuple(sorted({one % ndim for one in axes}))
 
 
-#: The largest value of each number, and its meaning in messages. Flax takes any number.
+#: The largest value of each number, and its meaning in messages. Flax accepts any number.
 NUMBERS = {
     "momentum": (1.0, "is the weight of the old running statistics and must lie in 0 to 1"),
     "epsilon": (sys.float_info.max, "must be finite and >= 0 (usual values are 1e-5 and 1e-3)"),
@@ -82,11 +82,11 @@ NUMBERS = {
 
 
 def checked_number(name: str, number: Any) -> tuple[Any, Any]:
-    """A momentum or an epsilon as (number or None, array or None); a number of NumPy's is known while JAX traces.
+    """Return a momentum or epsilon as (number, None) or (None, array); NumPy scalars count as numbers.
 
     Raises:
-        TypeError: Neither a number nor a scalar array of numbers.
-        ValueError: It is out of range. Of a traced array the value is unknown.
+        TypeError: The value is neither a number nor a scalar array of numbers.
+        ValueError: The number is out of range; traced values are not checked.
     """
     number = number.item() if isinstance(number, (numpy.ndarray, numpy.generic)) and number.ndim == 0 else number
     if number is None:
@@ -108,31 +108,31 @@ def checked_number(name: str, number: Any) -> tuple[Any, Any]:
 
 
 def is_real(dtype: Any) -> bool:
-    """Whether a dtype is one of real numbers, integers included."""
+    """Whether a dtype is floating or integer."""
     return any(jnp.issubdtype(dtype, kind) for kind in (jnp.floating, jnp.integer))
 
 
 def with_numbers(own: Own, epsilon: Any, momentum: Any) -> Own:
-    """The options with the numbers of a layer, None for those of the convention."""
+    """Set the numbers of the options' convention; None keeps the convention's own."""
     return own._replace(convention=resolve(own.convention, epsilon, momentum, None, None))
 
 
 def as_groups(axis_index_groups: Any) -> tuple[tuple[int, ...], ...] | None:
-    """Groups of indices along a named axis, hashable."""
+    """Convert groups of indices along a named axis to hashable tuples."""
     return None if axis_index_groups is None else tuple(tuple(map(int, group)) for group in axis_index_groups)
 
 
 def check_complex(own: Own, **arguments: Any) -> None:
-    """Raise where a call on complex numbers, which Flax computes, has an option of ours.
+    """Check that a complex call, which Flax computes, uses no option that Flax's layers lack.
 
     Raises:
-        TypeError: The message names the option.
+        TypeError: It uses some. The message names them.
     """
     plain = Own()
     changed = [name for name in Own._fields if getattr(own, name) != getattr(plain, name)]
     changed += [name for name, value in arguments.items() if value is not None]
     if changed:
         raise TypeError(
-            f"x is complex, which Flax's own computation serves, and that has no {' and no '.join(changed)}; leave "
-            "these out, or normalize real and imaginary parts"
+            f"x is complex, and Flax's own layer, which computes complex numbers, has no {' and no '.join(changed)}; "
+            "leave these out, or normalize real and imaginary parts"
         )

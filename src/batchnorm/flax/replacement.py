@@ -1,4 +1,4 @@
-"""Models of `flax.nnx` by other people: their batch norms made ours in place, and back."""
+"""Conversion of the batch norms of existing `flax.nnx` models to this library's, in place, and back."""
 
 import copyreg
 import types
@@ -15,26 +15,26 @@ Model = TypeVar("Model")
 
 
 def replace(model: Model) -> Model:
-    """Make every `flax.nnx.BatchNorm` of a model ours, in place; `restore` undoes it.
+    """Convert every `flax.nnx.BatchNorm` of a model to this library's class, in place; `restore` undoes it.
 
-    The modules stay the same objects with the same `Param`s and `BatchStat`s, wherever in the model they are and
-    however often: optimizers and checkpoints go on. They are instances of Flax's class still. What `nnx.split` returned
-    before merges to what it was. For networks of `flax.linen`, which make their layers anew at each call, see
+    The modules remain the same objects with the same `Param`s and `BatchStat`s, shared modules included, so that
+    optimizers and checkpoints stay valid. They are still instances of Flax's class. The result of an earlier
+    `nnx.split` still merges to Flax's layers. Networks of `flax.linen` create their layers anew at each call: use
     `replaced`.
 
     Args:
-        model: An `nnx.Module`, or a list, dictionary or other tree of them; a batch norm itself.
+        model: An `nnx.Module`, which may be a batch norm, or a list, dictionary or other tree of modules.
 
     Returns:
         The model.
 
     Raises:
-        TypeError: The model has no module of nnx but perhaps `nnx.bridge.ToNNX`, which wraps one of `flax.linen`.
+        TypeError: The model has no nnx module except possibly `nnx.bridge.ToNNX`, which wraps a `flax.linen` module.
 
     Warns:
-        UserWarning: A batch norm stays as it is: a subclass of `flax.nnx.BatchNorm` with a `__call__` of its own, or
-            with an attribute that would be an option of ours (`activation`, `convention`, `kernel`, `count_skipped`);
-            or those of a network of `flax.linen` within the model.
+        UserWarning: A batch norm is not converted: a subclass of `flax.nnx.BatchNorm` that overrides `__call__` or has
+            an attribute named like an added option (`activation`, `convention`, `kernel`, `count_skipped`); or the
+            batch norms of a `flax.linen` network within the model.
 
     Example:
         >>> from flax import nnx
@@ -56,7 +56,7 @@ def replace(model: Model) -> Model:
 
 
 def reason_to_keep(part: Any) -> str | None:
-    """Why a part of a model stays as it is; None for what is ours or can become so."""
+    """The reason why a part of a model cannot be converted; None if it can be, or already is."""
     if isinstance(part, linen.Module):
         return "layers of flax.linen are made anew at each call (call the model within batchnorm.flax.replaced())"
     kind = type(part)
@@ -69,12 +69,13 @@ def reason_to_keep(part: Any) -> str | None:
 
 
 def restore(model: Model) -> Model:
-    """Make the batch norms of a model Flax's own again, in place: the inverse of `replace`.
+    """Convert the batch norms of a model back to Flax's own classes, in place: the inverse of `replace`.
 
-    Layers that were constructed as ours stay so. Options of ours that were assigned to the others are dropped.
+    Layers that were constructed as `batchnorm.flax.nnx.BatchNorm` are left unchanged. Added options that were assigned
+    to converted layers are dropped.
 
     Args:
-        model: What `replace` takes.
+        model: An `nnx.Module`, or a list, dictionary or other tree of modules.
 
     Returns:
         The model.
@@ -95,18 +96,18 @@ def restore(model: Model) -> Model:
     return model
 
 
-#: Our class for Flax's and for each subclass of it that has been replaced.
+#: The class that replaces Flax's, and that of each of its subclasses converted so far.
 OURS: dict[type[nnx.BatchNorm], type[nnx.BatchNorm]] = {nnx.BatchNorm: BatchNorm}
 
 
 def ours_of(kind: type[nnx.BatchNorm]) -> type[nnx.BatchNorm]:
-    """Our class for Flax's or for a subclass of it, whose other methods and attributes it keeps."""
+    """The class that replaces Flax's or a subclass of it; other methods and attributes of a subclass are kept."""
     if kind in OURS:
         return OURS[kind]
     members = {
         "__module__": kind.__module__, "__qualname__": kind.__qualname__, "__doc__": kind.__doc__, "_original": kind
     }  # fmt: skip
-    # Pickle would look for the class under its name, where `kind` is: it asks the metaclass first.
+    # Under the name of the class, pickle would find `kind`: a reducer for the metaclass takes precedence.
     metaclass = type(type(kind).__name__, (type(kind),), {})
     copyreg.pickle(metaclass, reduced)
     OURS[kind] = types.new_class(
@@ -116,21 +117,21 @@ def ours_of(kind: type[nnx.BatchNorm]) -> type[nnx.BatchNorm]:
 
 
 def original_of(kind: type) -> Any:
-    """The class that the layers of a class had before `replace`; None where that has not made it."""
+    """The class that `replace` converted to `kind`; None if `replace` did not create `kind`."""
     return nnx.BatchNorm if kind is BatchNorm else vars(kind).get("_original")
 
 
 def reduced(kind: type) -> Any:
-    """What pickle writes of a class of `ours_of`; of a subclass of one, its name."""
+    """Pickle a class of `ours_of` by the class that it replaces, and a subclass of one by name."""
     original = original_of(kind)
     return kind.__qualname__ if original is None else (ours_of, (original,))
 
 
 def batch_norms(model: Any) -> list[tuple[str, Any]]:
-    """The batch norms of nnx in a model, each once, with their names; and the modules of linen that may have some.
+    """List the nnx batch norms of a model, each once, with their names, and the linen modules that may contain some.
 
     Raises:
-        TypeError: The model has no module of nnx, other than a wrapper of linen.
+        TypeError: The model has no nnx module other than wrappers of linen modules.
     """
     parts = [(".".join(map(str, path)) or type(node).__name__, node) for path, node in nnx.iter_graph(model)]
     linen_parts = [(name, node) for name, node in parts if isinstance(node, linen.Module)]
@@ -152,6 +153,6 @@ def batch_norms(model: Any) -> list[tuple[str, Any]]:
 
 
 def is_without_batch_norm(module: linen.Module) -> bool:
-    """Whether a module of linen is a plain layer of Flax's own."""
+    """Whether a linen module is a layer of Flax's own that cannot contain a batch norm."""
     is_container = isinstance(module, (linen.BatchNorm, linen.Sequential))
     return type(module).__module__.startswith("flax.linen.") and not is_container

@@ -1,4 +1,4 @@
-"""The signatures of the constructors of nnx, in which `inspect` finds every option."""
+"""Signatures of the nnx constructors, which show every option to `inspect`."""
 
 import inspect
 from collections.abc import Callable
@@ -6,16 +6,16 @@ from typing import Any
 
 
 class OwnSignature:
-    """`__signature__` of a class: that of its constructor, where the metaclass of nnx would show *args, **kwargs."""
+    """Descriptor for `__signature__`: the constructor's, because the metaclass of nnx would show *args, **kwargs."""
 
     def __get__(self, instance: Any, owner: type) -> inspect.Signature:
-        """The signature of the class, or of a subclass by its own constructor."""
+        """The signature of the constructor of `owner`, without self."""
         signature = inspect.signature(owner.__init__)  # type: ignore[misc]
         return signature.replace(parameters=list(signature.parameters.values())[1:])
 
 
 def with_options_of(base: Callable[..., None]) -> Callable[[Callable[..., None]], Callable[..., None]]:
-    """A decorator for a constructor whose `**options` are those of another: its signature shows them all."""
+    """Decorate a constructor so that its signature shows its `**options` as the parameters of `base`."""
 
     def decorate(constructor: Callable[..., None]) -> Callable[..., None]:
         inherited = inspect.signature(base).parameters

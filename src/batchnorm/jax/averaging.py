@@ -1,16 +1,16 @@
-"""The optimizer's side of `implicit_batch_norm`: gradients that are a batch's statistics enter running averages.
+"""Optimizers for `implicit_batch_norm`: running averages of gradients that are a batch's statistics.
 
-The gradient of a state is `RunningStatistics(mean, spread, steps=1, weight=checksum, skipped)` of one batch. Whatever
-is linear and the same for all of its fields (sums over calls and micro-batches, means over devices, loss scaling,
-clipping by the global norm) preserves the ratios of `mean` and `spread` to `steps`, and the checksum, which is linear
-as well. Other changes ahead of `running_average` (clipping by element, Adam, noise) shift the checksum by about the
-norm of the change, times a random factor, and are refused where that exceeds rounding: a change of 10 % of the
-gradient's norm passes in one update of four, one of 1 % in nearly all.
+The gradient of a state is `RunningStatistics(mean, spread, steps=1, weight=checksum, skipped)` of one batch. Linear
+operations that are the same for all fields (sums over calls and micro-batches, means over devices, loss scaling,
+clipping by the global norm) preserve the ratios of `mean` and `spread` to `steps`, and the checksum, which is linear
+too. Other changes ahead of `running_average` (clipping by element, Adam, noise) shift the checksum by about the norm of
+the change times a random factor, and are rejected if the shift exceeds rounding: a change of 10 % of the gradient's
+norm passes in one update of four, one of 1 % in nearly all.
 
-The update of `weight` is a mark: it leads from 1 to 1 + 2**-20, from there to 1 - 2**-20, and back. What follows
-`running_average` and changes its update by a factor, noise or a sum of several leaves another weight or a fraction of a
-step (a factor below 1/16 may leave a weight as it was), clipping below 1 a fraction of a step; the next update refuses
-them. Clipping at 1 or more is not seen: the averages follow the batches more slowly.
+The update of `weight` is a mark: the weight changes from 1 to 1 + 2**-20, then to 1 - 2**-20, and back. A
+transformation behind `running_average` that scales its update, adds noise or sums several updates leaves another weight
+or a fractional step (a factor below 1/16 may leave a weight unchanged); clipping below 1 leaves a fractional step. The
+next update rejects both. Clipping at 1 or more is not detected: the averages follow the batches more slowly.
 """
 
 import math
@@ -27,10 +27,10 @@ from batchnorm.jax.functional import Scalar, scalar
 if TYPE_CHECKING:
     import optax
 
-#: Error of the checksum that is rounding, in units of its terms' 2-norm: sums of 8 gradients in bfloat16 reach 0.018.
+#: Tolerated rounding of the checksum, relative to the 2-norm of its terms: sums of 8 gradients in bfloat16 reach 0.018.
 TOLERANCE = 0.022
 
-#: Distance from 1 of the weight that an update leaves: exact in float32, and lost in no sum with 1.
+#: Distance of an updated weight from 1: exact in float32, and not lost in sums with 1.
 MARK = 2.0**-20
 
 CHANGED_AHEAD = (
@@ -50,25 +50,25 @@ CHANGED_BEHIND = (
 def running_average(decay: Scalar | None) -> "optax.GradientTransformation":
     """An Optax transformation that turns the "gradients" of `implicit_batch_norm` into the running update.
 
-        batch   = gradient / gradient.steps        the mean over the batches that the gradient is a sum of
+        batch   = gradient / gradient.steps        the mean over the batches whose sum is the gradient
         running <- decay * running + (1 - decay) * batch,      steps <- steps + 1
 
-    A positive factor that all fields of the gradient have in common (loss scaling, the mean over micro-batches or
-    devices, clipping by the global norm) cancels. An update without any batch changes nothing; one in which a batch was
-    skipped is counted in `skipped`. Nothing that changes the updates may follow.
+    A positive factor common to all fields of the gradient (loss scaling, the mean over micro-batches or devices,
+    clipping by the global norm) cancels. An update without any batch changes nothing; one with a skipped batch is
+    counted in `skipped`. No transformation that changes the updates may follow.
 
-    For `optax.partition` or `optax.multi_transform`, with other transformations for the other parameters;
-    `batchnorm.jax.partition` does that.
+    Combine it with transformations for the other parameters by `optax.partition`, `optax.multi_transform` or
+    `batchnorm.jax.partition`.
 
     Args:
-        decay: Weight of the old value, 0 to 1: a number, a scalar array, or traced, as `optax.inject_hyperparams` makes
-            it of a schedule; None is the cumulative average over all updates.
+        decay: Weight of the old value, 0 to 1: a number, a scalar array, or a traced value, such as that of a schedule
+            by `optax.inject_hyperparams`; None is the cumulative average over all updates.
 
     Raises:
         TypeError: decay is not a scalar number; or, in an update, a state is narrower than float32.
-        ValueError: decay is out of range (where its value is known); or, in an update, a gradient is not that of a
-            `RunningStatistics`, or is no longer proportional to a batch's statistics, or the update before was changed
-            by what follows (under `jit` a JaxRuntimeError with the same text, when the update runs).
+        ValueError: decay is out of range (if its value is known); or, in an update, a gradient is not that of a
+            `RunningStatistics`, or is no longer proportional to a batch's statistics, or a later transformation changed
+            the previous update (under `jit` a JaxRuntimeError with the same text, when the update runs).
         ModuleNotFoundError: Optax is not installed.
 
     Example:
@@ -81,7 +81,7 @@ def running_average(decay: Scalar | None) -> "optax.GradientTransformation":
         [0.20000000298023224]
     """
     transformation = import_optax("running_average")
-    like: Any = numpy.float32(0)  # not JAX's: an optimizer may be made before jax.distributed.initialize
+    like: Any = numpy.float32(0)  # NumPy: no JAX array may exist before jax.distributed.initialize
     decay = scalar("decay", decay, like)
     if not (decay is None or isinstance(decay, jax.Array)):
         check_decay(decay)
@@ -107,7 +107,7 @@ def running_average(decay: Scalar | None) -> "optax.GradientTransformation":
         mark = jnp.where(running.weight > 1, 1 - MARK, 1 + MARK)
 
         def change(target: jax.Array, old: jax.Array, weight: Any = 1.0) -> jax.Array:
-            # The scalars may be stacked, as those of the layers of a scan are.
+            # The scalars may be stacked, as for the layers of a scan.
             enters, own = along(has_batch, old), along(jnp.asarray(weight), old)
             return jnp.where(enters, own * (target - old), 0.0).astype(old.dtype)
 
@@ -125,12 +125,12 @@ def running_average(decay: Scalar | None) -> "optax.GradientTransformation":
 def partition(optimizer: "optax.GradientTransformation", decay: Scalar | None) -> "optax.GradientTransformation":
     """One transformation for all parameters: running averages for every `RunningStatistics`, `optimizer` for the rest.
 
-    `optimizer` never sees the statistics. So clipping by the global norm is that of the weights alone (the statistics
-    would dominate the norm), and clipping by value, weight decay and Adam's moments do not reach them. It sees an
-    `optax.MaskedNode` in the place of each. Nothing that changes the updates may follow.
+    `optimizer` receives an `optax.MaskedNode` in place of each state. Its clipping by the global norm therefore covers
+    the weights alone (the statistics would dominate the norm), and clipping by value, weight decay and Adam's moments
+    do not affect the statistics. No transformation that changes the updates may follow.
 
     Args:
-        optimizer: For all parameters that are not in a `RunningStatistics`.
+        optimizer: Transformation of all parameters outside of a `RunningStatistics`.
         decay: As in `running_average`.
 
     Raises:
@@ -158,7 +158,7 @@ def partition(optimizer: "optax.GradientTransformation", decay: Scalar | None) -
 
 
 def import_optax(name: str) -> Any:
-    """Optax, of which only these transformations need anything."""
+    """Import Optax, which only these transformations require."""
     try:
         import optax
     except ModuleNotFoundError as error:
@@ -170,16 +170,16 @@ def import_optax(name: str) -> Any:
 
 
 def is_state(value: Any) -> bool:
-    """Whether a part of a pytree is the state of a batch norm."""
+    """Whether a node of a pytree is the state of a batch norm."""
     return isinstance(value, RunningStatistics)
 
 
 def check_width(running: RunningStatistics) -> None:
-    """Raise unless the arrays of a state are float32 or wider.
+    """Check that the arrays of a state are float32 or wider.
 
     Raises:
-        TypeError: One is narrower. In bfloat16, `steps` stops at 256, and the averages once a batch moves them by less
-            than 0.4 %.
+        TypeError: One is narrower. In bfloat16, `steps` stops at 256, and an average stops once a batch moves it by
+            less than 0.4 %.
     """
     for name, value in running._asdict().items():
         dtype = jnp.result_type(value)
@@ -193,35 +193,35 @@ def check_width(running: RunningStatistics) -> None:
 
 
 def widen(value: Any) -> jax.Array:
-    """A gradient in float32 at least: the indices of channels are not exact in bfloat16."""
+    """Convert a gradient to float32 or wider: the weights of the checksum are not exact in bfloat16."""
     return jnp.asarray(value, jnp.promote_types(jnp.float32, jnp.result_type(value)))
 
 
 def checksum(gradient: RunningStatistics) -> jax.Array:
-    """A linear function of the mean, spread and steps of each state, with a weight of its own for every element."""
+    """A linear function of the mean, spread and steps of each state, with a distinct weight for every element."""
     return sum((sum_channels(term, gradient.steps) for term in terms(gradient)), start=gradient.steps)
 
 
 def is_proportional(batch: RunningStatistics) -> jax.Array:
-    """Whether gradients, divided by their steps unless these are 0, have their checksum and sign still."""
+    """Whether gradients, divided by their steps if nonzero, still match their checksum and keep their sign."""
     squares = sum((sum_channels(term**2, batch.steps) for term in terms(batch)), start=batch.steps**2 + batch.weight**2)
     is_off = abs(checksum(batch) - batch.weight) > TOLERANCE * jnp.sqrt(squares)
-    # Steps may also have become 0 where the statistics have not, by a factor that float16 rounds to 0.
+    # A small factor in float16 may have rounded steps to 0, but not the statistics.
     is_uncounted = (batch.steps < 0) | (batch.steps == 0) & (batch.weight != 0)
-    # Not finite is what DynamicScale and apply_if_finite look for, and skip.
+    # Non-finite gradients pass: DynamicScale and apply_if_finite look for them, and skip the update.
     holds: jax.Array = ~(is_off | is_uncounted)
     return holds
 
 
 def is_unaltered(running: RunningStatistics) -> jax.Array:
-    """Whether states are new or as an update has left them."""
+    """Whether states are initial or unchanged since their last update."""
     is_marked = (running.weight == 1) | (abs(running.weight - 1) == MARK)
     holds: jax.Array = is_marked & (running.steps >= 0) & (running.steps % 1 == 0)
     return holds
 
 
 def check(*conditions: jax.Array) -> None:
-    """Raise unless what `require` is given holds: now where the values are known, else when they are."""
+    """Check conditions by `require`: at once if their values are known, else by a callback at run time."""
     conditions = tuple(jnp.all(condition) for condition in conditions)
     if any(isinstance(condition, jax.core.Tracer) for condition in conditions):
         jax.debug.callback(require, *conditions)
@@ -230,15 +230,15 @@ def check(*conditions: jax.Array) -> None:
 
 
 def require(is_unaltered: Any, is_proportional: Any) -> None:
-    """Raise an error that says what is wrong with a state or a gradient."""
-    if not is_unaltered:  # first: under `jit`, the mean of a state that implicit_batch_norm refuses has no gradient
+    """Raise a ValueError for a changed state or gradient."""
+    if not is_unaltered:  # first: under `jit`, the mean of a state that implicit_batch_norm rejects has gradient 0
         raise ValueError(CHANGED_BEHIND)
     if not is_proportional:
         raise ValueError(CHANGED_AHEAD)
 
 
 def terms(gradient: RunningStatistics) -> list[jax.Array]:
-    """The elements of mean and spread, each times its weight in the checksum."""
+    """The elements of mean and spread, multiplied by their weights in the checksum."""
     return [
         value * pattern(value.shape[gradient.steps.ndim :], seed, gradient.steps.dtype)
         for value, seed in ((gradient.mean, 32627), (gradient.spread, 193009))
@@ -246,11 +246,11 @@ def terms(gradient: RunningStatistics) -> list[jax.Array]:
 
 
 def pattern(shape: tuple[int, ...], seed: int, dtype: Any) -> jax.Array:
-    """Weights of pseudo-random signs and magnitudes between 1 and 2, by a hash of the index.
+    """Checksum weights: pseudo-random signs and magnitudes between 1 and 2, hashed from the index.
 
-    Signs, because with weights of one sign the checksum, and with it the rounding to be tolerated, grows as C, but
-    changes of single elements as sqrt(C) or less. The seeds of `terms` are such that elements of one magnitude (of a
-    sign, or of Adam's first step) have another checksum for every C to 4096, whichever the sign of the means.
+    With weights of one sign the checksum, and so the rounding to tolerate, would grow as C, but the effect of changed
+    elements as sqrt(C) or less. The seeds in `terms` are chosen so that elements of equal magnitude (after a sign
+    function or Adam's first step) do not match the checksum for any C up to 4096, whatever the signs of the means.
     """
     bits = (jnp.arange(math.prod(shape), dtype=jnp.uint32) + seed) * jnp.uint32(0x9E3779B1)
     bits = (bits ^ (bits >> 15)) * jnp.uint32(0x85EBCA77)
@@ -260,10 +260,10 @@ def pattern(shape: tuple[int, ...], seed: int, dtype: Any) -> jax.Array:
 
 
 def sum_channels(values: jax.Array, like: jax.Array) -> jax.Array:
-    """The sums over the axes that the scalars of a state do not have."""
+    """Sum over the channel axes, which are the axes beyond those of `like`, a scalar of the state."""
     return jnp.sum(values, axis=tuple(range(like.ndim, values.ndim)))
 
 
 def along(scalar: jax.Array, values: jax.Array) -> jax.Array:
-    """The scalar of each state, to broadcast against its channels."""
+    """Reshape the scalar of each state to broadcast against its channels."""
     return scalar.reshape(scalar.shape + (1,) * (values.ndim - scalar.ndim)) if scalar.ndim else scalar

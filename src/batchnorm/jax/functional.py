@@ -1,4 +1,4 @@
-"""Batch norm on JAX arrays as a pure function, for one device or a batch that is spread over several."""
+"""Batch norm on JAX arrays as a pure function, for one device or a batch sharded over several."""
 
 from collections.abc import Callable, Hashable, Sequence
 from functools import partial
@@ -46,42 +46,43 @@ def batch_norm(
     masked_output: MaskedOutput | None = None,
     kernel: str | None = None,
 ) -> tuple[jax.Array, RunningStatistics]:
-    """Batch normalization as a layer of the given convention does it, its state passed in and returned.
+    """Compute batch normalization by a convention; the running statistics are passed in and returned.
 
         training    xhat = (x - mean(x)) / sqrt(var(x) + eps)       running <- decay * running + (1 - decay) * batch
         inference   xhat = (x - running mean) / sqrt(running var + eps)
         both        y = activation(gamma * xhat + beta + residual)
 
-    On a CPU the C++ kernels compute training in one call each for y and for all gradients; on other devices, and where
-    XLA partitions the program over several, it is array code that XLA compiles. Works under `jit`, `grad`, `jvp`,
+    On a CPU the C++ kernels compute training with one call for y and one for all gradients; on other devices, and in
+    programs that XLA partitions, XLA compiles the generic implementation. Works under `jit`, `grad`, `jvp`,
     `linearize`, `hessian`, `vmap`, `scan`, `remat`, `shard_map`, `pmap`, automatic and explicit sharding and `export`.
-    The state is differentiated as well, through the statistics of the batch.
+    The returned state is differentiable through the statistics of the batch.
 
     Args:
         x: float16, bfloat16, float32 or float64, of any rank >= 1.
         gamma: Scale, one for each channel; None is 1.
         beta: Shift, one for each channel; None is 0.
-        running: The state so far. None in training starts from `batchnorm.RunningStatistics.initial`.
-        training: Normalize by the batch and update the state, or normalize by the state. Where it is traced, only the
-            branch that it chooses is computed.
-        axis: The axis with statistics of its own, or several; None is the convention's.
-        axis_name: Name of an axis of `shard_map`, `pmap` or `vmap`, or several, along which the batch is spread: its
-            parts are normalized as one, whatever their masks leave of each.
-        axis_index_groups: Groups of indices along it that are batches of their own.
-        mask: Booleans that broadcast to x, True where an element counts. What x holds elsewhere reaches nothing.
-        lengths: Integers (B,), in place of a mask: how many leading elements count along the first axis that is
-            neither batch nor channel.
+        running: The state before the batch. None in training starts from `batchnorm.RunningStatistics.initial`.
+        training: Whether to normalize by the batch and update the state, or to normalize by the state. If traced, only
+            the selected branch is computed.
+        axis: Channel axis, or several; None is the convention's.
+        axis_name: Name of an axis of `shard_map`, `pmap` or `vmap`, or several names, along which the batch is sharded.
+            The parts are normalized as one batch, weighted by their numbers of unmasked elements.
+        axis_index_groups: Groups of indices along `axis_name`, each of which is a separate batch.
+        mask: Booleans that broadcast to x, True where an element counts. Masked elements do not enter the statistics,
+            and NaN in them reaches no other element and no gradient.
+        lengths: Integers (B,), in place of a mask: the numbers of leading elements that count along the first axis that
+            is neither batch nor channel.
         activation: A name (`relu`, `leaky_relu(0.2)`, `relu6`, `silu`, `hardswish`, `sigmoid`, `tanh`, `gelu`) or a
             callable on the array.
         residual: Added before the activation; the shape of x.
-        convention: Whose behaviour: a name in `batchnorm.CONVENTIONS` or a `Convention`.
-        eps: Added to the variance; a number, a scalar array, or traced (then array code computes); None is the
-            convention's.
+        convention: The system to reproduce: a name in `batchnorm.CONVENTIONS` or a `Convention`.
+        eps: Added to the variance; a number, a scalar array, or traced (which uses the generic implementation); None is
+            the convention's.
         decay: Weight of the old value in the running update; a number, a scalar array, or traced (a schedule, a sweep
             under `vmap`); None is the convention's.
-        single: What one element per channel does in training; None is the convention's.
-        masked_output: What masked elements of y hold, `zero` or `normalized`; None is the convention's.
-        kernel: `native` or `agnostic` array code; None is the best available.
+        single: Policy for one element per channel in training; None is the convention's.
+        masked_output: Values of the masked elements of y, `zero` or `normalized`; None is the convention's.
+        kernel: `native` (C++) or `agnostic` (the generic implementation); None is the best available.
 
     Returns:
         y in the dtype of x, and the state after this batch, in float32 or wider.
@@ -130,7 +131,7 @@ def convention_of(
     single: Single | None = None,
     masked_output: MaskedOutput | None = None,
 ) -> Convention:
-    """The record of a call, whose eps and decay may be arrays, or traced."""
+    """The convention of a call; eps and decay may be arrays or traced."""
     values: dict[str, Any] = {"eps": scalar("eps", eps, x), "decay": scalar("decay", decay, x)}
     traced = {name: value for name, value in values.items() if isinstance(value, jax.Array)}
     known = {name: None if name in traced else value for name, value in values.items()}
@@ -139,13 +140,13 @@ def convention_of(
 
 
 def select_across(across: CrossDevice, kernel: str | None, *arrays: Any) -> SimpleNamespace:
-    """The kernel that `select` chooses, for a batch that is spread over devices."""
+    """Select a kernel for a batch that is sharded over devices."""
     chosen: Any = select(kernel, *arrays)
     return SimpleNamespace(normalize=partial(chosen.normalize, across=across))
 
 
 def scalar(name: str, value: Any, x: jax.Array) -> Any:
-    """A Python number where the value of an array is known; in the dtype of the statistics where it is traced."""
+    """Convert a scalar array to a Python number or, if traced, to the dtype of the statistics."""
     if not isinstance(value, (numpy.ndarray, numpy.generic, jax.Array)):
         return value
     if value.ndim or not jnp.issubdtype(value.dtype, jnp.number):
@@ -158,5 +159,5 @@ def scalar(name: str, value: Any, x: jax.Array) -> Any:
 
 
 def in_jax(array: Any) -> Any:
-    """NumPy's arrays as JAX's own functions take them, anything else as it is."""
+    """Convert NumPy arrays to JAX arrays; any other value is returned unchanged."""
     return jnp.asarray(array) if isinstance(array, (numpy.ndarray, numpy.generic)) else array

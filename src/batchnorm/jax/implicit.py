@@ -1,8 +1,8 @@
-"""Batch norm without a training flag: to differentiate it is to train.
+"""Batch norm without a training flag: differentiation selects training.
 
-Called plainly it normalizes by the running statistics. Differentiated, it normalizes by the batch, and the "gradient"
-of the running statistics is the batch's statistics, for the optimizer to average: see `averaging`. The idea is that of
-the Zygote layer whose convention is called `zygote-gist`.
+Without differentiation it normalizes by the running statistics. Under differentiation it normalizes by the batch, and
+the "gradient" of the running statistics is the batch's statistics, which the optimizer averages: see `averaging`. The
+idea is that of the Zygote layer whose convention is called `zygote-gist`.
 """
 
 import math
@@ -23,7 +23,7 @@ from batchnorm.kernels.jax.formulas import varying_axes
 from batchnorm.spec import Activation
 from batchnorm.validation.arrays import concrete_bool
 
-UNTOUCHED = 2.0**-15  # what averages of parameters may take from a weight of 1: 2e-5 in optax.ema(0.999)
+UNTOUCHED = 2.0**-15  # largest rounding of a weight of 1 by averages of parameters: 2e-5 in optax.ema(0.999)
 
 
 def implicit_batch_norm(
@@ -41,14 +41,14 @@ def implicit_batch_norm(
     activation: Activation | None = None,
     residual: jax.Array | None = None,
 ) -> jax.Array:
-    """Batch normalization that normalizes by the state, or, where reverse mode differentiates it, by the batch.
+    """Normalize by the running statistics or, in a call that reverse mode differentiates, by the batch.
 
         plainly          y = activation(gamma * (x - running mean) / sqrt(running var + eps) + beta + residual)
         differentiated   y and the gradients of training; the "gradient" of `running` is
                          RunningStatistics(mean(x), var(x), steps=1, weight=checksum)
 
-    whatever the loss is. These gradients add up, over calls and micro-batches, and may be scaled: `running_average`
-    divides by their `steps`. A batch whose statistics are not finite contributes nothing but `skipped=1`.
+    The gradient of `running` does not depend on the loss. It sums over calls and micro-batches and may be scaled:
+    `running_average` divides by its `steps`. A batch with non-finite statistics contributes only `skipped=1`.
 
     Args:
         x: float16, bfloat16, float32 or float64, of any rank >= 1.
@@ -56,11 +56,11 @@ def implicit_batch_norm(
         beta: Shift, one for each channel; None is 0.
         running: The state, whose fields are all floating arrays, float32 or wider
             (`batchnorm.RunningStatistics.initial`).
-        frozen: The derivatives are those of inference, and the gradient of `running` is 0: for saliency maps,
-            adversarial examples and layers that are not to be trained. Forward mode works as well.
-        axis: The axis with statistics of its own, or several; None is the convention's.
-        convention: The convention by name or record; it defines the running statistics and their correction. Their
-            decay is the optimizer's.
+        frozen: Whether to use the derivatives of inference, with a zero gradient for `running`: for saliency maps,
+            adversarial examples and frozen layers. Forward mode works too.
+        axis: Channel axis, or several; None is the convention's.
+        convention: A name in `batchnorm.CONVENTIONS` or a `Convention`; it defines the running statistics and their
+            correction. Their decay is the optimizer's.
         eps: Added to the variance; None is the convention's.
         mask: As in `batchnorm.jax.batch_norm`.
         lengths: As in `batchnorm.jax.batch_norm`.
@@ -68,12 +68,12 @@ def implicit_batch_norm(
         residual: As in `batchnorm.jax.batch_norm`.
 
     Returns:
-        y in the dtype of x. NaN, under `jit`, where a state has been changed by something other than `running_average`;
-        a ValueError where its values are known.
+        y in the dtype of x. If a transformation other than `running_average` has changed the state, y is NaN under
+        `jit`, and a ValueError is raised where values are known.
 
     Raises:
-        ValueError, TypeError: As `batchnorm.batch_norm`; TypeError also for a state narrower than float32, and under
-            forward mode unless `frozen`: it has no place for what the state receives.
+        ValueError, TypeError: As `batchnorm.batch_norm`; TypeError also for a state narrower than float32, and in
+            forward mode unless `frozen`, because forward mode cannot return the batch's statistics.
 
     Example:
         >>> import jax, jax.numpy as jnp, batchnorm as bn, batchnorm.jax as bnj
@@ -103,7 +103,7 @@ def implicit_batch_norm(
         return inferred
     constants: list[Any] = []
     if callable(activation):
-        # A custom rule may not close over what is differentiated: it becomes an argument.
+        # A custom derivative must not close over differentiated values: they become arguments.
         example = jax.ShapeDtypeStruct(jnp.shape(x), jnp.promote_types(jnp.float32, jnp.result_type(x)))
         function, constants = jax.closure_convert(activation, example)
         options = options._replace(activation=function)
@@ -112,7 +112,10 @@ def implicit_batch_norm(
 
 
 def check_weight(running: RunningStatistics) -> RunningStatistics:
-    """The state, if its weight is about 1 still: another optimizer moves it, by the checksum, and lowers `steps`."""
+    """Raise for a state that another optimizer has changed, or set its mean to NaN if its values are unknown.
+
+    Such an optimizer moves `weight` from about 1, by the checksum, and lowers `steps`.
+    """
     is_untouched = (abs(running.weight - 1) < UNTOUCHED) & (running.steps >= 0)
     if concrete_bool(jnp.all(is_untouched)) is False:
         weight, steps = (jax.lax.stop_gradient(value) for value in (running.weight, running.steps))
@@ -126,7 +129,7 @@ def check_weight(running: RunningStatistics) -> RunningStatistics:
 
 
 class Options(NamedTuple):
-    """The arguments that are not arrays; hashable."""
+    """The static arguments of `implicit_batch_norm`; hashable."""
 
     axis: Axis | None
     convention: Convention
@@ -144,13 +147,13 @@ def normalized(
     constants: list[Any],
     masks: Any,
 ) -> Any:
-    """y by the state."""
+    """Compute y by the running statistics: the primal function, which `forward` and `backward` differentiate."""
     options = with_constants(options, constants)
     return evaluate(options, x, gamma, beta, residual, running, masks, training=False)[0]
 
 
 def with_constants(options: Options, constants: list[Any]) -> Options:
-    """The options with a callable activation that is given what it closed over."""
+    """Bind a callable activation to the constants that closure conversion made its arguments."""
     if not callable(options.activation):
         return options
     function = options.activation
@@ -168,7 +171,7 @@ def evaluate(
     *,
     training: bool,
 ) -> tuple[Any, RunningStatistics]:
-    """y, and the state after it if nothing is left of the one before."""
+    """Compute y and the updated state by `batch_norm`."""
     mask, lengths = masks
     return batch_norm(
         x, gamma, beta, running, training=training, axis=options.axis, mask=mask, lengths=lengths,
@@ -186,8 +189,8 @@ def forward(
     constants: list[Any],
     masks: Any,
 ) -> Any:
-    """y by the batch, and the residuals of `backward`."""
-    # Counted from 0: a float32 of 2**24 steps does not change by one more.
+    """Compute y by the batch, and the residuals that `backward` needs."""
+    # Counted from 0: in float32, 2**24 steps plus 1 is 2**24.
     before = running._replace(steps=jnp.zeros_like(running.steps), skipped=jnp.zeros_like(running.skipped))
     of_batch = options._replace(convention=replace(options.convention, decay=0.0, debias="none"))
 
@@ -203,7 +206,7 @@ def forward(
 
 
 def backward(options: Options, residuals: Any, dy: Any) -> tuple[Any, ...]:
-    """The gradients, and the statistics of the batch as that of the state."""
+    """Compute the gradients of all arguments; that of the state is the batch's statistics."""
     pull, statistics, primals, masks = residuals
     *gradients, dconstants = pull(dy)
     results = jax.tree.map(sum_like, (*gradients, statistics, dconstants), primals)
@@ -211,7 +214,7 @@ def backward(options: Options, residuals: Any, dy: Any) -> tuple[Any, ...]:
 
 
 def sum_like(gradient: Any, primal: Any) -> Any:
-    """The gradient of an argument that is the same on several devices (`shard_map`): the sum of theirs."""
+    """Sum a gradient over the devices on which its argument is replicated (`shard_map`)."""
     axes = tuple(varying_axes(gradient) - varying_axes(primal))
     return jax.lax.psum(gradient, axes) if axes else gradient
 

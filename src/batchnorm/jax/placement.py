@@ -1,4 +1,4 @@
-"""Explicit sharding: arrays by channel have to lie as the channels of x do."""
+"""Explicit sharding: per-channel arrays are resharded like the channels of x."""
 
 from typing import Any
 
@@ -11,7 +11,7 @@ from batchnorm.validation.masks import check_mask
 
 
 def channel_spec(x: jax.Array, axis: Any) -> PartitionSpec | None:
-    """The sharding of the channels of x; None where x is not sharded explicitly."""
+    """The sharding of the channel axes of x; None if x is not explicitly sharded."""
     spec = jax.typeof(x).sharding.spec
     if all(entry is None for entry in spec):
         return None
@@ -19,19 +19,19 @@ def channel_spec(x: jax.Array, axis: Any) -> PartitionSpec | None:
 
 
 def place(array: Any, spec: PartitionSpec | None) -> Any:
-    """An array by channel, resharded; what is none is left as it is."""
+    """Reshard a per-channel array; any other value is returned unchanged."""
     if spec is None or not isinstance(array, jax.Array) or array.ndim != len(spec):
         return array
     return reshard(array, spec)
 
 
 def place_like(array: jax.Array, like: Any) -> jax.Array:
-    """An array by channel, resharded to lie as another does: the carry of a loop keeps its type."""
+    """Reshard a per-channel array like another one, so that the carry of a loop keeps its type."""
     return place(array, jax.typeof(like).sharding.spec)  # type: ignore[no-any-return]
 
 
 def place_mask(mask: Any, lengths: Any, x: jax.Array, axis: Any) -> Any:
-    """A mask, or lengths, as booleans that lie as x does: a mask that is broadcast would be unsharded."""
+    """Convert a mask or lengths to booleans sharded like x: a mask that is broadcast would be unsharded."""
     axes = split_axes(axis, x.ndim)
     keep = as_boolean_mask(jax.numpy, check_mask(mask, lengths, x, axes), x, axes)
     if keep is None:
