@@ -8,7 +8,7 @@
 
 namespace batchnorm {
 
-constexpr int most_dimensions = 32;
+constexpr int max_dimensions = 32;
 
 // Why the extension declines a call. Python validates the arguments then, and explains what is wrong with them; what is
 // not wrong goes to it again in another layout, or is computed by the generic implementation.
@@ -56,12 +56,12 @@ class Array {
   void* data = nullptr;
   Element element = Element::float32;
   int ndim = 0;
-  int64_t shape[most_dimensions];
-  int64_t strides[most_dimensions];  // in elements,
-  bool has_whole_strides = true;     // which the strides may be no multiples of (fields of a packed record)
+  int64_t shape[max_dimensions];
+  int64_t strides[max_dimensions];  // in elements,
+  bool has_whole_strides = true;    // which the strides may be no multiples of (fields of a packed record)
 
  private:
-  bool read_dlpack_table(nanobind::handle object);
+  bool read_exchange_api(nanobind::handle object);
   bool read_buffer(nanobind::handle object, bool is_written);
   bool get_buffer(nanobind::handle object, int flags);
   void read_dlpack(nanobind::handle object);
@@ -81,10 +81,10 @@ class Array {
 
 // An uninitialised array of the type, shape and strides of a dense one, in memory of our own (a large one in that of
 // memory.hpp); null where its library cannot be handed one.
-nanobind::object own_like(nanobind::handle object, const Array& array);
+nanobind::object allocate_like(nanobind::handle object, const Array& array);
 
 // An uninitialised, contiguous array of float32, float64 or int64 for the library of `object`; null where that cannot be
 // handed one.
-nanobind::object own_empty(nanobind::handle object, Element element, int ndim, const int64_t* shape);
+nanobind::object allocate_empty(nanobind::handle object, Element element, int ndim, const int64_t* shape);
 
 }  // namespace batchnorm

@@ -19,7 +19,7 @@ void check_like(const Array& array, const Array& x);
 void check_by_channel(const Array& array, const Array& x, uint32_t channel_axes);
 
 // One number for each of C channels, in any floating dtype.
-Channels channels(const Array& array, int64_t C);
+PerChannel per_channel(const Array& array, int64_t C);
 
 // A boolean mask that broadcasts to x, padded to its rank.
 void check_mask(Array& mask, const Array& x);
@@ -38,21 +38,21 @@ struct Views {
 
   void add(const Array& array, Tensor& tensor) {
     if (!array) return;
-    assert(count_ < most);
-    viewed_[count_++] = {&array, &tensor};
+    assert(count_ < max_views);
+    views_[count_++] = {&array, &tensor};
   }
 
   // Fills in the views, the first of which is x, and the checked mask or lengths.
   void finish(const Array& x, uint32_t channel_axes, const Array& mask, const Array& lengths);
 
  private:
-  static constexpr int most = 8;  // x, residual, dy, y, dx, dresidual, mask
-  Viewed viewed_[most];
+  static constexpr int max_views = 8;  // x, residual, dy, y, dx, dresidual, mask
+  ArrayView views_[max_views];
   int count_ = 0;
   std::unique_ptr<int64_t[]> lengths_;
 };
 
 // `compute` while other Python threads run; declines where the strides fit no kernel.
-void compute_unlocked(Operation operation, Problem& problem);
+void compute_without_gil(Operation operation, Problem& problem);
 
 }  // namespace batchnorm

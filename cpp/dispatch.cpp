@@ -58,7 +58,7 @@ std::atomic<bool> is_forked_child = false;
     pthread_atfork(nullptr, nullptr, [] { is_forked_child.store(true, std::memory_order_relaxed); });
 
 // Below this many elements for each thread, waking it costs more than it computes.
-constexpr int64_t elements_for_a_thread = 32 << 10;
+constexpr int64_t min_elements_per_thread = 32 << 10;
 
 }  // namespace
 
@@ -113,36 +113,36 @@ void set_num_threads(int threads) { default_threads.store(threads, std::memory_o
 
 // A mask of leading elements, the same for all channels, as lengths, and one of all elements as none: the kernels then
 // walk over whole rows. It costs a read of the mask, which is as large as a channel.
-void simplify(Mask& mask, int64_t N, int64_t S, std::unique_ptr<int64_t[]>& lengths) {
-  const Tensor& keep = mask.keep;
-  if (!keep.data || keep.c != 0) return;
+void simplify_mask(Mask& mask, int64_t N, int64_t S, std::unique_ptr<int64_t[]>& lengths) {
+  const Tensor& bytes = mask.bytes;
+  if (!bytes.data || bytes.c != 0) return;
   lengths.reset(new int64_t[N]);
-  bool is_whole = true;
+  bool is_full = true;
   for (int64_t n = 0; n < N; ++n) {
-    const uint8_t* const row = static_cast<const uint8_t*>(keep.data) + n * keep.n;
+    const uint8_t* const row = static_cast<const uint8_t*>(bytes.data) + n * bytes.n;
     int64_t length = 0;
-    while (length < S && row[length * keep.s]) ++length;
+    while (length < S && row[length * bytes.s]) ++length;
     for (int64_t s = length; s < S; ++s)
-      if (row[s * keep.s]) return;
+      if (row[s * bytes.s]) return;
     lengths[n] = length;
-    is_whole = is_whole && length == S;
+    is_full = is_full && length == S;
   }
-  if (S == 1 && !is_whole) return;  // rows of one element are walked over in runs as they are
-  mask.keep = {};
-  mask.lengths = is_whole ? nullptr : lengths.get();
+  if (S == 1 && !is_full) return;  // rows of one element are walked over in runs as they are
+  mask.bytes = {};
+  mask.lengths = is_full ? nullptr : lengths.get();
 }
 
-bool compute_simplified(Operation operation, Problem& problem) {
+bool compute_with_plan(Operation operation, Problem& problem) {
   const int64_t elements = problem.N * problem.C * problem.S;
-  problem.threads = static_cast<int>(std::clamp<int64_t>(elements / elements_for_a_thread, 1, problem.threads));
+  problem.threads = static_cast<int>(std::clamp<int64_t>(elements / min_elements_per_thread, 1, problem.threads));
   Plan plan;
   if (!make_plan(problem, plan)) return false;
-  alignas(64) char small[16 << 10];
-  std::unique_ptr<char[]> large;
-  char* workspace = small;
-  if (plan.workspace > static_cast<int64_t>(sizeof small)) {
-    large.reset(new char[plan.workspace]);
-    workspace = large.get();
+  alignas(64) char stack_buffer[16 << 10];
+  std::unique_ptr<char[]> heap_buffer;
+  char* workspace = stack_buffer;
+  if (plan.workspace_bytes > static_cast<int64_t>(sizeof stack_buffer)) {
+    heap_buffer.reset(new char[plan.workspace_bytes]);
+    workspace = heap_buffer.get();
   }
   const Kernels& kernels = chosen_kernels();
   (operation == Operation::forward ? kernels.forward : kernels.backward)(problem, plan, workspace);
@@ -154,8 +154,8 @@ bool compute(Operation operation, Problem& problem) {
   if (problem.C == 0) return true;
   std::unique_ptr<int64_t[]> lengths;
   const Mask mask = problem.mask;
-  simplify(problem.mask, problem.N, problem.S, lengths);
-  const bool is_done = compute_simplified(operation, problem);
+  simplify_mask(problem.mask, problem.N, problem.S, lengths);
+  const bool is_done = compute_with_plan(operation, problem);
   problem.mask = mask;  // lanes of XLA step through it
   return is_done;
 }

@@ -11,17 +11,17 @@
 namespace batchnorm::BATCHNORM_ISA {
 namespace {
 
-template <template <class> class JobOf> void run(const Problem& problem, const Plan& plan, void* workspace) {
+template <template <class> class DriverOf> void run(const Problem& problem, const Plan& plan, void* workspace) {
   switch (problem.dtype) {
-    case Dtype::float64: return JobOf<double>(problem, plan, workspace).run();
-    case Dtype::float32: return JobOf<float>(problem, plan, workspace).run();
-    case Dtype::bfloat16: return JobOf<bfloat16>(problem, plan, workspace).run();
-    case Dtype::float16: return JobOf<float16>(problem, plan, workspace).run();
+    case Dtype::float64: return DriverOf<double>(problem, plan, workspace).run();
+    case Dtype::float32: return DriverOf<float>(problem, plan, workspace).run();
+    case Dtype::bfloat16: return DriverOf<bfloat16>(problem, plan, workspace).run();
+    case Dtype::float16: return DriverOf<float16>(problem, plan, workspace).run();
   }
 }
 
-void convert(const Channels& from, const Channels& to, int64_t C) {
-  for (int64_t c = 0; c < C; ++c) write(to, c, read(from, c, 0));
+void convert(const PerChannel& from, const PerChannel& to, int64_t C) {
+  for (int64_t c = 0; c < C; ++c) write_channel(to, c, read_channel(from, c, 0));
 }
 
 }  // namespace
@@ -30,6 +30,6 @@ void convert(const Channels& from, const Channels& to, int64_t C) {
 #define BATCHNORM_STRING(name) BATCHNORM_STRING_(name)
 
 extern const Kernels kernels;
-const Kernels kernels = {BATCHNORM_STRING(BATCHNORM_ISA), run<ForwardJob>, run<BackwardJob>, convert};
+const Kernels kernels = {BATCHNORM_STRING(BATCHNORM_ISA), run<ForwardDriver>, run<BackwardDriver>, convert};
 
 }  // namespace batchnorm::BATCHNORM_ISA

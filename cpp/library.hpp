@@ -14,13 +14,13 @@ class Library {
   Library(nanobind::tuple types, nanobind::object empty_like, nanobind::object pooled_like, nanobind::object empty);
 
   // The object itself; throws Declined for an array of another type. None is of every library.
-  nanobind::handle own(nanobind::handle object) const;
+  nanobind::handle require_own(nanobind::handle object) const;
 
   // Item i of a tuple, likewise.
-  nanobind::handle own(nanobind::handle tuple, int i) const;
+  nanobind::handle require_own(nanobind::handle tuple, int i) const;
 
   // An uninitialised array of the dtype, shape and layout of another.
-  nanobind::object like(nanobind::handle object, const Array& array) const;
+  nanobind::object empty_like(nanobind::handle object, const Array& array) const;
 
   // An uninitialised, contiguous array beside the array `x`.
   nanobind::object empty(nanobind::handle x, Element element, int ndim, const int64_t* shape) const;

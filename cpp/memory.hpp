@@ -9,20 +9,20 @@
 
 namespace batchnorm {
 
-constexpr int64_t smallest_block = 1 << 18;  // bytes; below, the C library does well
-constexpr int64_t most_waiting = 512 << 20;  // bytes that wait in all; beyond, the system gets the oldest back
-constexpr int64_t longest_wait = 10;         // seconds, after which it gets them back too, at the next occasion
+constexpr int64_t min_pooled_bytes = 1 << 18;    // bytes; below, the C library does well
+constexpr int64_t max_cached_bytes = 512 << 20;  // bytes that wait in all; beyond, the system gets the oldest back
+constexpr int64_t max_idle_seconds = 10;         // seconds, after which it gets them back too, at the next occasion
 
 // At least so many bytes, aligned to 64, with undefined contents. Throws std::bad_alloc.
-void* take_block(int64_t bytes);
+void* allocate_pooled(int64_t bytes);
 
 // Any thread may give back what any other has taken.
-void give_back_block(void* block, int64_t bytes);
+void deallocate_pooled(void* buffer, int64_t bytes);
 
 // Bytes that wait now.
-int64_t waiting_bytes();
+int64_t cached_bytes();
 
 // The system gets all of them back.
-void release_blocks();
+void release_cached();
 
 }  // namespace batchnorm

@@ -22,10 +22,10 @@ struct Operands {
   Array x, gamma, beta, residual, mask, lengths;
 
   Operands(const Library& library, nanobind::handle tuple, const Spec& spec)
-      : objects(checked(tuple)), x(library.own(tuple, 0)), gamma(library.own(tuple, 1)), beta(library.own(tuple, 2)),
-        residual(library.own(tuple, 3)),
-        mask(PyTuple_Check(item(4).ptr()) ? nanobind::handle(Py_None) : library.own(tuple, 4)),
-        lengths(library.own(lengths_of(item(4)))) {
+      : objects(check_tuple(tuple)), x(library.require_own(tuple, 0)), gamma(library.require_own(tuple, 1)),
+        beta(library.require_own(tuple, 2)), residual(library.require_own(tuple, 3)),
+        mask(PyTuple_Check(item(4).ptr()) ? nanobind::handle(Py_None) : library.require_own(tuple, 4)),
+        lengths(library.require_own(lengths_of(item(4)))) {
     if (!x || x.ndim == 0 || (x.ndim < 32 && spec.channel_axes >> x.ndim)) decline(Refusal::shape);
     if (spec.group_size && !spec.has_lanes() && (spec.channel_axes & 1)) decline(Refusal::shape);
     x.dtype();
@@ -35,7 +35,7 @@ struct Operands {
     check_lengths(lengths, x, spec.channel_axes);
   }
 
-  static nanobind::handle checked(nanobind::handle tuple) {
+  static nanobind::handle check_tuple(nanobind::handle tuple) {
     if (!PyTuple_Check(tuple.ptr()) || PyTuple_GET_SIZE(tuple.ptr()) != 5) decline(Refusal::type);
     return tuple;
   }
@@ -81,7 +81,7 @@ class Groups {
 };
 
 // The channels of group `group` among those of all groups.
-inline Channels part_of(const Channels& all, int64_t group, int64_t C) {
+inline PerChannel group_slice(const PerChannel& all, int64_t group, int64_t C) {
   if (!all.data) return all;
   return {static_cast<char*>(all.data) + group * C * all.stride * size_of(all.dtype), all.dtype, all.stride};
 }

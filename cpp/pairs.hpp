@@ -20,14 +20,16 @@ BATCHNORM_INLINE Pair select(PairMask mask, Pair yes, Pair no) {
   return {select(mask.low, yes.low, no.low), select(mask.high, yes.high, no.high)};
 }
 
-template <> BATCHNORM_INLINE Pair broadcast<Pair>(float value) { return {broadcast<Vf>(value), broadcast<Vf>(value)}; }
+template <> BATCHNORM_INLINE Pair broadcast<Pair>(float value) {
+  return {broadcast<VecF32>(value), broadcast<VecF32>(value)};
+}
 
 template <> BATCHNORM_INLINE PairMask first_lanes<Pair>(int n) {
-  return {first_lanes<Vf>(n), first_lanes<Vf>(n - width<Vf>)};
+  return {first_lanes<VecF32>(n), first_lanes<VecF32>(n - width<VecF32>)};
 }
 
 template <> BATCHNORM_INLINE PairMask load_mask<Pair>(const uint8_t* p) {
-  return {load_mask<Vf>(p), load_mask<Vf>(p + width<Vf>)};
+  return {load_mask<VecF32>(p), load_mask<VecF32>(p + width<VecF32>)};
 }
 
 }  // namespace batchnorm::BATCHNORM_ISA

@@ -20,32 +20,32 @@ struct Plan {
   Family family;
 
   // Columns and short rows.
-  int64_t width;     // columns of a row
-  int64_t rows;      // of which, in a flat plan, the last may be shorter
-  int64_t elements;  // N * C * S
-  bool has_groups;   // several rows are walked at a time
-  bool is_flat;      // row r starts at element r * width of every tensor: rows are put side by side
+  int64_t width;        // columns of a row
+  int64_t rows;         // of which, in a flat plan, the last may be shorter
+  int64_t elements;     // N * C * S
+  bool has_row_groups;  // several rows are walked at a time
+  bool is_flat;         // row r starts at element r * width of every tensor: rows are put side by side
 
   // Chunk k covers n (rows: and s; columns: rows) from k * chunk_n on, in blocks of `block` channels or columns. Where S
   // is large a chunk is a part of the s of one n.
   int64_t chunk_n, chunk_s, chunks, chunks_per_row, block;
 
-  bool is_streaming;       // stores go past the cache: what is written would push out what is still to be read
-  int64_t channels_apart;  // channels that a thread takes at a time, if channels can be told apart; else 0
+  bool is_streaming;          // stores go past the cache: what is written would push out what is still to be read
+  int64_t channels_per_task;  // channels that a thread takes at a time, if channels can be told apart; else 0
 
-  int64_t table_length;  // of a table by column
-  int64_t workspace;     // bytes that the kernels need besides their arguments
+  int64_t table_length;     // of a table by column
+  int64_t workspace_bytes;  // bytes that the kernels need besides their arguments
 };
 
 constexpr int64_t row_block = 32;  // channels of a tile of rows: their sums are on the stack
 
 // Columns of a tile of columns, whose sums are on the stack. It decides the order of sums (see plan.cpp), for ever.
-constexpr int64_t widest_block = 2048;
+constexpr int64_t max_block = 2048;
 
 // The workspace: arrays that each begin a cache line, and tables of coefficients.
-constexpr int64_t line_bytes = 64;
+constexpr int64_t cache_line_bytes = 64;
 constexpr int64_t coefficient_tables = 7;  // as in `Tables`
-constexpr int64_t table_excess = 32;       // elements behind a table: whole vectors of any instruction set are read
+constexpr int64_t table_slack = 32;        // elements behind a table: whole vectors of any instruction set are read
 
 // False where the tensors' strides fit no family.
 bool make_plan(const Problem& problem, Plan& plan);

@@ -4,7 +4,7 @@
 #include <cstdint>
 
 #include "dtypes.hpp"
-#include "helpers.hpp"
+#include "external_pool.hpp"
 
 namespace batchnorm {
 
@@ -12,7 +12,7 @@ enum class Activation : uint8_t { identity, relu, leaky_relu, silu, sigmoid, tan
 enum class EpsPlacement : uint8_t { inside, outside, absent };
 
 // sqrt(var + eps), sqrt(var) + eps, or sqrt(var). Always inlined, as everything that several instruction sets share.
-inline __attribute__((always_inline)) double std_of_var(double var, double eps, EpsPlacement placement) {
+inline __attribute__((always_inline)) double std_from_var(double var, double eps, EpsPlacement placement) {
   if (placement == EpsPlacement::inside) return __builtin_sqrt(var + eps);
   return __builtin_sqrt(var) + (placement == EpsPlacement::outside ? eps : 0);
 }
@@ -24,7 +24,7 @@ struct Tensor {
 };
 
 // One number for each channel, of any element type; no alignment is assumed.
-struct Channels {
+struct PerChannel {
   void* data = nullptr;
   Dtype dtype = Dtype::float32;
   int64_t stride = 0;
@@ -33,13 +33,13 @@ struct Channels {
 // Which elements count. At most one of the two is given; neither: all of them.
 struct Mask {
   const int64_t* lengths = nullptr;  // for each n, how many leading s count; in 0..S
-  Tensor keep = {};                  // bytes, not 0 where an element counts; stride 0 along what they broadcast over
+  Tensor bytes = {};                 // bytes, not 0 where an element counts; stride 0 along what they broadcast over
 };
 
 // Of a forward pass alone.
-struct ForwardPart {
-  Tensor y = {};        // written; null: x is only measured
-  bool measure = true;  // normalize by the moments of x, which are returned, rather than by given statistics
+struct ForwardArgs {
+  Tensor y = {};                 // written; null: x is only measured
+  bool computes_moments = true;  // normalize by the moments of x, which are returned, rather than by given statistics
   double eps = 0;
   EpsPlacement eps_placement = EpsPlacement::inside;
   int correction = 0;  // the variance that normalizes is m2 / max(count - correction, 1)
@@ -47,11 +47,11 @@ struct ForwardPart {
 };
 
 // Of a backward pass alone.
-struct BackwardPart {
+struct BackwardArgs {
   Tensor dy = {};
-  Tensor dx = {}, dresidual = {};    // written; null where they are not wanted
-  bool through_statistics = true;    // the statistics depend on x; if not, dx = gamma * rstd * dz
-  Channels dgamma = {}, dbeta = {};  // written; null where they are not wanted
+  Tensor dx = {}, dresidual = {};      // written; null where they are not wanted
+  bool through_statistics = true;      // the statistics depend on x; if not, dx = gamma * rstd * dz
+  PerChannel dgamma = {}, dbeta = {};  // written; null where they are not wanted
 };
 
 struct Problem {
@@ -59,26 +59,26 @@ struct Problem {
   int64_t N, C, S;
   Mask mask = {};
   int threads = 1;
-  const Helpers* helpers = nullptr;  // null: OpenMP
-  bool has_new_results = false;      // each call writes where no call has for a while: in no cache
+  const ExternalPool* pool = nullptr;  // null: OpenMP
+  bool has_uncached_results = false;   // each call writes where no call has for a while: in no cache
 
   // Arrays of the shape of x. They share one layout: s (or N = S = 1) is the unit stride of all, or c is.
   Tensor x, residual = {};
-  ForwardPart forward = {};
-  BackwardPart backward = {};
+  ForwardArgs forward = {};
+  BackwardArgs backward = {};
 
   Activation activation = Activation::identity;
   double slope = 0;  // of leaky_relu
   // Masked elements are normalized like the rest, and have gradients: y is not 0 there.
   bool normalized_padding = false;
-  Channels gamma = {}, beta = {};  // null: 1 and 0
+  PerChannel gamma = {}, beta = {};  // null: 1 and 0
 
   // One for each channel, contiguous, of any alignment; float, or double for float64. Forward writes them if it measures
   // and reads mean, mean_lo and rstd if not; backward reads them.
   void *mean = nullptr, *mean_lo = nullptr, *rstd = nullptr;
   void* count = nullptr;  // int64; null: N * S for every channel
   // Of the xhat term of dx: count / (count - correction), for eps outside the root times (std + eps) / std; null: 1.
-  void* factor = nullptr;
+  void* xhat_scale = nullptr;
 };
 
 struct Plan;
@@ -87,7 +87,7 @@ struct Plan;
 struct Kernels {
   const char* name;
 
-  // y = activation(gamma * (x - mean) * rstd + beta + residual), and with `measure` the statistics.
+  // y = activation(gamma * (x - mean) * rstd + beta + residual), and with `computes_moments` the statistics.
   void (*forward)(const Problem&, const Plan&, void* workspace);
 
   // dz = dy * activation'(z); dbeta = sum(dz), dgamma = sum(dz * xhat), dresidual = dz, and dx, which is also
@@ -95,7 +95,7 @@ struct Kernels {
   void (*backward)(const Problem&, const Plan&, void* workspace);
 
   // `to` = `from`, rounded, for each of C channels.
-  void (*convert)(const Channels& from, const Channels& to, int64_t C);
+  void (*convert)(const PerChannel& from, const PerChannel& to, int64_t C);
 };
 
 }  // namespace batchnorm

@@ -22,8 +22,8 @@ struct Averaging {
 };
 
 // The moments of a batch, each float or double.
-struct Batch {
-  Channels mean, mean_lo, m2;
+struct BatchMoments {
+  PerChannel mean, mean_lo, m2;
   const int64_t* count = nullptr;  // for each channel; null: `shared_count` for all
   int64_t shared_count = 0;
 
@@ -31,8 +31,8 @@ struct Batch {
 };
 
 // The averages, each float or double.
-struct Running {
-  Channels mean, spread;
+struct RunningStatistics {
+  PerChannel mean, spread;
   double steps = 0, weight = 1;
 };
 
@@ -41,22 +41,23 @@ struct MergedMoments {
   double *mean, *m2;
   int64_t* count;
 
-  void merge(const Batch& other, int64_t C);  // Chan, Golub & LeVeque 1983
+  void merge(const BatchMoments& other, int64_t C);  // Chan, Golub & LeVeque 1983
 };
 
-enum class Entry : uint8_t { accepted, empty, refused };
+enum class UpdateOutcome : uint8_t { accepted, empty, refused };
 
 // Writes the averages after one more batch to `updated`, which may be `running` itself. A batch whose statistics are not
 // finite, as the averages hold them, is refused as a whole; one without elements is empty. Neither writes anything.
-Entry advance(const Running& running, Running& updated, const Batch& batch, const Averaging& averaging, int64_t C);
+UpdateOutcome advance(const RunningStatistics& running, RunningStatistics& updated, const BatchMoments& batch,
+                      const Averaging& averaging, int64_t C);
 
 // The statistics that normalize by the averages: mean, what rounding takes of it, and rstd, for each of C channels.
-struct StatisticsRows { Channels mean, mean_lo, rstd; };
-void statistics_of(const Running& running, const Averaging& averaging, EpsPlacement placement,
-                   const StatisticsRows& rows, int64_t C);
+struct NormalizingStatistics { PerChannel mean, mean_lo, rstd; };
+void fill_statistics(const RunningStatistics& running, const Averaging& averaging, EpsPlacement placement,
+                     const NormalizingStatistics& statistics, int64_t C);
 
 // Element c, float or double.
-double value_at(const Channels& values, int64_t c);
-void set_value(const Channels& values, int64_t c, double value);
+double value_at(const PerChannel& values, int64_t c);
+void set_value(const PerChannel& values, int64_t c, double value);
 
 }  // namespace batchnorm

@@ -31,7 +31,7 @@ struct Spec {
   bool has_lanes() const { return group_size && (channel_axes & 1); }
 
   // The xhat term of dx has a factor that the backward pass cannot tell from rstd: 1 - eps * rstd cancels.
-  bool has_factor() const { return eps_train == EpsPlacement::outside || correction; }
+  bool has_xhat_scale() const { return eps_train == EpsPlacement::outside || correction; }
 };
 
 // How one call of a Spec normalizes, and what it returns.

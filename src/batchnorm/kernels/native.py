@@ -126,12 +126,12 @@ def pooled_like(array: Array) -> Array:
     """An uninitialised array like a large one, in memory that is kept for the next result."""
     if not array.flags.c_contiguous:
         return numpy.empty_like(array, subok=False)
-    return numpy.ndarray(array.shape, array.dtype, _native.Block(array.nbytes))  # type: ignore[arg-type]
+    return numpy.ndarray(array.shape, array.dtype, _native.PooledBuffer(array.nbytes))  # type: ignore[arg-type]
 
 
 def empty_like(array: Array) -> Array:
     """An uninitialised array of the shape, dtype and layout of another."""
-    return (numpy.empty_like if array.nbytes < _native.smallest_block else pooled_like)(array)
+    return (numpy.empty_like if array.nbytes < _native.min_pooled_bytes else pooled_like)(array)
 
 
 def contiguous(array: Array) -> Array:

@@ -28,7 +28,7 @@ def empty(shape: tuple[int, ...], dtype: str) -> Array:
 
 def empty_like(array: Array) -> Array:
     """An uninitialised tensor of the shape, dtype and layout of another, in memory that is kept for reuse."""
-    result = _native.result_like(array)
+    result = _native.pooled_like(array)
     return torch.empty_like(array) if result is None else result
 
 

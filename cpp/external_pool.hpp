@@ -7,15 +7,15 @@
 
 namespace batchnorm {
 
-struct Helpers {
-  void (*schedule)(void* pool, void (*task)(void* data), void* data);
-  void* pool;
+struct ExternalPool {
+  void (*schedule)(void* context, void (*task)(void* data), void* data);
+  void* context;
 };
 
 // Runs member(body, rank) on this thread, as rank 0, and on those of `threads - 1` helpers that come before it returns.
-void with_helpers(const Helpers& helpers, int threads, void (*member)(const void* body, int rank), const void* body);
+void run_on_pool(const ExternalPool& pool, int threads, void (*function)(const void* body, int rank), const void* body);
 
 // Lets others have the core where what is waited for takes longer than it should. `spins`: the calls so far.
-void relax(int spins);
+void spin_wait(int spins);
 
 }  // namespace batchnorm

@@ -3,7 +3,7 @@
 // against naive loops, and those of several threads against one thread's bits: those alone where infinities and NaN of
 // several bits are among the elements. Arrays start between two elements now and then. And the memory of results.
 //
-//     drive [problems] [first seed]
+//     fuzz [problems] [first seed]
 //
 // tests/kernels/sanitize.sh compiles and runs it, for float, and for those of double and bfloat16 (from which float16
 // differs by its conversion alone) that it names: the kernels of one type take half a minute to compile.
@@ -30,15 +30,15 @@ constexpr Dtype dtypes[] = {
 #endif
 };
 
-template <template <class> class JobOf> void run(const Problem& problem, const Plan& plan, void* workspace) {
+template <template <class> class DriverOf> void run(const Problem& problem, const Plan& plan, void* workspace) {
   switch (problem.dtype) {
 #ifdef BATCHNORM_TEST_DOUBLE
-    case Dtype::float64: return JobOf<double>(problem, plan, workspace).run();
+    case Dtype::float64: return DriverOf<double>(problem, plan, workspace).run();
 #endif
 #ifdef BATCHNORM_TEST_BFLOAT16
-    case Dtype::bfloat16: return JobOf<bfloat16>(problem, plan, workspace).run();
+    case Dtype::bfloat16: return DriverOf<bfloat16>(problem, plan, workspace).run();
 #endif
-    default: return JobOf<float>(problem, plan, workspace).run();
+    default: return DriverOf<float>(problem, plan, workspace).run();
   }
 }
 
@@ -47,7 +47,7 @@ struct Random {
   uint64_t next() { return state = state * 6364136223846793005u + 1442695040888963407u, state >> 33; }
   int64_t below(int64_t n) { return static_cast<int64_t>(next() % static_cast<uint64_t>(n)); }
   bool one_in(int64_t n) { return below(n) == 0; }
-  template <class T, size_t n> T among(const T (&values)[n]) { return values[below(n)]; }
+  template <class T, size_t n> T pick(const T (&values)[n]) { return values[below(n)]; }
   double normal() {
     double sum = 0;
     for (int i = 0; i < 12; ++i) sum += static_cast<double>(next() % 65536) / 65536;
@@ -56,8 +56,8 @@ struct Random {
 };
 
 // A block of exactly so many bytes, every one of them 0xff: NaN in each floating type.
-struct Block {
-  explicit Block(int64_t bytes) : memory(static_cast<char*>(std::malloc(bytes)), std::free), bytes(bytes) {
+struct ExactBuffer {
+  explicit ExactBuffer(int64_t bytes) : memory(static_cast<char*>(std::malloc(bytes)), std::free), bytes(bytes) {
     std::memset(memory.get(), 0xff, bytes);
   }
   std::unique_ptr<char, void (*)(void*)> memory;
@@ -65,18 +65,20 @@ struct Block {
 };
 
 struct Memory {
-  std::vector<Block> blocks;
+  std::vector<ExactBuffer> buffers;
 
-  char* take(int64_t bytes, int64_t skipped = 0) { return blocks.emplace_back(skipped + bytes).memory.get() + skipped; }
+  char* allocate(int64_t bytes, int64_t misalignment = 0) {
+    return buffers.emplace_back(misalignment + bytes).memory.get() + misalignment;
+  }
 
   // The strides of `t` filled in with room for exactly the elements that they reach; `lead` elements in front, and
   // a byte more where `is_odd`.
-  void place(Tensor& t, const Problem& p, int64_t size, int64_t lead, bool is_odd = false) {
+  void allocate_tensor(Tensor& t, const Problem& p, int64_t size, int64_t lead, bool is_odd = false) {
     int64_t low = 0, high = 0;
     const int64_t sizes[] = {p.N, p.C, p.S}, strides[] = {t.n, t.c, t.s};
     const bool is_empty = p.N * p.C * p.S == 0;
     for (int i = 0; i < 3 && !is_empty; ++i) (strides[i] < 0 ? low : high) += (sizes[i] - 1) * strides[i];
-    t.data = take((high - low + !is_empty + lead) * size, is_odd) + (lead - low) * size;
+    t.data = allocate((high - low + !is_empty + lead) * size, is_odd) + (lead - low) * size;
   }
 };
 
@@ -89,7 +91,7 @@ struct Trial {
     is_backward = random.one_in(2);
     p.activation = static_cast<Activation>(random.below(9));
     p.slope = p.activation == Activation::leaky_relu ? 0.25 : 0;
-    p.forward.measure = !is_backward && !random.one_in(4);
+    p.forward.computes_moments = !is_backward && !random.one_in(4);
     p.forward.eps = random.one_in(4) ? 0.5 : 1e-5;
     p.forward.eps_placement = static_cast<EpsPlacement>(random.below(4) % 3);
     p.forward.correction = random.one_in(4);
@@ -111,12 +113,12 @@ struct Trial {
 
  private:
   void choose_sizes() {
-    p.dtype = random.among(dtypes);
+    p.dtype = random.pick(dtypes);
     const int64_t lengths[] = {1, 2, 3, 4, 5, 7, 8, 9, 15, 16, 17, 19, 31, 33, 35, 67, 255, 256, 257};
     const int64_t few[] = {1, 1, 2, 3, 5, 33};
-    p.N = random.among(few), p.C = random.among(few), p.S = random.among(few);
+    p.N = random.pick(few), p.C = random.pick(few), p.S = random.pick(few);
     int64_t* const chosen[] = {&p.N, &p.C, &p.S};
-    *random.among(chosen) = random.among(lengths);
+    *random.pick(chosen) = random.pick(lengths);
     if (random.one_in(12)) (random.one_in(2) ? p.N : p.S) = 0;  // without channels there is nothing to plan
     const auto sizes = [&](int64_t N, int64_t C, int64_t S) {
       p.N = 1 + random.below(N), p.C = 1 + random.below(C), p.S = 1 + random.below(S);
@@ -134,20 +136,20 @@ struct Trial {
       p.mask.lengths = lengths.data();
     }
     if (kind < 2 || kind > 4 || p.N * p.C * p.S == 0) return;
-    Tensor& keep = p.mask.keep;
+    Tensor& mask = p.mask.bytes;
     const bool n = !random.one_in(4), c = kind == 3 || random.one_in(2), s = kind == 4 || random.one_in(2);
     const int64_t sign = random.one_in(8) ? -1 : 1;
-    if (random.one_in(2)) keep = {nullptr, n * p.C * p.S, c * p.S, s * sign};
-    else keep = {nullptr, n * p.C * p.S, c * sign, s * p.C};
-    memory.place(keep, p, 1, 0);
+    if (random.one_in(2)) mask = {nullptr, n * p.C * p.S, c * p.S, s * sign};
+    else mask = {nullptr, n * p.C * p.S, c * sign, s * p.C};
+    memory.allocate_tensor(mask, p, 1, 0);
     for (int64_t i = 0; i < p.N; ++i)
       for (int64_t j = 0; j < p.C; ++j)
         for (int64_t k = 0; k < p.S; ++k)
-          static_cast<uint8_t*>(keep.data)[i * keep.n + j * keep.c + k * keep.s] =
+          static_cast<uint8_t*>(mask.data)[i * mask.n + j * mask.c + k * mask.s] =
               static_cast<uint8_t>(random.one_in(3) ? 0 : 1 + random.below(255));
   }
 
-  double number(int64_t deviation, int64_t mean) {
+  double random_value(int64_t deviation, int64_t mean) {
     if (!has_specials || !random.one_in(20)) return random.normal() * deviation + mean;
     if (random.one_in(3)) return random.one_in(2) ? INFINITY : -INFINITY;
     // A quiet NaN of either sign, with bits of its own that the narrowest type has room for.
@@ -159,21 +161,21 @@ struct Trial {
   }
 
   void choose_tensors() {
-    const bool is_last = random.one_in(2), is_packed = !random.one_in(3), has_residual = random.one_in(3);
+    const bool is_channels_last = random.one_in(2), is_packed = !random.one_in(3), has_residual = random.one_in(3);
     const auto tensor = [&](Tensor& t, bool is_input) {
       const int64_t gap = is_packed ? 0 : random.below(4);
-      if (is_last) t = {nullptr, p.S * (p.C + gap), 1, p.C + gap};
+      if (is_channels_last) t = {nullptr, p.S * (p.C + gap), 1, p.C + gap};
       else t = {nullptr, p.C * (p.S + gap), p.S + gap, 1};
       if (!is_packed && random.one_in(4)) {
-        if (is_last) t = {nullptr, p.C, 1, p.N * p.C};
+        if (is_channels_last) t = {nullptr, p.C, 1, p.N * p.C};
         else t = {nullptr, p.S, p.N * p.S, 1};
       }
       if (!is_packed && random.one_in(4)) t.n = -t.n;
-      if (!is_packed && random.one_in(4)) (is_last ? t.s : t.c) *= -1;
+      if (!is_packed && random.one_in(4)) (is_channels_last ? t.s : t.c) *= -1;
       if (is_input && random.one_in(12)) t.n = 0;
-      if (is_input && random.one_in(12)) (is_last ? t.s : t.c) = 0;
+      if (is_input && random.one_in(12)) (is_channels_last ? t.s : t.c) = 0;
       const int64_t lead = random.one_in(2) ? 0 : random.below(4);
-      memory.place(t, p, size_of(p.dtype), lead, random.one_in(4));
+      memory.allocate_tensor(t, p, size_of(p.dtype), lead, random.one_in(4));
       if (!is_input) return written.push_back(&t);
       // What counts nowhere may hold anything, but for the dy of padding that is normalised.
       const bool is_dense = t.n && (p.C < 2 || t.c) && (p.S < 2 || t.s);
@@ -182,12 +184,12 @@ struct Trial {
         for (int64_t c = 0; c < p.C; ++c)
           for (int64_t s = 0; s < p.S; ++s)
             naive::put(t.data, p.dtype, n * t.n + c * t.c + s * t.s,
-                       is_poisoned && !naive::counts(p, n, c, s) ? NAN : number(1 + c % 3, c % 5));
+                       is_poisoned && !naive::is_valid(p, n, c, s) ? NAN : random_value(1 + c % 3, c % 5));
     };
     tensor(p.x, true);
     if (has_residual) tensor(p.residual, true);
     if (!is_backward) {
-      if (!p.forward.measure || !random.one_in(5)) tensor(p.forward.y, false);
+      if (!p.forward.computes_moments || !random.one_in(5)) tensor(p.forward.y, false);
       return;
     }
     tensor(p.backward.dy, true);
@@ -196,74 +198,75 @@ struct Trial {
   }
 
   void choose_channels() {
-    const Dtype statistic = p.dtype == Dtype::float64 ? Dtype::float64 : Dtype::float32;
-    const int64_t bytes = p.C * size_of(statistic);
-    const auto skipped = [&] { return random.one_in(2) ? 0 : random.below(8); };
+    const Dtype statistics_dtype = p.dtype == Dtype::float64 ? Dtype::float64 : Dtype::float32;
+    const int64_t bytes = p.C * size_of(statistics_dtype);
+    const auto misalignment = [&] { return random.one_in(2) ? 0 : random.below(8); };
     void** const tables[] = {&p.mean, &p.mean_lo, &p.rstd};
     for (void** table : tables) {
-      *table = memory.take(bytes, skipped());
-      for (int64_t c = 0; c < p.C && !p.forward.measure; ++c) {
+      *table = memory.allocate(bytes, misalignment());
+      for (int64_t c = 0; c < p.C && !p.forward.computes_moments; ++c) {
         const double size = table == &p.mean_lo ? 1e-4 : 1;
-        naive::put(*table, statistic, c, table == &p.rstd ? 0.3 + random.below(4) : size * random.normal());
+        naive::put(*table, statistics_dtype, c, table == &p.rstd ? 0.3 + random.below(4) : size * random.normal());
       }
     }
-    if (p.forward.measure && random.one_in(2)) p.forward.m2 = memory.take(bytes, skipped());
-    if ((p.forward.measure && random.one_in(2)) || (is_backward && random.one_in(4)))
-      p.factor = memory.take(bytes, skipped());
-    for (int64_t c = 0; c < p.C && p.factor && is_backward; ++c)
-      naive::put(p.factor, statistic, c, 1 + random.below(3));
-    const auto channels = [&](Channels& a, bool is_input) {
-      a = {nullptr, static_cast<Dtype>(random.below(4)), 1 + random.below(2)};
-      a.data = memory.take(((p.C ? p.C - 1 : 0) * a.stride + 1) * size_of(a.dtype), skipped());
+    if (p.forward.computes_moments && random.one_in(2)) p.forward.m2 = memory.allocate(bytes, misalignment());
+    if ((p.forward.computes_moments && random.one_in(2)) || (is_backward && random.one_in(4)))
+      p.xhat_scale = memory.allocate(bytes, misalignment());
+    for (int64_t c = 0; c < p.C && p.xhat_scale && is_backward; ++c)
+      naive::put(p.xhat_scale, statistics_dtype, c, 1 + random.below(3));
+    const auto channels = [&](PerChannel& array, bool is_input) {
+      array = {nullptr, static_cast<Dtype>(random.below(4)), 1 + random.below(2)};
+      array.data = memory.allocate(((p.C ? p.C - 1 : 0) * array.stride + 1) * size_of(array.dtype), misalignment());
       for (int64_t c = 0; c < p.C && is_input; ++c)
-        naive::put(a.data, a.dtype, c * a.stride, has_specials ? number(1, 0) : 0.5 + 0.25 * random.below(9));
+        naive::put(array.data, array.dtype, c * array.stride,
+                   has_specials ? random_value(1, 0) : 0.5 + 0.25 * random.below(9));
     };
     if (!random.one_in(4)) channels(p.gamma, true);
     if (!random.one_in(4)) channels(p.beta, true);
     if (!is_backward) {
-      if (random.one_in(2)) p.count = memory.take(p.C * 8, skipped());
+      if (random.one_in(2)) p.count = memory.allocate(p.C * 8, misalignment());
       return;
     }
     if (!random.one_in(4)) channels(p.backward.dgamma, false);
     if (!random.one_in(4)) channels(p.backward.dbeta, false);
-    p.count = memory.take(p.C * 8, skipped());
+    p.count = memory.allocate(p.C * 8, misalignment());
     for (int64_t c = 0; c < p.C; ++c) {
       int64_t count = 0;
       for (int64_t n = 0; n < p.N; ++n)
-        for (int64_t s = 0; s < p.S; ++s) count += naive::counts(p, n, c, s);
+        for (int64_t s = 0; s < p.S; ++s) count += naive::is_valid(p, n, c, s);
       set_element(p.count, c, count);
     }
   }
 };
 
 // Elements by which z may be on the wrong side of 0 in the kernel's precision: their gradients are not compared.
-constexpr double kink = 1e-3;
+constexpr double kink_margin = 1e-3;
 
 struct Check {
   uint64_t seed;
   int failures = 0;
 
-  void near(const char* name, double ours, double exact, double tolerance, int64_t i) {
+  void expect_near(const char* name, double ours, double exact, double tolerance, int64_t i) {
     if (std::abs(ours - exact) <= tolerance) return;
     if (failures++ < 3) std::printf("seed %lu: %s[%ld] is %.9g, not %.9g\n", seed, name, i, ours, exact);
   }
 };
 
 // One unit in the last place of a number of the type.
-double unit_of(Dtype dtype) {
-  const double units[] = {0x1p-23, 0x1p-52, 0x1p-7, 0x1p-10};
-  return units[static_cast<int>(dtype)];
+double ulp_of(Dtype dtype) {
+  const double ulps[] = {0x1p-23, 0x1p-52, 0x1p-7, 0x1p-10};
+  return ulps[static_cast<int>(dtype)];
 }
 
 int compare(const Trial& trial, uint64_t seed) {
   const Problem& p = trial.p;
-  const Dtype statistic = p.dtype == Dtype::float64 ? Dtype::float64 : Dtype::float32;
+  const Dtype statistics_dtype = p.dtype == Dtype::float64 ? Dtype::float64 : Dtype::float32;
   const naive::Results exact = naive::results(p);
   Check check{seed};
-  const double fine = p.dtype == Dtype::float64 ? 1e-12 : 2e-5, unit = unit_of(p.dtype);
+  const double tolerance = p.dtype == Dtype::float64 ? 1e-12 : 2e-5, ulp = ulp_of(p.dtype);
   bool is_at_kink = false;
   for (const double z : exact.z)
-    for (const double place : naive::kinks_of(p.activation)) is_at_kink |= std::abs(z - place) < kink;
+    for (const double kink : naive::kinks_of(p.activation)) is_at_kink |= std::abs(z - kink) < kink_margin;
   const auto tensor = [&](const char* name, const Tensor& t, const std::vector<double>& values) {
     if (!t.data) return;
     double largest = 1;
@@ -271,28 +274,32 @@ int compare(const Trial& trial, uint64_t seed) {
     for (int64_t n = 0, i = 0; n < p.N; ++n)
       for (int64_t c = 0; c < p.C; ++c)
         for (int64_t s = 0; s < p.S; ++s, ++i)
-          check.near(name, naive::get(t.data, p.dtype, n * t.n + c * t.c + s * t.s), values[i],
-                     fine * largest + unit * std::abs(values[i]), i);
+          check.expect_near(name, naive::get(t.data, p.dtype, n * t.n + c * t.c + s * t.s), values[i],
+                            tolerance * largest + ulp * std::abs(values[i]), i);
   };
-  const auto channels = [&](const char* name, const Channels& a, const std::vector<double>& values, double scale) {
-    const bool is_half = a.dtype == Dtype::float16;  // subnormal below 6e-5, in steps of 6e-8; ends at 65504
-    for (int64_t c = 0; c < p.C && a.data; ++c)
+  const auto channels = [&](const char* name, const PerChannel& array, const std::vector<double>& values,
+                            double scale) {
+    const bool is_half = array.dtype == Dtype::float16;  // subnormal below 6e-5, in steps of 6e-8; ends at 65504
+    for (int64_t c = 0; c < p.C && array.data; ++c)
       if (!is_half || std::abs(values[c]) < 65000)
-        check.near(name, naive::get(a.data, a.dtype, c * a.stride), values[c],
-                   fine * scale + unit_of(a.dtype) * std::abs(values[c]) + (is_half ? 6e-8 : 0), c);
+        check.expect_near(name, naive::get(array.data, array.dtype, c * array.stride), values[c],
+                          tolerance * scale + ulp_of(array.dtype) * std::abs(values[c]) + (is_half ? 6e-8 : 0), c);
   };
   tensor("y", p.forward.y, exact.y);
-  if (p.forward.measure && !trial.is_backward)
+  if (p.forward.computes_moments && !trial.is_backward)
     for (int64_t c = 0; c < p.C; ++c) {
       const double std = std::sqrt(exact.var[c]);
-      const double mean = naive::get(p.mean, statistic, c) + naive::get(p.mean_lo, statistic, c);
+      const double mean = naive::get(p.mean, statistics_dtype, c) + naive::get(p.mean_lo, statistics_dtype, c);
       const double m2 = exact.var[c] * static_cast<double>(exact.count[c]);
-      check.near("mean", mean, exact.mean[c], fine * (std + 1e-6), c);
-      if (p.forward.m2) check.near("m2", naive::get(p.forward.m2, statistic, c), m2, fine * m2 + 1e-9, c);
-      if (p.count) check.near("count", element_at<int64_t>(p.count, c), exact.count[c], 0, c);
-      if (p.factor && std > 1e-3)
-        check.near("factor", naive::get(p.factor, statistic, c), exact.factor[c], 1e-4 * exact.factor[c], c);
-      if (std > 1e-3) check.near("rstd", naive::get(p.rstd, statistic, c), exact.rstd[c], fine * exact.rstd[c], c);
+      check.expect_near("mean", mean, exact.mean[c], tolerance * (std + 1e-6), c);
+      if (p.forward.m2)
+        check.expect_near("m2", naive::get(p.forward.m2, statistics_dtype, c), m2, tolerance * m2 + 1e-9, c);
+      if (p.count) check.expect_near("count", element_at<int64_t>(p.count, c), exact.count[c], 0, c);
+      if (p.xhat_scale && std > 1e-3)
+        check.expect_near("xhat_scale", naive::get(p.xhat_scale, statistics_dtype, c), exact.xhat_scale[c],
+                          1e-4 * exact.xhat_scale[c], c);
+      if (std > 1e-3)
+        check.expect_near("rstd", naive::get(p.rstd, statistics_dtype, c), exact.rstd[c], tolerance * exact.rstd[c], c);
     }
   if (trial.is_backward && !is_at_kink) {
     tensor("dx", p.backward.dx, exact.dx);
@@ -309,39 +316,39 @@ bool run(Trial& trial, bool is_streaming) {
   Plan plan;
   if (!make_plan(trial.p, plan)) return false;
   plan.is_streaming |= is_streaming;
-  char* workspace = trial.memory.take(plan.workspace);
-  if (trial.is_backward) run<BATCHNORM_ISA::BackwardJob>(trial.p, plan, workspace);
-  else run<BATCHNORM_ISA::ForwardJob>(trial.p, plan, workspace);
+  char* workspace = trial.memory.allocate(plan.workspace_bytes);
+  if (trial.is_backward) run<BATCHNORM_ISA::BackwardDriver>(trial.p, plan, workspace);
+  else run<BATCHNORM_ISA::ForwardDriver>(trial.p, plan, workspace);
   return true;
 }
 
 // Several threads take blocks, write their own number into them and give them back; a block that two of them held at a
 // time would have another's. Returns how many had.
-int64_t exchange_blocks(int threads) {
-  int64_t wrong = 0;
-  BATCHNORM_ISA::parallel(threads, nullptr, [&](const BATCHNORM_ISA::Team& team) {
+int64_t count_shared_buffers(int threads) {
+  int64_t failures = 0;
+  BATCHNORM_ISA::run_team(threads, nullptr, [&](const BATCHNORM_ISA::Team& team) {
     for (int i = 0; i < 200; ++i) {
-      const int64_t bytes = smallest_block + (i + team.rank) % 3 * 70000;
-      char* const block = static_cast<char*>(take_block(bytes));
-      const char number = static_cast<char>(team.rank + 1);
-      for (int64_t at = 0; at < bytes; at += 4096) block[at] = number;
+      const int64_t bytes = min_pooled_bytes + (i + team.rank) % 3 * 70000;
+      char* const buffer = static_cast<char*>(allocate_pooled(bytes));
+      const char id = static_cast<char>(team.rank + 1);
+      for (int64_t at = 0; at < bytes; at += 4096) buffer[at] = id;
       for (int64_t at = 0; at < bytes; at += 4096)
-        if (block[at] != number) __atomic_fetch_add(&wrong, 1, __ATOMIC_RELAXED);
-      give_back_block(block, bytes);
-      if (i % 50 == 0) release_blocks();
+        if (buffer[at] != id) __atomic_fetch_add(&failures, 1, __ATOMIC_RELAXED);
+      deallocate_pooled(buffer, bytes);
+      if (i % 50 == 0) release_cached();
     }
   });
-  return wrong;
+  return failures;
 }
 
 // A team goes through more steps than 16 bits count: every piece of every step is done, and once. Returns how many steps
 // were not.
-int64_t take_steps(int threads) {
+int64_t count_incomplete_steps(int threads) {
   constexpr int64_t steps = 70000, pieces = 5;
   std::vector<int64_t> done(steps);
-  BATCHNORM_ISA::parallel(threads, nullptr, [&](BATCHNORM_ISA::Team& team) {
+  BATCHNORM_ISA::run_team(threads, nullptr, [&](BATCHNORM_ISA::Team& team) {
     for (int64_t& step : done)
-      team.share(0, pieces, 1, [&](BATCHNORM_ISA::Team::Range range) {
+      team.parallel_for(0, pieces, 1, [&](BATCHNORM_ISA::Team::Range range) {
         __atomic_fetch_add(&step, range.end - range.begin, __ATOMIC_RELAXED);
       });
   });
@@ -349,7 +356,7 @@ int64_t take_steps(int threads) {
 }
 
 // Each a thread of its own; they come early, in the midst of the work, or too late.
-const Helpers helpers{[](void*, void (*task)(void*), void* data) { std::thread(task, data).detach(); }, nullptr};
+const ExternalPool pool{[](void*, void (*task)(void*), void* data) { std::thread(task, data).detach(); }, nullptr};
 
 }  // namespace
 }  // namespace batchnorm
@@ -357,22 +364,24 @@ const Helpers helpers{[](void*, void (*task)(void*), void* data) { std::thread(t
 int main(int count, char** arguments) {
   using namespace batchnorm;
   const uint64_t problems = count > 1 ? std::strtoul(arguments[1], nullptr, 10) : 2000;
-  const uint64_t first = count > 2 ? std::strtoul(arguments[2], nullptr, 10) : 0;
-  uint64_t planned = 0, wrong = (exchange_blocks(4) != 0) + (take_steps(2) != 0);
-  for (uint64_t seed = first; seed < first + problems; ++seed) {
+  const uint64_t first_seed = count > 2 ? std::strtoul(arguments[2], nullptr, 10) : 0;
+  uint64_t plans = 0, failures = (count_shared_buffers(4) != 0) + (count_incomplete_steps(2) != 0);
+  for (uint64_t seed = first_seed; seed < first_seed + problems; ++seed) {
     const int threads = 2 + static_cast<int>(seed % 6);
     const bool is_streaming = seed % 4 == 3;
-    Trial one(seed, 1), several(seed, threads);
-    if (seed % 2) several.p.helpers = &helpers;
-    if (!run(one, is_streaming)) continue;
-    ++planned;
-    wrong += !one.has_specials && compare(one, seed) > 0;
-    if (!run(several, is_streaming)) return std::printf("seed %lu: no plan for %d threads\n", seed, threads), 1;
+    Trial single(seed, 1), threaded(seed, threads);
+    if (seed % 2) threaded.p.pool = &pool;
+    if (!run(single, is_streaming)) continue;
+    ++plans;
+    failures += !single.has_specials && compare(single, seed) > 0;
+    if (!run(threaded, is_streaming)) return std::printf("seed %lu: no plan for %d threads\n", seed, threads), 1;
     const bool is_same = std::equal(  // but for the workspace, which comes last
-        one.memory.blocks.begin(), one.memory.blocks.end() - 1, several.memory.blocks.begin(),
-        [](const Block& a, const Block& b) { return !std::memcmp(a.memory.get(), b.memory.get(), a.bytes); });
-    if (!is_same) std::printf("seed %lu: other bits with %d threads\n", seed, threads), ++wrong;
+        single.memory.buffers.begin(), single.memory.buffers.end() - 1, threaded.memory.buffers.begin(),
+        [](const ExactBuffer& a, const ExactBuffer& b) {
+          return !std::memcmp(a.memory.get(), b.memory.get(), a.bytes);
+        });
+    if (!is_same) std::printf("seed %lu: other bits with %d threads\n", seed, threads), ++failures;
   }
-  std::printf("%lu problems, %lu of them with a plan, %lu wrong\n", problems, planned, wrong);
-  return wrong > 0 || planned * 2 < problems;
+  std::printf("%lu problems, %lu of them with a plan, %lu wrong\n", problems, plans, failures);
+  return failures > 0 || plans * 2 < problems;
 }
