@@ -1,5 +1,5 @@
-// The activations and their derivatives on vectors; core/activations.py is the definition, infinities and NaN
-// included: silu(-inf) and gelu(-inf) are NaN (-inf * 0), and so are their derivatives at both infinities.
+// The activations and their derivatives on vectors. core/activations.py defines them, including infinities and NaN:
+// silu(-inf) and gelu(-inf) are NaN (-inf * 0), and so are their derivatives at both infinities.
 //
 // Largest errors found, in units in the last place, with a fused multiply-add / without (SSE2):
 //
@@ -7,12 +7,12 @@
 //     value       0.9 / 1.0  2.4 / 2.4  2.6 / 2.5  3.4 / 3.4  4.5 / 5.3  3.7 / 4.7
 //     derivative             2.4 / 2.5  2.4 / 2.5  4.1 / 4.7  5.0 / 6.0
 //
-// for every float from 2^-27 to 128 in size against the C library's doubles, and for random doubles against quadruple
-// precision. Two exceptions: around the zeros of the derivatives of silu and gelu the error is 1.3 * 2^-24 (2^-53), and
-// z times a subnormal exponential has z times that one's rounding error.
+// measured on every float of magnitude 2^-27 to 128 against the C library's doubles, and on random doubles against
+// quadruple precision. There are two exceptions. Around the zeros of the derivatives of silu and gelu the error is 1.3
+// * 2^-24 (2^-53). The product of z and a subnormal exponential has z times the rounding error of the exponential.
 //
-// Polynomials and quotients are fitted for the least maximal error by Lawson's iteration (least squares, the weights
-// multiplied by the errors) in 50 digits; the errors stated are those after rounding the coefficients.
+// Polynomials and quotients are fitted for the least maximal error by Lawson's iteration (least squares with weights
+// multiplied by the errors) in 50 digits; the stated errors are those after rounding the coefficients.
 #pragma once
 
 #include "pairs.hpp"
@@ -24,13 +24,13 @@
 
 namespace batchnorm::BATCHNORM_ISA {
 
-// ---- what every kernel calls ----------------------------------------------------------------------------------
+// ---- entry points ---------------------------------------------------------------------------------------------
 
-// The activations that take more than one choice. Not inlined: one copy for each V instead of one in each kernel.
+// Activations that need more than one select. Not inlined: one copy for each V instead of one in each kernel.
 template <class V> V activate_noinline(Activation activation, V z);
 template <class V> V derivative_noinline(Activation activation, V z);
 
-// `z <= 0` rather than `z > 0`: NaN must come out as NaN.
+// `z <= 0` rather than `z > 0`, so that NaN gives NaN.
 template <class V> BATCHNORM_INLINE V activate(Activation activation, V z, V slope) {
   switch (activation) {
     case Activation::identity: return z;
@@ -40,7 +40,7 @@ template <class V> BATCHNORM_INLINE V activate(Activation activation, V z, V slo
   }
 }
 
-// The derivative of `activate`; at 0 that from the left.
+// The derivative of `activate`; at 0, the derivative from the left.
 template <class V> BATCHNORM_INLINE V activation_derivative(Activation activation, V z, V slope) {
   switch (activation) {
     case Activation::identity: return broadcast<V>(1);
@@ -57,24 +57,24 @@ BATCHNORM_INLINE Pair activation_derivative(Activation activation, Pair z, Pair 
   return {activation_derivative(activation, z.low, slope.low), activation_derivative(activation, z.high, slope.high)};
 }
 
-// Whether fma rounds once.
+// True if `fma` rounds once.
 #if defined(__AVX2__) || defined(__aarch64__)
 constexpr bool has_fma = true;
 #else
 constexpr bool has_fma = false;
 #endif
 
-// ---- pieces ---------------------------------------------------------------------------------------------------
+// ---- building blocks ------------------------------------------------------------------------------------------
 
-// Horner's rule, coefficients from the highest power down.
+// Horner's rule, with coefficients from the highest power down.
 template <class V, int count> BATCHNORM_INLINE V polynomial(V x, const ScalarOf<V> (&coefficients)[count]) {
   V value = broadcast<V>(coefficients[0]);
   for (int k = 1; k < count; ++k) value = fma(value, x, broadcast<V>(coefficients[k]));
   return value;
 }
 
-// max(x, bound), NaN for NaN: the x86 instructions return their second operand if either is NaN. GCC 12 does not find
-// them in the conditional, which costs silu an eighth of its speed.
+// max(x, bound), NaN for NaN. The x86 instructions return their second operand if either is NaN. GCC 12 does not
+// generate them from the conditional expression, which costs silu an eighth of its speed.
 #if defined(__AVX512F__)
 BATCHNORM_INLINE VecF32 at_least(VecF32 x, float bound) { return _mm512_max_ps(broadcast<VecF32>(bound), x); }
 BATCHNORM_INLINE VecF64 at_least(VecF64 x, double bound) { return _mm512_max_pd(broadcast<VecF64>(bound), x); }
@@ -93,11 +93,12 @@ template <class V> BATCHNORM_INLINE V negative_abs(V z) { return (V)((MaskOf<V>)
 
 // ---- exp ------------------------------------------------------------------------------------------------------
 
-// `round_magic` added to a number rounds it to an integer, which its last bits then hold. log_2_high has so few bits that
-// its product with the exponent of any result is exact without a fused multiply-add. exp is 0 at `lowest`.
+// Adding `round_magic` rounds a number to an integer, which is then in the last bits of the sum. log_2_high has so few
+// bits that its product with the exponent of any result is exact without a fused multiply-add. exp is 0 at `lowest`.
+// `lift` keeps 2^(n + lift) a normal number where the result is subnormal; `unlift` is 2^-lift.
 //
-// remainder(r) = (exp(r) - 1 - r) / r^2 for abs(r) <= log(2)/2. Degree 4: an error of 4.2e-9 in units of exp(r),
-// 1.7e-8 of exp(r) - 1. Degree 9: 9e-18 and 2.1e-17.
+// remainder(r) = (exp(r) - 1 - r) / r^2 for abs(r) <= log(2)/2. Its error is 4.2e-9 relative to exp(r) and 1.7e-8
+// relative to exp(r) - 1 for degree 4, and 9e-18 and 2.1e-17 for degree 9.
 template <class V> struct Exponential;
 template <> struct Exponential<VecF32> {
   static constexpr float lowest = -104;
@@ -129,20 +130,21 @@ template <class V> BATCHNORM_INLINE Reduced<V> reduce(V x, V lift) {
   return {n, r, (V)((MaskOf<V>)integer << E::fraction_bits)};
 }
 
-// exp(r) - 1 for abs(r) <= log(2)/2, relatively accurate at 0.
+// exp(r) - 1 for abs(r) <= log(2)/2, with a small relative error near 0 as well.
 template <class V> BATCHNORM_INLINE V expm1_reduced(V r) {
   return fma(r * r, polynomial(r, Exponential<V>::remainder), r);
 }
 
-// exp(r). Without a fused multiply-add the rounding of 1 + r * remainder would come on top of the sum's.
+// exp(r) for abs(r) <= log(2)/2. Without a fused multiply-add, the second form would add the rounding error of 1 + r *
+// remainder to that of the sum.
 template <class V> BATCHNORM_INLINE V exp_reduced(V r) {
   if constexpr (!has_fma) return 1 + expm1_reduced(r);
   const V one = broadcast<V>(1);
   return fma(fma(polynomial(r, Exponential<V>::remainder), r, one), r, one);
 }
 
-// exp(x - excess) for lowest - 8 <= x <= 0 and a tiny excess. The activations need no other exponential, and without
-// bounds and choices it takes two thirds (AVX-512) to four fifths (AVX2) of the time.
+// exp(x - excess) for lowest - 8 <= x <= 0 and a tiny excess. The activations need no other range. Without range checks
+// and selects it takes two thirds (AVX-512) to four fifths (AVX2) of the time.
 template <class V> BATCHNORM_INLINE V exp_nonpositive(V x, V excess = V{}) {
   using E = Exponential<V>;
   const Reduced<V> reduced = reduce(x, broadcast<V>(E::lift));
@@ -162,7 +164,7 @@ template <class V> BATCHNORM_INLINE V exp_minus_abs(V z) {
 
 // ---- silu, sigmoid, tanh --------------------------------------------------------------------------------------
 
-// 1 / (1 + exp(-z)), relatively accurate in both tails.
+// 1 / (1 + exp(-z)), with a small relative error in both tails.
 template <class V> BATCHNORM_INLINE V sigmoid(V z) {
   const V e = exp_minus_abs(z);
   return (z < V{} ? e : broadcast<V>(1)) / (1 + e);
@@ -185,7 +187,7 @@ template <class V> BATCHNORM_INLINE V silu_derivative(V z) {
   return fma(z, e, z < V{} ? e * d : d) / fma(e, 1 + d, broadcast<V>(1));
 }
 
-// m / (2 - m) with m = 1 - exp(-2 * abs(z)), which cancels near 0 unless it is computed as expm1.
+// m / (2 - m) with m = 1 - exp(-2 * abs(z)), computed as expm1 because it would cancel near 0.
 template <class V> BATCHNORM_INLINE V tanh(V z) {
   const V x = negative_abs(z);
   const Reduced<V> reduced = reduce(at_least(x + x, -40), V{});  // 1 - exp(-40) rounds to 1
@@ -198,16 +200,17 @@ template <class V> BATCHNORM_INLINE V tanh_derivative(V z) { return 4 * sigmoid_
 
 // ---- gelu -----------------------------------------------------------------------------------------------------
 
-// The normal distribution function at -u is exp(-u^2/2) * ratio(u); ratio(u) = p(u) / (p(u) * line(u) + s(u)), an
-// approximation of degree m over m + 1 written so that the rounding of p cancels; line(u) is nearly sqrt(2 pi) * u.
-// From 0 to `max_u`, where the exponential is 0. m = 4: a relative error of 6.5e-9; m = 10: 2.5e-18.
+// The normal distribution function at -u is exp(-u^2/2) * ratio(u). The rational approximation ratio(u) = p(u) / (p(u)
+// * line(u) + s(u)), of degree m over m + 1, is written so that the rounding error of p cancels; line(u) is nearly
+// sqrt(2 pi) * u. It holds from 0 to `max_u`, where the exponential is 0. Its relative error is 6.5e-9 for m = 4 and
+// 2.5e-18 for m = 10.
 template <class V> struct Ratio;
 template <> struct Ratio<VecF32> {
   static constexpr float max_u = 14.5;
   static constexpr float line[] = {2.50659919f, 0.00185323134f};
   static constexpr float p[] = {0.00791428983f, 0.0781242251f, 0.352300435f, 0.842695713f, 0.961333215f};
   static constexpr float s[] = {0.0194156375f, 0.199061066f, 0.808219314f, 1.92088485f};
-  static constexpr int32_t head_bits = ~0xfff;  // u without its lower half: its square is exact
+  static constexpr int32_t head_bits = ~0xfff;  // clears the lower half of u, so that its square is exact
 };
 template <> struct Ratio<VecF64> {
   static constexpr double max_u = 38.75;
@@ -223,11 +226,11 @@ template <> struct Ratio<VecF64> {
   static constexpr int64_t head_bits = ~0x7ffffff;
 };
 
-// The normal distribution function at -abs(z), in two factors.
+// The normal distribution function at -abs(z), as two factors.
 template <class V> struct NormalTail { V exponential, ratio; };
 
-// exp multiplies the rounding error of u^2 by up to u^2/2, so that error is taken along: it is known exactly, from a
-// fused multiply-add or from the halves of u.
+// exp multiplies the rounding error of u^2 by up to u^2/2, so this error is passed on as `excess`. It is known exactly,
+// from a fused multiply-add or from the halves of u.
 template <class V> BATCHNORM_INLINE NormalTail<V> normal_tail(V z) {
   using R = Ratio<V>;
   using Scalar = ScalarOf<V>;
@@ -239,7 +242,7 @@ template <class V> BATCHNORM_INLINE NormalTail<V> normal_tail(V z) {
   return {exp_nonpositive(exponent, excess), p / fma(p, polynomial(u, R::line), polynomial(u, R::s))};
 }
 
-// 0.5 * erfc(-z / sqrt(2)), relatively accurate in the lower tail.
+// 0.5 * erfc(-z / sqrt(2)), with a small relative error in the lower tail.
 template <class V> BATCHNORM_INLINE V normal_distribution(V z) {
   const NormalTail<V> tail = normal_tail(z);
   const V lower = tail.exponential * tail.ratio;
@@ -261,7 +264,7 @@ template <class V> BATCHNORM_INLINE V gelu_derivative(V z) {
 template <class V> BATCHNORM_INLINE V relu6(V z) { return z <= V{} ? V{} : z >= 6 ? broadcast<V>(6) : z; }
 template <class V> BATCHNORM_INLINE V relu6_derivative(V z) { return z <= V{} ? V{} : z >= 6 ? V{} : broadcast<V>(1); }
 
-// z * relu6(z + 3) / 6; its derivative is 0 at -3 and 1 at 3, as PyTorch's.
+// z * relu6(z + 3) / 6. Its derivative is 0 at -3 and 1 at 3, as in PyTorch.
 template <class V> BATCHNORM_INLINE V hardswish(V z) { return z * relu6(z + 3) / 6; }
 template <class V> BATCHNORM_INLINE V hardswish_derivative(V z) {
   constexpr ScalarOf<V> third = ScalarOf<V>(1) / 3, half = 0.5;

@@ -14,7 +14,7 @@ namespace {
 
 struct Version { uint32_t major, minor; };
 
-// Of dlpack.h, DLManagedTensorVersioned.
+// DLManagedTensorVersioned of dlpack.h.
 struct ManagedTensor {
   Version version;
   void* context;
@@ -23,17 +23,17 @@ struct ManagedTensor {
   nb::dlpack::dltensor tensor;
 };
 
-// The part of DLPack 1.2's table of C functions that is used here (dlpack.h, DLPackExchangeAPI).
+// The members of DLPack 1.2's table of C functions that are used here (DLPackExchangeAPI of dlpack.h).
 struct ExchangeApi {
   Version version;
   ExchangeApi* previous;
   void *allocate, *to_managed;
   int (*from_managed)(ManagedTensor* tensor, void** object);
-  int (*view)(void* object, nb::dlpack::dltensor* out);  // borrows; null where it is not offered
+  int (*view)(void* object, nb::dlpack::dltensor* out);  // without ownership; null if not offered
 };
 
-// The table of a type; null if it has none. The first few answers are kept: a program's arrays are of one or two types
-// (PyTorch's tensors and parameters). Guarded by the GIL.
+// The table of C functions of a type; null if it has none. The latest four answers are cached, because the arrays of a
+// program have one or two types (PyTorch's tensors and parameters). Guarded by the GIL.
 ExchangeApi* exchange_api(PyTypeObject* type) {
   struct CachedApi {
     PyTypeObject* type;
@@ -50,7 +50,7 @@ ExchangeApi* exchange_api(PyTypeObject* type) {
     api = static_cast<ExchangeApi*>(PyCapsule_GetPointer(capsule.ptr(), "dlpack_exchange_api"));
     if (api->version.major != 1 || !api->view) api = nullptr;
   }
-  Py_INCREF(reinterpret_cast<PyObject*>(type));  // while it is known: its address stands for it
+  Py_INCREF(reinterpret_cast<PyObject*>(type));  // while it is cached, since the address identifies the type
   CachedApi& slot = cached[next++ % 4];
   PyTypeObject* const evicted = slot.type;
   slot = {type, api};
@@ -60,10 +60,11 @@ ExchangeApi* exchange_api(PyTypeObject* type) {
 
 constexpr uint8_t dlpack_int = 0, dlpack_float = 2, dlpack_bfloat = 4, dlpack_bool = 6;
 
-// An array of our own, for another library to take over. Large ones are in a block of memory.hpp, the others here.
+// An array in the extension's memory, for another library to take over. The elements of large arrays are in pooled
+// buffers, those of others follow this struct.
 struct OwnedTensor : ManagedTensor {
   int64_t bytes;
-  int64_t shape_and_strides[2 * max_dimensions];  // shape, strides
+  int64_t shape_and_strides[2 * max_dimensions];
 
   static OwnedTensor* allocate(int ndim, const int64_t* shape, const int64_t* strides, nb::dlpack::dtype dtype,
                                int64_t bytes) {
@@ -109,7 +110,7 @@ nb::object export_tensor(const ExchangeApi* api, OwnedTensor* owned) {
   return nb::steal(static_cast<PyObject*>(object));
 }
 
-// Whether the elements fill a stretch of memory, in whatever order of the axes.
+// True if the elements fill contiguous memory, in any order of the axes.
 bool is_dense(const Array& array) {
   int axes[max_dimensions], rank = 0;
   for (int i = 0; i < array.ndim; ++i)
@@ -127,7 +128,8 @@ bool is_dense(const Array& array) {
 
 namespace {
 
-// Of an error in the library's own code: that it has no such memory to show, unless it is about something else.
+// Handles an error raised by an array's library, which declines the call: the array has no readable memory. Other
+// errors (no memory, interrupts) are thrown again.
 [[noreturn]] void decline_or_rethrow(nb::python_error& error) {
   if (error.matches(PyExc_MemoryError) || !error.matches(PyExc_Exception)) throw error;
   decline(Refusal::type);
@@ -162,7 +164,7 @@ bool Array::get_buffer(nb::handle object, int flags) {
 bool Array::read_buffer(nb::handle object, bool is_written) {
   if (!PyObject_CheckBuffer(object.ptr())) return false;
   const int flags = PyBUF_STRIDES | PyBUF_FORMAT | (is_written ? PyBUF_WRITABLE : 0);
-  // bfloat16 is not NumPy's own and has no buffer format: such an array is read as one of uint16.
+  // bfloat16 is an extension type of NumPy without a buffer format, so such an array is read as uint16.
   bool is_bfloat16 = false;
   if (!get_buffer(object, flags)) {
     try {
@@ -219,7 +221,7 @@ void Array::read_tensor(const nb::dlpack::dltensor& tensor) {
     strides[i] = tensor.strides ? tensor.strides[i] : expected;
     expected *= shape[i];
   }
-  if (!data && size() > 0) decline(Refusal::type);  // PyTorch's tensors of symbolic zeros have no memory
+  if (!data && size() > 0) decline(Refusal::type);  // PyTorch's tensors of symbolic zeros
 }
 
 void Array::read_element(uint8_t code, uint8_t bits) {

@@ -1,4 +1,4 @@
-// The gradients of forward, from x, dy and the statistics that normalised.
+// The backward pass: gradients from x, dy and the statistics that normalized x.
 #pragma once
 
 #include "driver.hpp"
@@ -53,8 +53,9 @@ template <class T> class BackwardDriver : public Driver<T> {
     if constexpr (has_dot<T>) this->map(slice, UncenteredGradient<T>{});
   }
 
-  // Whether sums of dy * x do not cancel, as no mean lies far from zero, and coefficients of x stay in the range of floats.
-  // Of all channels: which of them a thread takes together must not decide.
+  // True if sums of dy * x do not cancel, because all means are close to zero, and the coefficients of x are in the
+  // range of floats. All channels decide together, so that the result does not depend on how channels are assigned to
+  // threads.
   bool has_means_near_zero() const {
     for (int64_t c = 0; c < problem.C; ++c) {
       const F mean = element_at<F>(problem.mean, c), rstd = element_at<F>(problem.rstd, c);
@@ -63,8 +64,12 @@ template <class T> class BackwardDriver : public Driver<T> {
     return true;
   }
 
-  // dx = gamma * rstd * (dz - E[dz] - xhat * E[dz * xhat]) = a * (dz - c + b * d), with d = x - hi and
-  // xhat = rstd * (d - lo); about zero multiplied out, a * dy + b * x + c.
+  // Computes dgamma, dbeta and the coefficients of dx for channel c:
+  //
+  //     dx = gamma * rstd * (dz - E[dz] - xhat * E[dz * xhat]) = a * (dz - c + b * d)
+  //
+  // with d = x - hi and xhat = rstd * (d - lo). If `is_uncentered`, this is multiplied out about zero: a * dy + b * x +
+  // c.
   template <class Terms> void finish_channel(int64_t c, const Terms& terms, bool is_uncentered) {
     const double rstd = element_at<F>(problem.rstd, c), lo = element_at<F>(problem.mean_lo, c);
     const double n =
@@ -73,7 +78,7 @@ template <class T> class BackwardDriver : public Driver<T> {
     double dbeta, sum_pq;
     this->totals_of(c, dbeta, sum_pq);
     if (is_uncentered) sum_pq -= tables.hi[c] * dbeta;
-    // Products of floats can leave their range though the gradient does not.
+    // Products of floats can be out of range although the gradient is not.
     const bool is_tiny = sum_pq != 0 || (dbeta != 0 && __builtin_fabs(dbeta) < n * 1e-16);
     const bool is_out_of_range = !(sum_pq - sum_pq == 0) || (is_tiny && __builtin_fabs(sum_pq) < n * 1e-32);
     if (sizeof(F) == 4 && is_out_of_range) sum_pq = sum_pq_in_double(c, terms);
@@ -86,7 +91,8 @@ template <class T> class BackwardDriver : public Driver<T> {
     tables.c[c] = static_cast<F>(with_canonical_nan(is_uncentered ? -a * (shift + b * tables.hi[c]) : shift));
   }
 
-  // The sum of dz over padding that is not finite, where any is: its y = activation(beta + residual) depends on beta alone.
+  // The sum of dz over normalized padding that is not finite, or 0 without such padding. There y = activation(beta +
+  // residual), which depends on beta alone.
   template <class Terms> double nonfinite_padding_dz(int64_t c, const Terms& terms) const {
     if (!__atomic_load_n(options.has_nonfinite_padding, __ATOMIC_RELAXED)) return 0;
     const auto padding = this->padding_pass(terms, tables);

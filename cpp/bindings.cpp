@@ -1,4 +1,4 @@
-// The extension module `batchnorm._native`: its names and types.
+// The extension module `batchnorm._native`: names and types.
 #include <nanobind/nanobind.h>
 #include <nanobind/stl/string.h>
 #include <nanobind/stl/vector.h>
@@ -16,7 +16,7 @@ using nb::handle;
 namespace batchnorm {
 namespace {
 
-// A number from Python as a member of an enumeration; throws ValueError beyond its last one.
+// Converts a number from Python to an enumeration; throws ValueError if it is negative or greater than the last member.
 template <class Enum> Enum to_enum(int64_t number, Enum last) {
   if (number < 0 || number > static_cast<int64_t>(last)) throw nb::value_error("no such member of an enumeration");
   return static_cast<Enum>(number);
@@ -63,13 +63,13 @@ void make_request(Request* request, int64_t source, bool is_in_place, int64_t re
   new (request) Request{to_enum(source, Source::given), is_in_place, to_enum(returns, Returns::table_alone)};
 }
 
-// The like of an array in memory of our own; None where its library has to allocate it.
+// An uninitialized array like `array` in the extension's memory; None if its library has to allocate it.
 nb::object pooled_like(handle array) {
   const nb::object result = allocate_like(array, Array(array));
   return result ? result : nb::none();
 }
 
-// A block of memory.hpp as an object with a buffer, for libraries that make arrays of one.
+// A buffer of the pool as a Python object with a buffer, from which libraries can create arrays.
 struct PooledBuffer {
   int64_t bytes;
   void* data;
@@ -85,7 +85,7 @@ int get_buffer(PyObject* object, Py_buffer* view, int flags) {
   return PyBuffer_FillInfo(view, object, buffer->data, buffer->bytes, false, flags);
 }
 
-// How this was compiled and what it is limited to, for `show_config`.
+// Compiler, instruction sets and limits, for `show_config`.
 nb::dict build_facts() {
   nb::dict facts;
 #ifdef __clang__
@@ -105,7 +105,7 @@ PyType_Slot pooled_buffer_slots[] = {{Py_bf_getbuffer, reinterpret_cast<void*>(g
 }  // namespace batchnorm
 
 NB_MODULE(_native, m) {
-  nb::set_leak_warnings(false);  // caches hold `Averaging` objects until the interpreter ends
+  nb::set_leak_warnings(false);  // caches hold `Averaging` objects until the interpreter exits
   using namespace batchnorm;
   m.doc() = "Batch normalization kernels on CPU arrays. Private: `batchnorm.kernels.native` is its only caller.";
   choose_kernels(nullptr);

@@ -14,7 +14,7 @@ using nb::handle;
 namespace batchnorm {
 namespace {
 
-// Memory for the numbers of the channels that no result holds.
+// Memory for numbers of the channels that are in no result.
 class Scratch {
  public:
   template <class T> T* allocate(int64_t length) {
@@ -51,7 +51,8 @@ class Normalization {
       if (is_by_batch_) statistics = allocate(batch_rows, count);
       allocate_scratch(batch_rows);
       if (is_by_batch_ && request_.has_output()) y = output(out);
-      if (is_training && !out.is_none() && has_single_rule() && operands_.is_masked()) {  // before `out` is written
+      if (is_training && !out.is_none() && has_single_rule() &&
+          operands_.is_masked()) {  // declines before `out` is written
         compute(batch_rows, nb::none(), true);
         check_single(batch_rows);
       }
@@ -95,7 +96,7 @@ class Normalization {
     return nb::borrow(out);
   }
 
-  // The statistics that are returned, of all groups, and the counts.
+  // Allocates the returned statistics, of all groups, and the counts.
   nb::object allocate(StatisticRows& rows, nb::object& count) {
     const handle x = operands_.item(0);
     if (request_.returns == Returns::output) return nb::none();
@@ -132,7 +133,7 @@ class Normalization {
     return table;
   }
 
-  // What the running update and the check of single elements need besides.
+  // Allocates the other rows that the running update and the check of single elements need.
   void allocate_scratch(StatisticRows& rows) {
     if (state_)
       for (Statistic i : {mean_row, mean_lo_row, m2_row}) row_or_scratch(rows, i);
@@ -141,7 +142,7 @@ class Normalization {
       rows.count = scratch_.allocate<int64_t>(total_channels_);
   }
 
-  // A row, in memory of this call where it is in no result.
+  // A row; in scratch memory if it is in no result.
   void* row_or_scratch(StatisticRows& rows, Statistic i) {
     if (!rows.data[i]) rows.data[i] = scratch_.allocate<double>(total_channels_);
     return rows.data[i];
@@ -149,7 +150,7 @@ class Normalization {
 
   // ---- the passes ----
 
-  // Over each group; y is None where x is only measured.
+  // Computes each group; with None for y, only the moments.
   void compute(const StatisticRows& rows, const nb::object& y_object, bool computes_moments) {
     Operands& operands = full_operands();
     Array y(y_object, true);
@@ -172,7 +173,7 @@ class Normalization {
     }
   }
 
-  // The operands as they were given: groups narrow them.
+  // The operands with all groups; `compute` narrows them to one group after the other.
   Operands& full_operands() {
     if (groups_.number() == 1) return operands_;
     full_operands_.reset(new Operands(library_, operands_.objects, spec_));
@@ -196,7 +197,7 @@ class Normalization {
     }
   }
 
-  // Of a mask, by what it has left.
+  // Declines if the mask leaves a channel one valid element, or, unless the rule is `error`, none.
   void check_single(const StatisticRows& rows) const {
     if (!operands_.is_masked() || !has_single_rule()) return;
     const int64_t least = spec_.single == Single::error ? 1 : 0;
@@ -230,7 +231,7 @@ class Normalization {
   const Library& library_;
   const Request& request_;
   const Spec& spec_;
-  bool is_by_batch_;  // normalizes by the batch's own statistics
+  bool is_by_batch_;  // normalizes by the statistics of the batch
   int threads_;
   Operands operands_;
   Parameters parameters_;

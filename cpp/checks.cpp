@@ -7,7 +7,7 @@
 namespace batchnorm {
 namespace {
 
-// The addresses that an array spans.
+// The range of addresses of an array.
 struct Extent { const char *begin, *end; };
 
 Extent extent(const Array& array) {
@@ -21,7 +21,7 @@ Extent extent(const Array& array) {
   return {low, high};
 }
 
-// The first two axes without statistics of their own.
+// The first two axes that are no channel axes.
 struct TimeAxes {
   int batch = 0, time = 0, found = 0;
 

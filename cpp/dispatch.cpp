@@ -14,7 +14,7 @@
 
 namespace batchnorm {
 
-// CMakeLists.txt defines which of these are compiled; without its definitions the baseline is.
+// CMakeLists.txt defines which of these are compiled; without its definitions, only the baseline is.
 namespace baseline { extern const Kernels kernels; }
 namespace avx2 { extern const Kernels kernels; }
 namespace avx512 { extern const Kernels kernels; }
@@ -25,7 +25,7 @@ namespace {
 
 #ifdef __x86_64__
 
-// By CPUID itself, what `__builtin_cpu_supports` of Clang 14 has no names for.
+// Asks CPUID directly, because `__builtin_cpu_supports` of Clang 14 does not know this feature's name.
 bool has_f16c() {
   unsigned eax = 0, ebx = 0, ecx = 0, edx = 0;
   return __get_cpuid(1, &eax, &ebx, &ecx, &edx) && (ecx >> 29 & 1);
@@ -47,17 +47,17 @@ bool has_f16c() {
 
 #endif
 
-// Threads of XLA read these without the GIL, under which they are written. Relaxed: nothing else is read through them but
-// `Kernels`, which are constants.
+// Written under the GIL, but read by XLA's threads without it. Relaxed, because nothing is read through them but
+// `Kernels`, which are constant.
 std::atomic<const Kernels*> chosen = nullptr;
 std::atomic<int> default_threads = 0;
 
-// OpenMP's pool does not survive a fork: a child that asked it for a second thread would wait for ever.
+// OpenMP's pool does not survive a fork: a child process that requests a second thread would wait forever.
 std::atomic<bool> is_forked_child = false;
 [[maybe_unused]] const int registered =
     pthread_atfork(nullptr, nullptr, [] { is_forked_child.store(true, std::memory_order_relaxed); });
 
-// Below this many elements for each thread, waking it costs more than it computes.
+// With fewer elements for each thread, waking a thread costs more than it computes.
 constexpr int64_t min_elements_per_thread = 32 << 10;
 
 }  // namespace
@@ -111,8 +111,8 @@ int num_threads() {
 
 void set_num_threads(int threads) { default_threads.store(threads, std::memory_order_relaxed); }
 
-// A mask of leading elements, the same for all channels, as lengths, and one of all elements as none: the kernels then
-// walk over whole rows. It costs a read of the mask, which is as large as a channel.
+// Replaces a mask of leading elements that is the same for all channels by lengths, and a mask of all elements by none,
+// so that the kernels traverse whole rows. This reads the mask, which has the size of one channel.
 void simplify_mask(Mask& mask, int64_t N, int64_t S, std::unique_ptr<int64_t[]>& lengths) {
   const Tensor& bytes = mask.bytes;
   if (!bytes.data || bytes.c != 0) return;
@@ -127,7 +127,7 @@ void simplify_mask(Mask& mask, int64_t N, int64_t S, std::unique_ptr<int64_t[]>&
     lengths[n] = length;
     is_full = is_full && length == S;
   }
-  if (S == 1 && !is_full) return;  // rows of one element are walked over in runs as they are
+  if (S == 1 && !is_full) return;  // rows of one element are traversed in runs anyway
   mask.bytes = {};
   mask.lengths = is_full ? nullptr : lengths.get();
 }
@@ -156,7 +156,7 @@ bool compute(Operation operation, Problem& problem) {
   const Mask mask = problem.mask;
   simplify_mask(problem.mask, problem.N, problem.S, lengths);
   const bool is_done = compute_with_plan(operation, problem);
-  problem.mask = mask;  // lanes of XLA step through it
+  problem.mask = mask;  // XLA's calls step through the masks of their lanes
   return is_done;
 }
 

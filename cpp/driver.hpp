@@ -1,4 +1,4 @@
-// A problem cut into tiles, with its workspace: what forward and backward have in common.
+// The tiles of a problem, its workspace and its coefficients: the common base of the forward and the backward pass.
 #pragma once
 
 #include <cassert>
@@ -7,7 +7,7 @@
 
 namespace batchnorm::BATCHNORM_ISA {
 
-// One channel's number from an array of any element type, and into it.
+// Reads or writes the number of channel c in an array of any element type.
 inline double read_channel(const PerChannel& channels, int64_t c, double absent) {
   if (!channels.data) return absent;
   const int64_t i = c * channels.stride;
@@ -31,13 +31,13 @@ inline void write_channel(const PerChannel& channels, int64_t c, double value) {
   }
 }
 
-// Every NaN as one of them. Which of two NaN a sum or a product passes on is the compiler's choice wherever the formula
-// is compiled, and one thread runs other copies of it than several: what is stored for a channel has to be told apart by
-// no more than being NaN.
+// Replaces any NaN by a single one. Which of two NaN a sum or product propagates is up to the compiler at each place
+// where the formula is compiled, and a single thread runs other copies of it than several threads do. Without this, the
+// bits of a NaN stored for a channel would depend on the number of threads.
 inline double with_canonical_nan(double value) { return value == value ? value : __builtin_nan(""); }
 
-// For the functions that store elements: compiled once for each pass, so that it is the same instructions that choose
-// among an element's NaN for any number of threads.
+// For functions that store elements. They are compiled once for each pass, so that the same instructions choose among
+// the NaN of an element for any number of threads.
 #ifdef __clang__
 #define BATCHNORM_NOCLONE __attribute__((noinline))
 #else
@@ -62,11 +62,12 @@ template <class T> class Driver : public RowLayout<T> {
   }
 
   Tables<F> tables;          // by channel
-  uint8_t* needs_recompute;  // channels that have to be measured once more
+  uint8_t* needs_recompute;  // channels whose moments have to be computed again
 
-  // Calls body(scope) so that all channels are done. A channel's second pass finds it in the core's cache if one thread
-  // does both, so each takes a few channels at a time, unless there are too few of them to go round. They start out of
-  // step, so that one reads while the other waits for its stores, and take fewer and fewer, so that they end together.
+  // Calls body(slice) for slices that cover all channels. Where possible, each thread takes a few channels at a time
+  // and does both passes over them, so that the second pass finds them in the cache of its core. Threads start with
+  // slices of different sizes, so that one reads while another waits for its stores, and take smaller slices towards
+  // the end, so that they finish together.
   template <class Body> void for_slices(bool has_reduction, const Body& body) {
     const int64_t C = problem.C, per_task = plan.channels_per_task;
     const int64_t unit = plan.family == Family::short_rows ? plan.block / problem.S : 1;
@@ -92,7 +93,7 @@ template <class T> class Driver : public RowLayout<T> {
     });
   }
 
-  // The sums of `pass` over each chunk.
+  // Computes the sums of `pass` over each chunk of the slice's channels.
   template <class Pass> void reduce(const ChannelSlice& slice, Pass pass) const {
     fill_column_tables(slice, tables_used_by<Pass>());
     pass.tables = tables_for(slice);
@@ -101,7 +102,7 @@ template <class T> class Driver : public RowLayout<T> {
     });
   }
 
-  // The results of `pass`, and of its padding (or zeros) where nothing counts.
+  // Stores the results of `pass`; for padding, those of its pass over padding, or zeros.
   template <class Pass> void map(const ChannelSlice& slice, Pass pass) const {
     fill_column_tables(slice, tables_used_by<Pass>());
     pass.tables = tables_for(slice);
@@ -111,21 +112,22 @@ template <class T> class Driver : public RowLayout<T> {
     else for_tiles(slice, plan.chunks, true, [&](int64_t k, Range block) { map_column_tile(slice, pass, k, block); });
   }
 
-  // A step of a scope's team: body(range) for parts of its channels.
+  // One step of the slice's team: calls body(range) for ranges of the slice's channels.
   template <class Body> static void for_channels(const ChannelSlice& slice, const Body& body) {
     constexpr int64_t min_piece = 64;
     slice.team.parallel_for(slice.channels.begin, slice.channels.end, min_piece, body);
   }
 
-  // Channels that are finished side by side, in vectors: the divisions and roots of one by itself take longer than the
-  // sums of its elements where these are a few dozen.
+  // Channels whose moments are finished together, in vectors. One channel at a time, divisions and square roots would
+  // take longer than the sums of a few dozen elements.
   static constexpr int channels_at_once = 8;
 
-  bool can_use_dot() const { return has_dot<T> && !options.has_mask; }  // whether `DotTerms` can take the sums
+  bool can_use_dot() const { return has_dot<T> && !options.has_mask; }  // true if `DotTerms` can compute the sums
 
   // ---- channels ----
 
-  // Adds up the chunks of these channels, in a fixed order; their first ones then hold the total. Once after `reduce`.
+  // Adds up the chunks of these channels, in a fixed order; the total is then in the place of the first chunk. Called
+  // once after `reduce`.
   void combine_chunks(Range channels) const {
     if (plan.family == Family::columns) {
       for (int64_t k = 1; k < plan.chunks; ++k)
@@ -144,7 +146,7 @@ template <class T> class Driver : public RowLayout<T> {
     sum_pq = plan.chunks ? sum_pq_[i] : 0;
   }
 
-  // The coefficients of z, from statistics and parameters.
+  // Computes the coefficients of z from statistics and parameters.
   void fill_tables(int64_t c) const {
     const auto statistic = [c](const void* table) { return static_cast<double>(element_at<F>(table, c)); };
     fill_tables(c, statistic(problem.mean), statistic(problem.mean_lo), statistic(problem.rstd));
@@ -154,14 +156,15 @@ template <class T> class Driver : public RowLayout<T> {
     tables.hi[c] = static_cast<F>(with_canonical_nan(mean));
     tables.scale[c] = static_cast<F>(with_canonical_nan(scale));
     tables.beta[c] = static_cast<F>(with_canonical_nan(beta));
-    // An infinite scale, of running statistics without a deviation, takes nothing from a mean that is exact.
+    // With a variance of 0 in running statistics the scale is infinite, and scale * mean_lo would be NaN where mean_lo
+    // is 0.
     tables.offset[c] = static_cast<F>(with_canonical_nan(mean_lo == 0 ? beta : beta - scale * mean_lo));
   }
 
  protected:
   using Base::row;
 
-  // The pass over the padding beside `pass`.
+  // The pass over padding for a pass over valid elements.
   template <class Pass> static typename Pass::Padding padding_pass(const Pass& pass, const Tables<F>& tables) {
     typename Pass::Padding padding{};
     padding.tables = tables;
@@ -175,7 +178,7 @@ template <class T> class Driver : public RowLayout<T> {
 
   template <class Pass> static constexpr bool has_padding_pass = !__is_same(typename Pass::Padding, void);
 
-  // The coefficients of a pass and of its padding.
+  // The tables that a pass and its pass over padding use.
   template <class Pass> unsigned tables_used_by() const {
     if constexpr (has_padding_pass<Pass>)
       if (options.normalized_padding) return Pass::used_tables | Pass::Padding::used_tables;
@@ -184,7 +187,7 @@ template <class T> class Driver : public RowLayout<T> {
 
   // ---- workspace ----
 
-  // As `make_plan` counts them.
+  // `make_plan` computes the size of all allocations.
   template <class P> P* allocate(int64_t length) {
     char* const begin = free_ + -reinterpret_cast<uintptr_t>(free_) % cache_line_bytes;
     free_ = begin + length * sizeof(P);
@@ -201,7 +204,7 @@ template <class T> class Driver : public RowLayout<T> {
     return plan.family == Family::rows ? tables : slice.columns;
   }
 
-  // Copies the coefficients of the channels, those that `used` names, to their columns.
+  // Copies the slice's coefficients in the tables that `used` names to the columns of their channels.
   void fill_column_tables(const ChannelSlice& slice, unsigned used) const {
     if (plan.family == Family::rows) return;
     using Vector = typename Compute<F>::V;
@@ -230,7 +233,7 @@ template <class T> class Driver : public RowLayout<T> {
         });
       });
     for_channels(slice, [&](Range range) {
-      // Whole vectors, whose excess the next channel overwrites, but for the last ones of this part.
+      // Stores whole vectors, whose excess the next channel overwrites, except at the end of this range.
       const int64_t end = (range.end - slice.channels.begin) * problem.S;
       for_tables([&](const F* from, F* to) {
         for (int64_t c = range.begin; c < range.end; ++c) {
@@ -247,15 +250,15 @@ template <class T> class Driver : public RowLayout<T> {
 
   // ---- tiles ----
 
-  // What a scope's tiles are blocks of: its channels, or its columns, counted from its own first.
+  // The range that is cut into blocks: the slice's channels, or its columns, counted from its first one.
   Range blocked_range(const ChannelSlice& slice) const {
     if (plan.family == Family::rows) return slice.channels;
     if (plan.family == Family::columns) return {0, plan.width};
     return {0, (slice.channels.end - slice.channels.begin) * problem.S};
   }
 
-  // A step of the scope's team: body(i, block) for [0, count) x the blocks of `blocked_range`. A map takes them from the end,
-  // whose elements the reduction has read last.
+  // One step of the slice's team: calls body(i, block) for [0, count) x the blocks of `blocked_range`. A map takes the
+  // tiles from last to first, because the reduction has read the last ones most recently.
   template <class Body> void for_tiles(const ChannelSlice& slice, int64_t count, bool is_map, const Body& body) const {
     const Range all = blocked_range(slice);
     const int64_t blocks = (all.end - all.begin + plan.block - 1) / plan.block, tiles = blocks * count;
@@ -268,7 +271,9 @@ template <class T> class Driver : public RowLayout<T> {
     });
   }
 
-  // ---- tiles of rows: those next to each other in memory one after the other, the channels of one n first ----
+  // ---- tiles of rows ----
+  //
+  // In the order of memory: all channels of one n, then the next n.
 
   template <class Pass> void reduce_row_tile(const Pass& pass, int64_t k, Range channels) const {
     Sums<typename Pass::Sum> sums[row_block];
@@ -309,18 +314,20 @@ template <class T> class Driver : public RowLayout<T> {
 
   // ---- tiles of columns ----
 
-  // Rows that are walked at a time: some 16 streams. The processor recognises as many where each goes on for a page;
-  // shorter rows are read faster one after the other, as they lie (twice as fast from memory at 256 columns).
+  // Rows traversed together: some 16 streams, which is as many as the processor recognizes, provided each continues for
+  // a page. Shorter rows are read faster one after the other, in the order of memory (twice as fast from memory at 256
+  // columns).
   template <class Pass> static constexpr int row_group = Pass::num_arrays <= 2 ? 8 : 4;
 
   template <class Pass>
   void reduce_column_tile(const ChannelSlice& slice, const Pass& pass, int64_t k, Range columns) const {
     constexpr int64_t max_columns = max_block + width<Pair>;
-    const int rows_per_fold = 4 * additions_per_fold(pass);  // rows that are summed in the element's own precision
+    const int rows_per_fold = 4 * additions_per_fold(pass);  // rows that are summed in the precision of the elements
     const int64_t width = columns.end - columns.begin;
     alignas(64) F partial_sums[2][max_columns];
     alignas(64) double sums[2][max_columns];
-    // Of short rows the columns of a channel are added up at once, of others those side by side.
+    // A fold adds up all columns of a channel: adjacent ones in short rows, columns from each row side by side
+    // otherwise.
     const bool is_short = plan.family == Family::short_rows;
     const int64_t block_channels = is_short ? width / problem.S : min(width, problem.C);
     for (int i = 0; i < 2; ++i) {
@@ -382,7 +389,7 @@ template <class T> class Driver : public RowLayout<T> {
     });
   }
 
-  // What comes out where no element of (a part of) a row counts: zeros, or what `map_padding(padding)` stores.
+  // Stores the results for padding (part of a row): zeros, or the results of `map_padding(padding)`.
   template <class Pass, class MapPadding>
   void pad(const Pass& pass, const Row<T>& row, int64_t length, const MapPadding& map_padding) const {
     if constexpr (has_padding_pass<Pass>)
@@ -391,9 +398,9 @@ template <class T> class Driver : public RowLayout<T> {
     if (row.dresidual) __builtin_memset(row.dresidual, 0, length * sizeof(T));
   }
 
-  char* free_;                        // what is left of the workspace, up to
-  [[maybe_unused]] const char* end_;  // where it ends
-  double *sum_p_, *sum_pq_;           // the sums of each chunk: [C][chunks], or, for columns, [chunks][C]
+  char* free_;                        // the rest of the workspace,
+  [[maybe_unused]] const char* end_;  // and its end
+  double *sum_p_, *sum_pq_;           // sums of each chunk: [C][chunks], in the columns family [chunks][C]
 };
 
 }  // namespace batchnorm::BATCHNORM_ISA

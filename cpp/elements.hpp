@@ -1,11 +1,15 @@
-// The formulas: what happens to one vector of elements. Each struct below is one pass over the data; `traverse.hpp`
-// walks it along rows or down columns, where its coefficients are those of one channel or of one column each. `num_arrays`
-// says how many it reads or writes in the common forms, `used_tables` which coefficients.
+// The formulas for one vector of elements. Each struct named below `Form` is one pass over the data. traverse.hpp takes
+// a pass along rows, where its coefficients are those of one channel, or down columns, where each column has its own.
 //
 //     d = x - hi                       exact where x lies within a factor of two of hi (Sterbenz)
 //     z = scale * d + offset           scale = gamma * rstd, offset = beta - scale * lo: mean = hi + lo
 //     y = activation(z + residual)
 //     dx = a * (dz - c + b * d)        exactly 0 for one element, whose dz is c
+//
+// Members of a pass: `num_arrays` is the number of arrays that it reads or writes in the common forms; `used_tables`
+// names its coefficients; `Padding` is the pass over padding (invalid elements) where that is normalized, or void for a
+// pass that never takes padding. A reduction computes two terms p and q of each element and sums p and p * q; it sets
+// `is_dot` where it adds to the sums itself.
 #pragma once
 
 #include "activations.hpp"
@@ -14,9 +18,7 @@
 
 namespace batchnorm::BATCHNORM_ISA {
 
-// `Padding` is the pass over elements that do not count where these are normalised; void where they take no part in it.
-
-// Which lanes of a vector hold elements: all, or the first n.
+// The active lanes of a vector, which hold elements: all of them, or the first n.
 struct FullVector {};
 struct PartialVector { int n; };
 
@@ -39,13 +41,13 @@ template <class T, class V> BATCHNORM_INLINE void store_or_stream(T* p, V v, Par
   store(p, v, lanes.n);
 }
 
-// Where the elements of one row are.
+// Pointers to the elements of one row; null for absent arrays.
 template <class T> struct Row {
   const T *x, *residual, *dy;
   T *out, *dresidual;   // out: y or dx
-  const uint8_t* mask;  // of a mask element by element
+  const uint8_t* mask;  // the bytes of a mask with a value for each element
 
-  // Elements from one place to another in each array; 0 in those that are not there, which stay null.
+  // Distance in elements between two places, in each array; 0 in absent arrays, so that their pointers stay null.
   struct Step { int64_t x, residual, dy, out, dresidual, mask; };
 
   BATCHNORM_INLINE Row offset_by(const Step& step, int64_t times) const {
@@ -54,31 +56,31 @@ template <class T> struct Row {
   }
 };
 
-// Tables of coefficients, by channel or by column. In the workspace. Passes name those that they read by their bits.
+// Tables of coefficients by channel or by column, in the workspace. The bits are used by `used_tables`.
 constexpr unsigned use_hi = 1, use_scale = 2, use_offset = 4, use_beta = 8, use_a = 16, use_b = 32, use_c = 64;
 template <class F> struct Tables { F *hi, *scale, *offset, *beta, *a, *b, *c; };
 
-// What varies between calls but not between elements.
+// Settings that are the same for all elements of a call.
 struct Options {
   Activation activation;
   double slope;
-  bool has_mask;                    // rows carry `mask`
-  bool is_padding;                  // no element counts, all are normalised
-  bool normalized_padding;          // those that do not count are normalised, and have gradients, like the rest
+  bool has_mask;                    // `Row::mask` is present
+  bool is_padding;                  // all elements are padding and are normalized
+  bool normalized_padding;          // padding is normalized and has gradients, like valid elements
   bool through_statistics;          // backward
-  bool* has_nonfinite_padding;      // backward: set where padding is not finite
-  bool has_frequent_folds = false;  // sums are folded into doubles after every addition or two
+  bool* has_nonfinite_padding;      // backward: set to true if any padding is not finite
+  bool has_frequent_folds = false;  // sums are folded into doubles after one or two additions
 };
 
-// The passes are compiled for the common forms, for the padding beside the plain one, where it is normalised, and once for
-// everything else, which is decided at run time.
+// Passes are compiled for common forms, for normalized padding without an activation, and once for everything else,
+// which is decided at run time.
 enum class Form : uint8_t { identity, relu, relu_residual, identity_padding, general };
 
-// The form of the padding beside a form.
+// The form of the pass over padding, for the form of the pass over valid elements.
 constexpr Form padding_of(Form form) { return form == Form::identity ? Form::identity_padding : Form::general; }
 
-// A coefficient for the lanes of a vector, from channel or column i of its table: `broadcast_channel` for the rows family,
-// `load_column` for the others. A pass has its own by `coefficients<broadcast_channel<V>>(i)` or `coefficients<load_column<V>>(i)`.
+// Fetch functions: the coefficients of a vector's lanes from a table, of one channel in the rows family and of
+// successive columns in the others. They are the template argument of a pass's `coefficients`.
 template <class V> BATCHNORM_INLINE V broadcast_channel(const ScalarOf<V>* table, int64_t channel) {
   return broadcast<V>(table[channel]);
 }
@@ -86,7 +88,7 @@ template <class V> BATCHNORM_INLINE V load_column(const ScalarOf<V>* table, int6
   return load_as<V>(table + column);
 }
 
-// p = q = x - hi, with any value near the mean as hi: the sums of p and p * q give the moments.
+// p = q = x - hi, with any value near the mean as hi. The sums of p and p * q give the moments.
 template <class T, bool is_masked> struct Deviations {
   using V = typename Compute<T>::V;
   using Sum = V;
@@ -108,8 +110,8 @@ template <class T, bool is_masked> struct Deviations {
   }
 };
 
-// The sums of p = dy, or p = x, and of p * x, of elements that are not converted for it (see `dot`). About zero instead of
-// the mean, they cancel where the mean lies many deviations away.
+// p = dy, or p = x, and q = x, summed without conversion of the elements (see `dot`). These sums are about zero instead
+// of the mean, so that they cancel where the mean is many standard deviations away from zero.
 template <class T, bool has_dy> struct DotTerms;
 #if defined(__AVX512BF16__)
 template <bool has_dy> struct DotTerms<bfloat16, has_dy> {
@@ -125,7 +127,7 @@ template <bool has_dy> struct DotTerms<bfloat16, has_dy> {
   struct Coefficients {};
   template <auto fetch> BATCHNORM_INLINE Coefficients coefficients(int64_t) const { return {}; }
 
-  // Of a row: adjacent elements go to one sum.
+  // Sums along a row: two adjacent elements go to one sum.
   template <class L>
   static BATCHNORM_INLINE void add(const Row<T>& row, int64_t j, L lanes, VecF32& sum_p, VecF32& sum_pq) {
     const VecU16 x = bits(row.x + j, lanes), p = has_dy ? bits(row.dy + j, lanes) : x;
@@ -133,7 +135,7 @@ template <bool has_dy> struct DotTerms<bfloat16, has_dy> {
     sum_pq = dot(p, x, sum_pq);
   }
 
-  // Of two rows, or one and none: those below each other, in the order of `interleave`.
+  // Sums down two rows, or one row and none: the elements of a column go to one sum, in the order of `interleave`.
   template <class L>
   static BATCHNORM_INLINE void add(const Row<T>& row, const Row<T>& below, int64_t j, L lanes, Pair& sum_p,
                                    Pair& sum_pq) {
@@ -152,14 +154,14 @@ template <bool has_dy> struct DotTerms<bfloat16, has_dy> {
 };
 #endif
 
-// Which elements count.
+// Mask of the valid elements.
 template <class V, class T, class L>
 BATCHNORM_INLINE MaskOf<V> valid_lanes(const Row<T>& row, int64_t j, const Options& options, L lanes) {
   if (options.is_padding) return MaskOf<V>{};
   return options.has_mask ? load_mask<V>(row.mask + j, lanes) : ~MaskOf<V>{};
 }
 
-// z where some elements may be padding: NaN there comes out as xhat = 0, and as 0 in the residual.
+// z where some elements may be padding: nonfinite x there gives xhat = 0, and nonfinite residuals count as 0.
 template <class T, class V, class K, class L>
 BATCHNORM_INLINE V padded_z(const Row<T>& row, int64_t j, V d, const K& k, MaskOf<V> valid, L lanes) {
   const V z = select(valid | is_finite(d), fma(k.scale, d, k.offset), k.beta);
@@ -168,7 +170,7 @@ BATCHNORM_INLINE V padded_z(const Row<T>& row, int64_t j, V d, const K& k, MaskO
   return z + select(valid | is_finite(residual), residual, V{});
 }
 
-// z without padding.
+// z of valid elements.
 template <class T, class V, class L>
 BATCHNORM_INLINE V z_of(const Row<T>& row, int64_t j, V d, V scale, V offset, bool has_residual, L lanes) {
   const V z = fma(scale, d, offset);
@@ -207,8 +209,7 @@ template <class T, Form form> struct Normalize {
   }
 };
 
-// dz = dy * activation'(z), from x alone: z is computed again, though by the rounded rstd, where forward has the one
-// before it was rounded.
+// dz = dy * activation'(z). z is recomputed from x, with the rounded rstd; the forward pass used rstd before rounding.
 template <class T, Form form> struct ActivationGradient {
   using V = typename Compute<T>::V;
   Tables<ScalarOf<V>> tables;
@@ -232,8 +233,8 @@ template <class T, Form form> struct ActivationGradient {
   }
 };
 
-// p = dz and q = x - hi: the sums of p and p * q give dbeta and dgamma. Padding that is normalised but not finite takes no
-// part: the statistics do not reach its y. That there is some is noted, as its dz belongs to dbeta.
+// p = dz and q = x - hi. The sums of p and p * q give dbeta and dgamma. Normalized padding that is not finite is left
+// out, because its y does not depend on the statistics. `has_nonfinite_padding` records it, as its dz belongs to dbeta.
 template <class T, Form form> struct GradientTerms : ActivationGradient<T, form> {
   using V = typename Compute<T>::V;
   using Sum = V;
@@ -269,7 +270,8 @@ template <class T, Form form> struct GradientTerms : ActivationGradient<T, form>
   }
 };
 
-// dx = a * dy + b * x + c, where no mean lies so far from zero that the terms cancel to less than two bytes need.
+// dx = a * dy + b * x + c, for means so close to zero that the cancellation of terms is below the precision of two
+// bytes.
 template <class T> struct UncenteredGradient {
   using V = typename Compute<T>::V;
   using Padding = void;
@@ -289,7 +291,7 @@ template <class T> struct UncenteredGradient {
   }
 };
 
-// dx = a * (dz - c + b * (x - hi)), a * dz of padding, on which the statistics do not depend; and dresidual = dz.
+// dx = a * (dz - c + b * (x - hi)), or a * dz for padding, on which the statistics do not depend; dresidual = dz.
 template <class T, Form form> struct Gradient : ActivationGradient<T, form> {
   using V = typename Compute<T>::V;
   using Padding = Gradient<T, padding_of(form)>;

@@ -7,12 +7,12 @@
 namespace batchnorm {
 namespace {
 
-// What the members share. It outlives the work: helpers may come to it late.
+// State shared by the threads. It outlives the work, because tasks may start late.
 struct Work {
   void (*function)(const void* body, int rank);
   const void* body;
   std::atomic<int> references;
-  std::atomic<int> entered{0};  // helpers; negative once nobody is let in any more
+  std::atomic<int> entered{0};  // tasks; negative when no further task may enter
   std::atomic<int> left{0};
 
   void release() {

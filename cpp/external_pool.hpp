@@ -1,8 +1,9 @@
-// Work on threads of a pool that belongs to somebody else, XLA's, who may not have any to spare.
+// Work on threads of another library's pool (XLA's), which may all be busy.
 //
-// A second pool beside it would fight for the same cores: its threads wait busily for what comes next. But work that
-// waits for helpers could wait for ever for a pool whose threads wait for other work. So it begins without them, they
-// join in when they come, and whoever comes once it is done goes away again.
+// A second pool beside it would compete for the same cores, because its threads spin while they wait. But work that
+// waits for threads of an external pool can deadlock, if the threads of this pool wait for other work. So work starts
+// on the calling thread. Threads of the pool join when they become available, and a task that runs after the work is
+// done returns at once.
 #pragma once
 
 namespace batchnorm {
@@ -12,10 +13,12 @@ struct ExternalPool {
   void* context;
 };
 
-// Runs member(body, rank) on this thread, as rank 0, and on those of `threads - 1` helpers that come before it returns.
+// Runs function(body, rank) on this thread, as rank 0, and on those of `threads - 1` scheduled tasks that start before
+// it returns.
 void run_on_pool(const ExternalPool& pool, int threads, void (*function)(const void* body, int rank), const void* body);
 
-// Lets others have the core where what is waited for takes longer than it should. `spins`: the calls so far.
+// One iteration of a spin wait, which yields the core if the wait takes longer than expected. `spins`: the calls so
+// far.
 void spin_wait(int spins);
 
 }  // namespace batchnorm

@@ -1,4 +1,4 @@
-// Moments, and y from them or from given statistics.
+// The forward pass: moments, and y from these or from given statistics.
 #pragma once
 
 #include "driver.hpp"
@@ -40,8 +40,9 @@ template <class T> class ForwardDriver : public Driver<T> {
     });
   }
 
-  // The moments of the channels, by sums about a value near the mean, or about 0 where those are faster. Where that
-  // value turns out to lie many deviations away the sums have cancelled, and are taken again about the mean they gave.
+  // Computes the moments of the channels, from sums about a value near the mean, or about 0 where such sums are faster.
+  // If this value is many standard deviations away from the mean, the sums have cancelled, and they are computed again
+  // about the mean that they gave.
   void compute_moments(const ChannelSlice& slice) {
     this->for_channels(slice, [&](Range range) {
       for (int64_t c = range.begin; c < range.end; ++c)
@@ -65,7 +66,7 @@ template <class T> class ForwardDriver : public Driver<T> {
     if constexpr (has_dot<T>)
       if (can_use_dot_ && !is_repeated) return this->reduce(slice, DotTerms<T, false>{});
     Options pass_options = options;
-    pass_options.has_frequent_folds = is_repeated && sizeof(F) == 4;  // doubles are folded into no wider type
+    pass_options.has_frequent_folds = is_repeated && sizeof(F) == 4;  // doubles are not folded into a wider type
     if (options.has_mask) this->reduce(slice, Deviations<T, true>{{}, pass_options});
     else this->reduce(slice, Deviations<T, false>{{}, pass_options});
   }
@@ -76,7 +77,8 @@ template <class T> class ForwardDriver : public Driver<T> {
 
   bool has_mask_by_channel() const { return problem.mask.bytes.data && problem.mask.bytes.c != 0; }
 
-  // Offsets of the samples in each channel: pairs from four places, in the middle of an image where N is batch.
+  // Chooses the offsets of the samples in each channel: pairs at four places, which are inside images if N is a batch
+  // of images.
   void choose_samples() {
     if (has_mask_by_channel()) return;
     const int64_t elements = problem.N * problem.S, places = min(4, elements);
@@ -104,7 +106,7 @@ template <class T> class ForwardDriver : public Driver<T> {
 
   // ---- moments from sums ----
 
-  // Of all these channels, or of those that had to be measured again.
+  // Finishes all these channels, or on repetition those whose sums were computed again.
   void finish_moments(Range channels, bool is_repeated) {
     for (int64_t c = channels.begin; c < channels.end; c += Base::channels_at_once)
       finish_moments(c, static_cast<int>(min(Base::channels_at_once, channels.end - c)), is_repeated);
@@ -126,22 +128,24 @@ template <class T> class ForwardDriver : public Driver<T> {
       mean[i] = shift[i] + delta[i];
       m2[i] = square[i] - sum[i] * delta[i];
       const double moved = mean[i] - shift[i];
-      mean_error[i] = (shift[i] - (mean[i] - moved)) + (delta[i] - moved);  // of rounding (two_sum)
+      mean_error[i] = (shift[i] - (mean[i] - moved)) + (delta[i] - moved);  // rounding errors (two_sum)
     }
     bool is_computed[size];
     for (int i = 0; i < channels; ++i) {
       is_computed[i] = !is_repeated || this->needs_recompute[begin + i];
       if (!is_computed[i]) continue;
-      // m2 = square - sum * delta, with r = delta^2 / var: relative errors e of the two sums come out as e * (1 + r) and
-      // 2 * e * r of m2, and that of `sum` as e * sqrt(r) of the deviation in the mean. Eight samples of independent
-      // elements have r > 4 once in 10^8 channels, and their rounding errors are as independent: e is then a small part
-      // of a unit. Where outliers are among the samples and most terms are equal, so are their errors, and e comes to
-      // some 10 units: m2 is then off by up to 13 * e, 1e-5 in float and 1e-13 in double (which chunks add to). Taken
-      // again r is 0, and e is a unit or two, as runs are short then. A limit of 1/4 would hold m2 of any x to 1e-6,
-      // and cost one ordinary channel in six a second pass.
+      // m2 = square - sum * delta. Let r = delta^2 / var. A relative error e of `square` becomes e * (1 + r) of m2, one
+      // of `sum` 2 * e * r of m2 and e * sqrt(r) standard deviations of the mean. With eight samples of independent
+      // elements r > 4 occurs once in 10^8 channels, and the rounding errors are as independent: e is then a small part
+      // of a unit in the last place. If outliers are among the samples and most terms are equal, the errors of the
+      // terms are equal too, and e is some 10 units. m2 is then off by up to 13 * e, which is 1e-5 in float and 1e-13
+      // in double (to which chunks add). In the second computation r is 0 and, with frequent folds, e is a unit or two.
+      // A limit of 1/4 instead of 4 would bound the error of m2 by 1e-6 for any x, but one ordinary channel in six
+      // would need a second computation.
       const bool has_cancelled = sum[i] * delta[i] > 4 * m2[i] && sum[i] - sum[i] == 0;
       if (!is_repeated) this->needs_recompute[begin + i] = has_cancelled;
-      // Squares of floats beyond 1e19 overflow, and those below 1e-18 lose digits, though the variance is a float.
+      // Squares of floats above 1e19 overflow and those below 1e-18 lose digits, although the variance is
+      // representable.
       const bool is_tiny = (sum[i] != 0 || square[i] > 0) && square[i] < n[i] * 1e-34;
       if (sizeof(F) == 4 && (is_tiny || !(square[i] - square[i] == 0))) {
         moments_in_double(begin + i, n[i], mean[i], m2[i]);
@@ -153,7 +157,8 @@ template <class T> class ForwardDriver : public Driver<T> {
       const double corrected = n[i] - problem.forward.correction, divisor = corrected < 1 ? 1 : corrected,
                    var = m2[i] / divisor;
       const double std = std_from_var(var, problem.forward.eps, problem.forward.eps_placement);
-      // 0 where the deviation is 0: x - mean is 0 as well there, and 0 is the limit of xhat, and of its term in dx.
+      // rstd is 0 for a variance of 0 without eps: x - mean is 0 there as well, and 0 is the limit of xhat and of its
+      // term in dx.
       rstd[i] = std == 0 ? 0 : 1 / std;
       xhat_scale[i] = n[i] / divisor;
       if (problem.forward.eps_placement == EpsPlacement::outside)
@@ -169,7 +174,7 @@ template <class T> class ForwardDriver : public Driver<T> {
       write_statistic(problem.rstd, c, rstd[i]);
       write_statistic(problem.xhat_scale, c, xhat_scale[i]);
       if (problem.count) set_element<int64_t>(problem.count, c, count[i]);
-      this->fill_tables(c, mean[i], lo, rstd[i]);  // by rstd before it is rounded
+      this->fill_tables(c, mean[i], lo, rstd[i]);  // with rstd before rounding
     }
   }
 
@@ -191,8 +196,8 @@ template <class T> class ForwardDriver : public Driver<T> {
     m2 = sum([&](double x) { return (x - mean) * (x - mean); });
   }
 
-  const bool can_use_dot_ = this->can_use_dot();  // then the first sums are about 0
-  int64_t shared_count_ = -1;                     // where every channel has the same
+  const bool can_use_dot_ = this->can_use_dot();  // if true, the first sums are about 0
+  int64_t shared_count_ = -1;                     // the count of all channels; negative if it differs by channel
   int64_t samples_[max_samples];
   int sample_count_ = 0;
   double inverse_sample_count_ = 1;

@@ -1,10 +1,10 @@
-// The kernels of one instruction set: compiled once for each, in the namespace BATCHNORM_ISA.
+// The kernels of one instruction set. This file is compiled once for each, in the namespace BATCHNORM_ISA.
 //
-// Nothing that is included here may call a template or an inline function of the C++ standard library. Each instruction
-// set's compilation would emit it under the one name, the linker keeps an arbitrary copy (the one-definition rule lets it
-// take all for the same), and that copy may hold instructions which the machine lacks. So `__builtin_` and `__atomic_`
-// functions, which the compiler expands in place, and `min` and `max` in our own namespace take their place. What is
-// shared under one name (dtypes.hpp) is always inlined.
+// Nothing included here may call a template or an inline function of the C++ standard library. Each of these would be
+// compiled once per instruction set under the same name. The linker keeps an arbitrary copy, because the one-definition
+// rule lets it assume that all are equal, and this copy may contain instructions that the machine lacks. Therefore
+// `__builtin_` and `__atomic_` functions, which the compiler expands in place, and `min` and `max` of this namespace
+// are used instead. Functions shared by all instruction sets (dtypes.hpp) are always inlined.
 #include "backward.hpp"
 #include "forward.hpp"
 

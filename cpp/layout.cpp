@@ -6,7 +6,7 @@
 namespace batchnorm {
 namespace {
 
-// One axis, or several that are as good as one: its size, and its stride in each array.
+// One axis, or several merged ones: its size, and its stride in each array.
 struct Axis {
   int64_t size;
   int64_t strides[8];
@@ -16,7 +16,7 @@ struct AxisList {
   Axis axes[max_dimensions];
   int length = 0;
 
-  // Axes next to each other become one where each array steps through them evenly.
+  // Merges adjacent axes that each array traverses evenly, but not axis `unmerged` with the one before it.
   void merge(int arrays, int unmerged) {
     int last = 0;
     for (int i = 1; i < length; ++i) {
@@ -34,7 +34,7 @@ struct AxisList {
   }
 };
 
-// An array without elements, whose strides mean nothing.
+// Views arrays without elements, whose strides are meaningless.
 bool view_empty(const ArrayView* arrays, int count, uint32_t channel_axes, Problem& problem) {
   const Array& x = *arrays[0].array;
   problem.N = problem.C = problem.S = 1;

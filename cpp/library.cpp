@@ -44,7 +44,7 @@ nb::object Library::empty(nb::handle x, Element element, int ndim, const int64_t
   return empty_(nb::tuple(sizes), name_of(element));
 }
 
-// `empty_like` of an array takes half as long as `empty` of a shape and a dtype.
+// `empty_like` of an array takes half the time of `empty` of a shape and a dtype.
 const Library::Prototype& Library::prototype(Element element, int64_t length) const {
   constexpr size_t max_prototypes = 16;
   for (const Prototype& known : prototypes_)

@@ -1,4 +1,4 @@
-// How elements of the four types get into vectors and out of them. No pointer needs any alignment.
+// Loads and stores of the four element types as vectors. No pointer needs alignment, except that of `stream`.
 #pragma once
 
 #include "pairs.hpp"
@@ -25,8 +25,8 @@ BATCHNORM_INLINE VecF32 widen(HalfVecU16 bits, float16) {
 #elif defined(__AVX2__)
   return _mm256_cvtph_ps((__m128i)bits);
 #else
-  // The exponent and fraction moved to a float's place are 2^112 too small, subnormal numbers included; Inf and NaN
-  // have an exponent of their own.
+  // Exponent and fraction, shifted to their places in a float, give a value that is 2^112 too small, also for subnormal
+  // numbers. Inf and NaN get the largest exponent of a float instead.
   const VecU32 h = zero_extend(bits);
   const VecU32 magnitude = (h & 0x7fff) << 13, sign = (h & 0x8000) << 16;
   const VecF32 scaled = (VecF32)magnitude * 0x1p112f;
@@ -37,7 +37,7 @@ BATCHNORM_INLINE VecF32 widen(HalfVecU16 bits, float16) {
 
 // ---- four bytes to two: to nearest, ties to even -------------------------------------------------------------------
 
-// The upper and the lower two bytes of each lane.
+// The upper two bytes of each lane (`lower_halves`: the lower two), in the order of the lanes.
 BATCHNORM_INLINE VecU16 upper_halves(VecU32 low, VecU32 high) {
 #if defined(__AVX512F__)
   VecU16 odd;
@@ -67,10 +67,10 @@ BATCHNORM_INLINE bool has_nan(Pair v) {
 #endif
 }
 
-// A NaN keeps its upper bits and is made quiet: rounding would carry it to infinity or zero.
+// A NaN keeps its upper bits and becomes quiet; rounding would carry its bits to infinity or zero.
 BATCHNORM_INLINE VecU16 narrow(Pair v, bfloat16) {
 #if defined(__AVX512BF16__)
-  // One instruction in place of nine, which takes subnormal numbers for zeros.
+  // One instruction instead of nine, used only without subnormal numbers because it flushes these to zero.
   constexpr int subnormal = 0x20;
   const auto subnormals = _mm512_fpclass_ps_mask(v.low, subnormal) | _mm512_fpclass_ps_mask(v.high, subnormal);
   if (__builtin_expect(subnormals == 0, true)) return (VecU16)_mm512_cvtne2ps_pbh(v.high, v.low);
@@ -101,7 +101,7 @@ BATCHNORM_INLINE VecU16 narrow(Pair v, float16) {
     // Subnormal results: adding 0.5 leaves the rounded number in the low bits of the sum, in units of 2^-24.
     const VecU32 subnormal = (VecU32)((VecF32)magnitude + 0.5f) - 0x3f000000;
     const VecU32 normal = (magnitude - 0x38000000 + 0xfff + ((magnitude >> 13) & 1)) >> 13;
-    // Subnormal below 2^-14; 65520 and above round to Inf; above Inf lie NaN.
+    // Results are subnormal below 2^-14 and Inf from 65520 on; bits above those of Inf are NaN.
     VecU32 half = magnitude < 0x38800000 ? subnormal : normal;
     half = magnitude >= 0x477ff000 ? VecU32{} + 0x7c00 : half;
     half = magnitude > 0x7f800000 ? ((magnitude >> 13) & 0x3ff) | 0x7e00 : half;
@@ -129,14 +129,14 @@ template <class T> BATCHNORM_INLINE void store_pair(T* p, Pair v) {
 BATCHNORM_INLINE void store(bfloat16* p, Pair v) { store_pair(p, v); }
 BATCHNORM_INLINE void store(float16* p, Pair v) { store_pair(p, v); }
 
-// Floats or doubles, as the vector that elements of some type are computed in.
+// Loads floats or doubles as V, the vector of a computation.
 template <class V> BATCHNORM_INLINE V load_as(const ScalarOf<V>* p) {
   if constexpr (sizeof(V) > vector_bytes) return {load(p), load(p + width<VecF32>)};
   else return load(p);
 }
 BATCHNORM_INLINE void store(float* p, Pair v) { store(p, v.low), store(p + width<VecF32>, v.high); }
 
-// The first n elements, the other lanes 0; nothing beyond them is touched.
+// The first n elements; the other lanes are 0. Memory after them is not accessed.
 template <class T> BATCHNORM_INLINE typename Compute<T>::V load(const T* p, int n) {
 #if defined(__AVX512F__)
   if constexpr (sizeof(T) == 4) return (VecF32)_mm512_maskz_loadu_ps((__mmask16)((1u << n) - 1), p);
@@ -163,7 +163,7 @@ template <class V> BATCHNORM_INLINE ScalarOf<V> first_lane(V v) {
   else return v[0];
 }
 
-// One element.
+// One element, converted to the type of the computation.
 template <class T> BATCHNORM_INLINE auto load_scalar(const T* p) {
   if constexpr (sizeof(T) == 2) {
     uint16_t bits;
@@ -176,7 +176,7 @@ template <class T> BATCHNORM_INLINE auto load_scalar(const T* p) {
   }
 }
 
-// A store past the cache; p must be aligned to what it writes. A plain store where the machine has none.
+// Streaming store; p must be aligned to the bytes stored. A plain store where the instruction set has none.
 template <class T> BATCHNORM_INLINE void stream(T* p, typename Compute<T>::V v) {
   constexpr int bytes = width<typename Compute<T>::V> * sizeof(T);
 #if defined(__AVX2__)
@@ -197,13 +197,13 @@ template <class T> BATCHNORM_INLINE void stream(T* p, typename Compute<T>::V v) 
 #endif
 }
 
-// ---- products of bfloat16, added up without being converted, where the machine can ---------------------------------
+// ---- dot products of bfloat16, without conversion, with AVX512_BF16 ------------------------------------------------
 
 #if defined(__AVX512BF16__)
 template <class T> constexpr bool has_dot = false;
 template <> constexpr bool has_dot<bfloat16> = true;
 
-// sums[i] + p[2 * i] * q[2 * i] + p[2 * i + 1] * q[2 * i + 1], with zeros for subnormal numbers.
+// sums[i] + p[2 * i] * q[2 * i] + p[2 * i + 1] * q[2 * i + 1], with subnormal numbers taken as zeros.
 BATCHNORM_INLINE VecF32 dot(VecU16 p, VecU16 q, VecF32 sums) {
   return (VecF32)_mm512_dpbf16_ps((__m512)sums, (__m512bh)p, (__m512bh)q);
 }
@@ -217,13 +217,13 @@ BATCHNORM_INLINE VecU16 load_bits(const bfloat16* p, int n) {
   return (VecU16)_mm512_maskz_loadu_epi16((__mmask32)((1ull << n) - 1), p);
 }
 
-// The elements of two vectors next to each other: p[0] q[0] p[1] q[1] ..., four of each in turns to `low` and to `high`.
+// Interleaves two vectors: p[0] q[0] p[1] q[1] ...; groups of four of each go alternately to `low` and `high`.
 struct Interleaved { VecU16 low, high; };
 BATCHNORM_INLINE Interleaved interleave(VecU16 p, VecU16 q) {
   return {(VecU16)_mm512_unpacklo_epi16((__m512i)p, (__m512i)q), (VecU16)_mm512_unpackhi_epi16((__m512i)p, (__m512i)q)};
 }
 
-// Sums of what `interleave` has made, in the order of the elements.
+// Sums over interleaved vectors, put back in the order of the elements.
 BATCHNORM_INLINE Pair deinterleave(Pair v) {
   const VecI32 low = {0, 1, 2, 3, 16, 17, 18, 19, 4, 5, 6, 7, 20, 21, 22, 23}, high = low + 8;
   return {(VecF32)_mm512_permutex2var_ps((__m512)v.low, (__m512i)low, (__m512)v.high),
@@ -233,7 +233,7 @@ BATCHNORM_INLINE Pair deinterleave(Pair v) {
 template <class T> constexpr bool has_dot = false;
 #endif
 
-// What follows a sequence of `stream`: other threads see it before anything that is written later.
+// Ends a sequence of calls of `stream`: other threads see these stores before any later store.
 BATCHNORM_INLINE void fence() {
 #if defined(__AVX2__)
   _mm_sfence();

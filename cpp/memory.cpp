@@ -24,13 +24,14 @@ struct CachedBuffer {
 
 struct Cache {
   std::mutex mutex;
-  std::vector<CachedBuffer> buffers;  // the one that came back last at the end
+  std::vector<CachedBuffer> buffers;  // in the order in which they were freed
   int64_t bytes = 0;
 
-  Cache() { buffers.reserve(max_cached_bytes / min_pooled_bytes + 1); }  // so that giving back cannot fail
+  Cache() { buffers.reserve(max_cached_bytes / min_pooled_bytes + 1); }  // so that freeing cannot fail
 };
 
-// Never destroyed: arrays outlive everything else at the end of a process. A child of a fork finds the lock free.
+// Never destroyed, because arrays outlive static objects at the end of a process. A forked child finds the mutex
+// unlocked.
 Cache& the_cache() {
   static Cache* const cache = [] {
     pthread_atfork([] { the_cache().mutex.lock(); }, [] { the_cache().mutex.unlock(); },
@@ -42,7 +43,7 @@ Cache& the_cache() {
 
 int64_t round_up(int64_t bytes, int64_t unit) { return (bytes + unit - 1) / unit * unit; }
 
-// Whole huge pages where there are several of them.
+// Buffers of two or more huge pages are a number of whole ones.
 bool has_huge_pages(int64_t bytes) { return bytes >= 2 * huge_page; }
 int64_t buffer_bytes(int64_t bytes) { return round_up(bytes, has_huge_pages(bytes) ? huge_page : 64 << 10); }
 
@@ -61,7 +62,7 @@ void* map(int64_t bytes) {
   return begin + head;
 }
 
-// The system gets the oldest blocks back, while `is_released(buffer)`. Under the lock.
+// Unmaps the oldest buffers while `is_released(buffer)`. The mutex must be locked.
 template <class Predicate> void release_oldest(Cache& cache, const Predicate& is_released) {
   auto buffer = cache.buffers.begin();
   for (; buffer != cache.buffers.end() && is_released(*buffer); ++buffer) {

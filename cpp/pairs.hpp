@@ -1,4 +1,4 @@
-// Pairs of vectors, for elements of two bytes: what passes do with a vector of floats they do with two.
+// Operators on pairs of vectors, with which passes treat the pair of a two-byte element type like one vector of floats.
 #pragma once
 
 #include "simd.hpp"

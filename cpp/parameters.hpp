@@ -9,7 +9,7 @@
 
 namespace batchnorm {
 
-// What the convention makes of the parameters, for all groups.
+// The effective parameters of the convention, for all groups.
 class Parameters {
  public:
   Parameters(const Spec& spec, const Operands& operands)
@@ -32,7 +32,7 @@ class Parameters {
     problem.normalized_padding = spec_.normalized_padding;
   }
 
-  // Lanes have parameters of their own, groups of one batch share them.
+  // Each lane has its own parameters; the groups of a batch share them.
   PerChannel of_group(const PerChannel& all, int64_t group, int64_t C) const {
     return spec_.has_lanes() ? group_slice(all, group, C) : all;
   }
@@ -50,7 +50,7 @@ class Parameters {
   std::unique_ptr<double[]> raw_gamma_, effective_gamma_;
 };
 
-// The gradient of a parameter. The kernels write into it, or into doubles that are summed over the groups first.
+// The gradient of a parameter. The kernels write it directly, or into doubles that are first summed over the groups.
 class ParameterGradient {
  public:
   ParameterGradient(const Array& array, int64_t C, bool is_summed) : target_(per_channel(array, C)), C_(C) {

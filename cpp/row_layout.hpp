@@ -1,4 +1,4 @@
-// Where the elements of a problem are: its rows, and which of them count.
+// The rows of a problem, and which of their elements are valid.
 #pragma once
 
 #include "parallel.hpp"
@@ -16,7 +16,7 @@ template <class T> class RowLayout {
   using F = typename Compute<T>::Scalar;
   using Range = Team::Range;
 
-  // Some channels, the team that works on them, and their coefficients by column. Channels last, all of them.
+  // Some channels, the team that works on them, and their coefficients by column. In the columns family, all channels.
   struct ChannelSlice {
     Range channels;
     Team& team;
@@ -61,7 +61,7 @@ template <class T> class RowLayout {
     return !mask.bytes.data || *address_of<const uint8_t>(mask.bytes, n, c, s);
   }
 
-  // Elements that count in channel c.
+  // Number of valid elements of channel c.
   int64_t valid_count(int64_t c) const {
     const Problem& p = problem;
     if (!p.mask.lengths && !p.mask.bytes.data) return p.N * p.S;
@@ -91,7 +91,7 @@ template <class T> class RowLayout {
             options.has_mask ? address_of<const uint8_t>(p.mask.bytes, n, c, s) : nullptr};
   }
 
-  // The part of row r that belongs to a scope, and its length.
+  // The part of row r in a slice's channels, and the length of row r.
   Row<T> row_of(const ChannelSlice& slice, int64_t r) const {
     if (plan.is_flat) return row(0, 0, 0).offset_by(row_step_, r);
     if (plan.family == Family::short_rows) return row(r, slice.channels.begin, 0);
@@ -101,7 +101,8 @@ template <class T> class RowLayout {
     return plan.is_flat ? min(plan.width, plan.elements - r * plan.width) : plan.width;
   }
 
-  // How many leading elements of row (n, c) may count; a mask element by element is seen to by the pass.
+  // Number of leading elements of row (n, c) that may be valid. Where `options.has_mask`, the pass checks each element
+  // itself.
   int64_t valid_length(int64_t n, int64_t c) const {
     const Mask& mask = problem.mask;
     if (mask.lengths) return mask.lengths[n];
@@ -115,8 +116,8 @@ template <class T> class RowLayout {
            *address_of<const uint8_t>(mask.bytes, r / problem.S, 0, r % problem.S);
   }
 
-  // body(row, rows, length, is_valid) for runs of chunk k's rows that are evenly spaced, equally long, and all kept or
-  // none.
+  // Calls body(row, rows, length, is_valid) for runs of rows of chunk k. The rows of a run are evenly spaced and
+  // equally long, and all of them are valid or none is.
   template <class Body> void for_row_runs(const ChannelSlice& slice, int64_t k, const Body& body) const {
     const Mask& mask = problem.mask;
     const int64_t chunk_end = min(plan.rows, (k + 1) * plan.chunk_n);
@@ -126,7 +127,7 @@ template <class T> class RowLayout {
       if (plan.is_flat) {
         if (r < end - 1 && row_length(end - 1) < plan.width) --end;
       } else if (plan.family == Family::columns) {
-        end = min(end, (r / problem.S + 1) * problem.S);  // the rows of one n
+        end = min(end, (r / problem.S + 1) * problem.S);  // rows of one n only
         is_valid_run = is_valid_row(r);
         if (mask.lengths && is_valid_run) end = min(end, r / problem.S * problem.S + mask.lengths[r / problem.S]);
         if (mask.bytes.data && !options.has_mask) {

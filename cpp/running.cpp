@@ -6,7 +6,7 @@
 namespace batchnorm {
 namespace {
 
-// `value` as the array would hold it.
+// `value` rounded to the dtype of the array.
 double rounded(const PerChannel& values, double value) {
   return values.dtype == Dtype::float64 ? value : static_cast<float>(value);
 }
@@ -26,12 +26,12 @@ double tracked_value(double var, const Averaging& averaging) {
 double spread_of(double m2, double count, const Averaging& averaging) {
   double divisor = count - averaging.correction;
   if (averaging.is_clamped) divisor = std::max(divisor, 1.0);
-  if (!(divisor > 0)) return NAN;  // one element has no such variance
+  if (!(divisor > 0)) return NAN;  // undefined for one element
   if (!averaging.corrects_tracked) return tracked_value(m2 / divisor, averaging);
   return tracked_value(m2 / std::max(count, 1.0), averaging) * (count / divisor);
 }
 
-// 1/0 is infinity here: x is another than the one that the averages are of.
+// A spread of 0 gives infinity here, unlike in a batch, because x is not the sample of which these are the statistics.
 double rstd_of_spread(double spread, const Averaging& averaging, EpsPlacement placement) {
   const bool is_inside = placement == EpsPlacement::inside;
   switch (averaging.tracked) {
@@ -70,7 +70,7 @@ void MergedMoments::merge(const BatchMoments& other, int64_t C) {
   }
 }
 
-// In double, and rounded once: three roundings of rstd would be half of what y may be off.
+// In double and rounded once: three roundings of rstd would use up half of the error budget of y.
 void fill_statistics(const RunningStatistics& running, const Averaging& averaging, EpsPlacement placement,
                      const NormalizingStatistics& statistics, int64_t C) {
   const bool is_weighted = averaging.debias == Debias::adam || averaging.debias == Debias::weight_sum;
@@ -107,7 +107,7 @@ UpdateOutcome advance(const RunningStatistics& running, RunningStatistics& updat
   const double momentum = averaging.is_cumulative ? 1 / (running.steps + 1) : averaging.momentum;
   const auto average = [&](double old, double value) {
     if (is_sum) return (1 - momentum) * old + value;
-    if (momentum == 1 || (is_first && running.steps == 0)) return value;  // exactly, whatever the old value was
+    if (momentum == 1 || (is_first && running.steps == 0)) return value;  // exact, for any old value
     return old + momentum * (value - old);
   };
   for (int64_t c = 0; c < C; ++c) {

@@ -1,8 +1,8 @@
-// Vectors of the widest kind that the instruction set being compiled for has. Arithmetic is the compiler's own on vector
-// types (GCC and Clang); only what it has no operator for is spelled out per instruction set.
+// Vectors of the widest type of the instruction set. Arithmetic uses the compiler's operators on vector types (GCC and
+// Clang), and intrinsics only where no operator exists.
 //
-// Everything from here up to kernels.cpp lives in a namespace named after the instruction set; kernels.cpp says why, and
-// why nothing of the standard library is called.
+// All headers from this one up to kernels.cpp are in a namespace named after the instruction set and call nothing of
+// the standard library; kernels.cpp explains why.
 #pragma once
 
 #include <cstdint>
@@ -33,12 +33,12 @@ typedef uint32_t VecU32 __attribute__((vector_size(vector_bytes)));
 typedef uint16_t HalfVecU16 __attribute__((vector_size(vector_bytes / 2)));
 typedef uint16_t VecU16 __attribute__((vector_size(vector_bytes)));
 
-// As many floats as a vector of two-byte elements has: such elements come and go in whole vectors, so that one store
-// fills a line of the cache. Operators in pairs.hpp.
+// As many floats as a vector of two-byte elements holds. Two-byte elements are loaded and stored as whole vectors, so
+// that one store fills a cache line with AVX-512. The operators are in pairs.hpp.
 struct Pair { VecF32 low, high; };
 struct PairMask { VecI32 low, high; };
 
-// The type that elements are computed in, its vector, and the vector of its lanes' truth values (all bits or none).
+// The type in which elements are computed, its vector, and the vector of its lane masks (all bits set, or none).
 // clang-format off
 template <class T> struct Compute { using Scalar = float; using V = Pair; };
 template <> struct Compute<float> { using Scalar = float; using V = VecF32; };
@@ -54,18 +54,20 @@ template <class V> constexpr int width = sizeof(V) / sizeof(ScalarOf<V>);
 
 #define BATCHNORM_INLINE inline __attribute__((always_inline))
 
-template <class V> BATCHNORM_INLINE V broadcast(ScalarOf<V> value) { return value - V{}; }  // + would lose -0.0
+template <class V> BATCHNORM_INLINE V broadcast(ScalarOf<V> value) {
+  return value - V{};
+}  // value + V{} would turn -0.0 into 0.0
 
 template <class V> BATCHNORM_INLINE V select(MaskOf<V> mask, V yes, V no) { return mask ? yes : no; }
 
-// The lanes before the n-th.
+// Mask of the first n lanes.
 template <class V> BATCHNORM_INLINE MaskOf<V> first_lanes(int n) {
   MaskOf<V> index;
   for (int lane = 0; lane < width<V>; ++lane) index[lane] = lane;
   return index < (static_cast<typename Lanes<V>::Int>(n) - MaskOf<V>{});
 }
 
-// a * b + c, rounded once where the machine can.
+// a * b + c, rounded once where the instruction set has a fused multiply-add.
 BATCHNORM_INLINE VecF32 fma(VecF32 a, VecF32 b, VecF32 c) {
 #if defined(__AVX512F__)
   return _mm512_fmadd_ps(a, b, c);
@@ -117,7 +119,7 @@ BATCHNORM_INLINE VecF64 load(const double* p) {
 BATCHNORM_INLINE void store(float* p, VecF32 v) { __builtin_memcpy(p, &v, sizeof v); }
 BATCHNORM_INLINE void store(double* p, VecF64 v) { __builtin_memcpy(p, &v, sizeof v); }
 
-// Lanes whose byte is not 0, among the first n.
+// Mask of the lanes whose byte is not 0; with n, of the first n lanes, without reading any byte after them.
 template <class V> BATCHNORM_INLINE MaskOf<V> load_mask(const uint8_t* p) {
   typedef uint8_t Bytes __attribute__((vector_size(width<V>)));
   Bytes bytes;
@@ -130,7 +132,7 @@ template <class V> BATCHNORM_INLINE MaskOf<V> load_mask(const uint8_t* p, int n)
   return load_mask<V>(bytes);
 }
 
-// Whether any lane holds.
+// True if any bit of the mask is set.
 template <class M> BATCHNORM_INLINE bool any(M mask) {
   uint64_t words[sizeof mask / 8], all = 0;
   __builtin_memcpy(words, &mask, sizeof mask);
@@ -140,7 +142,7 @@ template <class M> BATCHNORM_INLINE bool any(M mask) {
 
 template <class V> BATCHNORM_INLINE MaskOf<V> is_finite(V v) { return (v - v) == V{}; }
 
-// The sum of all lanes, pairwise in a fixed order.
+// Sum of all lanes, pairwise in a fixed order.
 BATCHNORM_INLINE double sum_lanes(VecF64 v) {
   double lanes[width<VecF64>];
   __builtin_memcpy(lanes, &v, sizeof v);

@@ -1,4 +1,4 @@
-// The running statistics of a call.
+// The running statistics of a call, read from their arrays and updated in place or in copies.
 #pragma once
 
 #include <memory>
@@ -37,8 +37,8 @@ struct RunningArrays {
   }
 };
 
-// The running statistics of a call: those of a layer, advanced in place, whose steps and weight may be absent and the
-// steps an integer; or those of a function, all of one dtype with scalars without axes, advanced in copies.
+// The running statistics of a call. Those of a layer are updated in place; their steps and weight may be absent, and
+// the steps an integer. Those of a function are updated in copies; all have one dtype, and scalars have no axes.
 class RunningState {
  public:
   RunningState(const Library& library, nanobind::handle tuple, bool is_in_place, const Spec& spec,
@@ -56,10 +56,10 @@ class RunningState {
     check_scalar(running_.steps, needs_steps);
     check_scalar(running_.weight, needs_weight);
     if (!is_in_place) check_scalar(Array(require_own(4)), true);
-    running_.values(C_);  // raises where they are not contiguous
+    running_.values(C_);  // declines unless they are contiguous
   }
 
-  // By a batch, `copies` being the result where it is accepted and they are not advanced in place.
+  // Updates the averages by a batch. If the update is accepted and is not in place, `copies` becomes the result.
   UpdateOutcome advance(const BatchMoments& batch, const Averaging& averaging, nanobind::object& copies) {
     std::unique_ptr<RunningArrays> updated_arrays;
     nanobind::object new_arrays[4];
@@ -78,7 +78,7 @@ class RunningState {
     return outcome;
   }
 
-  // After the update, if there has been one.
+  // The running statistics, after the update if there has been one.
   RunningStatistics current() const { return (updated_ ? *updated_ : running_).values(C_); }
 
  private:

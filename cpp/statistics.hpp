@@ -1,4 +1,4 @@
-// What a pass writes or reads of each channel: statistics, and what goes with them.
+// The statistics that a pass reads or writes for each channel.
 #pragma once
 
 #include <memory>
@@ -11,7 +11,7 @@ namespace batchnorm {
 
 enum Statistic { mean_row, mean_lo_row, rstd_row, m2_row, xhat_scale_row, statistic_rows };
 
-// What a pass writes or reads of each channel of each group; null where it does neither.
+// The rows of statistics that a pass reads or writes, with the channels of all groups; null for unused rows.
 struct StatisticRows {
   void* data[statistic_rows] = {};
   int64_t* count = nullptr;
@@ -31,10 +31,10 @@ struct StatisticRows {
 inline Dtype statistics_dtype(Dtype dtype) { return dtype == Dtype::float64 ? Dtype::float64 : Dtype::float32; }
 inline Element statistics_element(Dtype dtype) { return dtype == Dtype::float64 ? Element::float64 : Element::float32; }
 
-// Statistics that normalize, as `normalize` returned them or a caller computed them.
+// Given statistics that normalize: results of `normalize`, or statistics that a caller has computed.
 class GivenStatistics {
  public:
-  // `channels`: of channels, of all groups.
+  // `channels`: the number of channels of all groups.
   GivenStatistics(const Library& library, nanobind::handle statistics, Dtype dtype, int64_t channels) {
     const auto read = [&](nanobind::handle object) -> const Array& {
       arrays_.emplace_back(new Array(library.require_own(object)));

@@ -1,11 +1,12 @@
-// Walking a pass (see elements.hpp) over rows: reductions, whose sums end up in doubles, and maps, which store.
+// Traversal of rows by a pass (see elements.hpp): reductions, whose sums end up in doubles, and maps, which store
+// results.
 #pragma once
 
 #include "elements.hpp"
 
 namespace batchnorm::BATCHNORM_ISA {
 
-// The sum of `length` doubles, in a fixed order.
+// Sum of `length` doubles, in a fixed order.
 inline double sum_of(const double* p, int64_t length) {
   VecF64 sums[2] = {};
   int64_t j = 0;
@@ -16,7 +17,7 @@ inline double sum_of(const double* p, int64_t length) {
   return sum_lanes(sums[0] + sums[1]);
 }
 
-// The sum of `length` floats, in double and in a fixed order.
+// Sum of `length` floats, in double and in a fixed order.
 inline double sum_of(const float* p, int64_t length) {
   VecF64 low = {}, high = {};
   const auto add = [&](VecF32 v) __attribute__((always_inline)) {
@@ -29,7 +30,8 @@ inline double sum_of(const float* p, int64_t length) {
   return sum_lanes(low + high);
 }
 
-// Sums of p and of p * q in double lanes. Short runs are summed in the element's own precision and folded in here.
+// Sums of p and of p * q in lanes of doubles. A few terms are first summed in the precision of the elements; `fold`
+// then adds these partial sums.
 template <class V> struct Sums;
 
 template <> struct Sums<VecF32> {
@@ -56,7 +58,7 @@ template <> struct Sums<Pair> : Sums<VecF32> {
   BATCHNORM_INLINE void fold(Pair p, Pair pq) { Sums<VecF32>::fold(p.low + p.high, pq.low + pq.high); }
 };
 
-// Adds the terms of a vector of elements to the sums of p and of p * q.
+// Adds the terms of one vector of elements to the sums of p and of p * q.
 template <class Pass, class T, class L>
 BATCHNORM_INLINE void accumulate(const Pass& pass, const Row<T>& row, int64_t j, const typename Pass::Coefficients& k,
                                  L lanes, typename Pass::Sum& sum_p, typename Pass::Sum& sum_pq) {
@@ -69,7 +71,7 @@ BATCHNORM_INLINE void accumulate(const Pass& pass, const Row<T>& row, int64_t j,
   }
 }
 
-// The same of `rows` evenly spaced rows, column by column.
+// Adds the terms of `rows` evenly spaced rows to the sums of p and of p * q, column by column.
 template <int rows, class Pass, class T, class L>
 BATCHNORM_INLINE void accumulate_rows(const Pass& pass, const Row<T>& row, const typename Row<T>::Step& step, int64_t j,
                                       const typename Pass::Coefficients& k, L lanes, typename Pass::V& sum_p,
@@ -86,21 +88,21 @@ BATCHNORM_INLINE void accumulate_rows(const Pass& pass, const Row<T>& row, const
   }
 }
 
-// Additions to each lane before it is folded.
+// Number of additions to each lane before it is folded.
 template <class Pass> BATCHNORM_INLINE int additions_per_fold(const Pass& pass) {
   if constexpr (!Pass::is_dot)
     if (pass.options.has_frequent_folds) return 1;
   return 16;
 }
 
-// The sums over `length` elements of a row of one channel.
+// Sums over `length` elements of a row of one channel.
 template <class Pass, class T>
 inline void reduce_row(const Pass pass, const Row<T> row, const typename Pass::Coefficients k, int64_t length,
                        Sums<typename Pass::Sum>& sums) {
   using V = typename Pass::Sum;
   constexpr int W = width<typename Pass::V>, unroll = 4 * vector_bytes / sizeof(V);
-  // After 16 additions the rounding errors of a lane are less than a unit in the last place of the sum, unless the terms
-  // are equal and the errors with them.
+  // After 16 additions the rounding error of a lane is less than a unit in the last place of the sum, unless the terms,
+  // and with them their errors, are equal.
   const int64_t additions = additions_per_fold(pass) * unroll * W;
   for (int64_t begin = 0; begin < length; begin += additions) {
     const int64_t end = length - begin < additions ? length : begin + additions;
@@ -116,7 +118,8 @@ inline void reduce_row(const Pass pass, const Row<T> row, const typename Pass::C
   }
 }
 
-// Adds the terms of `rows` evenly spaced rows to the sums of the columns in [begin, end); sums[0] is that of `begin`.
+// Adds the terms of `rows` evenly spaced rows to the sums of the columns in [begin, end). sums_p[0] and sums_pq[0]
+// belong to column `begin`.
 template <int rows, class Pass, class T>
 inline void reduce_columns(const Pass pass, const Row<T> row, const typename Row<T>::Step step, int64_t begin,
                            int64_t end, ScalarOf<typename Pass::V>* sums_p, ScalarOf<typename Pass::V>* sums_pq) {
@@ -135,7 +138,7 @@ inline void reduce_columns(const Pass pass, const Row<T> row, const typename Row
   if (j < end) block(j, PartialVector{static_cast<int>(end - j)});
 }
 
-// Whether all that a row writes can be streamed, whole vectors at a time, from its element j on.
+// True if all outputs of a row can be streamed in whole vectors from element j on.
 template <class T> inline bool is_aligned(const Row<T>& row, int64_t j) {
   constexpr uintptr_t bytes = width<typename Compute<T>::V> * sizeof(T);
   const auto at = [&](const T* p) { return p ? reinterpret_cast<uintptr_t>(p + j) % bytes : 0; };

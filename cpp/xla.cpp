@@ -1,9 +1,10 @@
-// The kernels as targets of XLA's foreign function interface on the CPU: arrays are viewed here, and nothing is computed.
+// The kernels as targets of XLA's foreign function interface on the CPU. Arrays are only viewed here; nothing is
+// computed.
 //
-// Arrays are dense and row-major: those of the shape of x are (L, N, C, S) or (L, N, C), with L lanes that are batch norms of
-// their own, those with a number for each channel (L, C), and the scalars of a state (L, 1). An absent operand has one
-// dimension. Nothing is checked that the primitives of kernels/jax/primitives.py and running.py have put together, but for
-// what would read or write out of bounds.
+// Arrays are dense and row-major. Those of the shape of x are (L, N, C, S) or (L, N, C), with L lanes, which are
+// independent batch norms; those with a number for each channel are (L, C), and the scalars of a state (L, 1). An
+// absent operand has one dimension. Operands are those of the primitives in kernels/jax/primitives.py and running.py,
+// so checks cover only what would cause reads or writes out of bounds.
 #include "xla.hpp"
 
 #include <algorithm>
@@ -21,9 +22,9 @@ namespace {
 
 using xla::Buffer, xla::DataType, xla::ErrorCode;
 
-// ---- a call of XLA's ----------------------------------------------------------------------------------------------
+// ---- a call from XLA -----------------------------------------------------------------------------------------------
 
-// Thrown and caught within one call: XLA is told by a code and a message.
+// Thrown and caught within one call. XLA receives the code and the message.
 struct Failure {
   ErrorCode code;
   std::string message;
@@ -34,12 +35,13 @@ struct Failure {
 }
 
 xla::Error* error_of(const xla::Api& api, ErrorCode code, const char* message) {
-  // Through `code`, not sizeof: a later version may put a field into the padding behind it.
+  // The size ends with `code`, not with the struct: a later version may put a field into the padding at its end.
   xla::ErrorCreate arguments{offsetof(xla::ErrorCreate, code) + sizeof code, nullptr, message, code};
   return api.error_create(&arguments);
 }
 
-// Other sizes than these would mean other places of the fields. What only ends with known fields may have more of them.
+// Other sizes than these would mean other offsets of fields. Structs whose known fields are followed by others may be
+// larger.
 void check_layout(const xla::CallFrame& frame) {
   const bool is_known = frame.struct_size >= sizeof frame && frame.args.struct_size == sizeof frame.args &&
                         frame.rets.struct_size == sizeof frame.rets && frame.attrs.struct_size == sizeof frame.attrs;
@@ -50,7 +52,8 @@ void check_layout(const xla::CallFrame& frame) {
          std::to_string(api.version.minor) + ", which lays out its calls in another way");
 }
 
-// The operands and attributes of one call. Constructed, the layout and the numbers of them are those that a target takes.
+// The operands and attributes of one call. The constructor checks their layout and that their numbers are those of the
+// target.
 class CheckedCall {
  public:
   CheckedCall(const xla::CallFrame& frame, int64_t args, int64_t rets, int64_t attrs) : frame_(frame) {
@@ -77,7 +80,7 @@ class CheckedCall {
              "; was the program exported by another version?");
   }
 
-  // In this order: what is no buffer has no size to read.
+  // Checked in this order, because only a buffer has a size to read.
   static void check_buffer(bool is_buffer, const Buffer& buffer) {
     if (!is_buffer || buffer.struct_size < sizeof buffer) refuse("an operand or a result is not an array");
   }
@@ -97,12 +100,12 @@ class CheckedCall {
   const xla::CallFrame& frame_;
 };
 
-// XLA's own threads.
+// XLA's threads.
 class ThreadPool {
  public:
   explicit ThreadPool(const xla::CallFrame& frame) : api_(*frame.api), context_(frame.context) {}
 
-  // 1 without a pool.
+  // The number of threads; 1 without a pool.
   int64_t size() const {
     int64_t threads = 1;
     xla::ThreadPoolNumThreads arguments{sizeof arguments, nullptr, context_, &threads};
@@ -110,7 +113,8 @@ class ThreadPool {
     return std::max<int64_t>(threads, 1);
   }
 
-  // On this thread where the pool takes no task: one that is never run would be waited for.
+  // Schedules the task, or runs it on this thread if the pool refuses it: a task that never runs would be waited for
+  // forever.
   void schedule(void (*task)(void*), void* data) const {
     xla::ThreadPoolSchedule arguments{sizeof arguments, nullptr, context_, task, data};
     if (discard(api_.thread_pool_schedule(&arguments))) task(data);
@@ -158,14 +162,14 @@ Activation activation_of(const CheckedCall& call) {
   return static_cast<Activation>(number);
 }
 
-// The problem of one lane after the other.
+// The problems of all lanes, which are computed one after the other.
 class LaneProblems {
  public:
   explicit LaneProblems(const Buffer& x) {
     check(x.rank == 3 || x.rank == 4);
     problem.dtype = dtype_of(x);
     lanes_ = x.dims[0];
-    // Channels last, the rows are along S, as where NumPy's arrays are viewed: the kernels take them in runs.
+    // With channels last, rows are along S, as in views of NumPy arrays, because the kernels traverse them in runs.
     is_channels_last_ = x.rank == 3;
     problem.N = is_channels_last_ ? 1 : x.dims[1], problem.C = x.dims[2],
     problem.S = is_channels_last_ ? x.dims[1] : x.dims[3];
@@ -181,7 +185,7 @@ class LaneProblems {
     lane_steps_.push_back({&tensor.data, size() * size_of(problem.dtype)});
   }
 
-  // A mask broadcasts over the channels, or has one byte for each element; or it is the lengths of each n, int32.
+  // A mask broadcasts over the channels or has one byte for each element; or it has the lengths of each n, as int32.
   void add_mask(const Buffer& buffer) {
     if (!is_present(buffer)) return;
     if (buffer.rank == 2) {
@@ -216,7 +220,7 @@ class LaneProblems {
     lane_steps_.push_back({&table, problem.C * (is_float64_ ? 8 : 4)});
   }
 
-  // Counts are int32 there and int64 here.
+  // Counts are int32 in XLA and int64 in the kernels.
   void add_counts(const Buffer& buffer) {
     if (!is_present(buffer)) return;
     check(buffer.dtype == DataType::s32 && elements_of(buffer) == lanes_ * problem.C);
@@ -236,10 +240,10 @@ class LaneProblems {
     for (int64_t lane = 0; lane < lanes_; ++lane) {
       int32_t* const counts = counts32_ ? counts32_ + lane * problem.C : nullptr;
       if (counts && operation == Operation::backward) std::copy(counts, counts + problem.C, counts64_.begin());
-      if (lengths32_)  // which nobody has checked where they were traced
+      if (lengths32_)  // lengths are not checked while they are traced
         std::transform(lengths32_ + lane * problem.N, lengths32_ + (lane + 1) * problem.N, lengths64_.begin(),
                        [S = problem.S](int64_t length) { return std::clamp<int64_t>(length, 0, S); });
-      problem.threads = threads;  // `compute` lowers it to what the size is worth
+      problem.threads = threads;  // `compute` lowers it for small problems
       if (!batchnorm::compute(operation, problem)) refuse("no kernel walks such strides");
       if (counts && operation == Operation::forward)
         std::transform(counts64_.begin(), counts64_.end(), counts, [](int64_t n) { return static_cast<int32_t>(n); });
@@ -308,7 +312,7 @@ void backward(const xla::CallFrame& frame) {
   lanes.compute(Operation::backward, ThreadPool(frame));
 }
 
-// Copies the running statistics of each lane, and advances the copies by its batch.
+// Copies the running statistics of each lane, and updates the copies by its batch.
 void advance(const xla::CallFrame& frame) {
   enum { mean, spread, steps, weight, skipped, fields };
   enum { count = fields, batch_mean, batch_mean_lo, batch_m2, args };
@@ -316,7 +320,7 @@ void advance(const xla::CallFrame& frame) {
   const Buffer& shape = call.ret(mean);
   check(shape.rank == 2);
   const int64_t lanes = shape.dims[0], C = shape.dims[1];
-  // Lane `lane` of an array of `length` numbers for each.
+  // The part of one lane in an array with `length` numbers for each lane.
   const auto lane_part = [&](const Buffer& buffer, int64_t lane, int64_t length) {
     const Dtype dtype = dtype_of(buffer);
     check(size_of(dtype) >= 4 && elements_of(buffer) == lanes * length);
@@ -358,7 +362,8 @@ void advance(const xla::CallFrame& frame) {
   }
 }
 
-// XLA asks each target for the version that it is compiled for, and registers none of a version that it does not support.
+// XLA asks each target for the version that it is compiled for, and registers only targets of versions that it
+// supports.
 bool answer_metadata(const xla::CallFrame& frame) {
   if (!frame.extensions || frame.extensions->type != xla::ExtensionType::metadata) return false;
   xla::Metadata& metadata = *reinterpret_cast<xla::MetadataExtension*>(frame.extensions)->metadata;
@@ -366,7 +371,7 @@ bool answer_metadata(const xla::CallFrame& frame) {
     refuse("XLA's metadata are too small");
   metadata.version = {sizeof metadata.version, nullptr, xla::major_version, xla::minor_version};
   metadata.traits = 0;
-  metadata.state_type = 0;  // behind what the size counts, but part of the struct since version 0.1
+  metadata.state_type = 0;  // not counted in the size, but part of the struct since version 0.1
   return true;
 }
 

@@ -1,12 +1,13 @@
-// Random problems through the kernels of one instruction set, to be run under a sanitizer: every buffer is a block of
-// its own with exactly the bytes that may be touched, filled with NaN where nothing may be read; results are held
-// against naive loops, and those of several threads against one thread's bits: those alone where infinities and NaN of
-// several bits are among the elements. Arrays start between two elements now and then. And the memory of results.
+// Random problems for the kernels of one instruction set, to be run under a sanitizer. Every array has a buffer of
+// exactly the bytes that may be accessed, which are NaN where nothing may be read. Results are compared with naive
+// loops, and the results of several threads with the bits of one thread; only the latter if there are infinities and
+// NaN (with various bits) among the elements. Some arrays are not aligned to their elements. The pool for results and
+// the steps of a team are tested too.
 //
 //     fuzz [problems] [first seed]
 //
-// tests/kernels/sanitize.sh compiles and runs it, for float, and for those of double and bfloat16 (from which float16
-// differs by its conversion alone) that it names: the kernels of one type take half a minute to compile.
+// tests/kernels/sanitize.sh compiles and runs it for float, and for double and bfloat16 where it says so (float16
+// differs from bfloat16 only in its conversion), because the kernels of one type take half a minute to compile.
 #include <cstdio>
 #include <cstdlib>
 #include <memory>
@@ -55,7 +56,7 @@ struct Random {
   }
 };
 
-// A block of exactly so many bytes, every one of them 0xff: NaN in each floating type.
+// A buffer of exactly this many bytes, all 0xff: NaN in each floating type.
 struct ExactBuffer {
   explicit ExactBuffer(int64_t bytes) : memory(static_cast<char*>(std::malloc(bytes)), std::free), bytes(bytes) {
     std::memset(memory.get(), 0xff, bytes);
@@ -71,8 +72,8 @@ struct Memory {
     return buffers.emplace_back(misalignment + bytes).memory.get() + misalignment;
   }
 
-  // The strides of `t` filled in with room for exactly the elements that they reach; `lead` elements in front, and
-  // a byte more where `is_odd`.
+  // Allocates exactly the elements that the strides of `t` reach, with `lead` elements before them, and one byte more
+  // if `is_odd`.
   void allocate_tensor(Tensor& t, const Problem& p, int64_t size, int64_t lead, bool is_odd = false) {
     int64_t low = 0, high = 0;
     const int64_t sizes[] = {p.N, p.C, p.S}, strides[] = {t.n, t.c, t.s};
@@ -82,7 +83,7 @@ struct Memory {
   }
 };
 
-// One problem with all of its memory; built twice from one seed it is the same but for the blocks' addresses.
+// One problem with all of its memory. Two trials of one seed are the same but for the addresses of their buffers.
 struct Trial {
   Trial(uint64_t seed, int threads) : random{seed * 2654435761u + 1} {
     for (int i = 0; i < 4; ++i) random.next();
@@ -107,7 +108,7 @@ struct Trial {
   Memory memory;
   std::vector<Tensor*> written;
   bool is_backward;
-  bool has_specials;  // infinities and NaN, which naive loops do not agree on
+  bool has_specials;  // infinities and NaN, for which naive loops give other results
   Random random;
   std::vector<int64_t> lengths;
 
@@ -119,7 +120,7 @@ struct Trial {
     p.N = random.pick(few), p.C = random.pick(few), p.S = random.pick(few);
     int64_t* const chosen[] = {&p.N, &p.C, &p.S};
     *random.pick(chosen) = random.pick(lengths);
-    if (random.one_in(12)) (random.one_in(2) ? p.N : p.S) = 0;  // without channels there is nothing to plan
+    if (random.one_in(12)) (random.one_in(2) ? p.N : p.S) = 0;  // not C: without channels there is nothing to plan
     const auto sizes = [&](int64_t N, int64_t C, int64_t S) {
       p.N = 1 + random.below(N), p.C = 1 + random.below(C), p.S = 1 + random.below(S);
     };
@@ -152,7 +153,7 @@ struct Trial {
   double random_value(int64_t deviation, int64_t mean) {
     if (!has_specials || !random.one_in(20)) return random.normal() * deviation + mean;
     if (random.one_in(3)) return random.one_in(2) ? INFINITY : -INFINITY;
-    // A quiet NaN of either sign, with bits of its own that the narrowest type has room for.
+    // A quiet NaN of either sign, with random bits that fit in the narrowest type.
     const uint64_t sign = random.below(2), fraction = random.below(64);
     const uint64_t bits = sign << 63 | uint64_t{0x7ff8} << 48 | fraction << 45;
     double value;
@@ -177,7 +178,7 @@ struct Trial {
       const int64_t lead = random.one_in(2) ? 0 : random.below(4);
       memory.allocate_tensor(t, p, size_of(p.dtype), lead, random.one_in(4));
       if (!is_input) return written.push_back(&t);
-      // What counts nowhere may hold anything, but for the dy of padding that is normalised.
+      // Padding may be NaN, except in the dy of normalized padding.
       const bool is_dense = t.n && (p.C < 2 || t.c) && (p.S < 2 || t.s);
       const bool is_poisoned = is_dense && random.one_in(3) && !(&t == &p.backward.dy && p.normalized_padding);
       for (int64_t n = 0; n < p.N; ++n)
@@ -239,7 +240,7 @@ struct Trial {
   }
 };
 
-// Elements by which z may be on the wrong side of 0 in the kernel's precision: their gradients are not compared.
+// z this close to a kink may be on its other side in the precision of the kernels, so gradients are not compared then.
 constexpr double kink_margin = 1e-3;
 
 struct Check {
@@ -311,7 +312,7 @@ int compare(const Trial& trial, uint64_t seed) {
   return check.failures;
 }
 
-// Whether the kernels had a plan for the problem.
+// Returns true if there is a plan for the problem.
 bool run(Trial& trial, bool is_streaming) {
   Plan plan;
   if (!make_plan(trial.p, plan)) return false;
@@ -322,8 +323,8 @@ bool run(Trial& trial, bool is_streaming) {
   return true;
 }
 
-// Several threads take blocks, write their own number into them and give them back; a block that two of them held at a
-// time would have another's. Returns how many had.
+// Threads allocate pooled buffers, write their own number into them and free them; a buffer that two threads had at the
+// same time would contain another number. Returns how many buffers did.
 int64_t count_shared_buffers(int threads) {
   int64_t failures = 0;
   BATCHNORM_ISA::run_team(threads, nullptr, [&](const BATCHNORM_ISA::Team& team) {
@@ -341,8 +342,8 @@ int64_t count_shared_buffers(int threads) {
   return failures;
 }
 
-// A team goes through more steps than 16 bits count: every piece of every step is done, and once. Returns how many steps
-// were not.
+// A team goes through more steps than 16 bits can count; every piece of every step must be done exactly once. Returns
+// the number of steps for which this is not so.
 int64_t count_incomplete_steps(int threads) {
   constexpr int64_t steps = 70000, pieces = 5;
   std::vector<int64_t> done(steps);
@@ -355,7 +356,7 @@ int64_t count_incomplete_steps(int threads) {
   return steps - std::count(done.begin(), done.end(), pieces);
 }
 
-// Each a thread of its own; they come early, in the midst of the work, or too late.
+// Runs each task on a thread of its own, which may start early, during the work, or too late.
 const ExternalPool pool{[](void*, void (*task)(void*), void* data) { std::thread(task, data).detach(); }, nullptr};
 
 }  // namespace
@@ -375,7 +376,7 @@ int main(int count, char** arguments) {
     ++plans;
     failures += !single.has_specials && compare(single, seed) > 0;
     if (!run(threaded, is_streaming)) return std::printf("seed %lu: no plan for %d threads\n", seed, threads), 1;
-    const bool is_same = std::equal(  // but for the workspace, which comes last
+    const bool is_same = std::equal(  // all but the last, which is the workspace
         single.memory.buffers.begin(), single.memory.buffers.end() - 1, threaded.memory.buffers.begin(),
         [](const ExactBuffer& a, const ExactBuffer& b) {
           return !std::memcmp(a.memory.get(), b.memory.get(), a.bytes);

@@ -1,5 +1,5 @@
-// Batch normalization as the formulas read: double loops over (N, C, S), no vectors, no threads. What the kernels are
-// held against.
+// Batch normalization by its formulas: loops over (N, C, S) in double, without vectors and threads. The reference for
+// tests of the kernels.
 #pragma once
 
 #include <algorithm>
@@ -19,7 +19,7 @@ inline double widen_half(uint16_t bits) {
   return bits & 0x8000 ? -magnitude : magnitude;
 }
 
-// The number at element i of an array of any type; read byte by byte, so that no alignment is needed.
+// Element i of an array of any type; read byte by byte, so that no alignment is needed.
 inline double get(const void* data, Dtype dtype, int64_t i) {
   const char* at = static_cast<const char*>(data) + i * size_of(dtype);
   double float64;
@@ -37,7 +37,7 @@ inline double get(const void* data, Dtype dtype, int64_t i) {
   return float32;
 }
 
-// The nearest number of the type towards zero: good enough for inputs, which `get` then reads back exactly.
+// Writes the value rounded towards zero, which is enough for inputs: `get` reads exactly what was written.
 inline void put(void* data, Dtype dtype, int64_t i, double value) {
   char* at = static_cast<char*>(data) + i * size_of(dtype);
   const float float32 = static_cast<float>(value);
@@ -48,7 +48,7 @@ inline void put(void* data, Dtype dtype, int64_t i, double value) {
     case Dtype::float64: std::memcpy(at, &value, 8); return;
     case Dtype::float32: std::memcpy(at, &float32, 4); return;
     case Dtype::bfloat16: half = static_cast<uint16_t>(bits >> 16); break;
-    default: {  // only of normal size
+    default: {  // normal numbers only
       const uint32_t magnitude = (bits & 0x7fffffff) >> 13, smallest = 112 << 10;
       half = static_cast<uint16_t>((bits >> 16 & 0x8000) | (magnitude < smallest ? 0 : magnitude - smallest));
     }
@@ -85,7 +85,7 @@ inline double slope_of(Activation activation, double slope, double z) {
   }
 }
 
-// Where the derivative jumps.
+// The points at which the derivative jumps.
 inline std::vector<double> kinks_of(Activation activation) {
   switch (activation) {
     case Activation::relu:
@@ -108,7 +108,8 @@ inline bool is_valid(const Problem& p, int64_t n, int64_t c, int64_t s) {
   return !mask.data || static_cast<const uint8_t*>(mask.data)[n * mask.n + c * mask.c + s * mask.s];
 }
 
-// Forward and, where there is a dy, backward. With `computes_moments` off mean (and mean_lo) and rstd are read from the problem.
+// Forward and, if dy is present, backward. Without `computes_moments`, mean (with mean_lo) and rstd are read from the
+// problem.
 inline Results results(const Problem& p) {
   Results r;
   const auto at = [&](const Tensor& t, int64_t n, int64_t c, int64_t s) {
@@ -141,7 +142,8 @@ inline Results results(const Problem& p) {
     if (!p.forward.computes_moments)
       mean = get(p.mean, statistic, c) + get(p.mean_lo, statistic, c), rstd = get(p.rstd, statistic, c);
     const double gamma = parameter(p.gamma, c, 1), beta = parameter(p.beta, c, 0);
-    double dgamma = 0, dbeta = 0, dshift = 0;  // dshift: of what the statistics reach
+    double dgamma = 0, dbeta = 0,
+           dshift = 0;  // dshift: the sum of dz over elements whose xhat depends on the statistics
     each([&](int64_t n, int64_t s, int64_t i, bool is_valid) {
       const double x = at(p.x, n, c, s), residual = p.residual.data ? at(p.residual, n, c, s) : 0;
       const bool is_read = is_valid || p.normalized_padding;
