@@ -11,126 +11,16 @@
 #include <cstring>
 #include <exception>
 #include <new>
-#include <string>
 #include <vector>
 
 #include "dispatch.hpp"
 #include "running.hpp"
+#include "xla_call.hpp"
 
 namespace batchnorm {
 namespace {
 
-using xla::Buffer, xla::DataType, xla::ErrorCode;
-
-// ---- a call from XLA -----------------------------------------------------------------------------------------------
-
-// Thrown and caught within one call. XLA receives the code and the message.
-struct Failure {
-  ErrorCode code;
-  std::string message;
-};
-
-[[noreturn]] void refuse(const std::string& message) {
-  throw Failure{ErrorCode::invalid_argument, "batchnorm: " + message};
-}
-
-xla::Error* error_of(const xla::Api& api, ErrorCode code, const char* message) {
-  // The size ends with `code`, not with the struct: a later version may put a field into the padding at its end.
-  xla::ErrorCreate arguments{offsetof(xla::ErrorCreate, code) + sizeof code, nullptr, message, code};
-  return api.error_create(&arguments);
-}
-
-// Other sizes than these would mean other offsets of fields. Structs whose known fields are followed by others may be
-// larger.
-void check_layout(const xla::CallFrame& frame) {
-  const bool is_known = frame.struct_size >= sizeof frame && frame.args.struct_size == sizeof frame.args &&
-                        frame.rets.struct_size == sizeof frame.rets && frame.attrs.struct_size == sizeof frame.attrs;
-  const xla::Api& api = *frame.api;
-  if (is_known && api.version.major == xla::major_version && api.struct_size >= sizeof api) return;
-  refuse("compiled for version " + std::to_string(xla::major_version) + "." + std::to_string(xla::minor_version) +
-         " of XLA's interface, and called by " + std::to_string(api.version.major) + "." +
-         std::to_string(api.version.minor) + ", which lays out its calls in another way");
-}
-
-// The operands and attributes of one call. The constructor checks their layout and that their numbers are those of the
-// target.
-class CheckedCall {
- public:
-  CheckedCall(const xla::CallFrame& frame, int64_t args, int64_t rets, int64_t attrs) : frame_(frame) {
-    check_layout(frame);
-    if (frame.stage != xla::Stage::execute) refuse("called in another stage than that of execution");
-    check_number("operands", frame.args.size, args);
-    check_number("results", frame.rets.size, rets);
-    check_number("attributes", frame.attrs.size, attrs);
-    for (int64_t i = 0; i < args; ++i) check_buffer(frame.args.types[i] == xla::ArgType::buffer, arg(i));
-    for (int64_t i = 0; i < rets; ++i) check_buffer(frame.rets.types[i] == xla::RetType::buffer, ret(i));
-  }
-
-  const Buffer& arg(int64_t i) const { return *static_cast<const Buffer*>(frame_.args.args[i]); }
-  const Buffer& ret(int64_t i) const { return *static_cast<const Buffer*>(frame_.rets.rets[i]); }
-
-  double float64(const char* name) const { return *static_cast<const double*>(scalar(name, DataType::f64)); }
-  int64_t int64(const char* name) const { return *static_cast<const int64_t*>(scalar(name, DataType::s64)); }
-  bool boolean(const char* name) const { return *static_cast<const bool*>(scalar(name, DataType::pred)); }
-
- private:
-  static void check_number(const char* what, int64_t number, int64_t expected) {
-    if (number != expected)
-      refuse("takes " + std::to_string(expected) + " " + what + ", not " + std::to_string(number) +
-             "; was the program exported by another version?");
-  }
-
-  // Checked in this order, because only a buffer has a size to read.
-  static void check_buffer(bool is_buffer, const Buffer& buffer) {
-    if (!is_buffer || buffer.struct_size < sizeof buffer) refuse("an operand or a result is not an array");
-  }
-
-  const void* scalar(const char* name, DataType dtype) const {
-    const xla::Attrs& attrs = frame_.attrs;
-    for (int64_t i = 0; i < attrs.size; ++i) {
-      if (attrs.names[i]->size != std::strlen(name) || std::memcmp(attrs.names[i]->data, name, attrs.names[i]->size))
-        continue;
-      const auto* value = static_cast<const xla::Scalar*>(attrs.attrs[i]);
-      if (attrs.types[i] == xla::AttrType::scalar && value->dtype == dtype) return value->value;
-      refuse(std::string("the attribute ") + name + " has another type than it was declared with");
-    }
-    refuse(std::string("the attribute ") + name + " is absent");
-  }
-
-  const xla::CallFrame& frame_;
-};
-
-// XLA's threads.
-class ThreadPool {
- public:
-  explicit ThreadPool(const xla::CallFrame& frame) : api_(*frame.api), context_(frame.context) {}
-
-  // The number of threads; 1 without a pool.
-  int64_t size() const {
-    int64_t threads = 1;
-    xla::ThreadPoolNumThreads arguments{sizeof arguments, nullptr, context_, &threads};
-    if (discard(api_.thread_pool_num_threads(&arguments))) return 1;
-    return std::max<int64_t>(threads, 1);
-  }
-
-  // Schedules the task, or runs it on this thread if the pool refuses it: a task that never runs would be waited for
-  // forever.
-  void schedule(void (*task)(void*), void* data) const {
-    xla::ThreadPoolSchedule arguments{sizeof arguments, nullptr, context_, task, data};
-    if (discard(api_.thread_pool_schedule(&arguments))) task(data);
-  }
-
- private:
-  bool discard(xla::Error* error) const {
-    if (!error) return false;
-    xla::ErrorDestroy arguments{sizeof arguments, nullptr, error};
-    api_.error_destroy(&arguments);
-    return true;
-  }
-
-  const xla::Api& api_;
-  xla::ExecutionContext* const context_;
-};
+using xla::Buffer, xla::CheckedCall, xla::DataType, xla::ErrorCode, xla::Failure, xla::refuse, xla::ThreadPool;
 
 // ---- the problem of a call ----------------------------------------------------------------------------------------
 
@@ -380,11 +270,11 @@ template <void (*target)(const xla::CallFrame&)> xla::Error* run(const xla::Call
     if (!answer_metadata(frame)) target(frame);
     return nullptr;
   } catch (const Failure& failure) {
-    return error_of(*frame.api, failure.code, failure.message.c_str());
+    return xla::error_of(*frame.api, failure.code, failure.message.c_str());
   } catch (const std::bad_alloc&) {
-    return error_of(*frame.api, ErrorCode::resource_exhausted, "batchnorm: out of memory");
+    return xla::error_of(*frame.api, ErrorCode::resource_exhausted, "batchnorm: out of memory");
   } catch (const std::exception& error) {
-    return error_of(*frame.api, ErrorCode::internal, error.what());
+    return xla::error_of(*frame.api, ErrorCode::internal, error.what());
   }
 }
 
