@@ -14,7 +14,7 @@ namespace {
 
 struct Version { uint32_t major, minor; };
 
-// Of dlpack.h, DLManagedTensorVersioned.
+// DLManagedTensorVersioned of dlpack.h.
 struct ManagedTensor {
   Version version;
   void* context;
@@ -23,100 +23,103 @@ struct ManagedTensor {
   nb::dlpack::dltensor tensor;
 };
 
-// The part of DLPack 1.2's table of C functions that is used here (dlpack.h, DLPackExchangeAPI).
-struct ExchangeTable {
+// The members of DLPack 1.2's table of C functions that are used here (DLPackExchangeAPI of dlpack.h).
+struct ExchangeApi {
   Version version;
-  ExchangeTable* previous;
+  ExchangeApi* previous;
   void *allocate, *to_managed;
   int (*from_managed)(ManagedTensor* tensor, void** object);
-  int (*view)(void* object, nb::dlpack::dltensor* out);  // borrows; null where it is not offered
+  int (*view)(void* object, nb::dlpack::dltensor* out);  // without ownership; null if not offered
 };
 
-// The table of a type; null if it has none. The first few answers are kept: a program's arrays are of one or two types
-// (PyTorch's tensors and parameters). Guarded by the GIL.
-ExchangeTable* exchange_table(PyTypeObject* type) {
-  struct Known {
+// The table of C functions of a type; null if it has none. The latest four answers are cached, because the arrays of a
+// program have one or two types (PyTorch's tensors and parameters). Guarded by the GIL.
+ExchangeApi* exchange_api(PyTypeObject* type) {
+  struct CachedApi {
     PyTypeObject* type;
-    ExchangeTable* table;
+    ExchangeApi* api;
   };
-  static Known known[4] = {};
+  static CachedApi cached[4] = {};
   static int next = 0;
-  for (const Known& one : known)
-    if (one.type == type) return one.table;
-  ExchangeTable* table = nullptr;
+  for (const CachedApi& entry : cached)
+    if (entry.type == type) return entry.api;
+  ExchangeApi* api = nullptr;
   nb::object capsule =
       nb::getattr(nb::handle(reinterpret_cast<PyObject*>(type)), "__dlpack_c_exchange_api__", nb::none());
   if (PyCapsule_IsValid(capsule.ptr(), "dlpack_exchange_api")) {
-    table = static_cast<ExchangeTable*>(PyCapsule_GetPointer(capsule.ptr(), "dlpack_exchange_api"));
-    if (table->version.major != 1 || !table->view) table = nullptr;
+    api = static_cast<ExchangeApi*>(PyCapsule_GetPointer(capsule.ptr(), "dlpack_exchange_api"));
+    if (api->version.major != 1 || !api->view) api = nullptr;
   }
-  Py_INCREF(reinterpret_cast<PyObject*>(type));  // while it is known: its address stands for it
-  Known& place = known[next++ % 4];
-  PyTypeObject* const forgotten = place.type;
-  place = {type, table};
-  Py_XDECREF(reinterpret_cast<PyObject*>(forgotten));
-  return table;
+  Py_INCREF(reinterpret_cast<PyObject*>(type));  // while it is cached, since the address identifies the type
+  CachedApi& slot = cached[next++ % 4];
+  PyTypeObject* const evicted = slot.type;
+  slot = {type, api};
+  Py_XDECREF(reinterpret_cast<PyObject*>(evicted));
+  return api;
 }
 
 constexpr uint8_t dlpack_int = 0, dlpack_float = 2, dlpack_bfloat = 4, dlpack_bool = 6;
 
-// An array of our own, for another library to take over. Large ones are in a block of memory.hpp, the others here.
-struct Owned : ManagedTensor {
+// An array in the extension's memory, for another library to take over. The elements of large arrays are in pooled
+// buffers, those of others follow this struct.
+struct OwnedTensor : ManagedTensor {
   int64_t bytes;
-  int64_t sizes[2 * most_dimensions];  // shape, strides
+  int64_t shape_and_strides[2 * max_dimensions];
 
-  static Owned* make(int ndim, const int64_t* shape, const int64_t* strides, nb::dlpack::dtype dtype, int64_t bytes) {
-    const bool is_large = bytes >= smallest_block;
-    constexpr int64_t head = (sizeof(Owned) + 63) / 64 * 64;
-    void* const memory = ::operator new(head + (is_large ? 0 : bytes), std::align_val_t{64});
-    Owned* const made = new (memory) Owned;
-    made->bytes = bytes;
-    made->version = {1, 2};
-    made->context = nullptr;
-    made->deleter = release;
-    made->flags = 0;
-    std::copy_n(shape, ndim, made->sizes);
-    std::copy_n(strides, ndim, made->sizes + ndim);
-    void* data = static_cast<char*>(memory) + head;
+  static OwnedTensor* allocate(int ndim, const int64_t* shape, const int64_t* strides, nb::dlpack::dtype dtype,
+                               int64_t bytes) {
+    const bool is_large = bytes >= min_pooled_bytes;
+    constexpr int64_t header_bytes = (sizeof(OwnedTensor) + 63) / 64 * 64;
+    void* const memory = ::operator new(header_bytes + (is_large ? 0 : bytes), std::align_val_t{64});
+    OwnedTensor* const owned = new (memory) OwnedTensor;
+    owned->bytes = bytes;
+    owned->version = {1, 2};
+    owned->context = nullptr;
+    owned->deleter = release;
+    owned->flags = 0;
+    std::copy_n(shape, ndim, owned->shape_and_strides);
+    std::copy_n(strides, ndim, owned->shape_and_strides + ndim);
+    void* data = static_cast<char*>(memory) + header_bytes;
     if (is_large) {
       try {
-        data = take_block(bytes);
+        data = allocate_pooled(bytes);
       } catch (...) {
-        made->bytes = 0;
-        release(made);
+        owned->bytes = 0;
+        release(owned);
         throw;
       }
     }
-    made->tensor = {data, {nb::device::cpu::value, 0}, ndim, dtype, made->sizes, made->sizes + ndim, 0};
-    return made;
+    owned->tensor = {
+        data, {nb::device::cpu::value, 0}, ndim, dtype, owned->shape_and_strides, owned->shape_and_strides + ndim, 0};
+    return owned;
   }
 
   static void release(ManagedTensor* self) {
-    const int64_t bytes = static_cast<Owned*>(self)->bytes;
-    if (bytes >= smallest_block) give_back_block(self->tensor.data, bytes);
+    const int64_t bytes = static_cast<OwnedTensor*>(self)->bytes;
+    if (bytes >= min_pooled_bytes) deallocate_pooled(self->tensor.data, bytes);
     ::operator delete(self, std::align_val_t{64});
   }
 };
 
-nb::object hand_over(const ExchangeTable* table, Owned* owned) {
-  void* made = nullptr;
-  if (table->from_managed(owned, &made) != 0) {
-    Owned::release(owned);
+nb::object export_tensor(const ExchangeApi* api, OwnedTensor* owned) {
+  void* object = nullptr;
+  if (api->from_managed(owned, &object) != 0) {
+    OwnedTensor::release(owned);
     throw nb::python_error();
   }
-  return nb::steal(static_cast<PyObject*>(made));
+  return nb::steal(static_cast<PyObject*>(object));
 }
 
-// Whether the elements fill a stretch of memory, in whatever order of the axes.
+// True if the elements fill contiguous memory, in any order of the axes.
 bool is_dense(const Array& array) {
-  int order[most_dimensions], length = 0;
+  int axes[max_dimensions], rank = 0;
   for (int i = 0; i < array.ndim; ++i)
-    if (array.shape[i] != 1) order[length++] = i;
-  std::sort(order, order + length, [&](int a, int b) { return array.strides[a] < array.strides[b]; });
-  int64_t packed = 1;
-  for (int i = 0; i < length; ++i) {
-    if (array.strides[order[i]] != packed) return false;
-    packed *= array.shape[order[i]];
+    if (array.shape[i] != 1) axes[rank++] = i;
+  std::sort(axes, axes + rank, [&](int a, int b) { return array.strides[a] < array.strides[b]; });
+  int64_t expected = 1;
+  for (int i = 0; i < rank; ++i) {
+    if (array.strides[axes[i]] != expected) return false;
+    expected *= array.shape[axes[i]];
   }
   return true;
 }
@@ -125,7 +128,8 @@ bool is_dense(const Array& array) {
 
 namespace {
 
-// Of an error in the library's own code: that it has no such memory to show, unless it is about something else.
+// Handles an error raised by an array's library, which declines the call: the array has no readable memory. Other
+// errors (no memory, interrupts) are thrown again.
 [[noreturn]] void decline_or_rethrow(nb::python_error& error) {
   if (error.matches(PyExc_MemoryError) || !error.matches(PyExc_Exception)) throw error;
   decline(Refusal::type);
@@ -136,14 +140,14 @@ namespace {
 Array::Array(nb::handle object, bool is_written) {
   if (object.is_none()) return;
   is_present = true;
-  if (!read_dlpack_table(object) && !read_buffer(object, is_written)) read_dlpack(object);
+  if (!read_exchange_api(object) && !read_buffer(object, is_written)) read_dlpack(object);
 }
 
-bool Array::read_dlpack_table(nb::handle object) {
-  ExchangeTable* table = exchange_table(Py_TYPE(object.ptr()));
-  if (!table) return false;
+bool Array::read_exchange_api(nb::handle object) {
+  ExchangeApi* api = exchange_api(Py_TYPE(object.ptr()));
+  if (!api) return false;
   nb::dlpack::dltensor tensor;
-  if (table->view(object.ptr(), &tensor) != 0) {
+  if (api->view(object.ptr(), &tensor) != 0) {
     nb::python_error error;
     decline_or_rethrow(error);
   }
@@ -160,7 +164,7 @@ bool Array::get_buffer(nb::handle object, int flags) {
 bool Array::read_buffer(nb::handle object, bool is_written) {
   if (!PyObject_CheckBuffer(object.ptr())) return false;
   const int flags = PyBUF_STRIDES | PyBUF_FORMAT | (is_written ? PyBUF_WRITABLE : 0);
-  // bfloat16 is not NumPy's own and has no buffer format: such an array is read as one of uint16.
+  // bfloat16 is an extension type of NumPy without a buffer format, so such an array is read as uint16.
   bool is_bfloat16 = false;
   if (!get_buffer(object, flags)) {
     try {
@@ -172,7 +176,7 @@ bool Array::read_buffer(nb::handle object, bool is_written) {
     }
   }
   const Py_buffer& view = buffer_.view;
-  if (view.ndim > most_dimensions || (view.ndim && !view.strides)) decline(Refusal::shape);
+  if (view.ndim > max_dimensions || (view.ndim && !view.strides)) decline(Refusal::shape);
   const char* format = view.format ? view.format : "";
   if (*format == '@' || *format == '=') ++format;
   const char code = std::strlen(format) == 1 ? *format : '\0';
@@ -207,17 +211,17 @@ void Array::read_dlpack(nb::handle object) {
 
 void Array::read_tensor(const nb::dlpack::dltensor& tensor) {
   if (tensor.device.device_type != nb::device::cpu::value) decline(Refusal::type);
-  if (tensor.ndim > most_dimensions) decline(Refusal::shape);
+  if (tensor.ndim > max_dimensions) decline(Refusal::shape);
   read_element(tensor.dtype.code, tensor.dtype.bits);
   data = static_cast<char*>(tensor.data) + tensor.byte_offset;
   ndim = tensor.ndim;
-  int64_t packed = 1;
+  int64_t expected = 1;
   for (int i = ndim - 1; i >= 0; --i) {
     shape[i] = tensor.shape[i];
-    strides[i] = tensor.strides ? tensor.strides[i] : packed;
-    packed *= shape[i];
+    strides[i] = tensor.strides ? tensor.strides[i] : expected;
+    expected *= shape[i];
   }
-  if (!data && size() > 0) decline(Refusal::type);  // PyTorch's tensors of symbolic zeros have no memory
+  if (!data && size() > 0) decline(Refusal::type);  // PyTorch's tensors of symbolic zeros
 }
 
 void Array::read_element(uint8_t code, uint8_t bits) {
@@ -238,10 +242,10 @@ int64_t Array::size() const {
 
 bool Array::is_contiguous() const {
   if (!has_whole_strides) return false;
-  int64_t packed = 1;
+  int64_t expected = 1;
   for (int i = ndim - 1; i >= 0; --i) {
-    if (shape[i] > 1 && strides[i] != packed) return false;
-    packed *= shape[i];
+    if (shape[i] > 1 && strides[i] != expected) return false;
+    expected *= shape[i];
   }
   return true;
 }
@@ -271,23 +275,23 @@ void Array::pad(int rank) {
   ndim = rank;
 }
 
-nb::object own_like(nb::handle object, const Array& array) {
+nb::object allocate_like(nb::handle object, const Array& array) {
   const int64_t bytes = array.size() * size_of(array.dtype());
-  const ExchangeTable* table = exchange_table(Py_TYPE(object.ptr()));
-  if (!table || !table->from_managed || !is_dense(array)) return {};
+  const ExchangeApi* api = exchange_api(Py_TYPE(object.ptr()));
+  if (!api || !api->from_managed || !is_dense(array)) return {};
   const uint8_t code = array.element == Element::bfloat16 ? dlpack_bfloat : dlpack_float;
   const nb::dlpack::dtype dtype{code, static_cast<uint8_t>(8 * size_of(array.dtype())), 1};
-  return hand_over(table, Owned::make(array.ndim, array.shape, array.strides, dtype, bytes));
+  return export_tensor(api, OwnedTensor::allocate(array.ndim, array.shape, array.strides, dtype, bytes));
 }
 
-nb::object own_empty(nb::handle object, Element element, int ndim, const int64_t* shape) {
-  const ExchangeTable* table = exchange_table(Py_TYPE(object.ptr()));
-  if (!table || !table->from_managed) return {};
+nb::object allocate_empty(nb::handle object, Element element, int ndim, const int64_t* shape) {
+  const ExchangeApi* api = exchange_api(Py_TYPE(object.ptr()));
+  if (!api || !api->from_managed) return {};
   const uint8_t bits = element == Element::float32 ? 32 : 64;
-  int64_t strides[most_dimensions], length = 1;
-  for (int i = ndim - 1; i >= 0; --i) strides[i] = length, length *= shape[i];
+  int64_t strides[max_dimensions], size = 1;
+  for (int i = ndim - 1; i >= 0; --i) strides[i] = size, size *= shape[i];
   const nb::dlpack::dtype dtype{element == Element::int64 ? dlpack_int : dlpack_float, bits, 1};
-  return hand_over(table, Owned::make(ndim, shape, strides, dtype, length * bits / 8));
+  return export_tensor(api, OwnedTensor::allocate(ndim, shape, strides, dtype, size * bits / 8));
 }
 
 }  // namespace batchnorm

@@ -1,4 +1,4 @@
-// Arrays of any library, seen in place: pointer, shape and strides. Nothing is copied.
+// Arrays of any library, read in place (pointer, shape and strides) without a copy.
 #pragma once
 
 #include <nanobind/nanobind.h>
@@ -8,34 +8,34 @@
 
 namespace batchnorm {
 
-constexpr int most_dimensions = 32;
+constexpr int max_dimensions = 32;
 
-// Why the extension declines a call. Python validates the arguments then, and explains what is wrong with them; what is
-// not wrong goes to it again in another layout, or is computed by the generic implementation.
+// The reason for which the extension declines a call. Python then validates the arguments and explains what is wrong
+// with them. If nothing is wrong, it calls again with another layout or uses the generic implementation.
 enum class Refusal : uint8_t {
-  type,     // an array is of another library, or in memory that cannot be read
-  dtype,    // or of a dtype that does not belong there
-  shape,    // or of another shape than x and its channels demand
-  strides,  // no kernel can walk over the arrays together
-  state,    // running statistics are not in their canonical form
-  single,   // a channel has one element, which the convention does not normalize by itself
-  eps,      // eps is 0, or beyond any use
+  type,     // an array is of another library, or its memory cannot be read
+  dtype,    // an array has a dtype that is not supported in its place
+  shape,    // the shape of an array does not fit x and its channels
+  strides,  // no kernel can traverse the arrays together
+  state,    // the running statistics are not in their canonical form
+  single,   // a channel has a single element, which the convention does not normalize by its own statistics
+  eps,      // eps is NaN or above 1e300, or 0 against the convention
   output,   // `out` overlaps an operand, or cannot be written
 };
 
-// Thrown below the bindings, which return the reason.
+// Thrown below the bindings, which return the reason to Python.
 struct Declined { Refusal reason; };
 
 [[noreturn]] inline void decline(Refusal reason) { throw Declined{reason}; }
 
 enum class Element : uint8_t { float32, float64, bfloat16, float16, boolean, int64 };
 
-// Holds on to the memory of a Python array while it exists. PyTorch tensors are read through DLPack's table of C
-// functions where they offer it (some 0.1 us in place of several), NumPy arrays through the buffer protocol, all others
+// Holds the memory of a Python array during its lifetime. PyTorch tensors are read through DLPack's table of C
+// functions if they offer it (some 0.1 us instead of several), NumPy arrays through the buffer protocol, all others
 // through `__dlpack__`.
 class Array {
  public:
-  // Absent for None. Throws Declined for what is no array of these elements in the CPU's memory.
+  // Absent for None. Throws Declined unless the object is an array in CPU memory with one of the elements above.
   explicit Array(nanobind::handle object, bool is_written = false);
   Array(const Array&) = delete;
   Array& operator=(const Array&) = delete;
@@ -45,23 +45,23 @@ class Array {
   bool is_contiguous() const;
   Dtype dtype() const;  // throws Declined unless floating
 
-  // From here on the indices [begin, begin + length) of the first axis, from where it begins now; all of an axis that
-  // broadcasts.
+  // Narrows the first axis to the indices [begin, begin + length), counted from its current begin. A broadcast axis is
+  // not changed.
   void narrow(int64_t begin, int64_t length);
 
-  // Axes of size 1 in front, up to this rank.
+  // Prepends axes of size 1, up to this rank.
   void pad(int rank);
 
   bool is_present = false;
   void* data = nullptr;
   Element element = Element::float32;
   int ndim = 0;
-  int64_t shape[most_dimensions];
-  int64_t strides[most_dimensions];  // in elements,
-  bool has_whole_strides = true;     // which the strides may be no multiples of (fields of a packed record)
+  int64_t shape[max_dimensions];
+  int64_t strides[max_dimensions];  // in elements
+  bool has_whole_strides = true;    // strides are multiples of the element size (not so in fields of a packed record)
 
  private:
-  bool read_dlpack_table(nanobind::handle object);
+  bool read_exchange_api(nanobind::handle object);
   bool read_buffer(nanobind::handle object, bool is_written);
   bool get_buffer(nanobind::handle object, int flags);
   void read_dlpack(nanobind::handle object);
@@ -79,12 +79,12 @@ class Array {
   bool is_narrowed_ = false;
 };
 
-// An uninitialised array of the type, shape and strides of a dense one, in memory of our own (a large one in that of
-// memory.hpp); null where its library cannot be handed one.
-nanobind::object own_like(nanobind::handle object, const Array& array);
+// An uninitialized array with the type, shape and strides of a dense array, in the extension's memory (a large one in a
+// pooled buffer). Null if its library cannot take over such memory.
+nanobind::object allocate_like(nanobind::handle object, const Array& array);
 
-// An uninitialised, contiguous array of float32, float64 or int64 for the library of `object`; null where that cannot be
-// handed one.
-nanobind::object own_empty(nanobind::handle object, Element element, int ndim, const int64_t* shape);
+// An uninitialized, contiguous array of float32, float64 or int64 of the library of `object`. Null if this library
+// cannot take over the extension's memory.
+nanobind::object allocate_empty(nanobind::handle object, Element element, int ndim, const int64_t* shape);
 
 }  // namespace batchnorm

@@ -1,4 +1,4 @@
-// The extension module `batchnorm._native`: its names and types.
+// The extension module `batchnorm._native`: names and types.
 #include <nanobind/nanobind.h>
 #include <nanobind/stl/string.h>
 #include <nanobind/stl/vector.h>
@@ -16,16 +16,16 @@ using nb::handle;
 namespace batchnorm {
 namespace {
 
-// A number from Python as a member of an enumeration; throws ValueError beyond its last one.
-template <class Enum> Enum member(int64_t number, Enum last) {
+// Converts a number from Python to an enumeration; throws ValueError if it is negative or greater than the last member.
+template <class Enum> Enum to_enum(int64_t number, Enum last) {
   if (number < 0 || number > static_cast<int64_t>(last)) throw nb::value_error("no such member of an enumeration");
   return static_cast<Enum>(number);
 }
 
 void make_averaging(Averaging* averaging, int64_t tracked, int64_t debias, int correction, bool corrects_tracked,
                     bool is_clamped, bool needs_two, bool is_cumulative, double momentum, double eps) {
-  new (averaging) Averaging{member(tracked, Tracked::log10_std),
-                            member(debias, Debias::first_batch),
+  new (averaging) Averaging{to_enum(tracked, Tracked::log10_std),
+                            to_enum(debias, Debias::first_batch),
                             correction,
                             corrects_tracked,
                             is_clamped,
@@ -42,50 +42,50 @@ void make_spec(Spec* spec, uint32_t channel_axes, int64_t group_size, int64_t ac
   if (group_size < 0) throw nb::value_error("group_size must not be negative");
   new (spec) Spec{channel_axes,
                   group_size,
-                  member(activation, Activation::hardswish),
+                  to_enum(activation, Activation::hardswish),
                   slope,
                   eps,
-                  member(eps_train, EpsPlacement::absent),
-                  member(eps_eval, EpsPlacement::absent),
+                  to_enum(eps_train, EpsPlacement::absent),
+                  to_enum(eps_eval, EpsPlacement::absent),
                   refuses_zero_eps,
                   correction,
-                  member(affine, Affine::gamma_one),
+                  to_enum(affine, Affine::gamma_one),
                   normalized_padding,
                   normalizes_by_running,
                   always_updates,
-                  member(single, Single::running),
+                  to_enum(single, Single::running),
                   refuses_masked_single,
                   averaging,
                   masked_averaging};
 }
 
 void make_request(Request* request, int64_t source, bool is_in_place, int64_t returns) {
-  new (request) Request{member(source, Source::given), is_in_place, member(returns, Returns::table_alone)};
+  new (request) Request{to_enum(source, Source::given), is_in_place, to_enum(returns, Returns::table_alone)};
 }
 
-// The like of an array in memory of our own; None where its library has to allocate it.
-nb::object result_like(handle array) {
-  const nb::object result = own_like(array, Array(array));
+// An uninitialized array like `array` in the extension's memory; None if its library has to allocate it.
+nb::object pooled_like(handle array) {
+  const nb::object result = allocate_like(array, Array(array));
   return result ? result : nb::none();
 }
 
-// A block of memory.hpp as an object with a buffer, for libraries that make arrays of one.
-struct Block {
+// A buffer of the pool as a Python object with a buffer, from which libraries can create arrays.
+struct PooledBuffer {
   int64_t bytes;
   void* data;
 
-  explicit Block(int64_t bytes) : bytes(bytes), data(take_block(bytes)) {}
-  ~Block() { give_back_block(data, bytes); }
-  Block(const Block&) = delete;
-  Block& operator=(const Block&) = delete;
+  explicit PooledBuffer(int64_t bytes) : bytes(bytes), data(allocate_pooled(bytes)) {}
+  ~PooledBuffer() { deallocate_pooled(data, bytes); }
+  PooledBuffer(const PooledBuffer&) = delete;
+  PooledBuffer& operator=(const PooledBuffer&) = delete;
 };
 
 int get_buffer(PyObject* object, Py_buffer* view, int flags) {
-  const Block* block = nb::inst_ptr<Block>(object);
-  return PyBuffer_FillInfo(view, object, block->data, block->bytes, false, flags);
+  const PooledBuffer* buffer = nb::inst_ptr<PooledBuffer>(object);
+  return PyBuffer_FillInfo(view, object, buffer->data, buffer->bytes, false, flags);
 }
 
-// How this was compiled and what it is limited to, for `show_config`.
+// Compiler, instruction sets and limits, for `show_config`.
 nb::dict build_facts() {
   nb::dict facts;
 #ifdef __clang__
@@ -94,18 +94,18 @@ nb::dict build_facts() {
   facts["compiler"] = "GCC " __VERSION__;
 #endif
   facts["instruction_sets"] = nb::str(BATCHNORM_INSTRUCTION_SETS).attr("split")();
-  facts["most_waiting_bytes"] = most_waiting;
-  facts["longest_wait_seconds"] = longest_wait;
+  facts["max_cached_bytes"] = max_cached_bytes;
+  facts["max_idle_seconds"] = max_idle_seconds;
   return facts;
 }
 
-PyType_Slot block_slots[] = {{Py_bf_getbuffer, reinterpret_cast<void*>(get_buffer)}, {0, nullptr}};
+PyType_Slot pooled_buffer_slots[] = {{Py_bf_getbuffer, reinterpret_cast<void*>(get_buffer)}, {0, nullptr}};
 
 }  // namespace
 }  // namespace batchnorm
 
 NB_MODULE(_native, m) {
-  nb::set_leak_warnings(false);  // caches hold `Averaging` objects until the interpreter ends
+  nb::set_leak_warnings(false);  // caches hold `Averaging` objects until the interpreter exits
   using namespace batchnorm;
   m.doc() = "Batch normalization kernels on CPU arrays. Private: `batchnorm.kernels.native` is its only caller.";
   choose_kernels(nullptr);
@@ -137,11 +137,12 @@ NB_MODULE(_native, m) {
         optional("numbers"), optional("out"), nb::arg("threads"));
   m.def("gradients", &gradients, nb::arg("library"), nb::arg("spec"), nb::arg("dy"), nb::arg("operands"),
         nb::arg("statistics"), optional("count"), nb::arg("through_statistics"), nb::arg("has_dx"), nb::arg("threads"));
-  nb::class_<Block>(m, "Block", nb::type_slots(block_slots)).def(nb::init<int64_t>(), nb::arg("bytes"));
-  m.attr("smallest_block") = smallest_block;
-  m.def("result_like", &result_like);
-  m.def("waiting_bytes", &waiting_bytes);
-  m.def("release_blocks", &release_blocks);
+  nb::class_<PooledBuffer>(m, "PooledBuffer", nb::type_slots(pooled_buffer_slots))
+      .def(nb::init<int64_t>(), nb::arg("bytes"));
+  m.attr("min_pooled_bytes") = min_pooled_bytes;
+  m.def("pooled_like", &pooled_like);
+  m.def("cached_bytes", &cached_bytes);
+  m.def("release_cached", &release_cached);
   m.def("xla_targets", [] {
     nb::dict targets;
     targets["batchnorm_forward"] = nb::capsule(reinterpret_cast<void*>(xla_forward));

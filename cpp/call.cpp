@@ -4,9 +4,9 @@
 #include <memory>
 #include <vector>
 
-#include "numbers.hpp"
 #include "parameters.hpp"
 #include "state.hpp"
+#include "statistics.hpp"
 
 namespace nb = nanobind;
 using nb::handle;
@@ -14,16 +14,16 @@ using nb::handle;
 namespace batchnorm {
 namespace {
 
-// Memory for the numbers of the channels that no result holds.
+// Memory for numbers of the channels that are in no result.
 class Scratch {
  public:
-  template <class T> T* take(int64_t length) {
-    blocks_.emplace_back(new char[length * sizeof(T)]);
-    return reinterpret_cast<T*>(blocks_.back().get());
+  template <class T> T* allocate(int64_t length) {
+    buffers_.emplace_back(new char[length * sizeof(T)]);
+    return reinterpret_cast<T*>(buffers_.back().get());
   }
 
  private:
-  std::vector<std::unique_ptr<char[]>> blocks_;
+  std::vector<std::unique_ptr<char[]>> buffers_;
 };
 
 // ---- forward --------------------------------------------------------------------------------------------------------
@@ -36,84 +36,85 @@ class Normalization {
         is_by_batch_(request.source == Source::batch && !spec.normalizes_by_running), threads_(threads),
         operands_(library, operands, spec), parameters_(spec, operands_),
         groups_(spec, operands_, is_by_batch_ || spec.has_lanes()),
-        C_(operands_.size_along(spec.channel_axes, true, spec.has_lanes() ? 1 : 0)), all_(groups_.number() * C_),
-        wide_(element_of(operands_.x.dtype())) {}
+        C_(operands_.size_along(spec.channel_axes, true, spec.has_lanes() ? 1 : 0)),
+        total_channels_(groups_.number() * C_), statistics_element_(statistics_element(operands_.x.dtype())) {}
 
   nb::object run(handle numbers, handle out) {
-    if (request_.source == Source::given) return by_given(numbers, out);
-    if (!numbers.is_none()) state_.reset(new State(library_, numbers, request_.is_in_place, spec_, operands_));
+    if (request_.source == Source::given) return normalize_by_given(numbers, out);
+    if (!numbers.is_none()) state_.reset(new RunningState(library_, numbers, request_.is_in_place, spec_, operands_));
     const bool is_training = request_.source == Source::batch;
     if (is_training) check_trainable();
     if (!is_by_batch_ && !state_) decline(Refusal::state);
-    Numbers measured;
-    nb::object y = nb::none(), statistics = nb::none(), count = nb::none(), copies = nb::none(), entry = nb::none();
+    StatisticRows batch_rows;
+    nb::object y = nb::none(), statistics = nb::none(), count = nb::none(), copies = nb::none(), outcome = nb::none();
     if (is_training || (spec_.always_updates && state_)) {
-      if (is_by_batch_) statistics = allocate(measured, count);
-      allocate_rest(measured);
+      if (is_by_batch_) statistics = allocate(batch_rows, count);
+      allocate_scratch(batch_rows);
       if (is_by_batch_ && request_.has_output()) y = output(out);
-      if (is_training && !out.is_none() && has_single_rule() && operands_.is_masked()) {  // before `out` is written
-        compute(measured, nb::none(), true);
-        check_single(measured);
+      if (is_training && !out.is_none() && has_single_rule() &&
+          operands_.is_masked()) {  // declines before `out` is written
+        compute(batch_rows, nb::none(), true);
+        check_single(batch_rows);
       }
-      compute(measured, y, true);
-      if (is_training) check_single(measured);
-      if (state_) entry = nb::cast(static_cast<int>(advance(measured, copies)));
+      compute(batch_rows, y, true);
+      if (is_training) check_single(batch_rows);
+      if (state_) outcome = nb::cast(static_cast<int>(advance(batch_rows, copies)));
     }
     if (!is_by_batch_) {
-      Numbers normalizing;
-      statistics = allocate(normalizing, count);
-      const Dtype dtype = wide_ == Element::float64 ? Dtype::float64 : Dtype::float32;
-      const auto row = [&](Row i) { return Channels{at(normalizing, i), dtype, 1}; };
-      statistics_of(state_->current(), spec_.averaging, spec_.eps_eval,
-                    {row(mean_row), row(mean_lo_row), row(rstd_row)}, all_);
+      StatisticRows running_rows;
+      statistics = allocate(running_rows, count);
+      const Dtype dtype = statistics_element_ == Element::float64 ? Dtype::float64 : Dtype::float32;
+      const auto row = [&](Statistic i) { return PerChannel{row_or_scratch(running_rows, i), dtype, 1}; };
+      fill_statistics(state_->current(), spec_.averaging, spec_.eps_eval,
+                      {row(mean_row), row(mean_lo_row), row(rstd_row)}, total_channels_);
       if (request_.has_output()) {
         y = output(out);
-        compute(normalizing, y, false);
+        compute(running_rows, y, false);
       }
     }
-    return nb::make_tuple(y, entry, copies, statistics, count);
+    return nb::make_tuple(y, outcome, copies, statistics, count);
   }
 
  private:
-  nb::object by_given(handle numbers, handle out) {
-    const GivenStatistics given(library_, numbers, operands_.x.dtype(), all_);
+  nb::object normalize_by_given(handle numbers, handle out) {
+    const GivenStatistics given(library_, numbers, operands_.x.dtype(), total_channels_);
     nb::object y = output(out);
-    compute(given.numbers, y, false);
+    compute(given.rows, y, false);
     return nb::make_tuple(y, nb::none(), nb::none(), nb::none(), nb::none());
   }
 
   // ---- results ----
 
   nb::object output(handle out) {
-    const Operands& a = operands_;
-    if (out.is_none()) return library_.like(a.item(0), a.x);
-    const Array y(library_.own(out), true);
-    check_like(y, a.x);
+    const Operands& operands = operands_;
+    if (out.is_none()) return library_.empty_like(operands.item(0), operands.x);
+    const Array y(library_.require_own(out), true);
+    check_like(y, operands.x);
     check_output(y);
-    for (const Array* input : {&a.x, &a.residual}) check_overlap(y, *input, true);
-    for (const Array* parameter : {&a.gamma, &a.beta}) check_overlap(y, *parameter, false);
+    for (const Array* input : {&operands.x, &operands.residual}) check_overlap(y, *input, true);
+    for (const Array* parameter : {&operands.gamma, &operands.beta}) check_overlap(y, *parameter, false);
     return nb::borrow(out);
   }
 
-  // The statistics that are returned, of all groups, and the counts.
-  nb::object allocate(Numbers& numbers, nb::object& count) {
+  // Allocates the returned statistics, of all groups, and the counts.
+  nb::object allocate(StatisticRows& rows, nb::object& count) {
     const handle x = operands_.item(0);
     if (request_.returns == Returns::output) return nb::none();
     const bool has_count = !request_.returns_table() || operands_.is_masked();
-    int64_t shape[most_dimensions];
+    int64_t shape[max_dimensions];
     int ndim = 0;
     if (spec_.group_size && !spec_.has_lanes() && is_by_batch_) shape[ndim++] = groups_.number();
     for (int axis = 0; axis < operands_.x.ndim; ++axis)
       if (spec_.channel_axes >> axis & 1) shape[ndim++] = operands_.x.shape[axis];
-    const auto row = [&](Row i) {
-      nb::object made = library_.empty(x, wide_, ndim, shape);
-      numbers.at[i] = Array(made, true).data;
-      return made;
+    const auto row = [&](Statistic i) {
+      nb::object array = library_.empty(x, statistics_element_, ndim, shape);
+      rows.data[i] = Array(array, true).data;
+      return array;
     };
     if (is_by_batch_ && has_count) {
-      if (request_.returns_table()) shape[0] = all_, ndim = 1;
+      if (request_.returns_table()) shape[0] = total_channels_, ndim = 1;
       count = library_.empty(x, Element::int64, ndim, shape);
-      numbers.count = static_cast<int64_t*>(Array(count, true).data);
+      rows.count = static_cast<int64_t*>(Array(count, true).data);
     }
     if (!request_.returns_table()) {
       nb::object mean = row(mean_row), mean_lo = row(mean_lo_row);
@@ -122,60 +123,61 @@ class Normalization {
       return request_.returns_m2() ? nb::make_tuple(mean, mean_lo, rstd, row(m2_row))
                                    : nb::make_tuple(mean, mean_lo, rstd);
     }
-    const bool has_factor = is_by_batch_ && spec_.has_factor();
-    const int64_t sizes[] = {has_factor ? 4 : 3, all_};
-    nb::object table = library_.empty(x, wide_, 2, sizes);
+    const bool has_xhat_scale = is_by_batch_ && spec_.has_xhat_scale();
+    const int64_t sizes[] = {has_xhat_scale ? 4 : 3, total_channels_};
+    nb::object table = library_.empty(x, statistics_element_, 2, sizes);
     char* const begin = static_cast<char*>(Array(table, true).data);
-    const int64_t bytes = all_ * (wide_ == Element::float64 ? 8 : 4);
-    for (Row i : {mean_row, mean_lo_row, rstd_row}) numbers.at[i] = begin + i * bytes;
-    if (has_factor) numbers.at[factor_row] = begin + 3 * bytes;
+    const int64_t bytes = total_channels_ * (statistics_element_ == Element::float64 ? 8 : 4);
+    for (Statistic i : {mean_row, mean_lo_row, rstd_row}) rows.data[i] = begin + i * bytes;
+    if (has_xhat_scale) rows.data[xhat_scale_row] = begin + 3 * bytes;
     return table;
   }
 
-  // What the running update and the check of single elements need besides.
-  void allocate_rest(Numbers& numbers) {
+  // Allocates the other rows that the running update and the check of single elements need.
+  void allocate_scratch(StatisticRows& rows) {
     if (state_)
-      for (Row i : {mean_row, mean_lo_row, m2_row}) at(numbers, i);
+      for (Statistic i : {mean_row, mean_lo_row, m2_row}) row_or_scratch(rows, i);
     const bool has_counts = operands_.is_masked() || groups_.number() > 1;
-    if (has_counts && !numbers.count && (state_ || has_single_rule())) numbers.count = scratch_.take<int64_t>(all_);
+    if (has_counts && !rows.count && (state_ || has_single_rule()))
+      rows.count = scratch_.allocate<int64_t>(total_channels_);
   }
 
-  // A row, in memory of this call where it is in no result.
-  void* at(Numbers& numbers, Row i) {
-    if (!numbers.at[i]) numbers.at[i] = scratch_.take<double>(all_);
-    return numbers.at[i];
+  // A row; in scratch memory if it is in no result.
+  void* row_or_scratch(StatisticRows& rows, Statistic i) {
+    if (!rows.data[i]) rows.data[i] = scratch_.allocate<double>(total_channels_);
+    return rows.data[i];
   }
 
   // ---- the passes ----
 
-  // Over each group; y is None where x is only measured.
-  void compute(const Numbers& numbers, const nb::object& y_, bool measures) {
-    Operands& a = fresh_operands();
-    Array y(y_, true);
+  // Computes each group; with None for y, only the moments.
+  void compute(const StatisticRows& rows, const nb::object& y_object, bool computes_moments) {
+    Operands& operands = full_operands();
+    Array y(y_object, true);
     for (int64_t group = 0; group < groups_.number(); ++group) {
-      groups_.narrow(group, {&a.x, &a.residual, &a.mask, &y});
-      if (!spec_.has_lanes()) groups_.narrow(group, {&a.lengths});
+      groups_.narrow(group, {&operands.x, &operands.residual, &operands.mask, &y});
+      if (!spec_.has_lanes()) groups_.narrow(group, {&operands.lengths});
       Views views;
       Problem& problem = views.problem;
-      views.add(a.x, problem.x);
-      views.add(a.residual, problem.residual);
+      views.add(operands.x, problem.x);
+      views.add(operands.residual, problem.residual);
       views.add(y, problem.forward.y);
-      views.finish(a.x, spec_.channel_axes, a.mask, a.lengths);
+      views.finish(operands.x, spec_.channel_axes, operands.mask, operands.lengths);
       problem.threads = threads_ > 0 ? threads_ : num_threads();
-      parameters_.enter(problem, group);
-      numbers.enter(problem, group);
-      problem.forward.measure = measures;
+      parameters_.bind(problem, group);
+      rows.bind(problem, group);
+      problem.forward.computes_moments = computes_moments;
       problem.forward.eps = spec_.eps, problem.forward.eps_placement = spec_.eps_train,
       problem.forward.correction = spec_.correction;
-      compute_unlocked(Operation::forward, problem);
+      compute_without_gil(Operation::forward, problem);
     }
   }
 
-  // The operands as they were given: groups narrow them.
-  Operands& fresh_operands() {
+  // The operands with all groups; `compute` narrows them to one group after the other.
+  Operands& full_operands() {
     if (groups_.number() == 1) return operands_;
-    narrowed_.reset(new Operands(library_, operands_.objects, spec_));
-    return *narrowed_;
+    full_operands_.reset(new Operands(library_, operands_.objects, spec_));
+    return *full_operands_;
   }
 
   // ---- single elements ----
@@ -195,33 +197,33 @@ class Normalization {
     }
   }
 
-  // Of a mask, by what it has left.
-  void check_single(const Numbers& numbers) const {
+  // Declines if the mask leaves a channel one valid element, or, unless the rule is `error`, none.
+  void check_single(const StatisticRows& rows) const {
     if (!operands_.is_masked() || !has_single_rule()) return;
     const int64_t least = spec_.single == Single::error ? 1 : 0;
-    for (int64_t c = 0; c < all_; ++c)
-      if (numbers.count[c] >= least && numbers.count[c] <= 1) decline(Refusal::single);
+    for (int64_t c = 0; c < total_channels_; ++c)
+      if (rows.count[c] >= least && rows.count[c] <= 1) decline(Refusal::single);
   }
 
   // ---- the running update ----
 
-  Entry advance(const Numbers& numbers, nb::object& copies) {
+  UpdateOutcome advance(const StatisticRows& rows, nb::object& copies) {
     const Averaging& averaging = operands_.is_masked() ? spec_.masked_averaging : spec_.averaging;
-    if (spec_.has_lanes() || groups_.number() == 1) return state_->advance(batch_of(numbers, 0), averaging, copies);
-    MergedMoments merged{scratch_.take<double>(C_), scratch_.take<double>(C_), scratch_.take<int64_t>(C_)};
+    if (spec_.has_lanes() || groups_.number() == 1) return state_->advance(batch_moments(rows, 0), averaging, copies);
+    MergedMoments merged{scratch_.allocate<double>(C_), scratch_.allocate<double>(C_), scratch_.allocate<int64_t>(C_)};
     std::fill_n(merged.mean, C_, 0), std::fill_n(merged.m2, C_, 0), std::fill_n(merged.count, C_, 0);
-    for (int64_t group = 0; group < groups_.number(); ++group) merged.merge(batch_of(numbers, group), C_);
-    double* const none = scratch_.take<double>(C_);
-    std::fill_n(none, C_, 0);
-    const auto doubles = [](double* values) { return Channels{values, Dtype::float64, 1}; };
-    return state_->advance({doubles(merged.mean), doubles(none), doubles(merged.m2), merged.count}, averaging, copies);
+    for (int64_t group = 0; group < groups_.number(); ++group) merged.merge(batch_moments(rows, group), C_);
+    double* const zeros = scratch_.allocate<double>(C_);
+    std::fill_n(zeros, C_, 0);
+    const auto doubles = [](double* values) { return PerChannel{values, Dtype::float64, 1}; };
+    return state_->advance({doubles(merged.mean), doubles(zeros), doubles(merged.m2), merged.count}, averaging, copies);
   }
 
-  Batch batch_of(const Numbers& numbers, int64_t group) const {
-    const Dtype dtype = wide_ == Element::float64 ? Dtype::float64 : Dtype::float32;
-    const auto part = [&](Row i) { return part_of({numbers.at[i], dtype, 1}, group, C_); };
-    Batch batch{part(mean_row), part(mean_lo_row), part(m2_row)};
-    if (numbers.count) batch.count = numbers.count + group * C_;
+  BatchMoments batch_moments(const StatisticRows& rows, int64_t group) const {
+    const Dtype dtype = statistics_element_ == Element::float64 ? Dtype::float64 : Dtype::float32;
+    const auto row = [&](Statistic i) { return group_slice({rows.data[i], dtype, 1}, group, C_); };
+    BatchMoments batch{row(mean_row), row(mean_lo_row), row(m2_row)};
+    if (rows.count) batch.count = rows.count + group * C_;
     else batch.shared_count = operands_.size_along(spec_.channel_axes, false, 0);
     return batch;
   }
@@ -229,74 +231,78 @@ class Normalization {
   const Library& library_;
   const Request& request_;
   const Spec& spec_;
-  bool is_by_batch_;  // normalizes by the batch's own statistics
+  bool is_by_batch_;  // normalizes by the statistics of the batch
   int threads_;
   Operands operands_;
   Parameters parameters_;
   Groups groups_;
-  int64_t C_, all_;  // channels of a group, and of all groups
-  Element wide_;
+  int64_t C_, total_channels_;  // channels of a group, and of all groups
+  Element statistics_element_;
   Scratch scratch_;
-  std::unique_ptr<State> state_;
-  std::unique_ptr<Operands> narrowed_;
+  std::unique_ptr<RunningState> state_;
+  std::unique_ptr<Operands> full_operands_;
 };
 
 // ---- backward -------------------------------------------------------------------------------------------------------
 
-nb::object gradients_of(const Library& library, const Spec& spec, handle dy_, handle operands, handle statistics,
-                        handle count_, bool through_statistics, bool has_dx, int threads) {
-  Operands a(library, operands, spec);
-  Array dy(library.own(dy_)), count(library.own(count_));
+nb::object gradients_of(const Library& library, const Spec& spec, handle dy_object, handle operand_tuple,
+                        handle statistics, handle count_object, bool through_statistics, bool has_dx, int threads) {
+  Operands operands(library, operand_tuple, spec);
+  Array dy(library.require_own(dy_object)), count(library.require_own(count_object));
   if (!dy) decline(Refusal::shape);
-  check_like(dy, a.x);
-  const Groups groups(spec, a, through_statistics || spec.has_lanes());
-  const int64_t channels_of_all = a.size_along(spec.channel_axes, true, 0);
-  const int64_t C = a.size_along(spec.channel_axes, true, spec.has_lanes() ? 1 : 0);
-  const GivenStatistics given(library, statistics, a.x.dtype(), groups.number() * C);
-  Numbers numbers = given.numbers;
-  if (through_statistics && spec.has_factor() && !numbers.at[factor_row]) decline(Refusal::shape);
+  check_like(dy, operands.x);
+  const Groups groups(spec, operands, through_statistics || spec.has_lanes());
+  const int64_t total_channels = operands.size_along(spec.channel_axes, true, 0);
+  const int64_t C = operands.size_along(spec.channel_axes, true, spec.has_lanes() ? 1 : 0);
+  const GivenStatistics given(library, statistics, operands.x.dtype(), groups.number() * C);
+  StatisticRows rows = given.rows;
+  if (through_statistics && spec.has_xhat_scale() && !rows.data[xhat_scale_row]) decline(Refusal::shape);
   if (count) {
     if (count.element != Element::int64 || !count.is_contiguous() || count.size() != groups.number() * C)
       decline(Refusal::shape);
-    numbers.count = static_cast<int64_t*>(count.data);
+    rows.count = static_cast<int64_t*>(count.data);
   }
-  const auto like = [&](int i, const Array& array, bool is_wanted) {
-    return array && is_wanted ? library.like(a.item(i), array) : nb::none();
+  const auto empty_like = [&](int i, const Array& array, bool is_wanted) {
+    return array && is_wanted ? library.empty_like(operands.item(i), array) : nb::none();
   };
-  nb::object dx_ = like(0, a.x, has_dx), dgamma_ = like(1, a.gamma, true), dbeta_ = like(2, a.beta, true);
-  nb::object dresidual_ = like(3, a.residual, true);
-  Array dx(dx_, true), dgamma(dgamma_, true), dbeta(dbeta_, true), dresidual(dresidual_, true);
-  const Parameters parameters(spec, a);
-  const bool are_summed = !spec.has_lanes() && groups.number() > 1;
-  ParameterGradient of_gamma(dgamma, channels_of_all, are_summed || spec.affine != Affine::plain);
-  ParameterGradient of_beta(dbeta, channels_of_all, are_summed || spec.affine == Affine::ignored);
+  nb::object dx_object = empty_like(0, operands.x, has_dx), dgamma_object = empty_like(1, operands.gamma, true);
+  nb::object dbeta_object = empty_like(2, operands.beta, true),
+             dresidual_object = empty_like(3, operands.residual, true);
+  Array dx(dx_object, true), dgamma(dgamma_object, true), dbeta(dbeta_object, true), dresidual(dresidual_object, true);
+  const Parameters parameters(spec, operands);
+  const bool is_summed = !spec.has_lanes() && groups.number() > 1;
+  ParameterGradient gamma_gradient(dgamma, total_channels, is_summed || spec.affine != Affine::plain);
+  ParameterGradient beta_gradient(dbeta, total_channels, is_summed || spec.affine == Affine::ignored);
   for (int64_t group = 0; group < groups.number(); ++group) {
-    groups.narrow(group, {&a.x, &a.residual, &a.mask, &dy, &dx, &dresidual});
-    if (!spec.has_lanes()) groups.narrow(group, {&a.lengths});
+    groups.narrow(group, {&operands.x, &operands.residual, &operands.mask, &dy, &dx, &dresidual});
+    if (!spec.has_lanes()) groups.narrow(group, {&operands.lengths});
     Views views;
     Problem& problem = views.problem;
-    views.add(a.x, problem.x);
+    views.add(operands.x, problem.x);
     views.add(dy, problem.backward.dy);
-    views.add(a.residual, problem.residual);
+    views.add(operands.residual, problem.residual);
     views.add(dx, problem.backward.dx);
     views.add(dresidual, problem.backward.dresidual);
-    views.finish(a.x, spec.channel_axes, a.mask, a.lengths);
+    views.finish(operands.x, spec.channel_axes, operands.mask, operands.lengths);
     problem.threads = threads > 0 ? threads : num_threads();
-    parameters.enter(problem, group);
-    numbers.enter(problem, group);
-    if (parameters.has_gamma()) problem.backward.dgamma = parameters.of_group(of_gamma.part(), group, problem.C);
-    if (parameters.has_beta()) problem.backward.dbeta = parameters.of_group(of_beta.part(), group, problem.C);
+    parameters.bind(problem, group);
+    rows.bind(problem, group);
+    if (parameters.has_gamma())
+      problem.backward.dgamma = parameters.of_group(gamma_gradient.destination(), group, problem.C);
+    if (parameters.has_beta())
+      problem.backward.dbeta = parameters.of_group(beta_gradient.destination(), group, problem.C);
     problem.backward.through_statistics = through_statistics;
-    compute_unlocked(Operation::backward, problem);
-    if (are_summed) of_gamma.add(), of_beta.add();
+    compute_without_gil(Operation::backward, problem);
+    if (is_summed) gamma_gradient.add_group(), beta_gradient.add_group();
   }
-  if (!are_summed) of_gamma.add(), of_beta.add();
-  of_gamma.finish([&](int64_t c) { return parameters.has_gamma() ? parameters.derivative_of_gamma(c) : 0; });
-  of_beta.finish([](int64_t) { return 1; });
-  return nb::make_tuple(dx_, dgamma_, dbeta_, dresidual_);
+  if (!is_summed) gamma_gradient.add_group(), beta_gradient.add_group();
+  gamma_gradient.finish(
+      [&](int64_t c) { return parameters.has_gamma() ? parameters.effective_gamma_derivative(c) : 0; });
+  beta_gradient.finish([](int64_t) { return 1; });
+  return nb::make_tuple(dx_object, dgamma_object, dbeta_object, dresidual_object);
 }
 
-template <class Compute> nb::object answer(const Compute& compute) {
+template <class Compute> nb::object or_refusal(const Compute& compute) {
   try {
     return compute();
   } catch (const Declined& declined) {
@@ -308,12 +314,12 @@ template <class Compute> nb::object answer(const Compute& compute) {
 
 nb::object normalize(const Library& library, const Request& request, const Spec& spec, handle operands, handle numbers,
                      handle out, int threads) {
-  return answer([&] { return Normalization(library, request, spec, operands, threads).run(numbers, out); });
+  return or_refusal([&] { return Normalization(library, request, spec, operands, threads).run(numbers, out); });
 }
 
 nb::object gradients(const Library& library, const Spec& spec, handle dy, handle operands, handle statistics,
                      handle count, bool through_statistics, bool has_dx, int threads) {
-  return answer([&] {
+  return or_refusal([&] {
     return gradients_of(library, spec, dy, operands, statistics, count, through_statistics, has_dx, threads);
   });
 }

@@ -7,7 +7,7 @@
 namespace batchnorm {
 namespace {
 
-// The addresses that an array spans.
+// The range of addresses of an array.
 struct Extent { const char *begin, *end; };
 
 Extent extent(const Array& array) {
@@ -21,7 +21,7 @@ Extent extent(const Array& array) {
   return {low, high};
 }
 
-// The first two axes without statistics of their own.
+// The first two axes that are no channel axes.
 struct TimeAxes {
   int batch = 0, time = 0, found = 0;
 
@@ -47,7 +47,7 @@ void check_by_channel(const Array& array, const Array& x, uint32_t channel_axes)
   if (i != array.ndim) decline(Refusal::shape);
 }
 
-Channels channels(const Array& array, int64_t C) {
+PerChannel per_channel(const Array& array, int64_t C) {
   if (!array) return {};
   const Dtype dtype = array.dtype();
   if (array.size() != C) decline(Refusal::shape);
@@ -72,8 +72,8 @@ void check_output(const Array& output) {
 
 void check_overlap(const Array& output, const Array& other, bool may_be_same) {
   if (!output || !other) return;
-  const Extent a = extent(output), b = extent(other);
-  if (a.begin >= b.end || b.begin >= a.end) return;
+  const Extent output_extent = extent(output), other_extent = extent(other);
+  if (output_extent.begin >= other_extent.end || other_extent.begin >= output_extent.end) return;
   const bool is_same =
       output.data == other.data && std::equal(output.strides, output.strides + output.ndim, other.strides);
   if (!(is_same && may_be_same)) decline(Refusal::output);
@@ -93,18 +93,18 @@ void check_lengths(const Array& lengths, const Array& x, uint32_t channel_axes) 
 
 void Views::finish(const Array& x, uint32_t channel_axes, const Array& mask, const Array& lengths) {
   problem.dtype = x.dtype();
-  add(mask, problem.mask.keep);
-  if (!view(viewed_, count_, channel_axes, static_cast<bool>(lengths), problem)) decline(Refusal::strides);
+  add(mask, problem.mask.bytes);
+  if (!view(views_, count_, channel_axes, static_cast<bool>(lengths), problem)) decline(Refusal::strides);
   if (!lengths) return;
-  const int64_t steps = x.shape[TimeAxes(x, channel_axes).time];
+  const int64_t time_steps = x.shape[TimeAxes(x, channel_axes).time];
   lengths_.reset(new int64_t[problem.N + 1]());
-  for (int64_t n = 0; steps && n < std::min(problem.N, lengths.shape[0]); ++n)
-    lengths_[n] = element_at<int64_t>(lengths.data, n * lengths.strides[0]) * (problem.S / steps);
+  for (int64_t n = 0; time_steps && n < std::min(problem.N, lengths.shape[0]); ++n)
+    lengths_[n] = element_at<int64_t>(lengths.data, n * lengths.strides[0]) * (problem.S / time_steps);
   problem.mask.lengths = lengths_.get();
 }
 
-void compute_unlocked(Operation operation, Problem& problem) {
-  nanobind::gil_scoped_release unlocked;
+void compute_without_gil(Operation operation, Problem& problem) {
+  nanobind::gil_scoped_release released;
   if (!compute(operation, problem)) decline(Refusal::strides);
 }
 

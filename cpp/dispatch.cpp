@@ -14,7 +14,7 @@
 
 namespace batchnorm {
 
-// CMakeLists.txt defines which of these are compiled; without its definitions the baseline is.
+// CMakeLists.txt defines which of these are compiled; without its definitions, only the baseline is.
 namespace baseline { extern const Kernels kernels; }
 namespace avx2 { extern const Kernels kernels; }
 namespace avx512 { extern const Kernels kernels; }
@@ -25,7 +25,7 @@ namespace {
 
 #ifdef __x86_64__
 
-// By CPUID itself, what `__builtin_cpu_supports` of Clang 14 has no names for.
+// Asks CPUID directly, because `__builtin_cpu_supports` of Clang 14 does not know this feature's name.
 bool has_f16c() {
   unsigned eax = 0, ebx = 0, ecx = 0, edx = 0;
   return __get_cpuid(1, &eax, &ebx, &ecx, &edx) && (ecx >> 29 & 1);
@@ -47,18 +47,18 @@ bool has_f16c() {
 
 #endif
 
-// Threads of XLA read these without the GIL, under which they are written. Relaxed: nothing else is read through them but
-// `Kernels`, which are constants.
+// Written under the GIL, but read by XLA's threads without it. Relaxed, because nothing is read through them but
+// `Kernels`, which are constant.
 std::atomic<const Kernels*> chosen = nullptr;
 std::atomic<int> default_threads = 0;
 
-// OpenMP's pool does not survive a fork: a child that asked it for a second thread would wait for ever.
+// OpenMP's pool does not survive a fork: a child process that requests a second thread would wait forever.
 std::atomic<bool> is_forked_child = false;
 [[maybe_unused]] const int registered =
     pthread_atfork(nullptr, nullptr, [] { is_forked_child.store(true, std::memory_order_relaxed); });
 
-// Below this many elements for each thread, waking it costs more than it computes.
-constexpr int64_t elements_for_a_thread = 32 << 10;
+// With fewer elements for each thread, waking a thread costs more than it computes.
+constexpr int64_t min_elements_per_thread = 32 << 10;
 
 }  // namespace
 
@@ -111,38 +111,38 @@ int num_threads() {
 
 void set_num_threads(int threads) { default_threads.store(threads, std::memory_order_relaxed); }
 
-// A mask of leading elements, the same for all channels, as lengths, and one of all elements as none: the kernels then
-// walk over whole rows. It costs a read of the mask, which is as large as a channel.
-void simplify(Mask& mask, int64_t N, int64_t S, std::unique_ptr<int64_t[]>& lengths) {
-  const Tensor& keep = mask.keep;
-  if (!keep.data || keep.c != 0) return;
+// Replaces a mask of leading elements that is the same for all channels by lengths, and a mask of all elements by none,
+// so that the kernels traverse whole rows. This reads the mask, which has the size of one channel.
+void simplify_mask(Mask& mask, int64_t N, int64_t S, std::unique_ptr<int64_t[]>& lengths) {
+  const Tensor& bytes = mask.bytes;
+  if (!bytes.data || bytes.c != 0) return;
   lengths.reset(new int64_t[N]);
-  bool is_whole = true;
+  bool is_full = true;
   for (int64_t n = 0; n < N; ++n) {
-    const uint8_t* const row = static_cast<const uint8_t*>(keep.data) + n * keep.n;
+    const uint8_t* const row = static_cast<const uint8_t*>(bytes.data) + n * bytes.n;
     int64_t length = 0;
-    while (length < S && row[length * keep.s]) ++length;
+    while (length < S && row[length * bytes.s]) ++length;
     for (int64_t s = length; s < S; ++s)
-      if (row[s * keep.s]) return;
+      if (row[s * bytes.s]) return;
     lengths[n] = length;
-    is_whole = is_whole && length == S;
+    is_full = is_full && length == S;
   }
-  if (S == 1 && !is_whole) return;  // rows of one element are walked over in runs as they are
-  mask.keep = {};
-  mask.lengths = is_whole ? nullptr : lengths.get();
+  if (S == 1 && !is_full) return;  // rows of one element are traversed in runs anyway
+  mask.bytes = {};
+  mask.lengths = is_full ? nullptr : lengths.get();
 }
 
-bool compute_simplified(Operation operation, Problem& problem) {
+bool compute_with_plan(Operation operation, Problem& problem) {
   const int64_t elements = problem.N * problem.C * problem.S;
-  problem.threads = static_cast<int>(std::clamp<int64_t>(elements / elements_for_a_thread, 1, problem.threads));
+  problem.threads = static_cast<int>(std::clamp<int64_t>(elements / min_elements_per_thread, 1, problem.threads));
   Plan plan;
   if (!make_plan(problem, plan)) return false;
-  alignas(64) char small[16 << 10];
-  std::unique_ptr<char[]> large;
-  char* workspace = small;
-  if (plan.workspace > static_cast<int64_t>(sizeof small)) {
-    large.reset(new char[plan.workspace]);
-    workspace = large.get();
+  alignas(64) char stack_buffer[16 << 10];
+  std::unique_ptr<char[]> heap_buffer;
+  char* workspace = stack_buffer;
+  if (plan.workspace_bytes > static_cast<int64_t>(sizeof stack_buffer)) {
+    heap_buffer.reset(new char[plan.workspace_bytes]);
+    workspace = heap_buffer.get();
   }
   const Kernels& kernels = chosen_kernels();
   (operation == Operation::forward ? kernels.forward : kernels.backward)(problem, plan, workspace);
@@ -154,9 +154,9 @@ bool compute(Operation operation, Problem& problem) {
   if (problem.C == 0) return true;
   std::unique_ptr<int64_t[]> lengths;
   const Mask mask = problem.mask;
-  simplify(problem.mask, problem.N, problem.S, lengths);
-  const bool is_done = compute_simplified(operation, problem);
-  problem.mask = mask;  // lanes of XLA step through it
+  simplify_mask(problem.mask, problem.N, problem.S, lengths);
+  const bool is_done = compute_with_plan(operation, problem);
+  problem.mask = mask;  // XLA's calls step through the masks of their lanes
   return is_done;
 }
 

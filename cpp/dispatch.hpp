@@ -1,4 +1,4 @@
-// Which compiled kernels run, and on how many threads.
+// Choice of the compiled kernels and of the number of threads.
 #pragma once
 
 #include <string>
@@ -8,22 +8,24 @@
 
 namespace batchnorm {
 
-// The instruction sets that are compiled in and that this machine has, the best first.
+// The kernels that are compiled in and that this machine supports, the best first.
 std::vector<const Kernels*> supported_kernels();
 
-// Those in use.
+// The kernels in use.
 const Kernels& chosen_kernels();
 
-// By name; the best for null or nothing. Throws std::invalid_argument if there are none of that name.
+// Chooses kernels by name; null or empty: the best ones. Throws std::invalid_argument for an unknown or unsupported
+// name.
 void choose_kernels(const char* name);
 
-// The number of threads for calls that do not say; at first OpenMP's own (OMP_NUM_THREADS, or the cores).
+// The number of threads of calls that do not set it; initially that of OpenMP (OMP_NUM_THREADS, or the number of
+// cores).
 int num_threads();
 void set_num_threads(int threads);
 
 enum class Operation { forward, backward };
 
-// Computes. False if the strides fit no kernel; throws std::bad_alloc.
+// Runs the kernels. Returns false if the strides fit no kernel; throws std::bad_alloc.
 bool compute(Operation operation, Problem& problem);
 
 }  // namespace batchnorm

@@ -12,8 +12,8 @@ enum class Dtype : uint8_t { float32, float64, bfloat16, float16 };
 
 constexpr int64_t size_of(Dtype dtype) { return dtype == Dtype::float64 ? 8 : dtype == Dtype::float32 ? 4 : 2; }
 
-// Element i of an array of T in a caller's memory, which may start between two elements (a view into a packed buffer):
-// a load through a T* would be undefined there, and traps on some ARM. Always inlined, for kernels.cpp.
+// Element i of an array of T in a caller's memory, which may be unaligned (a view into a packed buffer). A load through
+// a T* would be undefined behavior, and it traps on some ARM processors. Always inlined (see kernels.cpp).
 template <class T> inline __attribute__((always_inline)) T element_at(const void* data, int64_t i) {
   T value;
   __builtin_memcpy(&value, static_cast<const char*>(data) + i * static_cast<int64_t>(sizeof(T)), sizeof value);

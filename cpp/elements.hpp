@@ -1,11 +1,15 @@
-// The formulas: what happens to one vector of elements. Each struct below is one pass over the data; `traverse.hpp`
-// walks it along rows or down columns, where its coefficients are those of one channel or of one column each. `arrays`
-// says how many it reads or writes in the common forms, `reads` which coefficients.
+// The formulas for one vector of elements. Each struct named below `Form` is one pass over the data. traverse.hpp takes
+// a pass along rows, where its coefficients are those of one channel, or down columns, where each column has its own.
 //
 //     d = x - hi                       exact where x lies within a factor of two of hi (Sterbenz)
 //     z = scale * d + offset           scale = gamma * rstd, offset = beta - scale * lo: mean = hi + lo
 //     y = activation(z + residual)
 //     dx = a * (dz - c + b * d)        exactly 0 for one element, whose dz is c
+//
+// Members of a pass: `num_arrays` is the number of arrays that it reads or writes in the common forms; `used_tables`
+// names its coefficients; `Padding` is the pass over padding (invalid elements) where that is normalized, or void for a
+// pass that never takes padding. A reduction computes two terms p and q of each element and sums p and p * q; it sets
+// `is_dot` where it adds to the sums itself.
 #pragma once
 
 #include "activations.hpp"
@@ -14,75 +18,77 @@
 
 namespace batchnorm::BATCHNORM_ISA {
 
-// `Padding` is the pass over elements that do not count where these are normalised; void where they take no part in it.
+// The active lanes of a vector, which hold elements: all of them, or the first n.
+struct FullVector {};
+struct PartialVector { int n; };
 
-// Which lanes of a vector hold elements: all, or the first n.
-struct All {};
-struct First { int n; };
-
-template <class T> BATCHNORM_INLINE auto load(const T* p, All) { return load(p); }
-template <class T> BATCHNORM_INLINE auto load(const T* p, First lanes) { return load(p, lanes.n); }
-template <class V> BATCHNORM_INLINE V only(V v, All) { return v; }
-template <class V> BATCHNORM_INLINE V only(V v, First lanes) { return select(first_lanes<V>(lanes.n), v, V{}); }
-template <class V> BATCHNORM_INLINE MaskOf<V> keep_lanes(const uint8_t* p, All) { return load_mask<V>(p); }
-template <class V> BATCHNORM_INLINE MaskOf<V> keep_lanes(const uint8_t* p, First lanes) {
+template <class T> BATCHNORM_INLINE auto load(const T* p, FullVector) { return load(p); }
+template <class T> BATCHNORM_INLINE auto load(const T* p, PartialVector lanes) { return load(p, lanes.n); }
+template <class V> BATCHNORM_INLINE V zero_inactive(V v, FullVector) { return v; }
+template <class V> BATCHNORM_INLINE V zero_inactive(V v, PartialVector lanes) {
+  return select(first_lanes<V>(lanes.n), v, V{});
+}
+template <class V> BATCHNORM_INLINE MaskOf<V> load_mask(const uint8_t* p, FullVector) { return load_mask<V>(p); }
+template <class V> BATCHNORM_INLINE MaskOf<V> load_mask(const uint8_t* p, PartialVector lanes) {
   return load_mask<V>(p, lanes.n);
 }
 
-template <class T, class V> BATCHNORM_INLINE void put(T* p, V v, All, bool is_streaming) {
+template <class T, class V> BATCHNORM_INLINE void store_or_stream(T* p, V v, FullVector, bool is_streaming) {
   if (is_streaming) stream(p, v);
   else store(p, v);
 }
-template <class T, class V> BATCHNORM_INLINE void put(T* p, V v, First lanes, bool) { store(p, v, lanes.n); }
+template <class T, class V> BATCHNORM_INLINE void store_or_stream(T* p, V v, PartialVector lanes, bool) {
+  store(p, v, lanes.n);
+}
 
-// Where the elements of one row are.
+// Pointers to the elements of one row; null for absent arrays.
 template <class T> struct Row {
   const T *x, *residual, *dy;
   T *out, *dresidual;   // out: y or dx
-  const uint8_t* keep;  // of a mask element by element
+  const uint8_t* mask;  // the bytes of a mask with a value for each element
 
-  // Elements from one place to another in each array; 0 in those that are not there, which stay null.
-  struct Step { int64_t x, residual, dy, out, dresidual, keep; };
+  // Distance in elements between two places, in each array; 0 in absent arrays, so that their pointers stay null.
+  struct Step { int64_t x, residual, dy, out, dresidual, mask; };
 
-  BATCHNORM_INLINE Row advanced(const Step& step, int64_t times) const {
+  BATCHNORM_INLINE Row offset_by(const Step& step, int64_t times) const {
     return {x + times * step.x,     residual + times * step.residual,   dy + times * step.dy,
-            out + times * step.out, dresidual + times * step.dresidual, keep + times * step.keep};
+            out + times * step.out, dresidual + times * step.dresidual, mask + times * step.mask};
   }
 };
 
-// Tables of coefficients, by channel or by column. In the workspace. Passes name those that they read by their bits.
-constexpr unsigned HI = 1, SCALE = 2, OFFSET = 4, BETA = 8, A = 16, B = 32, C = 64;
+// Tables of coefficients by channel or by column, in the workspace. The bits are used by `used_tables`.
+constexpr unsigned use_hi = 1, use_scale = 2, use_offset = 4, use_beta = 8, use_a = 16, use_b = 32, use_c = 64;
 template <class F> struct Tables { F *hi, *scale, *offset, *beta, *a, *b, *c; };
 
-// What varies between calls but not between elements.
+// Settings that are the same for all elements of a call.
 struct Options {
   Activation activation;
   double slope;
-  bool has_mask;                // rows carry `keep`
-  bool is_padding;              // no element counts, all are normalised
-  bool normalized_padding;      // those that do not count are normalised, and have gradients, like the rest
-  bool through_statistics;      // backward
-  bool* has_unread;             // backward: set where padding is not finite
-  bool has_short_runs = false;  // sums are folded into doubles after every addition or two
+  bool has_mask;                    // `Row::mask` is present
+  bool is_padding;                  // all elements are padding and are normalized
+  bool normalized_padding;          // padding is normalized and has gradients, like valid elements
+  bool through_statistics;          // backward
+  bool* has_nonfinite_padding;      // backward: set to true if any padding is not finite
+  bool has_frequent_folds = false;  // sums are folded into doubles after one or two additions
 };
 
-// The passes are compiled for the common forms, for the padding beside the plain one, where it is normalised, and once for
-// everything else, which is decided at run time.
-enum class Form : uint8_t { plain, relu, relu_residual, plain_padding, general };
+// Passes are compiled for common forms, for normalized padding without an activation, and once for everything else,
+// which is decided at run time.
+enum class Form : uint8_t { identity, relu, relu_residual, identity_padding, general };
 
-// The form of the padding beside a form.
-constexpr Form padding_of(Form form) { return form == Form::plain ? Form::plain_padding : Form::general; }
+// The form of the pass over padding, for the form of the pass over valid elements.
+constexpr Form padding_of(Form form) { return form == Form::identity ? Form::identity_padding : Form::general; }
 
-// A coefficient for the lanes of a vector, from channel or column i of its table: `by_channel` for the rows family,
-// `by_column` for the others. A pass has its own by `coefficients<by_channel<V>>(i)` or `coefficients<by_column<V>>(i)`.
-template <class V> BATCHNORM_INLINE V by_channel(const ScalarOf<V>* table, int64_t channel) {
+// Fetch functions: the coefficients of a vector's lanes from a table, of one channel in the rows family and of
+// successive columns in the others. They are the template argument of a pass's `coefficients`.
+template <class V> BATCHNORM_INLINE V broadcast_channel(const ScalarOf<V>* table, int64_t channel) {
   return broadcast<V>(table[channel]);
 }
-template <class V> BATCHNORM_INLINE V by_column(const ScalarOf<V>* table, int64_t column) {
+template <class V> BATCHNORM_INLINE V load_column(const ScalarOf<V>* table, int64_t column) {
   return load_as<V>(table + column);
 }
 
-// p = q = x - hi, with any value near the mean as hi: the sums of p and p * q give the moments.
+// p = q = x - hi, with any value near the mean as hi. The sums of p and p * q give the moments.
 template <class T, bool is_masked> struct Deviations {
   using V = typename Compute<T>::V;
   using Sum = V;
@@ -90,98 +96,97 @@ template <class T, bool is_masked> struct Deviations {
   Tables<ScalarOf<V>> tables;
   Options options;
 
-  static constexpr bool is_dots = false;
-  static constexpr int arrays = 1;
-  static constexpr unsigned reads = HI;
+  static constexpr bool is_dot = false;
+  static constexpr int num_arrays = 1;
+  static constexpr unsigned used_tables = use_hi;
   struct Coefficients { V hi; };
   template <auto fetch> BATCHNORM_INLINE Coefficients coefficients(int64_t i) const { return {fetch(tables.hi, i)}; }
 
   template <class L>
   BATCHNORM_INLINE void terms(const Row<T>& row, int64_t j, const Coefficients& k, L lanes, V& p, V& q) const {
-    V d = only(load(row.x + j, lanes) - k.hi, lanes);
-    if constexpr (is_masked) d = select(keep_lanes<V>(row.keep + j, lanes), d, V{});
+    V d = zero_inactive(load(row.x + j, lanes) - k.hi, lanes);
+    if constexpr (is_masked) d = select(load_mask<V>(row.mask + j, lanes), d, V{});
     p = q = d;
   }
 };
 
-// The sums of p = dy, or p = x, and of p * x, of elements that are not converted for it (see `dot`). About zero instead of
-// the mean, they cancel where the mean lies many deviations away.
-template <class T, bool has_dy> struct Dots;
+// p = dy, or p = x, and q = x, summed without conversion of the elements (see `dot`). These sums are about zero instead
+// of the mean, so that they cancel where the mean is many standard deviations away from zero.
+template <class T, bool has_dy> struct DotTerms;
 #if defined(__AVX512BF16__)
-template <bool has_dy> struct Dots<bfloat16, has_dy> {
+template <bool has_dy> struct DotTerms<bfloat16, has_dy> {
   using T = bfloat16;
   using V = Pair;
-  using Sum = Vf;
+  using Sum = VecF32;
   using Padding = void;
   Tables<float> tables;
 
-  static constexpr bool is_dots = true;
-  static constexpr int arrays = has_dy ? 2 : 1;
-  static constexpr unsigned reads = 0;
+  static constexpr bool is_dot = true;
+  static constexpr int num_arrays = has_dy ? 2 : 1;
+  static constexpr unsigned used_tables = 0;
   struct Coefficients {};
   template <auto fetch> BATCHNORM_INLINE Coefficients coefficients(int64_t) const { return {}; }
 
-  // Of a row: adjacent elements go to one sum.
-  template <class L> static BATCHNORM_INLINE void add(const Row<T>& row, int64_t j, L lanes, Vf& first, Vf& second) {
-    const Vs x = bits(row.x + j, lanes), p = has_dy ? bits(row.dy + j, lanes) : x;
-    first = dot(p, one - Vs{}, first);
-    second = dot(p, x, second);
+  // Sums along a row: two adjacent elements go to one sum.
+  template <class L>
+  static BATCHNORM_INLINE void add(const Row<T>& row, int64_t j, L lanes, VecF32& sum_p, VecF32& sum_pq) {
+    const VecU16 x = bits(row.x + j, lanes), p = has_dy ? bits(row.dy + j, lanes) : x;
+    sum_p = dot(p, one - VecU16{}, sum_p);
+    sum_pq = dot(p, x, sum_pq);
   }
 
-  // Of two rows, or one and none: those below each other, in the order of `interleave`.
+  // Sums down two rows, or one row and none: the elements of a column go to one sum, in the order of `interleave`.
   template <class L>
-  static BATCHNORM_INLINE void add(const Row<T>& row, const Row<T>& below, int64_t j, L lanes, Pair& first,
-                                   Pair& second) {
+  static BATCHNORM_INLINE void add(const Row<T>& row, const Row<T>& below, int64_t j, L lanes, Pair& sum_p,
+                                   Pair& sum_pq) {
     const auto both = [=](const T* p, const T* q) __attribute__((always_inline)) {
-      return interleave(bits(p + j, lanes), q ? bits(q + j, lanes) : Vs{});
+      return interleave(bits(p + j, lanes), q ? bits(q + j, lanes) : VecU16{});
     };
-    const PairBits x = both(row.x, below.x), p = has_dy ? both(row.dy, below.dy) : x;
-    first = {dot(p.low, one - Vs{}, first.low), dot(p.high, one - Vs{}, first.high)};
-    second = {dot(p.low, x.low, second.low), dot(p.high, x.high, second.high)};
+    const Interleaved x = both(row.x, below.x), p = has_dy ? both(row.dy, below.dy) : x;
+    sum_p = {dot(p.low, one - VecU16{}, sum_p.low), dot(p.high, one - VecU16{}, sum_p.high)};
+    sum_pq = {dot(p.low, x.low, sum_pq.low), dot(p.high, x.high, sum_pq.high)};
   }
 
  private:
   static constexpr uint16_t one = 0x3f80;
-  static BATCHNORM_INLINE Vs bits(const T* p, All) { return load_bits(p); }
-  static BATCHNORM_INLINE Vs bits(const T* p, First lanes) { return load_bits(p, lanes.n); }
+  static BATCHNORM_INLINE VecU16 bits(const T* p, FullVector) { return load_bits(p); }
+  static BATCHNORM_INLINE VecU16 bits(const T* p, PartialVector lanes) { return load_bits(p, lanes.n); }
 };
 #endif
 
-// Which elements count.
+// Mask of the valid elements.
 template <class V, class T, class L>
-BATCHNORM_INLINE MaskOf<V> kept(const Row<T>& row, int64_t j, const Options& options, L lanes) {
+BATCHNORM_INLINE MaskOf<V> valid_lanes(const Row<T>& row, int64_t j, const Options& options, L lanes) {
   if (options.is_padding) return MaskOf<V>{};
-  return options.has_mask ? keep_lanes<V>(row.keep + j, lanes) : ~MaskOf<V>{};
+  return options.has_mask ? load_mask<V>(row.mask + j, lanes) : ~MaskOf<V>{};
 }
 
-// z where some elements may be padding: NaN there comes out as xhat = 0, and as 0 in the residual.
+// z where some elements may be padding: nonfinite x there gives xhat = 0, and nonfinite residuals count as 0.
 template <class T, class V, class K, class L>
-BATCHNORM_INLINE V padded_z(const Row<T>& row, int64_t j, V d, const K& k, MaskOf<V> keep, L lanes) {
-  const V z = select(keep | is_finite(d), fma(k.scale, d, k.offset), k.beta);
+BATCHNORM_INLINE V padded_z(const Row<T>& row, int64_t j, V d, const K& k, MaskOf<V> valid, L lanes) {
+  const V z = select(valid | is_finite(d), fma(k.scale, d, k.offset), k.beta);
   if (!row.residual) return z;
   const V residual = load(row.residual + j, lanes);
-  return z + select(keep | is_finite(residual), residual, V{});
+  return z + select(valid | is_finite(residual), residual, V{});
 }
 
-template <class T> struct Normalized {  // what both directions share
-  using V = typename Compute<T>::V;
-
-  template <class L>
-  static BATCHNORM_INLINE V z(const Row<T>& row, int64_t j, V d, V scale, V offset, bool has_residual, L lanes) {
-    const V z = fma(scale, d, offset);
-    return has_residual ? z + load(row.residual + j, lanes) : z;
-  }
-};
+// z of valid elements.
+template <class T, class V, class L>
+BATCHNORM_INLINE V z_of(const Row<T>& row, int64_t j, V d, V scale, V offset, bool has_residual, L lanes) {
+  const V z = fma(scale, d, offset);
+  return has_residual ? z + load(row.residual + j, lanes) : z;
+}
 
 // y = activation(z + residual).
-template <class T, Form form> struct Forward {
+template <class T, Form form> struct Normalize {
   using V = typename Compute<T>::V;
-  using Padding = Forward<T, padding_of(form)>;
+  using Padding = Normalize<T, padding_of(form)>;
   Tables<ScalarOf<V>> tables;
   Options options;
 
-  static constexpr int arrays = form == Form::relu_residual ? 3 : 2;
-  static constexpr unsigned reads = HI | SCALE | OFFSET | (form >= Form::plain_padding ? BETA : 0u);
+  static constexpr int num_arrays = form == Form::relu_residual ? 3 : 2;
+  static constexpr unsigned used_tables =
+      use_hi | use_scale | use_offset | (form >= Form::identity_padding ? use_beta : 0u);
   struct Coefficients { V hi, scale, offset, beta; };
   template <auto fetch> BATCHNORM_INLINE Coefficients coefficients(int64_t i) const {
     return {fetch(tables.hi, i), fetch(tables.scale, i), fetch(tables.offset, i), fetch(tables.beta, i)};
@@ -190,56 +195,56 @@ template <class T, Form form> struct Forward {
   template <class L>
   BATCHNORM_INLINE void apply(const Row<T>& row, int64_t j, const Coefficients& k, L lanes, bool is_streaming) const {
     const V d = load(row.x + j, lanes) - k.hi;
-    if constexpr (form == Form::plain_padding)
-      return put(row.out + j, select(is_finite(d), fma(k.scale, d, k.offset), k.beta), lanes, is_streaming);
-    if constexpr (form < Form::plain_padding) {
-      const V z = Normalized<T>::z(row, j, d, k.scale, k.offset, form == Form::relu_residual, lanes);
-      return put(row.out + j, form == Form::plain ? z : select(z <= V{}, V{}, z), lanes, is_streaming);
+    if constexpr (form == Form::identity_padding)
+      return store_or_stream(row.out + j, select(is_finite(d), fma(k.scale, d, k.offset), k.beta), lanes, is_streaming);
+    if constexpr (form < Form::identity_padding) {
+      const V z = z_of(row, j, d, k.scale, k.offset, form == Form::relu_residual, lanes);
+      return store_or_stream(row.out + j, form == Form::identity ? z : select(z <= V{}, V{}, z), lanes, is_streaming);
     }
-    const MaskOf<V> keep = kept<V>(row, j, options, lanes);
-    const V z = padded_z(row, j, d, k, keep, lanes);
+    const MaskOf<V> valid = valid_lanes<V>(row, j, options, lanes);
+    const V z = padded_z(row, j, d, k, valid, lanes);
     V y = activate(options.activation, z, broadcast<V>(static_cast<ScalarOf<V>>(options.slope)));
-    if (!options.normalized_padding) y = select(keep, y, V{});
-    put(row.out + j, y, lanes, is_streaming);
+    if (!options.normalized_padding) y = select(valid, y, V{});
+    store_or_stream(row.out + j, y, lanes, is_streaming);
   }
 };
 
-// dz = dy * activation'(z), from x alone: z is computed again, though by the rounded rstd, where forward has the one
-// before it was rounded.
-template <class T, Form form> struct Backward {
+// dz = dy * activation'(z). z is recomputed from x, with the rounded rstd; the forward pass used rstd before rounding.
+template <class T, Form form> struct ActivationGradient {
   using V = typename Compute<T>::V;
   Tables<ScalarOf<V>> tables;
   Options options;
 
   template <class K, class L> BATCHNORM_INLINE V dz(const Row<T>& row, int64_t j, V d, const K& k, L lanes) const {
     const V dy = load(row.dy + j, lanes);
-    if constexpr (form == Form::plain || form == Form::plain_padding) return dy;
+    if constexpr (form == Form::identity || form == Form::identity_padding) return dy;
     V z = fma(k.scale, d, k.offset);
     if constexpr (form == Form::relu) return select(z <= V{}, V{}, dy);
     if constexpr (form == Form::relu_residual) return select(z + load(row.residual + j, lanes) <= V{}, V{}, dy);
     if constexpr (form == Form::general) {
-      const MaskOf<V> keep = kept<V>(row, j, options, lanes);
-      if (options.normalized_padding) z = padded_z(row, j, d, k, keep, lanes);
+      const MaskOf<V> valid = valid_lanes<V>(row, j, options, lanes);
+      if (options.normalized_padding) z = padded_z(row, j, d, k, valid, lanes);
       else if (row.residual) z += load(row.residual + j, lanes);
       const V slope = broadcast<V>(static_cast<ScalarOf<V>>(options.slope));
-      z = dy * activation_slope(options.activation, z, slope);
-      if (!options.normalized_padding) z = select(keep, z, V{});
+      z = dy * activation_derivative(options.activation, z, slope);
+      if (!options.normalized_padding) z = select(valid, z, V{});
     }
     return z;
   }
 };
 
-// p = dz and q = x - hi: the sums of p and p * q give dbeta and dgamma. Padding that is normalised but not finite takes no
-// part: the statistics do not reach its y. That there is some is noted, as its dz belongs to dbeta.
-template <class T, Form form> struct BackwardTerms : Backward<T, form> {
+// p = dz and q = x - hi. The sums of p and p * q give dbeta and dgamma. Normalized padding that is not finite is left
+// out, because its y does not depend on the statistics. `has_nonfinite_padding` records it, as its dz belongs to dbeta.
+template <class T, Form form> struct GradientTerms : ActivationGradient<T, form> {
   using V = typename Compute<T>::V;
   using Sum = V;
-  using Padding = BackwardTerms<T, padding_of(form)>;
+  using Padding = GradientTerms<T, padding_of(form)>;
 
-  static constexpr bool is_dots = false;
-  static constexpr int arrays = form == Form::relu_residual ? 3 : 2;
-  static constexpr unsigned reads = HI | (form == Form::plain || form == Form::plain_padding ? 0u : SCALE | OFFSET) |
-                                    (form == Form::general ? BETA : 0u);
+  static constexpr bool is_dot = false;
+  static constexpr int num_arrays = form == Form::relu_residual ? 3 : 2;
+  static constexpr unsigned used_tables =
+      use_hi | (form == Form::identity || form == Form::identity_padding ? 0u : use_scale | use_offset) |
+      (form == Form::general ? use_beta : 0u);
   struct Coefficients { V hi, scale, offset, beta; };
   template <auto fetch> BATCHNORM_INLINE Coefficients coefficients(int64_t i) const {
     const auto& t = this->tables;
@@ -249,30 +254,31 @@ template <class T, Form form> struct BackwardTerms : Backward<T, form> {
   template <class L>
   BATCHNORM_INLINE void terms(const Row<T>& row, int64_t j, const Coefficients& k, L lanes, V& p, V& q) const {
     const V d = load(row.x + j, lanes) - k.hi;
-    p = only(this->dz(row, j, d, k, lanes), lanes);
-    q = only(d, lanes);
-    if constexpr (form >= Form::plain_padding) {
-      const MaskOf<V> keep = kept<V>(row, j, this->options, lanes);
+    p = zero_inactive(this->dz(row, j, d, k, lanes), lanes);
+    q = zero_inactive(d, lanes);
+    if constexpr (form >= Form::identity_padding) {
+      const MaskOf<V> valid = valid_lanes<V>(row, j, this->options, lanes);
       if (this->options.normalized_padding) {
-        const MaskOf<V> is_read = keep | is_finite(d);
-        p = select(is_read, p, V{});
-        q = select(is_read, q, V{});
-        if (any(~is_read)) __atomic_store_n(this->options.has_unread, true, __ATOMIC_RELAXED);
+        const MaskOf<V> is_used = valid | is_finite(d);
+        p = select(is_used, p, V{});
+        q = select(is_used, q, V{});
+        if (any(~is_used)) __atomic_store_n(this->options.has_nonfinite_padding, true, __ATOMIC_RELAXED);
       } else {
-        q = select(keep, q, V{});
+        q = select(valid, q, V{});
       }
     }
   }
 };
 
-// dx = a * dy + b * x + c, where no mean lies so far from zero that the terms cancel to less than two bytes need.
-template <class T> struct FoldedGradient {
+// dx = a * dy + b * x + c, for means so close to zero that the cancellation of terms is below the precision of two
+// bytes.
+template <class T> struct UncenteredGradient {
   using V = typename Compute<T>::V;
   using Padding = void;
   Tables<ScalarOf<V>> tables;
 
-  static constexpr int arrays = 3;
-  static constexpr unsigned reads = A | B | C;
+  static constexpr int num_arrays = 3;
+  static constexpr unsigned used_tables = use_a | use_b | use_c;
   struct Coefficients { V a, b, c; };
   template <auto fetch> BATCHNORM_INLINE Coefficients coefficients(int64_t i) const {
     return {fetch(tables.a, i), fetch(tables.b, i), fetch(tables.c, i)};
@@ -280,17 +286,18 @@ template <class T> struct FoldedGradient {
 
   template <class L>
   BATCHNORM_INLINE void apply(const Row<T>& row, int64_t j, const Coefficients& k, L lanes, bool is_streaming) const {
-    put(row.out + j, fma(k.a, load(row.dy + j, lanes), fma(k.b, load(row.x + j, lanes), k.c)), lanes, is_streaming);
+    store_or_stream(row.out + j, fma(k.a, load(row.dy + j, lanes), fma(k.b, load(row.x + j, lanes), k.c)), lanes,
+                    is_streaming);
   }
 };
 
-// dx = a * (dz - c + b * (x - hi)), a * dz of padding, on which the statistics do not depend; and dresidual = dz.
-template <class T, Form form> struct Gradient : Backward<T, form> {
+// dx = a * (dz - c + b * (x - hi)), or a * dz for padding, on which the statistics do not depend; dresidual = dz.
+template <class T, Form form> struct Gradient : ActivationGradient<T, form> {
   using V = typename Compute<T>::V;
   using Padding = Gradient<T, padding_of(form)>;
 
-  static constexpr int arrays = form == Form::relu_residual ? 5 : 3;
-  static constexpr unsigned reads = BackwardTerms<T, form>::reads | A | B | C;
+  static constexpr int num_arrays = form == Form::relu_residual ? 5 : 3;
+  static constexpr unsigned used_tables = GradientTerms<T, form>::used_tables | use_a | use_b | use_c;
   struct Coefficients { V hi, scale, offset, beta, a, b, c; };
   template <auto fetch> BATCHNORM_INLINE Coefficients coefficients(int64_t i) const {
     const auto& t = this->tables;
@@ -302,21 +309,21 @@ template <class T, Form form> struct Gradient : Backward<T, form> {
   BATCHNORM_INLINE void apply(const Row<T>& row, int64_t j, const Coefficients& k, L lanes, bool is_streaming) const {
     const V d = load(row.x + j, lanes) - k.hi;
     V dz = this->dz(row, j, d, k, lanes);
-    if constexpr (form == Form::plain_padding)
-      return put(row.out + j, select(is_finite(d), k.a * dz, V{}), lanes, is_streaming);
+    if constexpr (form == Form::identity_padding)
+      return store_or_stream(row.out + j, select(is_finite(d), k.a * dz, V{}), lanes, is_streaming);
     V dx = k.a * fma(k.b, d, dz - k.c);
     if constexpr (form == Form::general) {
       const Options& options = this->options;
-      const MaskOf<V> keep = kept<V>(row, j, options, lanes);
+      const MaskOf<V> valid = valid_lanes<V>(row, j, options, lanes);
       if (!options.through_statistics) dx = k.a * dz;
-      dx = select(keep, dx, options.normalized_padding ? select(is_finite(d), k.a * dz, V{}) : V{});
-      if (row.out) put(row.out + j, dx, lanes, is_streaming);
+      dx = select(valid, dx, options.normalized_padding ? select(is_finite(d), k.a * dz, V{}) : V{});
+      if (row.out) store_or_stream(row.out + j, dx, lanes, is_streaming);
       if (options.normalized_padding && row.residual)
-        dz = select(keep | is_finite(load(row.residual + j, lanes)), dz, V{});
-      if (row.dresidual) put(row.dresidual + j, dz, lanes, is_streaming);
+        dz = select(valid | is_finite(load(row.residual + j, lanes)), dz, V{});
+      if (row.dresidual) store_or_stream(row.dresidual + j, dz, lanes, is_streaming);
     } else {
-      put(row.out + j, dx, lanes, is_streaming);
-      if constexpr (form == Form::relu_residual) put(row.dresidual + j, dz, lanes, is_streaming);
+      store_or_stream(row.out + j, dx, lanes, is_streaming);
+      if constexpr (form == Form::relu_residual) store_or_stream(row.dresidual + j, dz, lanes, is_streaming);
     }
   }
 };

@@ -1,4 +1,4 @@
-// An array library as the kernels use it: which arrays are its own, and how new ones are made.
+// An array library as the kernels use it: the types of its arrays, and allocation of new ones.
 #pragma once
 
 #include <vector>
@@ -9,20 +9,20 @@ namespace batchnorm {
 
 class Library {
  public:
-  // `types`: of the arrays that are read as they are. `empty_like(array)`, `empty(shape, dtype name)`: the library's own
-  // functions; `pooled_like(array)` takes the memory of a large array from memory.hpp.
+  // `types`: types of arrays that are read in place. `empty_like(array)` and `empty(shape, dtype name)`: functions of
+  // the library. `pooled_like(array)`: like `empty_like`, in a pooled buffer, for large arrays.
   Library(nanobind::tuple types, nanobind::object empty_like, nanobind::object pooled_like, nanobind::object empty);
 
-  // The object itself; throws Declined for an array of another type. None is of every library.
-  nanobind::handle own(nanobind::handle object) const;
+  // Returns the object, or throws Declined for an array of another type. Any library accepts None.
+  nanobind::handle require_own(nanobind::handle object) const;
 
-  // Item i of a tuple, likewise.
-  nanobind::handle own(nanobind::handle tuple, int i) const;
+  // Returns item i of a tuple, or throws Declined for an array of another type.
+  nanobind::handle require_own(nanobind::handle tuple, int i) const;
 
-  // An uninitialised array of the dtype, shape and layout of another.
-  nanobind::object like(nanobind::handle object, const Array& array) const;
+  // An uninitialized array with the dtype, shape and layout of another.
+  nanobind::object empty_like(nanobind::handle object, const Array& array) const;
 
-  // An uninitialised, contiguous array beside the array `x`.
+  // An uninitialized, contiguous array of the library, device and kind of the array `x`.
   nanobind::object empty(nanobind::handle x, Element element, int ndim, const int64_t* shape) const;
 
  private:
@@ -35,7 +35,7 @@ class Library {
 
   nanobind::tuple types_;
   nanobind::object empty_like_, pooled_like_, empty_;
-  mutable std::vector<Prototype> prototypes_;  // guarded by the GIL; the last few lengths
+  mutable std::vector<Prototype> prototypes_;  // of the most recent lengths; guarded by the GIL
 };
 
 }  // namespace batchnorm

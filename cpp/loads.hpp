@@ -1,4 +1,4 @@
-// How elements of the four types get into vectors and out of them. No pointer needs any alignment.
+// Loads and stores of the four element types as vectors. No pointer needs alignment, except that of `stream`.
 #pragma once
 
 #include "pairs.hpp"
@@ -7,52 +7,54 @@ namespace batchnorm::BATCHNORM_ISA {
 
 // ---- two bytes to four ---------------------------------------------------------------------------------------------
 
-BATCHNORM_INLINE Vu zero_extend(Vh bits) {
+BATCHNORM_INLINE VecU32 zero_extend(HalfVecU16 bits) {
 #if defined(__AVX512F__)
-  return (Vu)_mm512_cvtepu16_epi32((__m256i)bits);
+  return (VecU32)_mm512_cvtepu16_epi32((__m256i)bits);
 #elif defined(__AVX2__)
-  return (Vu)_mm256_cvtepu16_epi32((__m128i)bits);
+  return (VecU32)_mm256_cvtepu16_epi32((__m128i)bits);
 #else
-  return __builtin_convertvector(bits, Vu);
+  return __builtin_convertvector(bits, VecU32);
 #endif
 }
 
-BATCHNORM_INLINE Vf widen(Vh bits, bfloat16) { return (Vf)(zero_extend(bits) << 16); }
+BATCHNORM_INLINE VecF32 widen(HalfVecU16 bits, bfloat16) { return (VecF32)(zero_extend(bits) << 16); }
 
-BATCHNORM_INLINE Vf widen(Vh bits, float16) {
+BATCHNORM_INLINE VecF32 widen(HalfVecU16 bits, float16) {
 #if defined(__AVX512F__)
   return _mm512_cvtph_ps((__m256i)bits);
 #elif defined(__AVX2__)
   return _mm256_cvtph_ps((__m128i)bits);
 #else
-  // The exponent and fraction moved to a float's place are 2^112 too small, subnormal numbers included; Inf and NaN
-  // have an exponent of their own.
-  const Vu h = zero_extend(bits);
-  const Vu magnitude = (h & 0x7fff) << 13, sign = (h & 0x8000) << 16;
-  const Vf scaled = (Vf)magnitude * 0x1p112f;
-  const Vu special = magnitude | 0x7f800000;
-  return (Vf)(((h & 0x7c00) == 0x7c00 ? special : (Vu)scaled) | sign);
+  // Exponent and fraction, shifted to their places in a float, give a value that is 2^112 too small, also for subnormal
+  // numbers. Inf and NaN get the largest exponent of a float instead.
+  const VecU32 h = zero_extend(bits);
+  const VecU32 magnitude = (h & 0x7fff) << 13, sign = (h & 0x8000) << 16;
+  const VecF32 scaled = (VecF32)magnitude * 0x1p112f;
+  const VecU32 special = magnitude | 0x7f800000;
+  return (VecF32)(((h & 0x7c00) == 0x7c00 ? special : (VecU32)scaled) | sign);
 #endif
 }
 
 // ---- four bytes to two: to nearest, ties to even -------------------------------------------------------------------
 
-// The upper and the lower two bytes of each lane.
-BATCHNORM_INLINE Vs upper_halves(Vu low, Vu high) {
+// The upper two bytes of each lane (`lower_halves`: the lower two), in the order of the lanes.
+BATCHNORM_INLINE VecU16 upper_halves(VecU32 low, VecU32 high) {
 #if defined(__AVX512F__)
-  Vs odd;
+  VecU16 odd;
   for (int i = 0; i < 32; ++i) odd[i] = static_cast<uint16_t>(2 * i + 1);
-  return (Vs)_mm512_permutex2var_epi16((__m512i)low, (__m512i)odd, (__m512i)high);
+  return (VecU16)_mm512_permutex2var_epi16((__m512i)low, (__m512i)odd, (__m512i)high);
 #elif defined(__AVX2__)
   const __m256i packed = _mm256_packus_epi32((__m256i)(low >> 16), (__m256i)(high >> 16));
-  return (Vs)_mm256_permute4x64_epi64(packed, 0xd8);
+  return (VecU16)_mm256_permute4x64_epi64(packed, 0xd8);
 #elif defined(__aarch64__)
   return vuzp2q_u16((uint16x8_t)low, (uint16x8_t)high);
 #else
-  return __builtin_shufflevector((Vs)low, (Vs)high, 1, 3, 5, 7, 9, 11, 13, 15);
+  return __builtin_shufflevector((VecU16)low, (VecU16)high, 1, 3, 5, 7, 9, 11, 13, 15);
 #endif
 }
-[[maybe_unused]] BATCHNORM_INLINE Vs lower_halves(Vu low, Vu high) { return upper_halves(low << 16, high << 16); }
+[[maybe_unused]] BATCHNORM_INLINE VecU16 lower_halves(VecU32 low, VecU32 high) {
+  return upper_halves(low << 16, high << 16);
+}
 
 BATCHNORM_INLINE bool has_nan(Pair v) {
 #if defined(__AVX512F__)
@@ -60,48 +62,48 @@ BATCHNORM_INLINE bool has_nan(Pair v) {
 #elif defined(__AVX2__)
   return _mm256_movemask_ps(_mm256_cmp_ps(v.low, v.high, _CMP_UNORD_Q));
 #else
-  const Vl any = (Vl)((v.low != v.low) | (v.high != v.high));
+  const VecI64 any = (VecI64)((v.low != v.low) | (v.high != v.high));
   return any[0] | any[1];
 #endif
 }
 
-// A NaN keeps its upper bits and is made quiet: rounding would carry it to infinity or zero.
-BATCHNORM_INLINE Vs narrow(Pair v, bfloat16) {
+// A NaN keeps its upper bits and becomes quiet; rounding would carry its bits to infinity or zero.
+BATCHNORM_INLINE VecU16 narrow(Pair v, bfloat16) {
 #if defined(__AVX512BF16__)
-  // One instruction in place of nine, which takes subnormal numbers for zeros.
+  // One instruction instead of nine, used only without subnormal numbers because it flushes these to zero.
   constexpr int subnormal = 0x20;
   const auto subnormals = _mm512_fpclass_ps_mask(v.low, subnormal) | _mm512_fpclass_ps_mask(v.high, subnormal);
-  if (__builtin_expect(subnormals == 0, true)) return (Vs)_mm512_cvtne2ps_pbh(v.high, v.low);
+  if (__builtin_expect(subnormals == 0, true)) return (VecU16)_mm512_cvtne2ps_pbh(v.high, v.low);
 #endif
-  const auto rounded = [](Vf v) __attribute__((always_inline)) {
-    const Vu bits = (Vu)v;
+  const auto rounded = [](VecF32 v) __attribute__((always_inline)) {
+    const VecU32 bits = (VecU32)v;
     return bits + 0x7fff + (bits >> 16 & 1);
   };
-  Vu low = rounded(v.low), high = rounded(v.high);
+  VecU32 low = rounded(v.low), high = rounded(v.high);
   if (__builtin_expect(has_nan(v), false)) {
-    low = v.low == v.low ? low : (Vu)v.low | 0x400000;
-    high = v.high == v.high ? high : (Vu)v.high | 0x400000;
+    low = v.low == v.low ? low : (VecU32)v.low | 0x400000;
+    high = v.high == v.high ? high : (VecU32)v.high | 0x400000;
   }
   return upper_halves(low, high);
 }
 
-BATCHNORM_INLINE Vs narrow(Pair v, float16) {
+BATCHNORM_INLINE VecU16 narrow(Pair v, float16) {
 #if defined(__AVX512F__)
   constexpr int nearest = _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC;
   const __m512i low = _mm512_castsi256_si512(_mm512_cvtps_ph(v.low, nearest));
-  return (Vs)_mm512_inserti64x4(low, _mm512_cvtps_ph(v.high, nearest), 1);
+  return (VecU16)_mm512_inserti64x4(low, _mm512_cvtps_ph(v.high, nearest), 1);
 #elif defined(__AVX2__)
   constexpr int nearest = _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC;
-  return (Vs)_mm256_set_m128i(_mm256_cvtps_ph(v.high, nearest), _mm256_cvtps_ph(v.low, nearest));
+  return (VecU16)_mm256_set_m128i(_mm256_cvtps_ph(v.high, nearest), _mm256_cvtps_ph(v.low, nearest));
 #else
-  const auto narrowed = [](Vf v) {
-    const Vu bits = (Vu)v, sign = bits & 0x80000000, magnitude = bits ^ sign;
+  const auto narrowed = [](VecF32 v) {
+    const VecU32 bits = (VecU32)v, sign = bits & 0x80000000, magnitude = bits ^ sign;
     // Subnormal results: adding 0.5 leaves the rounded number in the low bits of the sum, in units of 2^-24.
-    const Vu subnormal = (Vu)((Vf)magnitude + 0.5f) - 0x3f000000;
-    const Vu normal = (magnitude - 0x38000000 + 0xfff + ((magnitude >> 13) & 1)) >> 13;
-    // Subnormal below 2^-14; 65520 and above round to Inf; above Inf lie NaN.
-    Vu half = magnitude < 0x38800000 ? subnormal : normal;
-    half = magnitude >= 0x477ff000 ? Vu{} + 0x7c00 : half;
+    const VecU32 subnormal = (VecU32)((VecF32)magnitude + 0.5f) - 0x3f000000;
+    const VecU32 normal = (magnitude - 0x38000000 + 0xfff + ((magnitude >> 13) & 1)) >> 13;
+    // Results are subnormal below 2^-14 and Inf from 65520 on; bits above those of Inf are NaN.
+    VecU32 half = magnitude < 0x38800000 ? subnormal : normal;
+    half = magnitude >= 0x477ff000 ? VecU32{} + 0x7c00 : half;
     half = magnitude > 0x7f800000 ? ((magnitude >> 13) & 0x3ff) | 0x7e00 : half;
     return half | (sign >> 16);
   };
@@ -112,33 +114,33 @@ BATCHNORM_INLINE Vs narrow(Pair v, float16) {
 // ---- loads and stores ----------------------------------------------------------------------------------------------
 
 template <class T> BATCHNORM_INLINE Pair load_pair(const T* p) {
-  Vh low, high;
+  HalfVecU16 low, high;
   __builtin_memcpy(&low, p, sizeof low);
-  __builtin_memcpy(&high, p + width<Vf>, sizeof high);
+  __builtin_memcpy(&high, p + width<VecF32>, sizeof high);
   return {widen(low, T{}), widen(high, T{})};
 }
 BATCHNORM_INLINE Pair load(const bfloat16* p) { return load_pair(p); }
 BATCHNORM_INLINE Pair load(const float16* p) { return load_pair(p); }
 
 template <class T> BATCHNORM_INLINE void store_pair(T* p, Pair v) {
-  const Vs bits = narrow(v, T{});
+  const VecU16 bits = narrow(v, T{});
   __builtin_memcpy(p, &bits, sizeof bits);
 }
 BATCHNORM_INLINE void store(bfloat16* p, Pair v) { store_pair(p, v); }
 BATCHNORM_INLINE void store(float16* p, Pair v) { store_pair(p, v); }
 
-// Floats or doubles, as the vector that elements of some type are computed in.
+// Loads floats or doubles as V, the vector of a computation.
 template <class V> BATCHNORM_INLINE V load_as(const ScalarOf<V>* p) {
-  if constexpr (sizeof(V) > vector_bytes) return {load(p), load(p + width<Vf>)};
+  if constexpr (sizeof(V) > vector_bytes) return {load(p), load(p + width<VecF32>)};
   else return load(p);
 }
-BATCHNORM_INLINE void store(float* p, Pair v) { store(p, v.low), store(p + width<Vf>, v.high); }
+BATCHNORM_INLINE void store(float* p, Pair v) { store(p, v.low), store(p + width<VecF32>, v.high); }
 
-// The first n elements, the other lanes 0; nothing beyond them is touched.
+// The first n elements; the other lanes are 0. Memory after them is not accessed.
 template <class T> BATCHNORM_INLINE typename Compute<T>::V load(const T* p, int n) {
 #if defined(__AVX512F__)
-  if constexpr (sizeof(T) == 4) return (Vf)_mm512_maskz_loadu_ps((__mmask16)((1u << n) - 1), p);
-  else if constexpr (sizeof(T) == 8) return (Vd)_mm512_maskz_loadu_pd((__mmask8)((1u << n) - 1), p);
+  if constexpr (sizeof(T) == 4) return (VecF32)_mm512_maskz_loadu_ps((__mmask16)((1u << n) - 1), p);
+  else if constexpr (sizeof(T) == 8) return (VecF64)_mm512_maskz_loadu_pd((__mmask8)((1u << n) - 1), p);
 #endif
   alignas(64) T lanes[width<typename Compute<T>::V>] = {};
   __builtin_memcpy(lanes, p, n * sizeof(T));
@@ -161,12 +163,12 @@ template <class V> BATCHNORM_INLINE ScalarOf<V> first_lane(V v) {
   else return v[0];
 }
 
-// One element.
-template <class T> BATCHNORM_INLINE auto scalar(const T* p) {
+// One element, converted to the type of the computation.
+template <class T> BATCHNORM_INLINE auto load_scalar(const T* p) {
   if constexpr (sizeof(T) == 2) {
     uint16_t bits;
     __builtin_memcpy(&bits, p, sizeof bits);
-    return widen(bits - Vh{}, T{})[0];
+    return widen(bits - HalfVecU16{}, T{})[0];
   } else {
     T value;
     __builtin_memcpy(&value, p, sizeof value);
@@ -174,7 +176,7 @@ template <class T> BATCHNORM_INLINE auto scalar(const T* p) {
   }
 }
 
-// A store past the cache; p must be aligned to what it writes. A plain store where the machine has none.
+// Streaming store; p must be aligned to the bytes stored. A plain store where the instruction set has none.
 template <class T> BATCHNORM_INLINE void stream(T* p, typename Compute<T>::V v) {
   constexpr int bytes = width<typename Compute<T>::V> * sizeof(T);
 #if defined(__AVX2__)
@@ -195,41 +197,43 @@ template <class T> BATCHNORM_INLINE void stream(T* p, typename Compute<T>::V v) 
 #endif
 }
 
-// ---- products of bfloat16, added up without being converted, where the machine can ---------------------------------
+// ---- dot products of bfloat16, without conversion, with AVX512_BF16 ------------------------------------------------
 
 #if defined(__AVX512BF16__)
-template <class T> constexpr bool has_dots = false;
-template <> constexpr bool has_dots<bfloat16> = true;
+template <class T> constexpr bool has_dot = false;
+template <> constexpr bool has_dot<bfloat16> = true;
 
-// sums[i] + p[2 * i] * q[2 * i] + p[2 * i + 1] * q[2 * i + 1], with zeros for subnormal numbers.
-BATCHNORM_INLINE Vf dot(Vs p, Vs q, Vf sums) { return (Vf)_mm512_dpbf16_ps((__m512)sums, (__m512bh)p, (__m512bh)q); }
+// sums[i] + p[2 * i] * q[2 * i] + p[2 * i + 1] * q[2 * i + 1], with subnormal numbers taken as zeros.
+BATCHNORM_INLINE VecF32 dot(VecU16 p, VecU16 q, VecF32 sums) {
+  return (VecF32)_mm512_dpbf16_ps((__m512)sums, (__m512bh)p, (__m512bh)q);
+}
 
-BATCHNORM_INLINE Vs load_bits(const bfloat16* p) {
-  Vs v;
+BATCHNORM_INLINE VecU16 load_bits(const bfloat16* p) {
+  VecU16 v;
   __builtin_memcpy(&v, p, sizeof v);
   return v;
 }
-BATCHNORM_INLINE Vs load_bits(const bfloat16* p, int n) {
-  return (Vs)_mm512_maskz_loadu_epi16((__mmask32)((1ull << n) - 1), p);
+BATCHNORM_INLINE VecU16 load_bits(const bfloat16* p, int n) {
+  return (VecU16)_mm512_maskz_loadu_epi16((__mmask32)((1ull << n) - 1), p);
 }
 
-// The elements of two vectors next to each other: p[0] q[0] p[1] q[1] ..., four of each in turns to `low` and to `high`.
-struct PairBits { Vs low, high; };
-BATCHNORM_INLINE PairBits interleave(Vs p, Vs q) {
-  return {(Vs)_mm512_unpacklo_epi16((__m512i)p, (__m512i)q), (Vs)_mm512_unpackhi_epi16((__m512i)p, (__m512i)q)};
+// Interleaves two vectors: p[0] q[0] p[1] q[1] ...; groups of four of each go alternately to `low` and `high`.
+struct Interleaved { VecU16 low, high; };
+BATCHNORM_INLINE Interleaved interleave(VecU16 p, VecU16 q) {
+  return {(VecU16)_mm512_unpacklo_epi16((__m512i)p, (__m512i)q), (VecU16)_mm512_unpackhi_epi16((__m512i)p, (__m512i)q)};
 }
 
-// Sums of what `interleave` has made, in the order of the elements.
-BATCHNORM_INLINE Pair in_order(Pair v) {
-  const Vi low = {0, 1, 2, 3, 16, 17, 18, 19, 4, 5, 6, 7, 20, 21, 22, 23}, high = low + 8;
-  return {(Vf)_mm512_permutex2var_ps((__m512)v.low, (__m512i)low, (__m512)v.high),
-          (Vf)_mm512_permutex2var_ps((__m512)v.low, (__m512i)high, (__m512)v.high)};
+// Sums over interleaved vectors, put back in the order of the elements.
+BATCHNORM_INLINE Pair deinterleave(Pair v) {
+  const VecI32 low = {0, 1, 2, 3, 16, 17, 18, 19, 4, 5, 6, 7, 20, 21, 22, 23}, high = low + 8;
+  return {(VecF32)_mm512_permutex2var_ps((__m512)v.low, (__m512i)low, (__m512)v.high),
+          (VecF32)_mm512_permutex2var_ps((__m512)v.low, (__m512i)high, (__m512)v.high)};
 }
 #else
-template <class T> constexpr bool has_dots = false;
+template <class T> constexpr bool has_dot = false;
 #endif
 
-// What follows a sequence of `stream`: other threads see it before anything that is written later.
+// Ends a sequence of calls of `stream`: other threads see these stores before any later store.
 BATCHNORM_INLINE void fence() {
 #if defined(__AVX2__)
   _mm_sfence();

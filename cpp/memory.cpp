@@ -16,34 +16,36 @@ using Clock = std::chrono::steady_clock;
 
 constexpr int64_t huge_page = 2 << 20;
 
-struct Block {
+struct CachedBuffer {
   void* begin;
   int64_t bytes;
-  Clock::time_point since;
+  Clock::time_point freed_at;
 };
 
-struct Waiting {
+struct Cache {
   std::mutex mutex;
-  std::vector<Block> blocks;  // the one that came back last at the end
+  std::vector<CachedBuffer> buffers;  // in the order in which they were freed
   int64_t bytes = 0;
 
-  Waiting() { blocks.reserve(most_waiting / smallest_block + 1); }  // so that giving back cannot fail
+  Cache() { buffers.reserve(max_cached_bytes / min_pooled_bytes + 1); }  // so that freeing cannot fail
 };
 
-// Never destroyed: arrays outlive everything else at the end of a process. A child of a fork finds the lock free.
-Waiting& waiting() {
-  static Waiting* const all = [] {
-    pthread_atfork([] { waiting().mutex.lock(); }, [] { waiting().mutex.unlock(); }, [] { waiting().mutex.unlock(); });
-    return new Waiting;
+// Never destroyed, because arrays outlive static objects at the end of a process. A forked child finds the mutex
+// unlocked.
+Cache& the_cache() {
+  static Cache* const cache = [] {
+    pthread_atfork([] { the_cache().mutex.lock(); }, [] { the_cache().mutex.unlock(); },
+                   [] { the_cache().mutex.unlock(); });
+    return new Cache;
   }();
-  return *all;
+  return *cache;
 }
 
 int64_t round_up(int64_t bytes, int64_t unit) { return (bytes + unit - 1) / unit * unit; }
 
-// Whole huge pages where there are several of them.
+// Buffers of two or more huge pages are a number of whole ones.
 bool has_huge_pages(int64_t bytes) { return bytes >= 2 * huge_page; }
-int64_t block_bytes(int64_t bytes) { return round_up(bytes, has_huge_pages(bytes) ? huge_page : 64 << 10); }
+int64_t buffer_bytes(int64_t bytes) { return round_up(bytes, has_huge_pages(bytes) ? huge_page : 64 << 10); }
 
 void* map(int64_t bytes) {
   const int64_t excess = has_huge_pages(bytes) ? huge_page : 0;
@@ -60,62 +62,62 @@ void* map(int64_t bytes) {
   return begin + head;
 }
 
-// The system gets the oldest blocks back, while `goes(block)`. Under the lock.
-template <class Predicate> void release_oldest(Waiting& all, const Predicate& goes) {
-  auto block = all.blocks.begin();
-  for (; block != all.blocks.end() && goes(*block); ++block) {
-    munmap(block->begin, block->bytes);
-    all.bytes -= block->bytes;
+// Unmaps the oldest buffers while `is_released(buffer)`. The mutex must be locked.
+template <class Predicate> void release_oldest(Cache& cache, const Predicate& is_released) {
+  auto buffer = cache.buffers.begin();
+  for (; buffer != cache.buffers.end() && is_released(*buffer); ++buffer) {
+    munmap(buffer->begin, buffer->bytes);
+    cache.bytes -= buffer->bytes;
   }
-  all.blocks.erase(all.blocks.begin(), block);
+  cache.buffers.erase(cache.buffers.begin(), buffer);
 }
 
 }  // namespace
 
-void* take_block(int64_t bytes) {
-  bytes = block_bytes(bytes);
+void* allocate_pooled(int64_t bytes) {
+  bytes = buffer_bytes(bytes);
   {
-    Waiting& all = waiting();
-    const std::lock_guard lock(all.mutex);
-    const auto found = std::find_if(all.blocks.rbegin(), all.blocks.rend(),
-                                    [bytes](const Block& block) { return block.bytes == bytes; });
-    if (found != all.blocks.rend()) {
+    Cache& cache = the_cache();
+    const std::lock_guard lock(cache.mutex);
+    const auto found = std::find_if(cache.buffers.rbegin(), cache.buffers.rend(),
+                                    [bytes](const CachedBuffer& buffer) { return buffer.bytes == bytes; });
+    if (found != cache.buffers.rend()) {
       void* const begin = found->begin;
-      all.bytes -= bytes;
-      all.blocks.erase(std::next(found).base());
+      cache.bytes -= bytes;
+      cache.buffers.erase(std::next(found).base());
       return begin;
     }
   }
-  void* block = map(bytes);
-  if (!block) {
-    release_blocks();
-    block = map(bytes);
+  void* buffer = map(bytes);
+  if (!buffer) {
+    release_cached();
+    buffer = map(bytes);
   }
-  if (!block) throw std::bad_alloc();
-  return block;
+  if (!buffer) throw std::bad_alloc();
+  return buffer;
 }
 
-void give_back_block(void* block, int64_t bytes) {
-  Waiting& all = waiting();
-  const std::lock_guard lock(all.mutex);
+void deallocate_pooled(void* buffer, int64_t bytes) {
+  Cache& cache = the_cache();
+  const std::lock_guard lock(cache.mutex);
   const Clock::time_point now = Clock::now();
-  all.blocks.push_back({block, block_bytes(bytes), now});
-  all.bytes += block_bytes(bytes);
-  release_oldest(all, [&](const Block& oldest) {
-    return all.bytes > most_waiting || now - oldest.since > std::chrono::seconds(longest_wait);
+  cache.buffers.push_back({buffer, buffer_bytes(bytes), now});
+  cache.bytes += buffer_bytes(bytes);
+  release_oldest(cache, [&](const CachedBuffer& oldest) {
+    return cache.bytes > max_cached_bytes || now - oldest.freed_at > std::chrono::seconds(max_idle_seconds);
   });
 }
 
-int64_t waiting_bytes() {
-  Waiting& all = waiting();
-  const std::lock_guard lock(all.mutex);
-  return all.bytes;
+int64_t cached_bytes() {
+  Cache& cache = the_cache();
+  const std::lock_guard lock(cache.mutex);
+  return cache.bytes;
 }
 
-void release_blocks() {
-  Waiting& all = waiting();
-  const std::lock_guard lock(all.mutex);
-  release_oldest(all, [](const Block&) { return true; });
+void release_cached() {
+  Cache& cache = the_cache();
+  const std::lock_guard lock(cache.mutex);
+  release_oldest(cache, [](const CachedBuffer&) { return true; });
 }
 
 }  // namespace batchnorm

@@ -1,28 +1,28 @@
-// Memory for large results, kept when it is given back.
+// A pool of buffers for large results.
 //
-// A large block from the C library is fresh from the system more often than not, which provides it page by page as it is
-// written: that takes longer than a batch norm does. So blocks that come back wait for the next result of about their
-// size, the one that came back last (and may still be in the cache) going first.
+// Large memory from the C library is usually new from the system, which provides it page by page, at a page fault each.
+// That takes longer than a batch norm. So freed buffers are cached for the next result of about their size, and the
+// buffer that was freed last, which may still be in the CPU's cache, is used first.
 #pragma once
 
 #include <cstdint>
 
 namespace batchnorm {
 
-constexpr int64_t smallest_block = 1 << 18;  // bytes; below, the C library does well
-constexpr int64_t most_waiting = 512 << 20;  // bytes that wait in all; beyond, the system gets the oldest back
-constexpr int64_t longest_wait = 10;         // seconds, after which it gets them back too, at the next occasion
+constexpr int64_t min_pooled_bytes = 1 << 18;    // bytes; for smaller results the C library is fast
+constexpr int64_t max_cached_bytes = 512 << 20;  // of all cached buffers; beyond, the oldest are unmapped
+constexpr int64_t max_idle_seconds = 10;         // age at which a cached buffer is unmapped, when another one is freed
 
-// At least so many bytes, aligned to 64, with undefined contents. Throws std::bad_alloc.
-void* take_block(int64_t bytes);
+// Allocates at least this many bytes, aligned to 64, with undefined contents. Throws std::bad_alloc.
+void* allocate_pooled(int64_t bytes);
 
-// Any thread may give back what any other has taken.
-void give_back_block(void* block, int64_t bytes);
+// Any thread may free a buffer of any other. `bytes` are those of its allocation.
+void deallocate_pooled(void* buffer, int64_t bytes);
 
-// Bytes that wait now.
-int64_t waiting_bytes();
+// Bytes of the buffers in the cache.
+int64_t cached_bytes();
 
-// The system gets all of them back.
-void release_blocks();
+// Unmaps all cached buffers.
+void release_cached();
 
 }  // namespace batchnorm

@@ -1,4 +1,4 @@
-// The arrays of a call, checked, and the groups of examples that they are cut into.
+// The checked arrays of a call, and their groups of examples.
 #pragma once
 
 #include <algorithm>
@@ -9,23 +9,23 @@
 
 namespace batchnorm {
 
-// The lengths in the place of a mask; None where that holds a mask or nothing.
+// The lengths in the place of a mask; None if it has a mask or None.
 inline nanobind::handle lengths_of(nanobind::handle mask) {
   if (!PyTuple_Check(mask.ptr())) return nanobind::handle(Py_None);
   if (PyTuple_GET_SIZE(mask.ptr()) != 1) decline(Refusal::type);
   return nanobind::handle(PyTuple_GET_ITEM(mask.ptr(), 0));
 }
 
-// The arguments of a pass.
+// The operands of a call, checked.
 struct Operands {
   nanobind::handle objects;
   Array x, gamma, beta, residual, mask, lengths;
 
   Operands(const Library& library, nanobind::handle tuple, const Spec& spec)
-      : objects(checked(tuple)), x(library.own(tuple, 0)), gamma(library.own(tuple, 1)), beta(library.own(tuple, 2)),
-        residual(library.own(tuple, 3)),
-        mask(PyTuple_Check(item(4).ptr()) ? nanobind::handle(Py_None) : library.own(tuple, 4)),
-        lengths(library.own(lengths_of(item(4)))) {
+      : objects(check_tuple(tuple)), x(library.require_own(tuple, 0)), gamma(library.require_own(tuple, 1)),
+        beta(library.require_own(tuple, 2)), residual(library.require_own(tuple, 3)),
+        mask(PyTuple_Check(item(4).ptr()) ? nanobind::handle(Py_None) : library.require_own(tuple, 4)),
+        lengths(library.require_own(lengths_of(item(4)))) {
     if (!x || x.ndim == 0 || (x.ndim < 32 && spec.channel_axes >> x.ndim)) decline(Refusal::shape);
     if (spec.group_size && !spec.has_lanes() && (spec.channel_axes & 1)) decline(Refusal::shape);
     x.dtype();
@@ -35,7 +35,7 @@ struct Operands {
     check_lengths(lengths, x, spec.channel_axes);
   }
 
-  static nanobind::handle checked(nanobind::handle tuple) {
+  static nanobind::handle check_tuple(nanobind::handle tuple) {
     if (!PyTuple_Check(tuple.ptr()) || PyTuple_GET_SIZE(tuple.ptr()) != 5) decline(Refusal::type);
     return tuple;
   }
@@ -51,9 +51,9 @@ struct Operands {
   }
 };
 
-// Slices of the first axis with statistics of their own; one of everything where the spec has no groups.
+// Slices of the first axis that are normalized separately; a single group of everything if the spec has no groups.
 //
-// The last one may be smaller, unless it had one element for each channel: then the one before takes it in.
+// The last group may be smaller. If it would have one element for each channel, it is merged into the group before it.
 class Groups {
  public:
   Groups(const Spec& spec, const Operands& operands, bool are_separate) : length_(operands.x.shape[0]) {
@@ -69,7 +69,8 @@ class Groups {
   int64_t begin(int64_t group) const { return group * size_; }
   int64_t length(int64_t group) const { return group == number_ - 1 ? length_ - begin(group) : size_; }
 
-  // The arrays of one group. Groups follow each other: an array is narrowed from where the group before left it.
+  // Narrows the arrays to one group. Called for one group after the other, because each call starts from the previous
+  // group.
   void narrow(int64_t group, std::initializer_list<Array*> arrays) const {
     if (!are_sliced_) return;
     for (Array* array : arrays) array->narrow(group ? length(group - 1) : 0, length(group));
@@ -80,8 +81,8 @@ class Groups {
   bool are_sliced_ = false;
 };
 
-// The channels of group `group` among those of all groups.
-inline Channels part_of(const Channels& all, int64_t group, int64_t C) {
+// The channels of one group, out of those of all groups.
+inline PerChannel group_slice(const PerChannel& all, int64_t group, int64_t C) {
   if (!all.data) return all;
   return {static_cast<char*>(all.data) + group * C * all.stride * size_of(all.dtype), all.dtype, all.stride};
 }

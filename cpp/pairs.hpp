@@ -1,4 +1,4 @@
-// Pairs of vectors, for elements of two bytes: what passes do with a vector of floats they do with two.
+// Operators on pairs of vectors, with which passes treat the pair of a two-byte element type like one vector of floats.
 #pragma once
 
 #include "simd.hpp"
@@ -20,14 +20,16 @@ BATCHNORM_INLINE Pair select(PairMask mask, Pair yes, Pair no) {
   return {select(mask.low, yes.low, no.low), select(mask.high, yes.high, no.high)};
 }
 
-template <> BATCHNORM_INLINE Pair broadcast<Pair>(float value) { return {broadcast<Vf>(value), broadcast<Vf>(value)}; }
+template <> BATCHNORM_INLINE Pair broadcast<Pair>(float value) {
+  return {broadcast<VecF32>(value), broadcast<VecF32>(value)};
+}
 
 template <> BATCHNORM_INLINE PairMask first_lanes<Pair>(int n) {
-  return {first_lanes<Vf>(n), first_lanes<Vf>(n - width<Vf>)};
+  return {first_lanes<VecF32>(n), first_lanes<VecF32>(n - width<VecF32>)};
 }
 
 template <> BATCHNORM_INLINE PairMask load_mask<Pair>(const uint8_t* p) {
-  return {load_mask<Vf>(p), load_mask<Vf>(p + width<Vf>)};
+  return {load_mask<VecF32>(p), load_mask<VecF32>(p + width<VecF32>)};
 }
 
 }  // namespace batchnorm::BATCHNORM_ISA

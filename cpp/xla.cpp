@@ -1,132 +1,26 @@
-// The kernels as targets of XLA's foreign function interface on the CPU: arrays are viewed here, and nothing is computed.
+// The kernels as targets of XLA's foreign function interface on the CPU. Arrays are only viewed here; nothing is
+// computed.
 //
-// Arrays are dense and row-major: those of the shape of x are (L, N, C, S) or (L, N, C), with L lanes that are batch norms of
-// their own, those with a number for each channel (L, C), and the scalars of a state (L, 1). An absent operand has one
-// dimension. Nothing is checked that the primitives of kernels/jax/primitives.py and running.py have put together, but for
-// what would read or write out of bounds.
+// Arrays are dense and row-major. Those of the shape of x are (L, N, C, S) or (L, N, C), with L lanes, which are
+// independent batch norms; those with a number for each channel are (L, C), and the scalars of a state (L, 1). An
+// absent operand has one dimension. Operands are those of the primitives in kernels/jax/primitives.py and running.py,
+// so checks cover only what would cause reads or writes out of bounds.
 #include "xla.hpp"
 
 #include <algorithm>
 #include <cstring>
 #include <exception>
 #include <new>
-#include <string>
 #include <vector>
 
 #include "dispatch.hpp"
 #include "running.hpp"
+#include "xla_call.hpp"
 
 namespace batchnorm {
 namespace {
 
-using xla::Buffer, xla::DataType, xla::ErrorCode;
-
-// ---- a call of XLA's ----------------------------------------------------------------------------------------------
-
-// Thrown and caught within one call: XLA is told by a code and a message.
-struct Failure {
-  ErrorCode code;
-  std::string message;
-};
-
-[[noreturn]] void refuse(const std::string& message) {
-  throw Failure{ErrorCode::invalid_argument, "batchnorm: " + message};
-}
-
-xla::Error* error_of(const xla::Api& api, ErrorCode code, const char* message) {
-  // Through `code`, not sizeof: a later version may put a field into the padding behind it.
-  xla::ErrorCreate arguments{offsetof(xla::ErrorCreate, code) + sizeof code, nullptr, message, code};
-  return api.error_create(&arguments);
-}
-
-// Other sizes than these would mean other places of the fields. What only ends with known fields may have more of them.
-void check_layout(const xla::CallFrame& frame) {
-  const bool is_known = frame.struct_size >= sizeof frame && frame.args.struct_size == sizeof frame.args &&
-                        frame.rets.struct_size == sizeof frame.rets && frame.attrs.struct_size == sizeof frame.attrs;
-  const xla::Api& api = *frame.api;
-  if (is_known && api.version.major == xla::major_version && api.struct_size >= sizeof api) return;
-  refuse("compiled for version " + std::to_string(xla::major_version) + "." + std::to_string(xla::minor_version) +
-         " of XLA's interface, and called by " + std::to_string(api.version.major) + "." +
-         std::to_string(api.version.minor) + ", which lays out its calls in another way");
-}
-
-// The operands and attributes of one call. Constructed, the layout and the numbers of them are those that a target takes.
-class Call {
- public:
-  Call(const xla::CallFrame& frame, int64_t args, int64_t rets, int64_t attrs) : frame_(frame) {
-    check_layout(frame);
-    if (frame.stage != xla::Stage::execute) refuse("called in another stage than that of execution");
-    check_number("operands", frame.args.size, args);
-    check_number("results", frame.rets.size, rets);
-    check_number("attributes", frame.attrs.size, attrs);
-    for (int64_t i = 0; i < args; ++i) check_buffer(frame.args.types[i] == xla::ArgType::buffer, arg(i));
-    for (int64_t i = 0; i < rets; ++i) check_buffer(frame.rets.types[i] == xla::RetType::buffer, ret(i));
-  }
-
-  const Buffer& arg(int64_t i) const { return *static_cast<const Buffer*>(frame_.args.args[i]); }
-  const Buffer& ret(int64_t i) const { return *static_cast<const Buffer*>(frame_.rets.rets[i]); }
-
-  double float64(const char* name) const { return *static_cast<const double*>(scalar(name, DataType::f64)); }
-  int64_t int64(const char* name) const { return *static_cast<const int64_t*>(scalar(name, DataType::s64)); }
-  bool boolean(const char* name) const { return *static_cast<const bool*>(scalar(name, DataType::pred)); }
-
- private:
-  static void check_number(const char* what, int64_t number, int64_t expected) {
-    if (number != expected)
-      refuse("takes " + std::to_string(expected) + " " + what + ", not " + std::to_string(number) +
-             "; was the program exported by another version?");
-  }
-
-  // In this order: what is no buffer has no size to read.
-  static void check_buffer(bool is_buffer, const Buffer& buffer) {
-    if (!is_buffer || buffer.struct_size < sizeof buffer) refuse("an operand or a result is not an array");
-  }
-
-  const void* scalar(const char* name, DataType dtype) const {
-    const xla::Attrs& attrs = frame_.attrs;
-    for (int64_t i = 0; i < attrs.size; ++i) {
-      if (attrs.names[i]->size != std::strlen(name) || std::memcmp(attrs.names[i]->data, name, attrs.names[i]->size))
-        continue;
-      const auto* value = static_cast<const xla::Scalar*>(attrs.attrs[i]);
-      if (attrs.types[i] == xla::AttrType::scalar && value->dtype == dtype) return value->value;
-      refuse(std::string("the attribute ") + name + " has another type than it was declared with");
-    }
-    refuse(std::string("the attribute ") + name + " is absent");
-  }
-
-  const xla::CallFrame& frame_;
-};
-
-// XLA's own threads.
-class ThreadPool {
- public:
-  explicit ThreadPool(const xla::CallFrame& frame) : api_(*frame.api), context_(frame.context) {}
-
-  // 1 without a pool.
-  int64_t size() const {
-    int64_t threads = 1;
-    xla::ThreadPoolNumThreads arguments{sizeof arguments, nullptr, context_, &threads};
-    if (discard(api_.thread_pool_num_threads(&arguments))) return 1;
-    return std::max<int64_t>(threads, 1);
-  }
-
-  // On this thread where the pool takes no task: one that is never run would be waited for.
-  void schedule(void (*task)(void*), void* data) const {
-    xla::ThreadPoolSchedule arguments{sizeof arguments, nullptr, context_, task, data};
-    if (discard(api_.thread_pool_schedule(&arguments))) task(data);
-  }
-
- private:
-  bool discard(xla::Error* error) const {
-    if (!error) return false;
-    xla::ErrorDestroy arguments{sizeof arguments, nullptr, error};
-    api_.error_destroy(&arguments);
-    return true;
-  }
-
-  const xla::Api& api_;
-  xla::ExecutionContext* const context_;
-};
+using xla::Buffer, xla::CheckedCall, xla::DataType, xla::ErrorCode, xla::Failure, xla::refuse, xla::ThreadPool;
 
 // ---- the problem of a call ----------------------------------------------------------------------------------------
 
@@ -138,8 +32,8 @@ int64_t elements_of(const Buffer& buffer) {
   return elements;
 }
 
-void check(bool holds) {
-  if (!holds) refuse("operands that do not go together");
+void check(bool is_consistent) {
+  if (!is_consistent) refuse("operands that do not go together");
 }
 
 Dtype dtype_of(const Buffer& buffer) {
@@ -152,134 +46,135 @@ Dtype dtype_of(const Buffer& buffer) {
   }
 }
 
-Activation activation_of(const Call& call) {
+Activation activation_of(const CheckedCall& call) {
   const int64_t number = call.int64("activation");
   check(number >= 0 && number <= static_cast<int64_t>(Activation::hardswish));
   return static_cast<Activation>(number);
 }
 
-// The problem of one lane after the other.
-class Lanes {
+// The problems of all lanes, which are computed one after the other.
+class LaneProblems {
  public:
-  explicit Lanes(const Buffer& x) {
+  explicit LaneProblems(const Buffer& x) {
     check(x.rank == 3 || x.rank == 4);
     problem.dtype = dtype_of(x);
-    count_ = x.dims[0];
-    // Channels last, the rows are along S, as where NumPy's arrays are viewed: the kernels take them in runs.
-    is_last_ = x.rank == 3;
-    problem.N = is_last_ ? 1 : x.dims[1], problem.C = x.dims[2], problem.S = is_last_ ? x.dims[1] : x.dims[3];
-    is_double_ = problem.dtype == Dtype::float64;
+    lanes_ = x.dims[0];
+    // With channels last, rows are along S, as in views of NumPy arrays, because the kernels traverse them in runs.
+    is_channels_last_ = x.rank == 3;
+    problem.N = is_channels_last_ ? 1 : x.dims[1], problem.C = x.dims[2],
+    problem.S = is_channels_last_ ? x.dims[1] : x.dims[3];
+    is_float64_ = problem.dtype == Dtype::float64;
   }
 
   Problem problem = {};
 
-  void large(const Buffer& buffer, Tensor& tensor) {
+  void add_tensor(const Buffer& buffer, Tensor& tensor) {
     if (!is_present(buffer)) return;
-    check(dtype_of(buffer) == problem.dtype && elements_of(buffer) == count_ * size());
+    check(dtype_of(buffer) == problem.dtype && elements_of(buffer) == lanes_ * size());
     tensor = view(buffer, problem.C);
-    strides_.push_back({&tensor.data, size() * size_of(problem.dtype)});
+    lane_steps_.push_back({&tensor.data, size() * size_of(problem.dtype)});
   }
 
-  // A mask broadcasts over the channels, or has one byte for each element; or it is the lengths of each n, int32.
-  void mask(const Buffer& buffer) {
+  // A mask broadcasts over the channels or has one byte for each element; or it has the lengths of each n, as int32.
+  void add_mask(const Buffer& buffer) {
     if (!is_present(buffer)) return;
     if (buffer.rank == 2) {
-      check(buffer.dtype == DataType::s32 && !is_last_ && buffer.dims[0] == count_ && buffer.dims[1] == problem.N);
-      lengths_ = static_cast<const int32_t*>(buffer.data);
-      wide_lengths_.resize(problem.N);
-      problem.mask.lengths = wide_lengths_.data();
+      check(buffer.dtype == DataType::s32 && !is_channels_last_ && buffer.dims[0] == lanes_ &&
+            buffer.dims[1] == problem.N);
+      lengths32_ = static_cast<const int32_t*>(buffer.data);
+      lengths64_.resize(problem.N);
+      problem.mask.lengths = lengths64_.data();
       return;
     }
-    check(buffer.dtype == DataType::pred && buffer.rank >= 3 && buffer.dims[0] == count_);
-    check(buffer.dims[1] == (is_last_ ? problem.S : problem.N));
+    check(buffer.dtype == DataType::pred && buffer.rank >= 3 && buffer.dims[0] == lanes_);
+    check(buffer.dims[1] == (is_channels_last_ ? problem.S : problem.N));
     const int64_t channels = buffer.dims[2];
     check(channels == 1 || channels == problem.C);
-    check(elements_of(buffer) == count_ * problem.N * channels * problem.S);
-    Tensor& keep = problem.mask.keep;
-    keep = view(buffer, channels);
-    if (channels == 1) keep.c = 0;
-    strides_.push_back({&keep.data, channels * problem.N * problem.S});
+    check(elements_of(buffer) == lanes_ * problem.N * channels * problem.S);
+    Tensor& mask = problem.mask.bytes;
+    mask = view(buffer, channels);
+    if (channels == 1) mask.c = 0;
+    lane_steps_.push_back({&mask.data, channels * problem.N * problem.S});
   }
 
-  void parameter(const Buffer& buffer, Channels& channels) {
+  void add_parameter(const Buffer& buffer, PerChannel& channels) {
     if (!is_present(buffer)) return;
     channels = {buffer.data, dtype_of(buffer), 1};
-    check(elements_of(buffer) == count_ * problem.C);
-    strides_.push_back({&channels.data, problem.C * size_of(channels.dtype)});
+    check(elements_of(buffer) == lanes_ * problem.C);
+    lane_steps_.push_back({&channels.data, problem.C * size_of(channels.dtype)});
   }
 
-  void statistic(const Buffer& buffer, void*& table) {
-    check(buffer.dtype == (is_double_ ? DataType::f64 : DataType::f32) && elements_of(buffer) == count_ * problem.C);
+  void add_statistic(const Buffer& buffer, void*& table) {
+    check(buffer.dtype == (is_float64_ ? DataType::f64 : DataType::f32) && elements_of(buffer) == lanes_ * problem.C);
     table = buffer.data;
-    strides_.push_back({&table, problem.C * (is_double_ ? 8 : 4)});
+    lane_steps_.push_back({&table, problem.C * (is_float64_ ? 8 : 4)});
   }
 
-  // Counts are int32 there and int64 here.
-  void counts(const Buffer& buffer) {
+  // Counts are int32 in XLA and int64 in the kernels.
+  void add_counts(const Buffer& buffer) {
     if (!is_present(buffer)) return;
-    check(buffer.dtype == DataType::s32 && elements_of(buffer) == count_ * problem.C);
-    counts_ = static_cast<int32_t*>(buffer.data);
-    wide_counts_.resize(problem.C);
-    problem.count = wide_counts_.data();
+    check(buffer.dtype == DataType::s32 && elements_of(buffer) == lanes_ * problem.C);
+    counts32_ = static_cast<int32_t*>(buffer.data);
+    counts64_.resize(problem.C);
+    problem.count = counts64_.data();
   }
 
-  void compute(Operation operation, ThreadPool pool) {
+  void compute(Operation operation, ThreadPool xla_pool) {
     const auto schedule = [](void* to, void (*task)(void*), void* data) {
       static_cast<ThreadPool*>(to)->schedule(task, data);
     };
-    const Helpers helpers{schedule, &pool};
-    problem.helpers = &helpers;
-    problem.has_new_results = true;
-    const int threads = static_cast<int>(std::min<int64_t>(num_threads(), pool.size()));
-    for (int64_t lane = 0; lane < count_; ++lane) {
-      int32_t* const counts = counts_ ? counts_ + lane * problem.C : nullptr;
-      if (counts && operation == Operation::backward) std::copy(counts, counts + problem.C, wide_counts_.begin());
-      if (lengths_)  // which nobody has checked where they were traced
-        std::transform(lengths_ + lane * problem.N, lengths_ + (lane + 1) * problem.N, wide_lengths_.begin(),
+    const ExternalPool pool{schedule, &xla_pool};
+    problem.pool = &pool;
+    problem.has_uncached_results = true;
+    const int threads = static_cast<int>(std::min<int64_t>(num_threads(), xla_pool.size()));
+    for (int64_t lane = 0; lane < lanes_; ++lane) {
+      int32_t* const counts = counts32_ ? counts32_ + lane * problem.C : nullptr;
+      if (counts && operation == Operation::backward) std::copy(counts, counts + problem.C, counts64_.begin());
+      if (lengths32_)  // lengths are not checked while they are traced
+        std::transform(lengths32_ + lane * problem.N, lengths32_ + (lane + 1) * problem.N, lengths64_.begin(),
                        [S = problem.S](int64_t length) { return std::clamp<int64_t>(length, 0, S); });
-      problem.threads = threads;  // `compute` lowers it to what the size is worth
+      problem.threads = threads;  // `compute` lowers it for small problems
       if (!batchnorm::compute(operation, problem)) refuse("no kernel walks such strides");
       if (counts && operation == Operation::forward)
-        std::transform(wide_counts_.begin(), wide_counts_.end(), counts,
-                       [](int64_t n) { return static_cast<int32_t>(n); });
-      for (const auto& [data, bytes] : strides_) *data = static_cast<char*>(*data) + bytes;
+        std::transform(counts64_.begin(), counts64_.end(), counts, [](int64_t n) { return static_cast<int32_t>(n); });
+      for (const auto& [data, bytes] : lane_steps_) *data = static_cast<char*>(*data) + bytes;
     }
   }
 
  private:
   Tensor view(const Buffer& buffer, int64_t channels) const {
-    if (is_last_) return {buffer.data, channels * problem.S, 1, channels};
+    if (is_channels_last_) return {buffer.data, channels * problem.S, 1, channels};
     return {buffer.data, channels * problem.S, problem.S, 1};
   }
   int64_t size() const { return problem.N * problem.C * problem.S; }
 
-  struct Stride {  // from one lane to the next
+  struct LaneStep {  // from one lane to the next
     void** data;
     int64_t bytes;
   };
-  std::vector<Stride> strides_;
-  std::vector<int64_t> wide_counts_, wide_lengths_;
-  const int32_t* lengths_ = nullptr;
-  int32_t* counts_ = nullptr;
-  int64_t count_ = 0;
-  bool is_double_ = false, is_last_ = false;
+  std::vector<LaneStep> lane_steps_;
+  std::vector<int64_t> counts64_, lengths64_;
+  const int32_t* lengths32_ = nullptr;
+  int32_t* counts32_ = nullptr;
+  int64_t lanes_ = 0;
+  bool is_float64_ = false, is_channels_last_ = false;
 };
 
 // ---- the targets --------------------------------------------------------------------------------------------------
 
 void forward(const xla::CallFrame& frame) {
-  enum { x, gamma, beta, residual, keep, args };
+  enum { x, gamma, beta, residual, mask, args };
   enum { y, mean, mean_lo, m2, rstd, count, rets };
-  const Call call(frame, args, rets, 4);
-  Lanes lanes(call.arg(x));
+  const CheckedCall call(frame, args, rets, 4);
+  LaneProblems lanes(call.arg(x));
   Problem& problem = lanes.problem;
-  lanes.large(call.arg(x), problem.x), lanes.large(call.arg(residual), problem.residual),
-      lanes.large(call.ret(y), problem.forward.y);
-  lanes.mask(call.arg(keep)), lanes.parameter(call.arg(gamma), problem.gamma),
-      lanes.parameter(call.arg(beta), problem.beta);
-  lanes.statistic(call.ret(mean), problem.mean), lanes.statistic(call.ret(mean_lo), problem.mean_lo);
-  lanes.statistic(call.ret(m2), problem.forward.m2), lanes.statistic(call.ret(rstd), problem.rstd),
-      lanes.counts(call.ret(count));
+  lanes.add_tensor(call.arg(x), problem.x), lanes.add_tensor(call.arg(residual), problem.residual),
+      lanes.add_tensor(call.ret(y), problem.forward.y);
+  lanes.add_mask(call.arg(mask)), lanes.add_parameter(call.arg(gamma), problem.gamma),
+      lanes.add_parameter(call.arg(beta), problem.beta);
+  lanes.add_statistic(call.ret(mean), problem.mean), lanes.add_statistic(call.ret(mean_lo), problem.mean_lo);
+  lanes.add_statistic(call.ret(m2), problem.forward.m2), lanes.add_statistic(call.ret(rstd), problem.rstd),
+      lanes.add_counts(call.ret(count));
   problem.forward.eps = call.float64("eps"), problem.slope = call.float64("slope");
   problem.normalized_padding = call.boolean("normalized_padding");
   problem.activation = activation_of(call);
@@ -287,47 +182,50 @@ void forward(const xla::CallFrame& frame) {
 }
 
 void backward(const xla::CallFrame& frame) {
-  enum { dy, x, gamma, beta, residual, keep, count, mean, mean_lo, rstd, args };
+  enum { dy, x, gamma, beta, residual, mask, count, mean, mean_lo, rstd, args };
   enum { dx, dgamma, dbeta, dresidual, rets };
-  const Call call(frame, args, rets, 3);
-  Lanes lanes(call.arg(x));
+  const CheckedCall call(frame, args, rets, 3);
+  LaneProblems lanes(call.arg(x));
   Problem& problem = lanes.problem;
-  lanes.large(call.arg(x), problem.x), lanes.large(call.arg(dy), problem.backward.dy),
-      lanes.large(call.arg(residual), problem.residual);
-  lanes.large(call.ret(dx), problem.backward.dx), lanes.large(call.ret(dresidual), problem.backward.dresidual),
-      lanes.mask(call.arg(keep));
-  lanes.parameter(call.arg(gamma), problem.gamma), lanes.parameter(call.arg(beta), problem.beta);
-  lanes.parameter(call.ret(dgamma), problem.backward.dgamma), lanes.parameter(call.ret(dbeta), problem.backward.dbeta);
-  lanes.statistic(call.arg(mean), problem.mean), lanes.statistic(call.arg(mean_lo), problem.mean_lo);
-  lanes.statistic(call.arg(rstd), problem.rstd), lanes.counts(call.arg(count));
+  lanes.add_tensor(call.arg(x), problem.x), lanes.add_tensor(call.arg(dy), problem.backward.dy),
+      lanes.add_tensor(call.arg(residual), problem.residual);
+  lanes.add_tensor(call.ret(dx), problem.backward.dx),
+      lanes.add_tensor(call.ret(dresidual), problem.backward.dresidual), lanes.add_mask(call.arg(mask));
+  lanes.add_parameter(call.arg(gamma), problem.gamma), lanes.add_parameter(call.arg(beta), problem.beta);
+  lanes.add_parameter(call.ret(dgamma), problem.backward.dgamma),
+      lanes.add_parameter(call.ret(dbeta), problem.backward.dbeta);
+  lanes.add_statistic(call.arg(mean), problem.mean), lanes.add_statistic(call.arg(mean_lo), problem.mean_lo);
+  lanes.add_statistic(call.arg(rstd), problem.rstd), lanes.add_counts(call.arg(count));
   problem.slope = call.float64("slope");
   problem.normalized_padding = call.boolean("normalized_padding");
   problem.activation = activation_of(call);
   lanes.compute(Operation::backward, ThreadPool(frame));
 }
 
-// Copies the running statistics of each lane, and advances the copies by its batch.
+// Copies the running statistics of each lane, and updates the copies by its batch.
 void advance(const xla::CallFrame& frame) {
   enum { mean, spread, steps, weight, skipped, fields };
   enum { count = fields, batch_mean, batch_mean_lo, batch_m2, args };
-  const Call call(frame, args, fields, 9);
+  const CheckedCall call(frame, args, fields, 9);
   const Buffer& shape = call.ret(mean);
   check(shape.rank == 2);
   const int64_t lanes = shape.dims[0], C = shape.dims[1];
-  // Lane `lane` of an array of `length` numbers for each.
-  const auto part = [&](const Buffer& buffer, int64_t lane, int64_t length) {
+  // The part of one lane in an array with `length` numbers for each lane.
+  const auto lane_part = [&](const Buffer& buffer, int64_t lane, int64_t length) {
     const Dtype dtype = dtype_of(buffer);
     check(size_of(dtype) >= 4 && elements_of(buffer) == lanes * length);
-    return Channels{static_cast<char*>(buffer.data) + lane * length * size_of(dtype), dtype, 1};
+    return PerChannel{static_cast<char*>(buffer.data) + lane * length * size_of(dtype), dtype, 1};
   };
-  const auto member = [&](int64_t number, int64_t upper) {
+  const auto checked_number = [&](int64_t number, int64_t upper) {
     check(number >= 0 && number <= upper);
     return number;
   };
   Averaging averaging;
-  averaging.tracked = static_cast<Tracked>(member(call.int64("tracked"), static_cast<int64_t>(Tracked::log10_std)));
-  averaging.debias = static_cast<Debias>(member(call.int64("debias"), static_cast<int64_t>(Debias::first_batch)));
-  averaging.correction = static_cast<int>(member(call.int64("correction"), 1));
+  averaging.tracked =
+      static_cast<Tracked>(checked_number(call.int64("tracked"), static_cast<int64_t>(Tracked::log10_std)));
+  averaging.debias =
+      static_cast<Debias>(checked_number(call.int64("debias"), static_cast<int64_t>(Debias::first_batch)));
+  averaging.correction = static_cast<int>(checked_number(call.int64("correction"), 1));
   averaging.corrects_tracked = call.boolean("corrects_tracked"), averaging.is_clamped = call.boolean("is_clamped");
   averaging.needs_two = call.boolean("needs_two"), averaging.is_cumulative = call.boolean("is_cumulative");
   averaging.momentum = call.float64("momentum"), averaging.eps = call.float64("eps");
@@ -335,26 +233,27 @@ void advance(const xla::CallFrame& frame) {
   check(call.arg(count).dtype == DataType::s32 && elements_of(call.arg(count)) == lanes * C);
   std::vector<int64_t> counts(C);
   for (int64_t lane = 0; lane < lanes; ++lane) {
-    Channels state[fields];
+    PerChannel state[fields];
     for (int64_t i = 0; i < fields; ++i) {
       const int64_t length = i <= spread ? C : 1;
-      const Channels before = part(call.arg(i), lane, length);
-      state[i] = part(call.ret(i), lane, length);
+      const PerChannel before = lane_part(call.arg(i), lane, length);
+      state[i] = lane_part(call.ret(i), lane, length);
       check(before.dtype == state[i].dtype);
       std::memcpy(state[i].data, before.data, length * size_of(before.dtype));
     }
-    const auto* const narrow = static_cast<const int32_t*>(call.arg(count).data) + lane * C;
-    std::copy(narrow, narrow + C, counts.begin());
-    Running running{state[mean], state[spread], value_at(state[steps], 0), value_at(state[weight], 0)};
-    const auto moment = [&](int64_t i) { return part(call.arg(i), lane, C); };
-    const Batch batch{moment(batch_mean), moment(batch_mean_lo), moment(batch_m2), counts.data()};
-    const Entry entry = batchnorm::advance(running, running, batch, averaging, C);
+    const auto* const counts32 = static_cast<const int32_t*>(call.arg(count).data) + lane * C;
+    std::copy(counts32, counts32 + C, counts.begin());
+    RunningStatistics running{state[mean], state[spread], value_at(state[steps], 0), value_at(state[weight], 0)};
+    const auto moment = [&](int64_t i) { return lane_part(call.arg(i), lane, C); };
+    const BatchMoments batch{moment(batch_mean), moment(batch_mean_lo), moment(batch_m2), counts.data()};
+    const UpdateOutcome outcome = batchnorm::advance(running, running, batch, averaging, C);
     set_value(state[steps], 0, running.steps), set_value(state[weight], 0, running.weight);
-    if (entry == Entry::refused) set_value(state[skipped], 0, value_at(state[skipped], 0) + 1);
+    if (outcome == UpdateOutcome::refused) set_value(state[skipped], 0, value_at(state[skipped], 0) + 1);
   }
 }
 
-// XLA asks each target for the version that it is compiled for, and registers none of a version that it does not support.
+// XLA asks each target for the version that it is compiled for, and registers only targets of versions that it
+// supports.
 bool answer_metadata(const xla::CallFrame& frame) {
   if (!frame.extensions || frame.extensions->type != xla::ExtensionType::metadata) return false;
   xla::Metadata& metadata = *reinterpret_cast<xla::MetadataExtension*>(frame.extensions)->metadata;
@@ -362,7 +261,7 @@ bool answer_metadata(const xla::CallFrame& frame) {
     refuse("XLA's metadata are too small");
   metadata.version = {sizeof metadata.version, nullptr, xla::major_version, xla::minor_version};
   metadata.traits = 0;
-  metadata.state_type = 0;  // behind what the size counts, but part of the struct since version 0.1
+  metadata.state_type = 0;  // not counted in the size, but part of the struct since version 0.1
   return true;
 }
 
@@ -371,11 +270,11 @@ template <void (*target)(const xla::CallFrame&)> xla::Error* run(const xla::Call
     if (!answer_metadata(frame)) target(frame);
     return nullptr;
   } catch (const Failure& failure) {
-    return error_of(*frame.api, failure.code, failure.message.c_str());
+    return xla::error_of(*frame.api, failure.code, failure.message.c_str());
   } catch (const std::bad_alloc&) {
-    return error_of(*frame.api, ErrorCode::resource_exhausted, "batchnorm: out of memory");
+    return xla::error_of(*frame.api, ErrorCode::resource_exhausted, "batchnorm: out of memory");
   } catch (const std::exception& error) {
-    return error_of(*frame.api, ErrorCode::internal, error.what());
+    return xla::error_of(*frame.api, ErrorCode::internal, error.what());
   }
 }
 

@@ -1,4 +1,4 @@
-// The targets of XLA's foreign function interface, for the bindings to hand to JAX by their addresses.
+// The targets of XLA's foreign function interface, whose addresses the bindings give to JAX.
 #pragma once
 
 #include "xla_abi.hpp"

@@ -1,9 +1,9 @@
 // The part of XLA's foreign function interface that xla.cpp uses: version 0.1, which jaxlib has had since 0.8.0.
 //
-// Declarations of our own, so that a build needs neither JAX nor its headers, and every wheel serves JAX. XLA promises a C ABI:
-// fields keep their places within a major version, and a minor one only appends, which the sizes that lead the structs show.
-// Targets report this version to XLA and check those sizes in each call (xla.cpp); cpp/tests/xla_abi.cpp compares every
-// place, size and number with the headers of an installed jaxlib.
+// These are declarations of our own, so that a build needs neither JAX nor its headers, and every wheel works with JAX.
+// XLA promises a C ABI: within a major version fields keep their offsets, and a minor version only appends fields,
+// which shows in the size at the start of each struct. Targets report this version to XLA and check these sizes in each
+// call (xla.cpp). cpp/tests/xla_abi.cpp compares every offset, size and number with the headers of an installed jaxlib.
 //
 // Source: xla/ffi/api/c_api.h in the wheels of jaxlib 0.8.0 (version 0.1), 0.9.0 (0.2) and 0.10.2 (0.3).
 #pragma once
@@ -15,8 +15,8 @@ namespace batchnorm::xla {
 
 inline constexpr int major_version = 0, minor_version = 1;
 
-struct Error;             // null: success; the receiver owns it
-struct ExecutionContext;  // XLA's own
+struct Error;             // null: success; owned by the receiver
+struct ExecutionContext;  // opaque
 
 enum class ErrorCode : int32_t { invalid_argument = 3, resource_exhausted = 8, internal = 13 };
 enum class DataType : int32_t { pred = 1, s32 = 4, s64 = 5, f16 = 10, f32 = 11, f64 = 12, bf16 = 16 };
@@ -86,7 +86,7 @@ struct Attrs {
 
 struct Api;
 
-// One call of a target; with an extension `Metadata`, the question which version the target is compiled for.
+// One call of a target. With an extension `Metadata`, it asks for the version that the target is compiled for.
 struct CallFrame {
   size_t struct_size;
   Extension* extensions;
@@ -138,7 +138,7 @@ struct ThreadPoolNumThreads {
   int64_t* num_threads;
 };
 
-// XLA's functions; there are more behind the last one.
+// XLA's functions; more follow the last one.
 struct Api {
   using Unused = void (*)();
 

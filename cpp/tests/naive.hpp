@@ -1,5 +1,5 @@
-// Batch normalization as the formulas read: double loops over (N, C, S), no vectors, no threads. What the kernels are
-// held against.
+// Batch normalization by its formulas: loops over (N, C, S) in double, without vectors and threads. The reference for
+// tests of the kernels.
 #pragma once
 
 #include <algorithm>
@@ -19,36 +19,36 @@ inline double widen_half(uint16_t bits) {
   return bits & 0x8000 ? -magnitude : magnitude;
 }
 
-// The number at element i of an array of any type; read byte by byte, so that no alignment is needed.
+// Element i of an array of any type; read byte by byte, so that no alignment is needed.
 inline double get(const void* data, Dtype dtype, int64_t i) {
   const char* at = static_cast<const char*>(data) + i * size_of(dtype);
-  double wide;
-  float single;
+  double float64;
+  float float32;
   uint16_t half;
   switch (dtype) {
-    case Dtype::float64: std::memcpy(&wide, at, 8); return wide;
-    case Dtype::float32: std::memcpy(&single, at, 4); return single;
+    case Dtype::float64: std::memcpy(&float64, at, 8); return float64;
+    case Dtype::float32: std::memcpy(&float32, at, 4); return float32;
     case Dtype::float16: std::memcpy(&half, at, 2); return widen_half(half);
     default: break;
   }
   std::memcpy(&half, at, 2);
   const uint32_t bits = static_cast<uint32_t>(half) << 16;
-  std::memcpy(&single, &bits, 4);
-  return single;
+  std::memcpy(&float32, &bits, 4);
+  return float32;
 }
 
-// The nearest number of the type towards zero: good enough for inputs, which `get` then reads back exactly.
+// Writes the value rounded towards zero, which is enough for inputs: `get` reads exactly what was written.
 inline void put(void* data, Dtype dtype, int64_t i, double value) {
   char* at = static_cast<char*>(data) + i * size_of(dtype);
-  const float single = static_cast<float>(value);
+  const float float32 = static_cast<float>(value);
   uint32_t bits;
   uint16_t half;
-  std::memcpy(&bits, &single, 4);
+  std::memcpy(&bits, &float32, 4);
   switch (dtype) {
     case Dtype::float64: std::memcpy(at, &value, 8); return;
-    case Dtype::float32: std::memcpy(at, &single, 4); return;
+    case Dtype::float32: std::memcpy(at, &float32, 4); return;
     case Dtype::bfloat16: half = static_cast<uint16_t>(bits >> 16); break;
-    default: {  // only of normal size
+    default: {  // normal numbers only
       const uint32_t magnitude = (bits & 0x7fffffff) >> 13, smallest = 112 << 10;
       half = static_cast<uint16_t>((bits >> 16 & 0x8000) | (magnitude < smallest ? 0 : magnitude - smallest));
     }
@@ -85,7 +85,7 @@ inline double slope_of(Activation activation, double slope, double z) {
   }
 }
 
-// Where the derivative jumps.
+// The points at which the derivative jumps.
 inline std::vector<double> kinks_of(Activation activation) {
   switch (activation) {
     case Activation::relu:
@@ -97,24 +97,25 @@ inline std::vector<double> kinks_of(Activation activation) {
 }
 
 struct Results {
-  std::vector<double> mean, var, rstd, factor, dgamma, dbeta;  // by channel
+  std::vector<double> mean, var, rstd, xhat_scale, dgamma, dbeta;  // by channel
   std::vector<int64_t> count;
   std::vector<double> y, z, dz, dx, dresidual;  // [n][c][s]
 };
 
-inline bool counts(const Problem& p, int64_t n, int64_t c, int64_t s) {
+inline bool is_valid(const Problem& p, int64_t n, int64_t c, int64_t s) {
   if (p.mask.lengths) return s < p.mask.lengths[n];
-  const Tensor& keep = p.mask.keep;
-  return !keep.data || static_cast<const uint8_t*>(keep.data)[n * keep.n + c * keep.c + s * keep.s];
+  const Tensor& mask = p.mask.bytes;
+  return !mask.data || static_cast<const uint8_t*>(mask.data)[n * mask.n + c * mask.c + s * mask.s];
 }
 
-// Forward and, where there is a dy, backward. With `measure` off mean (and mean_lo) and rstd are read from the problem.
+// Forward and, if dy is present, backward. Without `computes_moments`, mean (with mean_lo) and rstd are read from the
+// problem.
 inline Results results(const Problem& p) {
   Results r;
   const auto at = [&](const Tensor& t, int64_t n, int64_t c, int64_t s) {
     return get(t.data, p.dtype, n * t.n + c * t.c + s * t.s);
   };
-  const auto parameter = [](const Channels& a, int64_t c, double absent) {
+  const auto parameter = [](const PerChannel& a, int64_t c, double absent) {
     return a.data ? get(a.data, a.dtype, c * a.stride) : absent;
   };
   const Dtype statistic = p.dtype == Dtype::float64 ? Dtype::float64 : Dtype::float32;
@@ -122,48 +123,49 @@ inline Results results(const Problem& p) {
   for (int64_t c = 0; c < p.C; ++c) {
     const auto each = [&](const auto& body) {
       for (int64_t n = 0; n < p.N; ++n)
-        for (int64_t s = 0; s < p.S; ++s) body(n, s, (n * p.C + c) * p.S + s, counts(p, n, c, s));
+        for (int64_t s = 0; s < p.S; ++s) body(n, s, (n * p.C + c) * p.S + s, is_valid(p, n, c, s));
     };
     int64_t count = 0;
     double sum = 0, m2 = 0;
-    each([&](int64_t n, int64_t s, int64_t, bool is_kept) {
-      if (is_kept) ++count, sum += at(p.x, n, c, s);
+    each([&](int64_t n, int64_t s, int64_t, bool is_valid) {
+      if (is_valid) ++count, sum += at(p.x, n, c, s);
     });
-    const double n_kept = static_cast<double>(std::max<int64_t>(count, 1));
-    double mean = sum / n_kept;
-    each([&](int64_t n, int64_t s, int64_t, bool is_kept) {
-      if (is_kept) m2 += std::pow(at(p.x, n, c, s) - mean, 2);
+    const double n_valid = static_cast<double>(std::max<int64_t>(count, 1));
+    double mean = sum / n_valid;
+    each([&](int64_t n, int64_t s, int64_t, bool is_valid) {
+      if (is_valid) m2 += std::pow(at(p.x, n, c, s) - mean, 2);
     });
-    const double divisor = std::max(n_kept - p.forward.correction, 1.0), var = m2 / divisor;
+    const double divisor = std::max(n_valid - p.forward.correction, 1.0), var = m2 / divisor;
     double std = p.forward.eps_placement == EpsPlacement::inside ? std::sqrt(var + p.forward.eps) : std::sqrt(var);
     if (p.forward.eps_placement == EpsPlacement::outside) std += p.forward.eps;
     double rstd = std == 0 ? 0 : 1 / std;
-    if (!p.forward.measure)
+    if (!p.forward.computes_moments)
       mean = get(p.mean, statistic, c) + get(p.mean_lo, statistic, c), rstd = get(p.rstd, statistic, c);
     const double gamma = parameter(p.gamma, c, 1), beta = parameter(p.beta, c, 0);
-    double dgamma = 0, dbeta = 0, dshift = 0;  // dshift: of what the statistics reach
-    each([&](int64_t n, int64_t s, int64_t i, bool is_kept) {
+    double dgamma = 0, dbeta = 0,
+           dshift = 0;  // dshift: the sum of dz over elements whose xhat depends on the statistics
+    each([&](int64_t n, int64_t s, int64_t i, bool is_valid) {
       const double x = at(p.x, n, c, s), residual = p.residual.data ? at(p.residual, n, c, s) : 0;
-      const bool is_read = is_kept || p.normalized_padding;
-      const double xhat = is_read && (is_kept || std::isfinite(x)) ? (x - mean) * rstd : 0;
-      r.z[i] = gamma * xhat + beta + (is_kept || std::isfinite(residual) ? residual : 0);
+      const bool is_read = is_valid || p.normalized_padding;
+      const double xhat = is_read && (is_valid || std::isfinite(x)) ? (x - mean) * rstd : 0;
+      r.z[i] = gamma * xhat + beta + (is_valid || std::isfinite(residual) ? residual : 0);
       r.y[i] = is_read ? value_of(p.activation, p.slope, r.z[i]) : 0;
       if (!p.backward.dy.data || !is_read) return;
       const double dz = at(p.backward.dy, n, c, s) * slope_of(p.activation, p.slope, r.z[i]);
-      dbeta += dz, dgamma += dz * xhat, dshift += is_kept || std::isfinite(x) ? dz : 0;
-      r.dz[i] = dz, r.dresidual[i] = is_kept || std::isfinite(residual) ? dz : 0;
+      dbeta += dz, dgamma += dz * xhat, dshift += is_valid || std::isfinite(x) ? dz : 0;
+      r.dz[i] = dz, r.dresidual[i] = is_valid || std::isfinite(residual) ? dz : 0;
     });
-    const double factor = p.backward.dy.data && p.factor ? get(p.factor, statistic, c) : 1;
+    const double xhat_scale = p.backward.dy.data && p.xhat_scale ? get(p.xhat_scale, statistic, c) : 1;
     if (p.backward.dy.data)
-      each([&](int64_t n, int64_t s, int64_t i, bool is_kept) {
+      each([&](int64_t n, int64_t s, int64_t i, bool is_valid) {
         const double x = at(p.x, n, c, s), xhat = (x - mean) * rstd, dz = r.dz[i];
-        if (!is_kept && !(p.normalized_padding && std::isfinite(x))) return;
-        const bool is_through = is_kept && p.backward.through_statistics;
-        r.dx[i] = gamma * rstd * (is_through ? dz - dshift / n_kept - factor * xhat * dgamma / n_kept : dz);
+        if (!is_valid && !(p.normalized_padding && std::isfinite(x))) return;
+        const bool is_through = is_valid && p.backward.through_statistics;
+        r.dx[i] = gamma * rstd * (is_through ? dz - dshift / n_valid - xhat_scale * xhat * dgamma / n_valid : dz);
       });
-    r.mean.push_back(mean), r.var.push_back(m2 / n_kept), r.rstd.push_back(rstd), r.count.push_back(count);
-    r.factor.push_back(n_kept / divisor *
-                       (p.forward.eps_placement == EpsPlacement::outside && var > 0 ? std / std::sqrt(var) : 1));
+    r.mean.push_back(mean), r.var.push_back(m2 / n_valid), r.rstd.push_back(rstd), r.count.push_back(count);
+    r.xhat_scale.push_back(n_valid / divisor *
+                           (p.forward.eps_placement == EpsPlacement::outside && var > 0 ? std / std::sqrt(var) : 1));
     r.dgamma.push_back(dgamma), r.dbeta.push_back(dbeta);
   }
   return r;

@@ -1,4 +1,4 @@
-// Compiles only if xla_abi.hpp is what XLA's own header declares: each place and size of a field, and each number.
+// Compiles only if xla_abi.hpp agrees with XLA's own header on the offset and size of each field and on each number.
 //
 //     c++ -std=c++20 -fsyntax-only -Icpp -I"$(python -c 'import jax; print(jax.ffi.include_dir())')" cpp/tests/xla_abi.cpp
 #include "xla_abi.hpp"
@@ -15,16 +15,16 @@ namespace xla = batchnorm::xla;
 
 #define SAME_NUMBER(ours, theirs) static_assert(static_cast<int64_t>(xla::ours) == static_cast<int64_t>(theirs))
 
-// What begins every struct.
+// The first fields of every struct.
 #define SAME_HEAD(ours, theirs)                       \
   SAME_FIELD(ours, struct_size, theirs, struct_size); \
   SAME_FIELD(ours, extensions, theirs, extension_start)
 
-// One that XLA embeds in another or refuses unless its size is this one.
+// For structs that XLA embeds in others, or refuses unless they have this size.
 #define SAME_SIZE(ours, theirs) \
   static_assert(sizeof(xla::ours) == sizeof(theirs) && sizeof(xla::ours) == theirs##_STRUCT_SIZE)
 
-// Neither an older interface nor one with other places.
+// The interface is at least as new, and has the same offsets.
 static_assert(XLA_FFI_API_MAJOR == xla::major_version && XLA_FFI_API_MINOR >= xla::minor_version);
 
 SAME_NUMBER(ErrorCode::invalid_argument, XLA_FFI_Error_Code_INVALID_ARGUMENT);
@@ -123,7 +123,7 @@ SAME_FIELD(Api, thread_pool_schedule, XLA_FFI_Api, XLA_FFI_ThreadPool_Schedule);
 SAME_FIELD(Api, thread_pool_num_threads, XLA_FFI_Api, XLA_FFI_ThreadPool_NumThreads);
 static_assert(sizeof(xla::Api) <= XLA_FFI_Api_STRUCT_SIZE);
 
-// What these take and return.
+// Parameters and results of these functions.
 static_assert(std::is_same_v<XLA_FFI_Error_Create, XLA_FFI_Error*(XLA_FFI_Error_Create_Args*)>);
 static_assert(std::is_same_v<XLA_FFI_Error_Destroy, void(XLA_FFI_Error_Destroy_Args*)>);
 static_assert(std::is_same_v<XLA_FFI_ThreadPool_Schedule, XLA_FFI_Error*(XLA_FFI_ThreadPool_Schedule_Args*)>);

@@ -85,7 +85,7 @@ def normalize(
     out: Any | None,
     threads: int,
 ) -> Any:
-    """(y, entry, running, statistics, count), of which is None what is not asked for; or a `Refusal`."""
+    """(y, outcome, running, statistics, count), of which is None what is not asked for; or a `Refusal`."""
 
 def gradients(
     library: Library,
@@ -100,13 +100,13 @@ def gradients(
 ) -> Any:
     """(dx, dgamma, dbeta, dresidual), None for what is absent and for dx unless it is wanted; or a `Refusal`."""
 
-class Block:
+class PooledBuffer:
     """So many bytes, or a few more, in memory that is kept for reuse; it has a buffer."""
 
     def __init__(self, bytes: int) -> None: ...
     def __buffer__(self, flags: int, /) -> memoryview: ...
 
-smallest_block: int
+min_pooled_bytes: int
 
 build: dict[str, Any]  # how the extension was compiled, and limits; for `show_config`
 
@@ -115,11 +115,11 @@ xla_version: tuple[int, int]
 def xla_targets() -> dict[str, Any]:
     """Capsules with the addresses of the kernels for XLA's foreign function interface, by the names of the targets."""
 
-def result_like(array: Any) -> Any | None:
+def pooled_like(array: Any) -> Any | None:
     """The like of a large array in memory that is kept for reuse; None where its library has to allocate it."""
 
-def waiting_bytes() -> int: ...
-def release_blocks() -> None: ...
+def cached_bytes() -> int: ...
+def release_cached() -> None: ...
 def num_threads() -> int: ...
 def set_num_threads(threads: int) -> None: ...
 def instruction_set() -> str: ...

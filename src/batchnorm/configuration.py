@@ -212,10 +212,10 @@ def result_memory(native: Any) -> dict[str, int | None]:
         return {}
     build = getattr(native, "build", {})
     return {
-        "smallest_bytes": native.smallest_block,
-        "most_waiting_bytes": build.get("most_waiting_bytes"),
-        "longest_wait_seconds": build.get("longest_wait_seconds"),
-        "waiting_bytes": native.waiting_bytes(),
+        "smallest_bytes": native.min_pooled_bytes,
+        "most_waiting_bytes": build.get("max_cached_bytes"),
+        "longest_wait_seconds": build.get("max_idle_seconds"),
+        "waiting_bytes": native.cached_bytes(),
     }
 
 

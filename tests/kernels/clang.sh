@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# The extension compiled by Clang, in an environment of its own over .venv, and the tests of the kernels with it. Where
-# there is no Clang, Debian's is installed, by root. Four minutes.
+# Compiles the extension with Clang, in a separate environment on top of .venv, and runs the tests of the kernels with it.
+# Without Clang, installs that of Debian, which needs root. Takes four minutes.
 #
 #     clang.sh [folder for the environment]
 set -euo pipefail
@@ -21,7 +21,7 @@ fi
 .venv/bin/python -m venv --clear --without-pip "$folder"
 packages() { "$1" -c 'import sysconfig; print(sysconfig.get_path("purelib"))'; }
 own=$(packages "$folder/bin/python")
-packages .venv/bin/python > "$own/environment.pth" # of which the hook of the editable installation is not run
+packages .venv/bin/python > "$own/environment.pth" # without the hook of the editable installation
 CXX=$clang CC=${clang/++/} .venv/bin/python -m pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation \
   --target "$own" --config-settings build-dir="$folder/objects" .
 "$folder/bin/python" -c 'from batchnorm import _native; assert "Clang" in _native.build["compiler"], _native.build'

@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
-# The kernels under AddressSanitizer with UndefinedBehaviorSanitizer, for each instruction set that this machine has,
-# and under ThreadSanitizer, with threads in place of OpenMP, whose synchronisation it does not see. Then random calls from
-# Python, proper and hostile, of the whole extension under AddressSanitizer and UndefinedBehaviorSanitizer, for any
-# x86-64 or ARM, by the Python in $PYTHON (.venv's), which needs nanobind, NumPy and PyTorch. Four minutes.
+# Runs the kernels under AddressSanitizer and UndefinedBehaviorSanitizer, for each instruction set that this machine has,
+# and under ThreadSanitizer, with threads instead of OpenMP, whose synchronization it does not see. Then runs the whole
+# extension, with the baseline kernels, under AddressSanitizer and UndefinedBehaviorSanitizer, by random valid and hostile
+# calls from the Python in $PYTHON (default: that of .venv), which needs nanobind, NumPy and PyTorch. Takes four minutes.
 #
 #     sanitize.sh [folder for the programs] [problems] [calls]
 set -euo pipefail
@@ -22,14 +22,14 @@ avx512bf16=("${avx512[@]}" -mavx512bf16)
 double=-DBATCHNORM_TEST_DOUBLE
 bfloat16=-DBATCHNORM_TEST_BFLOAT16
 
-# build NAME ISA OPTIONS...: the program `NAME`.
+# build NAME ISA OPTIONS...: compiles the program `NAME`.
 build() {
   local name=$1 isa=$2
   shift 2
-  "${CXX:-c++}" "${flags[@]}" -DBATCHNORM_ISA="$isa" "$@" cpp/tests/drive.cpp cpp/plan.cpp cpp/memory.cpp cpp/helpers.cpp -o "$folder/$name"
+  "${CXX:-c++}" "${flags[@]}" -DBATCHNORM_ISA="$isa" "$@" cpp/tests/fuzz.cpp cpp/plan.cpp cpp/memory.cpp cpp/external_pool.cpp -o "$folder/$name"
 }
 
-# The extension with the baseline's kernels alone.
+# Compiles the extension with the baseline kernels only.
 build_extension() {
   local of_nanobind of_python
   of_nanobind=$("$python" -m nanobind --include_dir)
@@ -37,15 +37,15 @@ build_extension() {
   "${CXX:-c++}" "${flags[@]}" -DBATCHNORM_ISA=baseline '-DBATCHNORM_INSTRUCTION_SETS="baseline"' -DNDEBUG "${memory[@]}" \
     -fPIC -shared -fvisibility=hidden -fno-strict-aliasing -isystem "$of_python" -isystem "$of_nanobind" \
     -isystem "$of_nanobind/../ext/robin_map/include" "$of_nanobind/../src/nb_combined.cpp" \
-    cpp/{bindings,call,library,checks,arrays,layout,dispatch,helpers,memory,plan,running,xla,kernels}.cpp -o "$folder/_native.so"
+    cpp/{bindings,call,library,checks,arrays,layout,dispatch,external_pool,memory,plan,running,xla,kernels}.cpp -o "$folder/_native.so"
 }
 
-# has NAMES...: whether the processor has all of these.
+# has NAMES...: succeeds if the processor has all of these features.
 has() {
   for name; do grep -qw "$name" /proc/cpuinfo || return 1; done
 }
 
-# Two at a time: one takes a minute and a gigabyte. One that does not compile is missed below.
+# Two at a time, because each takes a minute and a gigabyte. A program that does not compile fails when it is run below.
 programs=(baseline)
 rm -f "$folder"/{baseline,avx2,avx512,avx512bf16,threads}
 build baseline baseline "$double" "${memory[@]}" &
@@ -66,17 +66,17 @@ if has avx512f avx512bw avx512dq avx512vl avx512_bf16 fma f16c; then
 fi
 
 export UBSAN_OPTIONS=print_stacktrace=1 OMP_WAIT_POLICY=passive
-export ASAN_OPTIONS=detect_leaks=0 # OpenMP keeps its threads' memory
+export ASAN_OPTIONS=detect_leaks=0 # OpenMP never frees the memory of its threads
 for name in "${programs[@]}"; do
   echo -n "$name, memory: "
   "$folder/$name" "$problems"
 done
-# Addresses are not randomised: ThreadSanitizer before GCC 14 does not start where they are by more than 28 bits.
+# Without address randomization: ThreadSanitizer before GCC 14 does not start with more than 28 random bits.
 echo -n "baseline, threads: "
 setarch -R "$folder/threads" "$((problems / 4))"
 
-# The interpreter is not compiled for AddressSanitizer, whose library has to be there before it, and the library of C++
-# before that looks for what throws. Freed memory is soon used again: what grows is a leak.
+# The interpreter is not compiled for AddressSanitizer, so its library has to be preloaded, with that of C++, in which it
+# looks for the function that throws. The quarantine is small, so that growing memory indicates a leak.
 build_extension
 echo "extension, calls from Python:"
 library() { "${CXX:-c++}" -print-file-name="$1"; }

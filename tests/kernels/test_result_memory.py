@@ -20,10 +20,10 @@ SMALLEST, MOST_WAITING = 2**18, 512 * 2**20  # of cpp/memory.hpp
 
 @pytest.fixture(autouse=True)
 def _nothing_waits():
-    _native.release_blocks()
-    assert _native.waiting_bytes() == 0
+    _native.release_cached()
+    assert _native.cached_bytes() == 0
     yield
-    _native.release_blocks()
+    _native.release_cached()
 
 
 def numbers(*shape, dtype=torch.float32):
@@ -37,15 +37,15 @@ def test_the_next_result_of_that_size_gets_the_block():
     y, cache = bn.forward(X)
     address, expected = y.data_ptr(), y.clone()
     del y
-    assert _native.waiting_bytes() == X.nbytes
+    assert _native.cached_bytes() == X.nbytes
     again = bn.forward(X)[0]
     assert again.data_ptr() == address
-    assert _native.waiting_bytes() == 0
+    assert _native.cached_bytes() == 0
     assert torch.equal(again, expected)
     dx = bn.backward(X, cache).dx
     assert dx.data_ptr() != address
     del again, dx
-    assert _native.waiting_bytes() == 2 * X.nbytes
+    assert _native.cached_bytes() == 2 * X.nbytes
 
 
 def test_the_block_stays_while_anything_refers_to_it():
@@ -58,7 +58,7 @@ def test_the_block_stays_while_anything_refers_to_it():
     bn.forward(-X)
     assert torch.equal(torch.from_numpy(array), expected)
     del array
-    assert _native.waiting_bytes() == 2 * X.nbytes
+    assert _native.cached_bytes() == 2 * X.nbytes
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
@@ -119,7 +119,7 @@ def test_with_autograd():
     torch.testing.assert_close(x.grad, exact.grad, rtol=1e-5, atol=1e-5)
     del y
     x.grad = None
-    _native.result_like(X)
+    _native.pooled_like(X)
     assert bn.forward(X)[0].data_ptr() in addresses
 
 
@@ -131,11 +131,11 @@ def test_numpy(dtype):
     assert (y.shape, y.dtype, y.flags.c_contiguous, y.flags.writeable) == (x.shape, x.dtype, True, True)
     view = y[2:]
     del y
-    assert _native.waiting_bytes() == 0
+    assert _native.cached_bytes() == 0
     dx = bn.backward(x, cache).dx
     assert not np.shares_memory(view, dx)
     del view
-    assert _native.waiting_bytes() == x.nbytes
+    assert _native.cached_bytes() == x.nbytes
     again = bn.forward(x)[0]
     assert again.ctypes.data == address
     np.testing.assert_array_equal(again, np.asarray(bn.forward(x, kernel="native")[0]))
@@ -147,33 +147,33 @@ def test_numpy(dtype):
 
 def test_only_so_much_waits():
     prototype = torch.empty(MOST_WAITING // 8 // 4)
-    results = [_native.result_like(prototype) for _ in range(9)]
+    results = [_native.pooled_like(prototype) for _ in range(9)]
     while results:
         results.pop()
-        assert _native.waiting_bytes() == min(9 - len(results), 8) * prototype.nbytes
-    _native.release_blocks()
-    assert _native.waiting_bytes() == 0
-    huge = _native.result_like(torch.empty(MOST_WAITING // 4 + 1))
+        assert _native.cached_bytes() == min(9 - len(results), 8) * prototype.nbytes
+    _native.release_cached()
+    assert _native.cached_bytes() == 0
+    huge = _native.pooled_like(torch.empty(MOST_WAITING // 4 + 1))
     assert huge is not None
     del huge
-    assert _native.waiting_bytes() == 0
+    assert _native.cached_bytes() == 0
 
 
 def test_small_results_go_back_at_once():
     for length in (0, 1, SMALLEST // 4 - 1):
-        result = _native.result_like(torch.empty(length))
+        result = _native.pooled_like(torch.empty(length))
         assert result.shape == (length,)
         del result
-        assert _native.waiting_bytes() == 0
-    _native.result_like(torch.empty(SMALLEST // 4))
-    assert _native.waiting_bytes() == SMALLEST
+        assert _native.cached_bytes() == 0
+    _native.pooled_like(torch.empty(SMALLEST // 4))
+    assert _native.cached_bytes() == SMALLEST
 
 
 def test_blocks_of_another_size_are_not_taken():
-    _native.result_like(torch.empty(4 * SMALLEST // 4))
-    waiting = _native.waiting_bytes()
-    small = _native.result_like(torch.empty(SMALLEST // 4))
-    assert _native.waiting_bytes() == waiting
+    _native.pooled_like(torch.empty(4 * SMALLEST // 4))
+    waiting = _native.cached_bytes()
+    small = _native.pooled_like(torch.empty(SMALLEST // 4))
+    assert _native.cached_bytes() == waiting
     assert small is not None
 
 
@@ -241,7 +241,7 @@ def test_out_of_memory():
 
         torch.set_num_threads(1)
         x = torch.randn(64, 64, 64, 64)
-        waiting = [_native.result_like(x[:16]) for _ in range(8)]
+        waiting = [_native.pooled_like(x[:16]) for _ in range(8)]
         expected = bn.forward(x[:1])[0]
         used = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
         resource.setrlimit(resource.RLIMIT_AS, (used + x.nbytes // 2, resource.RLIM_INFINITY))
@@ -250,7 +250,7 @@ def test_out_of_memory():
         except MemoryError:
             print("MemoryError")
         del waiting
-        print(_native.waiting_bytes() > x.nbytes)
+        print(_native.cached_bytes() > x.nbytes)
         y = bn.forward(x)[0]
         print(y.shape == x.shape, torch.equal(bn.forward(x[:1])[0], expected))
     """

@@ -126,12 +126,12 @@ def pooled_like(array: Array) -> Array:
     """An uninitialized array like a large one, from the pool of freed buffers if that one is in C order."""
     if not array.flags.c_contiguous:
         return numpy.empty_like(array, subok=False)
-    return numpy.ndarray(array.shape, array.dtype, _native.Block(array.nbytes))  # type: ignore[arg-type]
+    return numpy.ndarray(array.shape, array.dtype, _native.PooledBuffer(array.nbytes))  # type: ignore[arg-type]
 
 
 def empty_like(array: Array) -> Array:
     """An uninitialized array of the shape, dtype and layout of another."""
-    return (numpy.empty_like if array.nbytes < _native.smallest_block else pooled_like)(array)
+    return (numpy.empty_like if array.nbytes < _native.min_pooled_bytes else pooled_like)(array)
 
 
 def contiguous(array: Array) -> Array:

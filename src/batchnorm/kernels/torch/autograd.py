@@ -28,7 +28,7 @@ def empty(shape: tuple[int, ...], dtype: str) -> Array:
 
 def empty_like(array: Array) -> Array:
     """An uninitialized tensor of the shape, dtype and layout of another, from the pool of freed buffers if possible."""
-    result = _native.result_like(array)
+    result = _native.pooled_like(array)
     return torch.empty_like(array) if result is None else result
 
 
