@@ -1,1 +1,1 @@
-"""How fast batch norm is, against the speed of memory and against everyone else's; run with `python -m benchmarks`."""
+"""Benchmarks of batch norm against the speed of memory and other implementations; run with `python -m benchmarks`."""

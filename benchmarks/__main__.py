@@ -1,4 +1,4 @@
-"""The command: `python -m benchmarks`. Tables go to stdout, everything else to stderr."""
+"""The command `python -m benchmarks`: tables go to stdout, everything else to stderr."""
 
 import os
 import sys
@@ -40,13 +40,13 @@ def bench(
     layout: Annotated[list[str] | None, typer.Option(help=_choice(LAYOUTS))] = None,
     family: Annotated[list[str] | None, typer.Option(help=_choice(FAMILIES))] = None,
     shape: Annotated[list[str] | None, typer.Option(help="Only this one, as 32x64x56x56; may be repeated.")] = None,
-    peer: Annotated[list[str] | None, typer.Option(help=f"{_choice(PEERS)} `none` is nobody.")] = None,
+    peer: Annotated[list[str] | None, typer.Option(help=f"{_choice(PEERS)} `none` is no peer.")] = None,
     threads: Annotated[
         list[int] | None,
         typer.Option(help="Number of threads; may be repeated.", show_default="1 and all cores; all with --quick"),
     ] = None,
     seconds: Annotated[
-        float | None, typer.Option(help="Of calls in a case.", show_default="1.5; 0.25 with --quick")
+        float | None, typer.Option(help="Seconds of calls in a case.", show_default="1.5; 0.25 with --quick")
     ] = None,
     targets: Annotated[bool, typer.Option("--targets", help="Say which of the targets are met.")] = False,
     output: Annotated[Path, typer.Option(metavar="DIR", help=f"Where {CSV} and {PNG} go.")] = Path("bench-report"),
@@ -58,7 +58,7 @@ def bench(
     ] = None,
     list_: Annotated[bool, typer.Option("--list", help="Print the cases that would be measured and stop.")] = False,
 ) -> None:
-    """Measure batch norm against the speed of memory and against everyone else's.
+    """Measure batch norm against the speed of memory and other implementations.
 
     All contestants of a case race in one process, in turns; compare ratios
     within a run, not times between runs. benchmarks/README.md says what is
@@ -95,14 +95,14 @@ def bench(
 
 
 class Early(NamedTuple):
-    """Why a run ended before its time."""
+    """The reason and exit code of a run that ended early."""
 
     reason: str
     code: int
 
 
 def _measure(plans: Sequence[Plan]) -> tuple[list[Result], Machine, Early | None]:
-    """The results, also of a run that ended early."""
+    """Measure all plans; a run that ended early returns the results so far."""
     machine, results = Machine.here(), []
     _say(str(machine))
     _say_if_busy()
@@ -125,7 +125,7 @@ def _measure(plans: Sequence[Plan]) -> tuple[list[Result], Machine, Early | None
 def _show(
     results: Sequence[Result], machine: Machine, folder: Path, markdown_file: Path | None, *, targets: bool
 ) -> list[Path]:
-    """Print the tables and write the picture; the files that were written."""
+    """Print the tables and write the picture; returns the files that were written."""
     from benchmarks.figure import write_png
 
     tables: list[Table] = [cases_table(results)]
@@ -185,7 +185,7 @@ def _names(option: str, given: list[str] | None, allowed: Iterable[str]) -> tupl
 
 
 def _word(name: str) -> str:
-    """A name as it is given on the command line."""
+    """A name in its spelling on the command line."""
     return name.replace(" ", "-")
 
 

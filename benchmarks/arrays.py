@@ -1,4 +1,4 @@
-"""The tensors of a case, the same numbers for every contestant."""
+"""The tensors of a case, with the same values for every contestant."""
 
 from typing import NamedTuple
 
@@ -11,10 +11,9 @@ EPS = 1e-5
 
 
 class Arrays(NamedTuple):
-    """What the contestants are given; parameters and statistics are float32 whatever the type of x, as in training.
+    """The contestants' inputs; parameters and statistics are float32 whatever the dtype of x, as in training.
 
-    `kept` is true where an element of a masked (N, T, C) counts, of shape (N, T). None is what the operation does
-    not have.
+    `kept` (N, T) is true for the valid elements of a masked (N, T, C). Arrays that the operation does not use are None.
     """
 
     x: Tensor
@@ -29,7 +28,7 @@ class Arrays(NamedTuple):
 
 
 def make(case: Case, seed: int = 0) -> Arrays:
-    """Normal x of mean 0.5 and deviation 2, random dy (that of a sum would have the gradient 0), gamma around 1."""
+    """Normal x with mean 0.5 and deviation 2, random dy (that of sum(y) would make dx 0), gamma around 1."""
     generator = torch.Generator().manual_seed(seed)
     memory_format = torch.channels_last if case.layout == "channels-last" else torch.contiguous_format
 

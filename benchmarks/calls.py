@@ -1,9 +1,9 @@
-"""What a small call costs, in each way that a user may make it, beside the plainest one.
+"""The cost of a small call by each kind of call, relative to the simplest one.
 
     python -m benchmarks.calls            # under a minute
 
-x is (8, 4, 6, 6) or (32, 16), in float32, on one thread: what is measured is the way from the call to the kernel and
-back. The ways of a group take turns in one process (README.md), and each row is the time over that of the first.
+x is (8, 4, 6, 6) or (32, 16), in float32, on one thread: the overhead between the call and the kernel is what is
+measured. The calls of a group take turns in one process (README.md), and each row is the time relative to the first.
 """
 
 import argparse
@@ -27,12 +27,12 @@ Calls = dict[str, Callable[[], object]]
 
 
 def three_quarters(shape: tuple[int, ...]) -> NDArray[np.bool_]:
-    """A mask of samples, of which every fourth does not count."""
+    """A mask over samples that excludes every fourth."""
     return (np.arange(shape[0]) % 4 < 3).reshape(-1, *(1,) * (len(shape) - 1))
 
 
 def numpy_calls(shape: tuple[int, ...]) -> Calls:
-    """`bn.forward`, and `bn.batch_norm` with the state that the call before has returned."""
+    """`bn.forward`, and `bn.batch_norm` with the state that the previous call returned."""
     generator = np.random.default_rng(0)
     x = generator.normal(size=shape).astype(np.float32)
     gamma, beta = np.ones(shape[1], np.float32), np.zeros(shape[1], np.float32)
@@ -87,7 +87,7 @@ class Floor(torch.nn.BatchNorm2d):
 
 
 def layer_calls(shape: tuple[int, ...], *, backward: bool) -> Calls:
-    """Layers in training, forward or both passes."""
+    """Calls of layers in training, forward only or with the backward pass."""
     x = torch.randn(shape, requires_grad=backward)
     dy, mask = torch.randn(shape), torch.from_numpy(three_quarters(shape))
     plain = (bnt.BatchNorm2d if len(shape) == 4 else bnt.BatchNorm1d)(shape[1])

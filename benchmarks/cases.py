@@ -1,4 +1,4 @@
-"""What is measured: operations, element types, memory layouts and shapes, and which of them go together."""
+"""The cases to measure: operations, dtypes, memory layouts and shapes, and their combinations."""
 
 import math
 from collections.abc import Iterator
@@ -30,7 +30,7 @@ FAMILIES = {
     "huge": "one tensor of 411 MB",
 }
 
-GRID_LIMIT = 32 * 2**20  # bytes of x; above, each fresh result is memory that the system has to provide page by page
+GRID_LIMIT = 32 * 2**20  # bytes of x; above, each fresh result causes page faults
 BATCH = 32
 
 Shape = tuple[int, ...]
@@ -38,7 +38,7 @@ Shape = tuple[int, ...]
 
 @dataclass(frozen=True)
 class Case:
-    """One thing to measure. `shape` is (N, C, H, W) in either image layout, (N, C), or masked (N, T, C)."""
+    """One case to measure; `shape` is (N, C, H, W) in either image layout, (N, C), or masked (N, T, C)."""
 
     family: str
     operation: str
@@ -53,12 +53,12 @@ class Case:
 
     @property
     def channels(self) -> int:
-        """C."""
+        """The number of channels C."""
         return self.shape[self.axis]
 
     @property
     def bytes(self) -> int:
-        """Of x."""
+        """Bytes of x."""
         return math.prod(self.shape) * DTYPES[self.dtype]
 
     @property
@@ -68,12 +68,12 @@ class Case:
 
     @property
     def has_residual(self) -> bool:
-        """Whether something is added before the activation."""
+        """Whether a residual is added before the activation."""
         return self.operation == "add+relu"
 
     @property
     def is_in_grid(self) -> bool:
-        """Whether the targets speak of it: ResNet-50's shapes up to 32 MB."""
+        """Whether the targets cover it as part of the grid: ResNet-50's shapes up to 32 MB."""
         return self.family == "grid" and self.bytes <= GRID_LIMIT
 
     def __str__(self) -> str:
@@ -83,10 +83,10 @@ class Case:
 def resnet50(batch: int = BATCH, image: int = 224) -> tuple[Shape, ...]:
     """The distinct inputs of ResNet-50's batch norms, in the order in which they first occur.
 
-    A bottleneck of width w is 1x1 to w channels, 3x3 with the stage's stride in its first block, 1x1 to 4w channels;
-    a batch norm follows each, and the projection that the first block of a stage has beside it.
+    A bottleneck of width w has convolutions 1x1 to w channels, 3x3 (with the stage's stride in its first block) and 1x1
+    to 4w channels. A batch norm follows each of them, and the projection in the first block of a stage.
 
-    Source: He et al. 2016, table 1, with the stride in the 3x3 as every framework's model has it (torchvision 0.20,
+    Source: He et al. 2016, table 1, with the stride in the 3x3 as in every framework's model (torchvision 0.20,
     models/resnet.py).
 
     Example:
@@ -138,7 +138,7 @@ def all_cases() -> list[Case]:
 
 
 def quick_cases() -> list[Case]:
-    """A case of each kind, for under a minute: of the grid (32, 256, 14, 14) alone, of the others the first shape."""
+    """A case of each kind, for under a minute: only (32, 256, 14, 14) of the grid, the first shape of the others."""
     first: dict[tuple[str, ...], Case] = {}
     for case in all_cases():
         if case.family == "grid" and case.shape != (BATCH, 256, 14, 14):

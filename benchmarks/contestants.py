@@ -1,4 +1,4 @@
-"""Who takes part in a race, and how its results are compared with everyone else's."""
+"""The contestants of a race, and the form in which their results are compared."""
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -24,27 +24,27 @@ PEERS = {
     JAX: "under jit, with the formulas of Flax",
     NUMPY: "as people write it; compared with ours on NumPy arrays",
 }
-MODULES = {JAX: "jax"}  # what a peer needs that may not be installed; PyTorch itself is what ours is measured with
+MODULES = {JAX: "jax"}  # optional packages of peers; PyTorch is always required, because ours runs on it
 
-AGAINST = {NUMPY: OURS_NUMPY, OURS_NUMPY: OURS_NUMPY}  # whose time a ratio is relative to, where it is not OURS
+AGAINST = {NUMPY: OURS_NUMPY, OURS_NUMPY: OURS_NUMPY}  # the reference of a contestant's ratio, if it is not OURS
 
 Results = dict[str, NDArray[np.float64]]
 
 
 def nothing() -> None:
-    """What a contestant of a test may leave out."""
+    """Do nothing; the default `settle` of a contestant."""
 
 
 @dataclass(frozen=True)
 class Contestant:
-    """One way to do a case's work.
+    """One implementation of a case.
 
     Attributes:
-        name: As tables and files call it.
-        run: Does the work and returns all of its results, so that none of them is freed inside the timed call.
-        unpack: The results of `run` by name (`y`, `dx`, `dgamma`, `dbeta`, `dresidual`) with the axes of
-            `Case.shape`; what they are compared by.
-        settle: Brings the inputs into the cache, and wakes the threads; not timed.
+        name: Its name in tables and files.
+        run: Computes and returns all results, so that none of them is freed inside the timed call.
+        unpack: Converts the results of `run` for comparison: arrays by name (`y`, `dx`, `dgamma`, `dbeta`, `dresidual`)
+            with the axes of `Case.shape`.
+        settle: Loads the inputs into the cache, and wakes the threads; not timed.
     """
 
     name: str
@@ -54,11 +54,11 @@ class Contestant:
 
 
 def entered(case: Case, *, compiles: bool = True) -> tuple[str, ...]:
-    """The peers that take part in a case: those that can do it at all, and where it says something.
+    """The peers that take part in a case: those that support it and give a meaningful comparison.
 
-    oneDNN is reached for float32 and NCHW; its backward pass goes through PyTorch's conversions, which would be
-    timed too. NumPy has no bfloat16, and takes seconds for the huge tensor. An activation fused into lines of NumPy
-    is nobody's code.
+    oneDNN is reachable for float32 and NCHW; its backward pass includes PyTorch's conversions, which would be timed
+    too. NumPy has no bfloat16, and takes seconds for the huge tensor. NumPy code with a fused activation is not in
+    common use.
     """
     peers = [EAGER]
     if case.operation == "forward-out":
@@ -77,12 +77,12 @@ def entered(case: Case, *, compiles: bool = True) -> tuple[str, ...]:
 
 
 def missing(peers: Iterable[str]) -> dict[str, str]:
-    """Those of the peers that cannot take part here, with what they need."""
+    """The peers that cannot take part here, each with the missing package."""
     return {peer: MODULES[peer] for peer in peers if peer in MODULES and find_spec(MODULES[peer]) is None}
 
 
 def contestants(case: Case, arrays: "Arrays", peers: Iterable[str]) -> list[Contestant]:
-    """Ours, the passes over memory that make up the floor, and these peers; their libraries are imported here."""
+    """Ours, the memory passes that make up the floor, and these peers; their libraries are imported only here."""
     from benchmarks import ours, passes, peer_numpy, peer_pytorch
 
     found = [ours.with_tensors(case, arrays), *passes.contestants(case, arrays)]

@@ -1,4 +1,4 @@
-"""The picture of a run: how many times as fast as PyTorch eager everybody is, and what memory would allow."""
+"""The picture of a run: the speed of every contestant relative to PyTorch eager, and the memory bound."""
 
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -18,7 +18,7 @@ from benchmarks.machine import Machine
 from benchmarks.results import Result
 
 DTYPE = "float32"
-LINES = {  # contestant: colour, line width, marker
+LINES = {  # contestant: color, line width, marker
     FLOOR: (MUTED, 1.4, ""),
     OURS: (WITH, 2.6, "o"),
     COMPILED: (WITHOUT, 1.4, "s"),
@@ -34,14 +34,14 @@ TITLES = {
     "inference": "Inference",
     "relu": "With ReLU, forward and backward",
     "add+relu": "With residual and ReLU, both ways",
-}  # what is drawn
+}  # the operations that are drawn
 PANEL = (5.4, 2.45)  # inches
 
 Speeds = dict[Shape, float]
 
 
 def write_png(path: Path, results: Sequence[Result], machine: Machine) -> bool:
-    """A panel for each operation and layout, of float32 with the most threads; whether there was anything to draw."""
+    """Draw a panel for each operation and layout, in float32 with the most threads; False if nothing can be drawn."""
     threads = max((result.threads for result in results), default=0)
     compared = {(r.threads, r.case) for r in results if r.contestant == EAGER and r.threads == threads}
     shown = [r for r in results if (r.threads, r.case) in compared and r.case.dtype == DTYPE]
@@ -68,7 +68,7 @@ def write_png(path: Path, results: Sequence[Result], machine: Machine) -> bool:
 
 
 def _by_size(cases: Iterable[Case]) -> dict[Shape, Case]:
-    """A case of each shape, the smallest tensor first: the positions that the panels of a column share."""
+    """A case of each shape, the smallest tensor first: the x positions shared by the panels of a column."""
     return {case.shape: case for case in sorted(cases, key=lambda case: (case.bytes, case.shape[-1]))}
 
 
@@ -96,7 +96,7 @@ def _draw(axes: Axes, results: Sequence[Result], shapes: dict[Shape, Case], titl
 
 
 def _speeds(results: Sequence[Result], contestant: str) -> Speeds:
-    """How many times as fast as PyTorch eager a contestant is, for each shape."""
+    """The speed of a contestant relative to PyTorch eager, for each shape."""
     eager = {r.case.shape: r.p50 for r in results if r.contestant == EAGER}
     return {r.case.shape: eager[r.case.shape] / r.p50 for r in results if r.contestant == contestant}
 

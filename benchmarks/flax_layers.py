@@ -2,10 +2,10 @@
 
     python -m benchmarks.flax_layers            # ResNet-50's shapes up to 32 MB; some three minutes on two cores
 
-Training forward, and forward and backward, without and with a ReLU, in NHWC and in NCHW (`axis=1`). The two take turns
-in one process (see README.md); x and dy are read before each turn, and all results are returned. So does a third, which
-moves as much memory as a case needs at least (`floors.py`) in one program compiled by XLA, and computes nothing: how
-many times as long we take is how far we are from what can be had from within JAX.
+Training forward, and forward and backward, without and with a ReLU, in NHWC and in NCHW (`axis=1`). The layers take
+turns in one process (see README.md); x and dy are read before each turn, and all results are returned. A third
+contestant, one program compiled by XLA, only moves the memory that a case needs at least (`floors.py`) and computes
+nothing: our time relative to it is the distance from the memory bound within JAX.
 """
 
 import argparse
@@ -31,7 +31,7 @@ OPERATIONS = ("forward", "forward+backward", "relu")
 
 
 def layer_step(layer: Any, operation: str, x: jax.Array, dy: jax.Array, activation: Any) -> Callable[[], object]:
-    """y, the statistics after it and, where they are asked for, all gradients."""
+    """A compiled step that computes y, the updated statistics and, unless the operation is forward, all gradients."""
     variables = layer.init(jax.random.key(0), x, use_running_average=False)
 
     def forward(parameters: Any, x: jax.Array) -> Any:
@@ -54,7 +54,7 @@ def layer_step(layer: Any, operation: str, x: jax.Array, dy: jax.Array, activati
 
 
 def memory_passes(case: Case, x: jax.Array, dy: jax.Array) -> Callable[[], object]:
-    """The passes over memory that a case needs, one after the other; what they write is returned."""
+    """A compiled program of the memory passes that a case needs, in sequence; it returns what they write."""
     computations: dict[str, Callable[[jax.Array, jax.Array], jax.Array]] = {
         "read": lambda x, dy: (x if case.operation == "forward" else dy).max(),
         "copy": lambda x, dy: x * 1.5,
@@ -66,7 +66,7 @@ def memory_passes(case: Case, x: jax.Array, dy: jax.Array) -> Callable[[], objec
     def program(x: jax.Array, dy: jax.Array) -> list[jax.Array]:
         results: list[jax.Array] = []
         for run in wanted:
-            x, dy, results = lax.optimization_barrier((x, dy, results))  # else they would become one
+            x, dy, results = lax.optimization_barrier((x, dy, results))  # prevents the fusion of passes
             results.append(run(x, dy))
         return results
 
@@ -75,7 +75,7 @@ def memory_passes(case: Case, x: jax.Array, dy: jax.Array) -> Callable[[], objec
 
 
 def ratios_of(case: Case, effort: Effort) -> tuple[float, float, float]:
-    """The median of ours in microseconds, Flax's over it, and it over that of the memory alone."""
+    """Our median in microseconds, Flax's divided by ours, and ours divided by that of the memory passes."""
     generator = np.random.default_rng(0)
     shape, axis = case.shape, 1
     if case.layout == "channels-last":

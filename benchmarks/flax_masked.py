@@ -2,10 +2,10 @@
 
     python -m benchmarks.flax_masked            # some three minutes on two cores
 
-Sequences (B, T, C), channels last, and (B, C, T), channels first, of which a quarter is padding on average: Flax by a
-mask, ours by the same mask and by the lengths. Padding comes out normalized, which is Flax's behaviour. y, the updated
+Sequences (B, T, C), channels last, and (B, C, T), channels first, of which a quarter is padding on average: Flax with a
+mask, ours with the same mask and with lengths. Padding is normalized, which is Flax's behavior. y, the updated
 statistics and the gradients of x, scale and bias are returned. The contestants take turns in one process (README.md).
-Beside the times, the bytes that each program allocates besides its arguments and results, in units of x.
+Temporary memory, which a program allocates besides its arguments and results, is given in units of x.
 """
 
 import argparse
@@ -48,7 +48,7 @@ def program(layer: Any, x: jax.Array, dy: jax.Array, masks: dict[str, jax.Array]
 
 
 def ratios_of(shape: tuple[int, int, int], axis: int, effort: Effort, *, backward: bool) -> list[float]:
-    """The median of ours by the mask in microseconds, Flax's over it and over that by lengths, temporary memory."""
+    """Our median by mask in microseconds, Flax's divided by it and by ours by lengths, and temporary memory."""
     generator = np.random.default_rng(0)
     B, T, C = shape
     lengths = jnp.asarray(generator.integers(T // 2, T + 1, B))

@@ -2,8 +2,8 @@
 
     python -m benchmarks.flax_resnet            # NHWC, batch 16, 64 x 64; a minute on two cores
 
-The step is compiled: forward, backward, SGD with momentum, and the running statistics. What the batch norms take is the
-step's time less that of the same network with an affine map in their place.
+The step is compiled: forward, backward, SGD with momentum, and the running statistics. The time of the batch norms is
+the step's time minus that of the same network with affine maps in their place.
 """
 
 import argparse
@@ -32,7 +32,7 @@ class Affine(nn.Module):
 
 
 class FusedNorm(nn.Module):
-    """Our batch norm with what is done to its result."""
+    """Our batch norm with the residual and ReLU fused into it."""
 
     @nn.compact
     def __call__(self, x: jax.Array, residual: jax.Array | None = None) -> jax.Array:
@@ -41,7 +41,7 @@ class FusedNorm(nn.Module):
 
 
 class Norm(nn.Module):
-    """A batch norm and the operations behind it."""
+    """A batch norm followed by separate operations for residual and ReLU."""
 
     kind: Any
 
@@ -53,7 +53,7 @@ class Norm(nn.Module):
 
 
 class ResNet18(nn.Module):
-    """Of He et al. 2015; `norm_act` is a batch norm, an optional residual and ReLU, `norm` a batch norm alone."""
+    """ResNet-18 (He et al. 2015); `norm_act` is a batch norm, optional residual and ReLU, `norm` a batch norm alone."""
 
     norm_act: Callable[[], nn.Module]
     norm: Callable[[], nn.Module]
@@ -77,7 +77,7 @@ class ResNet18(nn.Module):
 
 
 def training_step(model: nn.Module, x: jax.Array, labels: jax.Array) -> Callable[[], float]:
-    """A step that goes on from where the last one ended; its loss."""
+    """A function that runs the next training step and returns its loss."""
     variables = model.init(jax.random.key(0), x)
     optimizer = optax.sgd(0.01, momentum=0.9)
     parameters, state = variables["params"], variables.get("batch_stats", {})

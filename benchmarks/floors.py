@@ -1,33 +1,33 @@
 """The floor: the time that memory alone takes. It is the denominator of every "within 1.25 times the floor".
 
-A batch norm computes a handful of operations an element, so what it cannot do without is moving the elements. The floor
-of a case is the sum of the passes over memory that it needs, each timed by itself in the same race as everything else,
-with the same tensors, layout and number of threads. `passes` is its definition; a pass is one of
+A batch norm computes a few operations per element, so moving the elements bounds its time. The floor of a case is the
+sum of the memory passes that it needs, each timed separately in the same race as the contestants, with the same
+tensors, layout and number of threads. `passes` defines it; a pass is one of
 
     read        every element of x is read                                       1 x the bytes of x
     copy        x is read, a result of its size is allocated and written         2 x
-    copy-into   the same into a tensor that is there already                     2 x
+    copy-into   x is read, an existing tensor of its size is written             2 x
     add         two tensors are read, a result is allocated and written          3 x
 
 A channel's statistics must be complete before its first result can be written, so x is visited twice. The second visit
-costs no memory traffic where the channel's *slice* stayed in L2, the cache of the core that works on it. A slice is
-what the elements of one channel occupy there: the elements themselves where they lie together (NCHW), but whole lines
-of 64 bytes, with the neighbouring channels in them, where the channels alternate (channels last, rows, sequences):
+causes no memory traffic if the channel's *slice* stayed in L2, the cache of the core that works on it. A slice is the
+space that the elements of one channel occupy there: the elements themselves if they are contiguous (NCHW), but whole
+cache lines of 64 bytes, neighboring channels included, if channels alternate (channels last, rows, sequences), because
 memory moves in lines. So:
 
     forward     copy                   where a slice of x fits L2             read + copy       otherwise
     backward    add                    where slices of x and dy fit it        2 read + add      otherwise
     inference   copy
 
-ReLU costs nothing: where it is 0 is computed again from x. A residual is one more tensor to read on the way forward,
-and dresidual one more to write on the way back:
+ReLU costs nothing: its zeros are recomputed from x. A residual is one more tensor to read in the forward pass, and
+dresidual one more to write in the backward pass:
 
     forward     add                    where a slice of x fits L2             read + add        otherwise
     backward    add + copy             where slices of x and dy fit it        2 add + read      otherwise
 
-The last is the cheaper order of two: x, dy and the residual make dresidual, then x and dresidual make dx. Statistics,
-parameters and masks are not counted: they are small. In a masked case every element is counted, padding too. A result
-is a fresh tensor, as the call's own is, except in `forward-out`.
+The last is the cheaper of two orders: dresidual from x, dy and the residual, then dx from x and dresidual. Statistics,
+parameters and masks are not counted, because they are small. In a masked case every element is counted, including
+padding. A result is a fresh tensor, like that of the call itself, except in `forward-out`.
 """
 
 from collections import Counter
@@ -42,7 +42,7 @@ TRAFFIC: dict[Pass, int] = {"read": 1, "copy": 2, "copy-into": 2, "add": 3}  # t
 
 
 def slice_bytes(case: Case) -> int:
-    """What the elements of one channel occupy in a cache.
+    """Bytes that the elements of one channel occupy in a cache.
 
     Example:
         >>> slice_bytes(Case("grid", "forward", "float32", "NCHW", (32, 64, 56, 56)))
@@ -57,7 +57,7 @@ def slice_bytes(case: Case) -> int:
 
 
 def passes(case: Case, l2: int) -> Counter[Pass]:
-    """The passes over memory that a case needs on cores with `l2` bytes of second-level cache, and how often each."""
+    """The memory passes that a case needs on cores with `l2` bytes of second-level cache, and the number of each."""
     if case.operation == "inference":
         return Counter({"copy": 1})
     slice_ = slice_bytes(case)
@@ -74,5 +74,5 @@ def passes(case: Case, l2: int) -> Counter[Pass]:
 
 
 def moved_bytes(case: Case, l2: int) -> int:
-    """The memory traffic of the floor."""
+    """The memory traffic of the floor in bytes."""
     return case.bytes * sum(TRAFFIC[name] * times for name, times in passes(case, l2).items())

@@ -1,9 +1,9 @@
-"""A batch norm with the activation behind it, and with a residual between them: PyTorch's, ours, and ours fused.
+"""A batch norm followed by an activation, without and with a residual between them: PyTorch's, ours, and ours fused.
 
     python -m benchmarks.fusing                 # ResNet-50's shapes; a minute or two on two cores
 
-Blocks of a network as people write them, training forward and backward and inference, in float32 and NCHW. The three
-take turns in one process, as in the other benchmarks (see README.md).
+Blocks of a network in ordinary code, training forward and backward and inference, in float32 and NCHW. The three take
+turns in one process, as in the other benchmarks (see README.md).
 """
 
 import argparse
@@ -39,7 +39,7 @@ class Block(nn.Module):
 
 
 def blocks(channels: int, *inputs: Tensor) -> dict[str, nn.Module]:
-    """PyTorch's, ours, and ours fused."""
+    """The variants of the block: PyTorch's, ours, and ours fused."""
     variants: dict[str, nn.Module] = {name: Block(channels) for name in ("PyTorch", "ours", "fused")}
     bnt.replace(variants["ours"])
     example = tuple(t.detach()[:2] for t in inputs)
@@ -48,7 +48,7 @@ def blocks(channels: int, *inputs: Tensor) -> dict[str, nn.Module]:
 
 
 def training_step(block: nn.Module, inputs: tuple[Tensor, ...], dy: Tensor) -> Callable[[], object]:
-    """y and the gradients of the inputs, which are returned so that none is freed in the timed call."""
+    """A training step; y and the gradients of the inputs are returned so that none is freed in the timed call."""
 
     def run() -> object:
         y = block(*inputs)
@@ -63,7 +63,7 @@ def training_step(block: nn.Module, inputs: tuple[Tensor, ...], dy: Tensor) -> C
 
 
 def inference(block: nn.Module, inputs: tuple[Tensor, ...]) -> Callable[[], object]:
-    """y by the running statistics."""
+    """A forward pass by the running statistics."""
     block.eval()
 
     def run() -> object:
@@ -74,7 +74,7 @@ def inference(block: nn.Module, inputs: tuple[Tensor, ...]) -> Callable[[], obje
 
 
 def times(case: Case, effort: Effort, *, has_residual: bool, is_training: bool) -> dict[str, float]:
-    """The medians in microseconds."""
+    """The median time of each variant in microseconds."""
     arrays = make(case)
     assert arrays.dy is not None
     inputs = [arrays.x.detach().requires_grad_()]

@@ -2,8 +2,8 @@
 
     python -m benchmarks.layers                 # ResNet-50's shapes and small ones; some three minutes on two cores
 
-Training forward and backward. The two take turns in one process, as in the other benchmarks (see README.md): after a
-few calls untimed, with x and dy read before, gradients `None` as optimizers leave them.
+Training forward and backward. The layers take turns in one process, as in the other benchmarks (see README.md): after a
+few untimed calls, with x and dy read before, and with gradients None as optimizers leave them.
 """
 
 import argparse
@@ -25,7 +25,7 @@ SMALL = [(2, 3), (32, 16), (256, 120), (2, 3, 4, 4), (8, 16, 8, 8), (16, 512, 2,
 
 
 def training_step(layer: nn.Module, x: torch.Tensor, dy: torch.Tensor) -> Callable[[], object]:
-    """y and all gradients, which are returned so that none is freed in the timed call."""
+    """A training step; y and all gradients are returned so that none is freed in the timed call."""
 
     def run() -> object:
         y = layer(x)
@@ -39,7 +39,7 @@ def training_step(layer: nn.Module, x: torch.Tensor, dy: torch.Tensor) -> Callab
 
 
 def ratio(case: Case, effort: Effort) -> tuple[float, float]:
-    """The median of ours in microseconds, and PyTorch's over it."""
+    """Our median in microseconds, and PyTorch's divided by ours."""
     arrays = make(case)
     assert arrays.dy is not None
     x = arrays.x.detach().requires_grad_()
@@ -56,7 +56,7 @@ def ratio(case: Case, effort: Effort) -> tuple[float, float]:
 
 
 def measured_cases() -> list[Case]:
-    """ResNet-50's up to 32 MB in both layouts and dtypes, then small ones in float32."""
+    """ResNet-50's cases up to 32 MB in both layouts and dtypes, then small ones in float32."""
     grid = [case for case in all_cases() if case.is_in_grid and case.operation == "forward+backward"]
     small: list[tuple[str, Shape]] = [
         (layout, shape) for shape in SMALL for layout in (("NCHW", "channels-last") if len(shape) == 4 else ("NC",))

@@ -1,4 +1,4 @@
-"""Where and with what a run was measured, and whether the machine had other things to do meanwhile."""
+"""The machine and the versions of a run, and the load by other processes meanwhile."""
 
 import os
 import platform
@@ -10,12 +10,12 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import NamedTuple, Self
 
-SHORTEST = 0.2  # seconds in which the use of a machine can be told
+SHORTEST = 0.2  # seconds over which the use of a machine can be measured
 PACKAGES = ("batchnorm", "torch", "jax", "numpy")
 
 
 class Caches(NamedTuple):
-    """Bytes of a core's second-level cache, and of the third level that it shares; 0 where there is none."""
+    """Bytes of a core's second-level cache, and of the third level that it shares; 0 if absent."""
 
     l2: int
     l3: int
@@ -23,7 +23,7 @@ class Caches(NamedTuple):
 
 @dataclass(frozen=True)
 class Machine:
-    """What stands in every row of the results."""
+    """The machine and versions, as in every row of the results."""
 
     commit: str
     date: str
@@ -64,7 +64,7 @@ def cores() -> list[int]:
 
 @cache
 def cache_sizes() -> Caches:
-    """As the system tells them; where it does not, 1 MiB and no third level."""
+    """Cache sizes as the system reports them; otherwise 1 MiB and no third level."""
     sizes = {}
     for index in Path("/sys/devices/system/cpu/cpu0/cache").glob("index*"):
         level, kind, text = ((index / name).read_text().strip() for name in ("level", "type", "size"))
@@ -77,7 +77,7 @@ def cache_sizes() -> Caches:
 
 
 def processor() -> str:
-    """The model's name."""
+    """The model name of the processor."""
     information = Path("/proc/cpuinfo")
     if information.exists():
         for line in information.read_text().splitlines():
@@ -87,7 +87,7 @@ def processor() -> str:
 
 
 def commit() -> str:
-    """The checked-out commit, `-dirty` where tracked files differ from it; `unknown` outside a checkout."""
+    """The checked-out commit, `-dirty` if tracked files differ from it; `unknown` outside a checkout."""
     found = _output("git", "rev-parse", "--short=12", "HEAD")
     if not found:
         return "unknown"
@@ -100,7 +100,7 @@ def compiler() -> list[str]:
 
 
 def size(number: int) -> str:
-    """Bytes for people.
+    """A number of bytes as text.
 
     Example:
         >>> size(2**20), size(512 * 1024)
@@ -110,19 +110,19 @@ def size(number: int) -> str:
 
 
 class Others:
-    """How much of the machine other processes used since this object was made.
+    """The use of the machine by other processes since this object was created.
 
-    On a busy core an OpenMP thread waits for the next time slice, and everybody with it: medians of 8 ms in place of
-    0.08 ms were seen beside a single busy process.
+    On a busy core an OpenMP thread waits for the next time slice, and all others wait for it: beside a single busy
+    process, medians of 8 ms instead of 0.08 ms were seen.
     """
 
     def __init__(self) -> None:
         self.start, self.total, self.own = time.monotonic(), _busy_seconds(), time.process_time()
 
     def cores(self) -> float:
-        """Cores that were busy with something else, the time that the host took included.
+        """The number of cores busy with other processes, including time stolen by the host.
 
-        0 where the system does not tell, or has not been watched for long: it counts in hundredths of a second.
+        0 if the system does not report it, or if the time is too short: the system counts in hundredths of a second.
         """
         elapsed, total = time.monotonic() - self.start, _busy_seconds()
         if total is None or self.total is None or elapsed < SHORTEST:
@@ -131,7 +131,7 @@ class Others:
 
 
 def _busy_seconds() -> float | None:
-    """Seconds that all cores together have not been idle since the machine started."""
+    """Busy seconds of all cores together since the machine started; None if unknown."""
     try:
         user, nice, system, _, _, interrupts, soft, stolen = map(int, Path("/proc/stat").read_text().split()[1:9])
     except (OSError, ValueError):

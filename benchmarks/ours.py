@@ -17,7 +17,7 @@ ACTIVATIONS = {"relu": "relu", "add+relu": "relu"}
 
 
 def with_tensors(case: Case, arrays: Arrays) -> Contestant:
-    """PyTorch tensors in, PyTorch tensors out."""
+    """This library on PyTorch tensors."""
     mask = None if arrays.kept is None else arrays.kept.unsqueeze(-1)
     state = bn.RunningStatistics.initial(case.channels, like=arrays.x)._replace(mean=arrays.mean, spread=arrays.var)
     call = partial(
@@ -37,7 +37,7 @@ def with_tensors(case: Case, arrays: Arrays) -> Contestant:
 
 
 def with_numpy(case: Case, arrays: Arrays) -> Contestant:
-    """NumPy arrays in and out, the channels of a channels-last image on the last axis."""
+    """This library on NumPy arrays, with the channels of a channels-last image on the last axis."""
     x = native(case, arrays.x)
     dy = None if arrays.dy is None else native(case, arrays.dy)
     gamma, beta, mean, var = (value.numpy() for value in (arrays.gamma, arrays.beta, arrays.mean, arrays.var))
@@ -48,7 +48,7 @@ def with_numpy(case: Case, arrays: Arrays) -> Contestant:
 
 
 def _call(case: Case, x: Any, gamma: Any, beta: Any, dy: Any, state: Any, *, axis: int, **options: Any) -> Any:
-    """(y, gradients or None, and what would otherwise be freed before the clock stops)."""
+    """(y, gradients or None, and an object that would otherwise be freed before the clock stops)."""
     options = {name: value for name, value in options.items() if value is not None}
     if case.operation == "inference":
         y, state = bn.batch_norm(x, gamma, beta, state, training=False, axis=axis, eps=EPS, **options)

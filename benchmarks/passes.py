@@ -1,4 +1,4 @@
-"""The passes over memory of `floors`, as PyTorch does them."""
+"""The memory passes of `floors`, in PyTorch."""
 
 from collections.abc import Callable
 from functools import cache, partial
@@ -15,16 +15,16 @@ from benchmarks.machine import cache_sizes
 
 
 def contestants(case: Case, arrays: Arrays) -> list[Contestant]:
-    """Each pass of the case's floor, once; and always a copy, which everybody knows."""
+    """Each kind of pass in the case's floor, once; and always a copy, as a familiar reference."""
     wanted: list[Pass] = sorted({*passes(case, cache_sizes().l2), "copy"})
     return [Contestant(name, partial(TIMED[name], arrays), settle=partial(settle, arrays)) for name in wanted]
 
 
 def settle(arrays: Arrays) -> None:
-    """Read every tensor that a contestant is given, on all threads.
+    """Read every input tensor of a contestant, on all threads.
 
-    So each finds the inputs as the layer before would have left them, in the cache as far as they fit, whoever had the
-    turn before; and the threads are awake.
+    Each contestant then finds the inputs as a previous layer would have left them, in the cache as far as they fit,
+    whichever contestant ran before; and the threads are awake.
     """
     for tensor in (arrays.residual, arrays.dy, arrays.x):
         if tensor is not None:
@@ -59,7 +59,7 @@ TIMED: dict[Pass, Callable[[Arrays], Tensor]] = {
 
 
 def _memory(x: Tensor) -> Tensor:
-    """The elements in the order in which they lie in memory, without a copy."""
+    """A flat view of the elements in memory order."""
     order = sorted(range(x.ndim), key=x.stride, reverse=True)
     return x.permute(order).reshape(-1)
 
@@ -79,7 +79,7 @@ READERS: dict[str, Callable[[Tensor], Tensor]] = {
 
 @cache
 def fastest_reader() -> str:
-    """Which of the ways to read a tensor is the fastest here, for 16 MB in either type; found once."""
+    """The name of the fastest way to read a tensor here, for 16 MB in either dtype; measured once."""
     seconds = dict.fromkeys(READERS, 0.0)
     for dtype in (torch.float32, torch.bfloat16):
         x = torch.ones(2**24 // dtype.itemsize, dtype=dtype)

@@ -18,7 +18,7 @@ Array = Any
 
 
 def contestant(case: Case, arrays: Arrays) -> Contestant:
-    """A function compiled for this case, called until its results are there."""
+    """A function compiled for this case; a call waits for its results."""
     x = _array(case, arrays.x)
     arguments: tuple[Array, ...]
     gamma, beta, mean, var = (jnp.asarray(v.numpy()) for v in (arrays.gamma, arrays.beta, arrays.mean, arrays.var))
@@ -40,7 +40,7 @@ def contestant(case: Case, arrays: Arrays) -> Contestant:
 
 
 def settle(arguments: tuple[Array, ...]) -> None:
-    """Read the arrays, which are copies, as `passes.settle` reads the tensors of the others."""
+    """Read the arrays, which are copies, as `passes.settle` reads the other contestants' tensors."""
     for array in reversed(arguments):
         np.asarray(array).view(np.uint8).sum(dtype=np.uint8)
 
@@ -75,7 +75,7 @@ def _reduced(case: Case, x: Array) -> tuple[int, ...]:
 
 
 def _array(case: Case, tensor: Tensor) -> Array:
-    """The same numbers, (N, H, W, C) where the channels are last. JAX's transpose would keep them where they are."""
+    """The tensor as a JAX array, (N, H, W, C) if the channels are last, which JAX's transpose would not move."""
     values = tensor.permute(0, 2, 3, 1) if case.layout == "channels-last" else tensor
     return jnp.asarray(values.to(torch.float32).numpy(), dtype=case.dtype)
 

@@ -1,4 +1,4 @@
-"""Batch norm in NumPy as people write it: the lines of a course's assignment, for any layout."""
+"""Batch norm in ordinary NumPy code: the lines of a course's assignment, for any layout."""
 
 from collections.abc import Callable
 from functools import partial
@@ -16,13 +16,13 @@ Array = NDArray[Any]
 
 
 def native(case: Case, tensor: Tensor) -> Array:
-    """The tensor's numbers as a C-contiguous array: (N, H, W, C) where the channels are last."""
+    """The tensor as a C-contiguous array: (N, H, W, C) if the channels are last."""
     array = tensor.numpy()
     return np.ascontiguousarray(array.transpose(0, 2, 3, 1) if case.layout == "channels-last" else array)
 
 
 def canonical(case: Case, array: Array) -> NDArray[np.float64]:
-    """An array with the axes of `Case.shape`, statistics flat."""
+    """An array with the axes of `Case.shape`; per-channel arrays are flattened."""
     array = array.astype(np.float64)
     if array.size == case.channels:
         return array.reshape(-1)
@@ -30,7 +30,7 @@ def canonical(case: Case, array: Array) -> NDArray[np.float64]:
 
 
 def contestant(case: Case, arrays: Arrays) -> Contestant:
-    """The lines on this case's arrays."""
+    """The NumPy code on this case's arrays."""
     x = native(case, arrays.x)
     axis = x.ndim - 1 if case.layout == "channels-last" else 1
     reduced = tuple(a for a in range(x.ndim) if a != axis)
@@ -49,12 +49,12 @@ def contestant(case: Case, arrays: Arrays) -> Contestant:
 
 
 def inference(x: Array, gamma: Array, beta: Array, mean: Array, var: Array) -> tuple[Array]:
-    """Running statistics in place of the batch's."""
+    """The output by running statistics in place of the batch's."""
     return (gamma * (x - mean) / np.sqrt(var + EPS) + beta,)
 
 
 def forward(x: Array, gamma: Array, beta: Array, reduced: tuple[int, ...]) -> tuple[Array, Array, Array]:
-    """The output, and what the backward pass needs."""
+    """The output, and xhat and std for the backward pass."""
     mean = x.mean(axis=reduced, keepdims=True)
     var = x.var(axis=reduced, keepdims=True)
     std = np.sqrt(var + EPS)

@@ -17,20 +17,20 @@ Function = Callable[..., Tensor]
 
 
 def contestant(peer: str, case: Case, arrays: Arrays) -> Contestant:
-    """One of PyTorch's ways to do a case."""
+    """One of PyTorch's implementations of a case."""
     if peer == ONEDNN:
         return Contestant(ONEDNN, _onednn(case, arrays), _dense, settle=partial(settle, arrays))
     if case.operation == "forward-out":
         return Contestant(EAGER, _into(arrays), _unpack, settle=partial(settle, arrays))
     function = function_of(case, arrays, peer)
     if peer == COMPILED:
-        torch.compiler.reset()  # of earlier cases: it would give up after eight shapes of one function
+        torch.compiler.reset()  # drops earlier cases: it would give up after eight shapes of one function
         function = torch.compile(function, dynamic=False)
     return Contestant(peer, _with_autograd(function, arrays), _unpack, settle=partial(settle, arrays))
 
 
 def function_of(case: Case, arrays: Arrays, peer: str) -> Function:
-    """y of (x, gamma, beta) and, where there is one, the residual."""
+    """The function that computes y from (x, gamma, beta) and, if there is one, the residual."""
     if case.operation == "inference":
         return lambda x, gamma, beta: functional.batch_norm(
             x, arrays.mean, arrays.var, gamma, beta, training=False, eps=EPS
@@ -48,12 +48,12 @@ def function_of(case: Case, arrays: Arrays, peer: str) -> Function:
 
 
 def batch_norm(x: Tensor, gamma: Tensor, beta: Tensor) -> Tensor:
-    """The training forward pass without running statistics, which ours does not update either."""
+    """The training forward pass without running statistics, which our call does not update either."""
     return functional.batch_norm(x, None, None, gamma, beta, training=True, eps=EPS)
 
 
 def _masked_rows(kept: Tensor) -> Function:
-    """What people write for want of a mask: batch norm of the rows that count, put back among zeros."""
+    """The usual workaround for a missing mask: batch norm of the valid rows, scattered into zeros."""
 
     def function(x: Tensor, gamma: Tensor, beta: Tensor) -> Tensor:
         y = torch.zeros_like(x)
@@ -64,7 +64,7 @@ def _masked_rows(kept: Tensor) -> Function:
 
 
 def _masked_formula(kept: Tensor) -> Function:
-    """The same without shapes that depend on the mask, which the compiler could not fuse."""
+    """Masked batch norm without shapes that depend on the mask, which the compiler could not fuse."""
 
     def function(x: Tensor, gamma: Tensor, beta: Tensor) -> Tensor:
         mask = kept.unsqueeze(-1)

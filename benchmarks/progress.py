@@ -1,4 +1,4 @@
-"""What a run shows while it measures: a bar in a terminal, a line a case elsewhere; on stderr."""
+"""Progress of a run on stderr: a bar in a terminal, otherwise a line per case."""
 
 from collections.abc import Sequence
 from types import TracebackType
@@ -13,12 +13,12 @@ from benchmarks.results import Result
 
 
 class Progress:
-    """To be used as a context manager around the measurements."""
+    """The progress display, a context manager around the measurements."""
 
     def __init__(self, cases: int) -> None:
         self.console = Console(stderr=True, soft_wrap=True)
         self.count, self.cases = 0, cases
-        # Twice a second: drawing the bar takes a core away from what is being measured.
+        # Twice a second: drawing the bar takes a core away from the measurement.
         self.bar = Bar(
             BarColumn(bar_width=24),
             MofNCompleteColumn(),
@@ -40,11 +40,11 @@ class Progress:
         self.bar.stop()
 
     def note(self, text: str) -> None:
-        """Say something that stays."""
+        """Print a permanent line."""
         self.console.print(text, highlight=False, markup=False)
 
     def done(self, results: Sequence[Result]) -> None:
-        """One more case has been measured."""
+        """Count one more measured case, and show it."""
         self.count += 1
         self.bar.update(self.task, advance=1, description=str(results[0].case))
         if not self.console.is_terminal:
@@ -52,7 +52,7 @@ class Progress:
 
 
 def summary(results: Sequence[Result]) -> str:
-    """A case in a line."""
+    """One line about a case."""
     by_name = {result.contestant: result for result in results}
     ours = by_name[OURS]
     text = f"{ours.case}, {ours.threads} thread{'s' * (ours.threads != 1)}: {ours.p50:,.0f} us, "

@@ -23,7 +23,7 @@ class Table:
     labels: int
 
     def text(self) -> str:
-        """Aligned columns."""
+        """The table in aligned columns."""
         lines = [self.header, *self.rows]
         widths = [max(len(line[column]) for line in lines) for column in range(len(self.header))]
         return "\n".join(
@@ -35,13 +35,13 @@ class Table:
         )
 
     def markdown(self) -> str:
-        """A table of GitHub's Markdown."""
+        """The table in GitHub's Markdown."""
         rules = tuple("---" if column < self.labels else "---:" for column in range(len(self.header)))
         return "\n".join(f"| {' | '.join(line)} |" for line in (self.header, rules, *self.rows))
 
 
 def cases_table(results: Sequence[Result]) -> Table:
-    """Each case: ours in microseconds, over the floor and over a copy, and how many times as long the peers take."""
+    """Each case: our time in microseconds, relative to the floor and to a copy, and the peers' times over ours."""
     races = _grouped(results, lambda r: (r.threads, r.case))
     peers = _measured(results)
     rows = []
@@ -103,11 +103,11 @@ def grid_table(results: Sequence[Result]) -> Table:
 
 
 def targets_table(verdicts: Sequence[Verdict], threads: int) -> Table:
-    """Each target with the figure that was measured."""
+    """Each target with the measured figures."""
     rows = []
     for verdict in verdicts:
         target = verdict.target
-        if target.contestant == FLOOR:  # a time at most so many times the floor, not a peer's at least so many times
+        if target.contestant == FLOOR:  # an upper bound on ours over the floor, not a lower bound on a peer over ours
             wanted, mean, lowest = f"at most {FLOOR_LIMIT:g}", f"{1 / verdict.mean:.2f}", f"{1 / verdict.lowest:.2f}"
         else:
             wanted, mean, lowest = f"at least {target.at_least:g}", _ratio(verdict.mean), _ratio(verdict.lowest)
@@ -133,7 +133,7 @@ def markdown(tables: Iterable[Table], machine: Machine) -> str:
 
 
 def legend() -> str:
-    """What the names of operations mean, a line each."""
+    """The meaning of the operations' names, one per line."""
     width = max(map(len, OPERATIONS))
     return "\n".join(f"{name:{width}}  {text}" for name, text in OPERATIONS.items())
 

@@ -1,4 +1,4 @@
-"""What replacing the batch norms of a ResNet-50 does to training on a CPU: losses, the time of a step, peak memory.
+"""The effect of replacing a ResNet-50's batch norms on training on a CPU: losses, the time of a step, peak memory.
 
     python -m benchmarks.resnet                     # everything; some ten minutes on two cores
     python -m benchmarks.resnet --only time --layout channels-last
@@ -28,7 +28,7 @@ VARIANTS = ("native", "replaced", "fused")
 
 def network(variant: str, dtype: torch.dtype, *, is_nudged: bool = False) -> nn.Module:
     """A ResNet-50; `is_nudged` moves one gamma by one unit in the last place."""
-    load_torchvision()  # which transformers imports where it is installed
+    load_torchvision()  # transformers imports it if it is installed
     from transformers import ResNetConfig, ResNetForImageClassification
 
     torch.manual_seed(0)
@@ -44,7 +44,7 @@ def network(variant: str, dtype: torch.dtype, *, is_nudged: bool = False) -> nn.
 
 
 def stepper(model: nn.Module, dtype: torch.dtype, layout: str) -> Callable[[], float]:
-    """A function that takes a training step and returns its loss."""
+    """A function that runs a training step and returns its loss."""
     optimizer = torch.optim.SGD(model.parameters(), 0.01, momentum=0.9)
     generator = torch.Generator().manual_seed(1)
     memory_format = torch.channels_last if layout == "channels-last" else torch.contiguous_format
@@ -65,13 +65,13 @@ def stepper(model: nn.Module, dtype: torch.dtype, layout: str) -> Callable[[], f
 
 
 def losses(variant: str, dtype: torch.dtype, steps: int, *, is_nudged: bool = False) -> np.ndarray[Any, Any]:
-    """The losses of so many steps."""
+    """The losses of the first `steps` steps."""
     step = stepper(network(variant, dtype, is_nudged=is_nudged), dtype, "NCHW")
     return np.array([step() for _ in range(steps)])
 
 
 def compare_losses() -> None:
-    """In float64 the same; in float32 no further apart than PyTorch is from itself."""
+    """Print the gaps to native losses: about 0 in float64, in float32 no larger than those of a nudged native run."""
     for variant in VARIANTS[1:]:
         gap = np.abs(losses(variant, torch.float64, 5) - losses("native", torch.float64, 5)).max()
         print(f"float64, {variant}: largest gap over 5 steps {gap:.1e}")
@@ -84,7 +84,7 @@ def compare_losses() -> None:
 
 
 def share_of_batch_norms(step: Callable[[], float]) -> float:
-    """The part of a step that batch norms take, forward and backward, by PyTorch's profiler."""
+    """The share of batch norms in a step, forward and backward, by PyTorch's profiler."""
     step()
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
         start = perf_counter()
@@ -96,7 +96,7 @@ def share_of_batch_norms(step: Callable[[], float]) -> float:
 
 
 def compare_times(layout: str, rounds: int) -> None:
-    """The median of a step, the variants in turns, and the share of the batch norms."""
+    """Print the median time of a step, with the variants in turns, and the share of the batch norms."""
     steps = {variant: stepper(network(variant, torch.float32), torch.float32, layout) for variant in VARIANTS}
     times: dict[str, list[float]] = {variant: [] for variant in VARIANTS}
     for step in steps.values():
@@ -114,14 +114,14 @@ def compare_times(layout: str, rounds: int) -> None:
 
 
 def peak_memory(variant: str) -> int:
-    """Of three steps in a process of its own, in MiB."""
+    """Peak memory of three steps, in a separate process, in MiB above that before the first step."""
     program = f"from benchmarks.resnet import measure_memory; measure_memory({variant!r})"
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
     return int(json.loads(done.stdout))
 
 
 def measure_memory(variant: str) -> None:
-    """Print how much more memory than before the first step this process held at most."""
+    """Print this process's peak memory in MiB above that before the first step."""
     step = stepper(network(variant, torch.float32), torch.float32, "NCHW")
     before = memory("VmRSS")
     for _ in range(3):
@@ -130,7 +130,7 @@ def measure_memory(variant: str) -> None:
 
 
 def memory(name: str) -> int:
-    """What Linux says of this process, in MiB."""
+    """A memory figure of this process as Linux reports it, in MiB."""
     lines = dict(line.split(":") for line in Path("/proc/self/status").read_text().splitlines())
     return int(lines[name].split()[0]) // 1024
 

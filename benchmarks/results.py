@@ -1,4 +1,4 @@
-"""What was measured: one row for each contestant of a case, in memory and as CSV."""
+"""The results: one row for each contestant of a case, in memory and as CSV."""
 
 import csv
 import math
@@ -23,9 +23,9 @@ class Result:
 
     Attributes:
         p20, p50, p80: Microseconds of a call.
-        rounds: How often it took part.
-        ratio: Its median over that of ours in the same race: above 1 ours is faster.
-        others: How many cores other processes kept busy meanwhile.
+        rounds: Number of rounds in which it took part.
+        ratio: Its median divided by ours in the same race: above 1 ours is faster.
+        others: Number of cores that other processes kept busy meanwhile.
     """
 
     case: Case
@@ -40,7 +40,7 @@ class Result:
 
 
 def geometric_mean(ratios: Iterable[float]) -> float:
-    """Of ratios, where 2 and 1/2 make 1.
+    """The geometric mean of ratios: that of 2 and 1/2 is 1.
 
     Example:
         >>> geometric_mean([2.0, 0.5])
@@ -51,7 +51,7 @@ def geometric_mean(ratios: Iterable[float]) -> float:
 
 
 def write_csv(path: Path, results: Sequence[Result], machine: Machine) -> None:
-    """All rows; the file is there whole or not at all."""
+    """Write all rows; the file is complete or absent."""
 
     def write(temporary: Path) -> None:
         with temporary.open("w", newline="", encoding="utf-8") as file:
@@ -69,10 +69,10 @@ def write_csv(path: Path, results: Sequence[Result], machine: Machine) -> None:
 
 
 def read_csv(path: Path) -> tuple[list[Result], Machine]:
-    """What `write_csv` wrote.
+    """Read the results and the machine that `write_csv` wrote.
 
     Raises:
-        InputError: It is not such a file.
+        InputError: The file cannot be read, or was not written by `write_csv`.
     """
     try:
         with path.open(newline="", encoding="utf-8") as file:
@@ -90,7 +90,7 @@ def parse_shape(text: str) -> tuple[int, ...]:
     """Sizes separated by x, commas or spaces, in parentheses or not.
 
     Raises:
-        ValueError: Anything else.
+        ValueError: The text is anything else.
 
     Example:
         >>> parse_shape("32x64x56x56"), parse_shape("(256, 120)")

@@ -1,4 +1,4 @@
-"""What the library sets out to reach, evaluated on a run's results."""
+"""The library's performance targets, evaluated on a run's results."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -8,7 +8,7 @@ from benchmarks.cases import GRID_LIMIT, OPERATIONS, Case
 from benchmarks.contestants import COMPILED, EAGER, FLOOR, NUMPY, ONEDNN
 from benchmarks.results import Result, geometric_mean
 
-THREADS = 2  # what the targets speak of; where it was not measured, the most threads that were
+THREADS = 2  # of the targets; if not measured, the largest number that was measured
 FLOOR_LIMIT = 1.25
 FUSED = ("relu", "add+relu")
 ASKED = tuple(operation for operation in OPERATIONS if operation != "forward-out")
@@ -16,14 +16,14 @@ ASKED = tuple(operation for operation in OPERATIONS if operation != "forward-out
 
 @dataclass(frozen=True)
 class Target:
-    """A ratio to reach: that of `contestant`'s time to ours.
+    """A ratio of `contestant`'s time to ours, to be reached.
 
     Attributes:
-        text: The cases, for people.
-        at_least: The ratio.
-        judge: The geometric mean of the cases, or the worst of them.
+        text: The cases, in words.
+        at_least: The ratio to reach.
+        judge: Whether the geometric mean of the cases decides, or the worst of them.
         where: `grid` is ResNet-50's shapes up to 32 MB, `large` everything above; or one shape.
-        operations, dtypes, layouts: Which cases of those; None is all.
+        operations, dtypes, layouts: The cases among these; None is all.
     """
 
     text: str
@@ -36,7 +36,7 @@ class Target:
     layouts: tuple[str, ...] | None = None
 
     def is_about(self, case: Case) -> bool:
-        """Whether a case counts."""
+        """Whether the target covers a case."""
         places = {"grid": case.is_in_grid, "large": case.bytes > GRID_LIMIT}
         return (
             (places[self.where] if isinstance(self.where, str) else case.shape == self.where)
@@ -47,7 +47,7 @@ class Target:
 
 
 class Verdict(NamedTuple):
-    """How a run did on a target; `worst` is the case with the lowest ratio. Without cases there is no verdict."""
+    """The result of a run for a target; `worst` is the case with the lowest ratio, None without cases."""
 
     target: Target
     cases: int
@@ -57,17 +57,17 @@ class Verdict(NamedTuple):
 
     @property
     def figure(self) -> float:
-        """What is judged."""
+        """The figure that decides: the mean or the lowest ratio."""
         return self.mean if self.target.judge == "mean" else self.lowest
 
     @property
     def is_met(self) -> bool | None:
-        """None where nothing was measured."""
+        """Whether the target is met; None if nothing was measured."""
         return None if self.worst is None else self.figure >= self.target.at_least
 
 
 def evaluate(results: Sequence[Result]) -> tuple[list[Verdict], int]:
-    """A verdict for each target, and the number of threads it is about."""
+    """A verdict for each target, and the number of threads of the results used."""
     measured = {result.threads for result in results}
     threads = THREADS if THREADS in measured else max(measured, default=THREADS)
     return [_verdict(target, [r for r in results if r.threads == threads]) for target in TARGETS], threads

@@ -1,4 +1,4 @@
-"""The race: contestants take turns, in another order each round, and each call is timed by itself."""
+"""The race: contestants take turns, in a new order each round, and each call is timed separately."""
 
 import gc
 import random
@@ -11,20 +11,20 @@ import numpy as np
 from benchmarks.cases import Case
 from benchmarks.contestants import Contestant
 
-SMALL = 2**20  # bytes of x; a call this short is timed several times in a turn
-WARM_CALLS = 3  # before a turn; after one, part of the memory that it filled may still be out of the cache
+SMALL = 2**20  # bytes of x; up to this size, a call is timed several times in a turn
+WARM_CALLS = 3  # before a turn; after a single one, part of the memory that it filled may still be out of the cache
 
 
 @dataclass(frozen=True)
 class Effort:
-    """How long to measure a case.
+    """The measuring time of a case.
 
     Attributes:
-        seconds: Of calls, shared equally by the contestants: a slow one takes part in fewer rounds.
-        fewest: Rounds that every contestant takes part in at least.
-        most: And at most.
-        calls: In a turn, where x is small.
-        attempts: Races at most, while other processes disturb them.
+        seconds: Total time of calls, shared equally by the contestants: a slow one takes part in fewer rounds.
+        fewest: Minimal number of rounds for each contestant.
+        most: Maximal number of rounds for each contestant.
+        calls: Calls in a turn if x is small, otherwise one.
+        attempts: Maximal number of races, repeated while other processes disturb them.
     """
 
     seconds: float = 1.5
@@ -39,7 +39,7 @@ QUICK = Effort(seconds=0.25, fewest=3, attempts=1)
 
 @dataclass(frozen=True)
 class Timing:
-    """One contestant's calls, in microseconds; p50 is the median, p20 and p80 say how much it varies."""
+    """One contestant's calls, in microseconds; p50 is the median, p20 and p80 show the variation."""
 
     p20: float
     p50: float
@@ -56,10 +56,10 @@ def race(
 ) -> dict[str, Timing]:
     """Time every contestant of a case; `estimates` are the seconds of a call, from `warm_up`.
 
-    The order of a round is drawn anew (and the same in every run). Each contestant first makes a few calls, untimed,
-    whose results it frees, so that the memory it is going to fill is what its own calls left behind and not some
-    other's (most of them share one allocator, and with it the cache); then it reads its inputs, untimed, so that all of
-    them meet the same caches. A result is freed after the clock has stopped and before it starts again; the garbage
+    The order of each round is random, but the same in every run. In its turn, a contestant first makes a few untimed
+    calls and frees their results, so that the timed calls fill memory that its own calls left behind and not another's
+    (most share one allocator, and with it the cache). Then it reads its inputs, untimed, so that all contestants find
+    the same cache state. A result is freed after the clock has stopped and before it starts again; the garbage
     collector is off.
     """
     calls = effort.calls if case.bytes <= SMALL else 1
@@ -86,7 +86,7 @@ def race(
 
 
 def warm_up(contestant: Contestant, clock: Callable[[], int] = perf_counter_ns) -> float:
-    """Let it compile and allocate what it keeps; the seconds of a call after that."""
+    """Run a contestant so that it compiles and allocates; returns the seconds of a call after that."""
     contestant.run()
     samples: list[int] = []
     _turn(contestant, 2, samples, clock)
@@ -94,7 +94,7 @@ def warm_up(contestant: Contestant, clock: Callable[[], int] = perf_counter_ns) 
 
 
 def rounds_for(seconds: float, effort: Effort, contestants: int) -> int:
-    """Rounds of a contestant whose turn takes `seconds`.
+    """The number of rounds of a contestant whose turn takes `seconds`.
 
     Example:
         >>> rounds_for(0.01, Effort(seconds=2), contestants=10), rounds_for(1.0, Effort(seconds=2), contestants=10)
@@ -105,7 +105,7 @@ def rounds_for(seconds: float, effort: Effort, contestants: int) -> int:
 
 
 def takes_part(number: int, rounds: int, total: int) -> bool:
-    """Whether a contestant of so many `rounds` runs in round `number` of `total`: spread evenly.
+    """Whether a contestant takes part in round `number` of `total`, so that its `rounds` are spread evenly.
 
     Example:
         >>> [takes_part(number, 2, 6) for number in range(6)]

@@ -6,7 +6,7 @@ from torch import library
 
 
 def load_torchvision() -> ModuleType:
-    """The package, beside a build of PyTorch for which its own operators cannot be loaded, too."""
+    """Import the package, even if its operators cannot be loaded into the installed build of PyTorch."""
     try:
         import torchvision
     except RuntimeError:  # operator torchvision::nms does not exist

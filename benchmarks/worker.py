@@ -1,4 +1,4 @@
-"""Measuring: one process for each number of threads, confined to as many cores, in which all contestants race."""
+"""Measurement: one process for each number of threads, pinned to as many cores, in which all contestants race."""
 
 import multiprocessing
 import os
@@ -23,7 +23,7 @@ DISTURBED = 0.15  # cores that other processes took from the race, above which a
 
 @dataclass(frozen=True)
 class Plan:
-    """What one process measures; `compiled` are the cases in which torch.compile takes part."""
+    """The cases that one process measures; `compiled` are those in which torch.compile takes part."""
 
     threads: int
     cases: tuple[Case, ...]
@@ -34,20 +34,20 @@ class Plan:
 
 @dataclass(frozen=True)
 class Note:
-    """Something to tell the user."""
+    """A message for the user."""
 
     text: str
 
 
 class WorkerError(RuntimeError):
-    """The measuring process ended before its time."""
+    """The measuring process ended early."""
 
 
 def measured(plan: Plan) -> Iterator[list[Result] | Note]:
-    """The results of each case as soon as they are there, measured in a process of their own.
+    """Yield the results of each case as soon as they are available, measured in a separate process.
 
-    The number of threads of JAX, oneDNN and OpenMP is settled when they are loaded, by the cores that the process may
-    use: confining it is the one way that holds for all of them.
+    JAX, oneDNN and OpenMP choose their number of threads when they are loaded, by the cores that the process may use:
+    pinning the process is the only way that works for all of them.
 
     Raises:
         WorkerError: The process died or failed; what it wrote is on stderr.
@@ -69,7 +69,7 @@ def measured(plan: Plan) -> Iterator[list[Result] | Note]:
 
 
 def _main(sender: Connection, plan: Plan) -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the parent, which ends this process
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent handles Ctrl-C, and ends this process
     confine(plan.threads)
     for message in measure(plan):
         sender.send(message)
@@ -77,19 +77,19 @@ def _main(sender: Connection, plan: Plan) -> None:
 
 
 def confine(threads: int) -> None:
-    """Let this process and every library that it is going to load use so many threads."""
+    """Limit this process, and every library that it will load, to this number of threads."""
     if hasattr(os, "sched_setaffinity"):
         os.sched_setaffinity(0, cores()[:threads])
     os.environ |= {
         "OMP_NUM_THREADS": str(threads),
         "MKL_NUM_THREADS": str(threads),
         "JAX_PLATFORMS": "cpu",
-        "TORCHINDUCTOR_COMPILE_THREADS": "1",  # its other processes would be waiting for work while the clock runs
+        "TORCHINDUCTOR_COMPILE_THREADS": "1",  # its worker processes would wait for work while the clock runs
     }
 
 
 def measure(plan: Plan) -> Iterator[list[Result] | Note]:
-    """As `measured`, in this process."""
+    """Measure a plan in this process; yields what `measured` yields."""
     import torch
 
     from benchmarks.passes import fastest_reader
@@ -111,7 +111,7 @@ def _measure_case(case: Case, plan: Plan, absent: set[str]) -> Iterator[list[Res
     for contestant in contestants(case, arrays, [name for name in names if name in plan.peers]):
         try:
             estimates[contestant.name] = warm_up(contestant)
-        except Exception as error:  # whatever a peer's compiler raises: the race goes on without it
+        except Exception as error:  # a peer's compiler can raise anything: the race goes on without it
             if contestant.name not in PEERS:
                 raise
             if contestant.name not in absent:
@@ -139,12 +139,12 @@ def _least_disturbed(
 
 
 def is_disturbed(others: float, threads: int) -> bool:
-    """Whether other processes kept more cores busy than a race of so many threads leaves to them."""
+    """Whether other processes kept more cores busy than a race with this number of threads leaves free."""
     return others > (os.cpu_count() or 1) - threads + DISTURBED
 
 
 def rows(case: Case, threads: int, timings: dict[str, Timing], others: float, l2: int) -> list[Result]:
-    """The results of a race with the floor that the timed passes add up to, each with its ratio to ours."""
+    """The results of a race and the floor, the sum of the timed passes, each with its ratio to ours."""
     parts = [(timings[name], times) for name, times in passes(case, l2).items()]
     p20, p50, p80 = (sum(getattr(part, name) * times for part, times in parts) for name in ("p20", "p50", "p80"))
     floor = Timing(p20, p50, p80, rounds=min(part.rounds for part, _ in parts))
@@ -155,6 +155,6 @@ def rows(case: Case, threads: int, timings: dict[str, Timing], others: float, l2
 
 
 def compiled_cases(cases: Sequence[Case], *, quick: bool) -> frozenset[Case]:
-    """Where torch.compile takes part: everywhere, or in one case, as compiling takes two to sixteen seconds."""
+    """The cases in which torch.compile takes part: all, or one if quick, because compiling takes 2 to 16 seconds."""
     eligible = [case for case in cases if COMPILED in entered(case)]
     return frozenset([case for case in eligible if case.operation == "add+relu"][:1] if quick else eligible)

@@ -206,7 +206,7 @@ def test_tensors_of_mkldnn():
         mine, other = (layer.train(training)(x.to_mkldnn()).to_dense() for layer in (ours, native))
         torch.testing.assert_close(mine, other)
         torch.testing.assert_close(ours.running_var, native.running_var)
-    with pytest.raises(NotImplementedError, match="training with a mask cannot be said by PyTorch's own"):
+    with pytest.raises(NotImplementedError, match="training with a mask cannot be expressed by PyTorch's own"):
         ours.train()(x.to_mkldnn(), mask=torch.ones(2, 1, 4, 4, dtype=torch.bool))
 
 

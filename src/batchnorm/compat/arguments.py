@@ -1,4 +1,4 @@
-"""Checks of arguments under the names that the callers of the modules know them by."""
+"""Checks of arguments, with the modules' own argument names in the messages."""
 
 import math
 from collections.abc import Mapping
@@ -10,11 +10,11 @@ from batchnorm.validation.arrays import check_array, check_same_library
 
 
 def check_number(name: str, value: Any, role: str, *, most: float = math.inf) -> None:
-    """Raise unless a value is a finite number from 0 to `most`; `role` says what it is, as in "the weight of ...".
+    """Raise unless a value is a finite number from 0 to `most`; `role` describes it, as in "the weight of ...".
 
     Raises:
-        TypeError: Not a number; None is none.
-        ValueError: Not finite, or out of range.
+        TypeError: The value is not a number (None included).
+        ValueError: The value is not finite, or is out of range.
     """
     wanted = "a finite number >= 0" if math.isinf(most) else f"a number in 0 to {most:g}"
     if isinstance(value, bool) or not isinstance(value, Real):
@@ -24,11 +24,11 @@ def check_number(name: str, value: Any, role: str, *, most: float = math.inf) ->
 
 
 def check_values(values: Mapping[str, Any], shape: tuple[int, ...], x: Array, name_of_x: str = "x") -> None:
-    """Raise unless each value, by its name, is an array of floats of the library of x and of this shape.
+    """Raise unless each named value is an array of floats with this shape, from the same library as x.
 
     Raises:
-        TypeError: Not an array of floats, or of another library.
-        ValueError: Another shape.
+        TypeError: A value is not an array of floats, or is from another library.
+        ValueError: A value has another shape.
     """
     for name, value in values.items():
         check_array(name, value)

@@ -1,10 +1,11 @@
 """`batchnorm_forward` and `batchnorm_backward` of the CS231n exercise, on NumPy arrays.
 
-Faults of the original that the default does not have: in training a constant channel with eps = 0 is 0/0, here xhat =
-0; NaN or Inf in one batch stays in the running statistics for good, here such a batch does not enter them; the cache of
-test mode is None, here `batchnorm_backward` takes it. `faithful=True` reproduces all of them. As in the original, eps
-is outside the root in test mode, and `running_var` starts at 0, as the exercise's code sets it. (In RETURNN-common's
-sketch that start is an accident of how parameters are initialized: `batchnorm.compat.returnn` counts it as a fault.)
+Faults of the original that the default does not have: in training, a constant channel with eps = 0 is 0/0 (here xhat =
+0); NaN or Inf in one batch stays in the running statistics forever (here such a batch does not update them); the cache
+of test mode is None (here `batchnorm_backward` accepts it). `faithful=True` reproduces all of them. As in the original,
+eps is outside the root in test mode, and `running_var` starts at 0, as the exercise's code sets it. (In
+RETURNN-common's sketch that start is an accident of parameter initialization, which `batchnorm.compat.returnn` counts
+as a fault.)
 """
 
 import math
@@ -38,23 +39,24 @@ def batchnorm_forward(
         test    out = gamma * (x - running_mean) / (sqrt(running_var) + eps) + beta
 
     Args:
-        x: (N, D), floating; integers are refused: pass x.astype(float).
+        x: (N, D), floating-point; integers raise: pass x.astype(float).
         gamma: Scale (D,).
         beta: Shift (D,).
-        bn_param: `mode` ("train" or "test"), `eps` (1e-5), `momentum` (0.9), `running_mean` and `running_var` (D,),
-            which start at 0 and are set in both modes, in float32 or wider, and never by a batch that is not finite.
-        faithful: Evaluate the formulas as they stand, also on a batch that is not finite, and return None for the cache
-            of test mode.
+        bn_param: `mode` ("train" or "test"), `eps` (1e-5), `momentum` (0.9), `running_mean` and `running_var` (D,). The
+            last two start at 0 and are set in both modes, in float32 or wider; unless `faithful`, a batch that is not
+            finite does not change them.
+        faithful: Evaluate the formulas as written, even for a batch that is not finite, and return None as the cache of
+            test mode.
 
     Returns:
         out in the dtype of x, and the cache. The cache refers to x, which must not change before the backward pass.
 
     Raises:
-        KeyError, ValueError: The mode is missing or unknown, or a shape or number does not fit.
-        TypeError: Not a NumPy array of floats, not a dictionary, or not a number.
+        KeyError, ValueError: The mode is missing or unknown, or a shape or number is not allowed.
+        TypeError: An argument is not a NumPy array of floats, not a dictionary, or not a number.
 
     Warns:
-        RuntimeWarning: The statistics of x are not finite and do not enter the running ones.
+        RuntimeWarning: The statistics of x are not finite and do not update the running ones.
 
     Example:
         >>> import numpy as np
@@ -74,13 +76,13 @@ def batchnorm_forward(
 
 
 def train(x: Array, gamma: Array, beta: Array, param: Param) -> Result:
-    """out, the cache, and the state after the batch, with one measurement of x."""
-    # After an update with decay 0 the state is the statistics of the batch, in float64, which holds the mean of a
-    # float32 batch together with what rounding to float32 takes of it.
+    """out, the cache and the updated state, from a single measurement of x."""
+    # After an update with decay 0 the state holds the statistics of the batch in float64, which represents the mean of
+    # a float32 batch including the part that rounding to float32 removes.
     fresh = RunningStatistics.initial(x.shape[1], "cs231n", like=np.empty(0))
     record = resolve("cs231n", param.eps, 0.0, None, None)
     out, batch = batch_norm((x, gamma, beta), fresh, training=True, convention=record, axis=1)
-    if not batch.steps:  # not finite, or empty: the state is not that of the batch
+    if not batch.steps:  # not finite, or empty: the batch did not update the state
         return *forward(x, gamma, beta, eps=param.eps), param.running
     dtype, count = statistics_dtype(np, x), np.full(x.shape[1], len(x))
     mean, rstd = batch.mean.astype(dtype), rstd_of_var(np, batch.spread, param.eps, record.eps_train)
@@ -90,7 +92,7 @@ def train(x: Array, gamma: Array, beta: Array, param: Param) -> Result:
 
 
 def infer(x: Array, gamma: Array, beta: Array, param: Param) -> Result:
-    """out by the running statistics, the cache, which has copies of them, and the state as it is."""
+    """out by the running statistics, the cache with copies of them, and the unchanged state."""
     record, running = resolve("cs231n", param.eps, None, None, None), param.running
     out, _ = batch_norm((x, gamma, beta), running, training=False, convention=record, axis=1)
     rstd = rstd_of_var(np, running.spread.astype(np.float64), param.eps, record.eps_eval, math.inf)
@@ -98,7 +100,7 @@ def infer(x: Array, gamma: Array, beta: Array, param: Param) -> Result:
 
 
 def batchnorm_backward(dout: Array, cache: Any) -> tuple[Array, Array, Array]:
-    """dx (N, D), dgamma (D,) and dbeta (D,) from dout, the gradient of a loss with respect to out, and either cache.
+    """dx (N, D), dgamma (D,) and dbeta (D,) from dout, the loss's gradient for out, and the cache of either mode.
 
         train   dx = gamma / sqrt(var + eps) * (dout - dbeta / N - xhat * dgamma / N)
         test    dx = gamma / (sqrt(running_var) + eps) * dout
@@ -106,7 +108,8 @@ def batchnorm_backward(dout: Array, cache: Any) -> tuple[Array, Array, Array]:
 
     Raises:
         ValueError: dout does not have the shape of x.
-        TypeError: dout is not a NumPy array of floats, or the cache is not of `batchnorm_forward`, as None.
+        TypeError: dout is not a NumPy array of floats, or the cache is not from `batchnorm_forward` (None, for
+            example).
     """
     if not isinstance(cache, (Cache, WrittenCache)):
         raise TypeError(

@@ -15,7 +15,7 @@ Array = NDArray[Any]
 
 
 class Param(NamedTuple):
-    """The contents of `bn_param`, checked, with the defaults of the original in place of what is absent."""
+    """The checked contents of `bn_param`, with the original's defaults for absent entries."""
 
     is_training: bool
     eps: float
@@ -30,7 +30,7 @@ class Param(NamedTuple):
 
 
 def check_arguments(x: Any, gamma: Any, beta: Any, bn_param: Any) -> Param:
-    """The contents of `bn_param`, if they and the arrays fit; see `batchnorm_forward` for what is raised."""
+    """Check the arrays and `bn_param`; returns its contents, or raises the errors listed in `batchnorm_forward`."""
     for name, value in (("x", x), ("gamma", gamma), ("beta", beta)):
         check_numpy(name, value)
     if x.ndim != 2:

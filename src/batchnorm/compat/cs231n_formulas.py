@@ -1,4 +1,4 @@
-"""The formulas of `batchnorm.compat.cs231n` as the exercise has them, for what the kernels do not compute."""
+"""The formulas of `batchnorm.compat.cs231n` as the exercise writes them, for cases that the kernels do not compute."""
 
 from typing import Any, NamedTuple
 
@@ -13,7 +13,7 @@ Array = NDArray[Any]
 
 
 class WrittenCache(NamedTuple):
-    """The arguments of a call, and the statistics that it normalized by: mean and rstd (D,), rstd with eps in it."""
+    """The arguments of a call, and the statistics by which it normalized: mean and rstd (D,); rstd includes eps."""
 
     x: Array
     gamma: Array
@@ -26,16 +26,16 @@ class WrittenCache(NamedTuple):
 def forward_as_written(
     x: Array, gamma: Array, beta: Array, param: Param
 ) -> tuple[Array, WrittenCache | None, RunningStatistics]:
-    """out in the dtype of x, the cache, which is None in test mode, and the running statistics after the call.
+    """out in the dtype of x, the cache (None in test mode), and the running statistics after the call.
 
         train   out = (x - mean) * (1 / sqrt(var + eps)) * gamma + beta        mean = 1 / N * sum(x)
         test    out = (x - running_mean) / (sqrt(running_var) + eps) * gamma + beta
 
-    A constant channel is 0/0 if eps = 0, with NumPy's warning, where 1 / N * sum(x) is its value; NaN enters the
-    running statistics. Half precision is computed in float32: sums of float16 overflow at 65504.
+    A constant channel is 0/0 if eps = 0 and 1 / N * sum(x) is exactly its value, with NumPy's warning. NaN enters the
+    running statistics. Half precision is computed in float32, because sums of float16 overflow at 65504.
 
     Raises:
-        ValueError: There is no row to train on, where 1 / N has no value.
+        ValueError: There is no row to train on, so 1 / N is undefined.
     """
     wide, N = x.astype(statistics_dtype(np, x), copy=False), len(x)
     if not param.is_training:
@@ -51,7 +51,7 @@ def forward_as_written(
 
 
 def backward_as_written(dout: Array, cache: WrittenCache) -> tuple[Array, Array, Array]:
-    """dx, dgamma and dbeta, in the dtypes of x, gamma and beta; without the way through the statistics in test mode.
+    """dx, dgamma and dbeta, in the dtypes of x, gamma and beta; in test mode the statistics are constants.
 
     dgamma = sum(dout * xhat)     dbeta = sum(dout)     dx = gamma * rstd * (dout - (dbeta + xhat * dgamma) / N)
     """

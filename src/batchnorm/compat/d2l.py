@@ -1,10 +1,11 @@
 """The batch norm of Dive into Deep Learning, JAX tab: `batch_norm`, the Flax module `BatchNorm`, and LeNet with it.
 
-Faults of the original that the default does not have: on images, statistics are those of axis 1, but gamma, beta and
-the state lie on the last axis, so that (N, H, W, C), Flax's layout, is normalized per image row, and training silently
-changes the state from (1, 1, 1, C) to (1, H, 1, C); parameters of one element are broadcast over all channels; `init`
-in training mode makes one update; prediction takes X of any rank; in training a constant channel with eps = 0 is 0/0;
-NaN or Inf in one batch stays in the state, which it does not enter here. `faithful=True` reproduces all of them.
+Faults of the original that the default does not have: for images, statistics are computed along axis 1, but gamma, beta
+and the state lie along the last axis, so (N, H, W, C), Flax's layout, is normalized per image row, and training
+silently changes the state from (1, 1, 1, C) to (1, H, 1, C); parameters of one element are broadcast over all channels;
+`init` in training mode makes one update; prediction accepts X of any rank; in training, a constant channel with eps = 0
+is 0/0; NaN or Inf in one batch stays in the state (here such a batch does not update it). `faithful=True` reproduces
+all of them.
 """
 
 from functools import partial
@@ -31,21 +32,22 @@ def batch_norm(
     *, faithful: bool = False,
 ) -> jax.Array:
     # fmt: on
-    """Normalize by the batch and update the moving statistics, or, if `deterministic`, normalize by these.
+    """Normalize by the batch and update the moving statistics; if `deterministic`, normalize by these instead.
 
         training         Y = gamma * (X - mean) / sqrt(var + eps) + beta             with the mean squared deviation var
                          moving_mean.value <- momentum * moving_mean.value + (1 - momentum) * mean; moving_var likewise
         deterministic    Y = gamma * (X - moving_mean.value) / sqrt(moving_var.value + eps) + beta
 
-    X is (N, C) with parameters and state (1, C), (N, H, W, C) with (1, 1, 1, C) or (N, C, H, W) with (1, C, 1, 1). (C,)
-    lies on the last axis. `moving_mean` and `moving_var` have a `value`. Y has the dtype of X, gamma and beta together.
+    X is (N, C) with parameters and state (1, C), (N, H, W, C) with (1, 1, 1, C) or (N, C, H, W) with (1, C, 1, 1). An
+    array (C,) lies along the last axis. `moving_mean` and `moving_var` are objects with a `value`. Y has the promoted
+    dtype of X, gamma and beta.
 
     Raises:
-        ValueError: X is neither 2-d nor 4-d, or a shape or number does not fit.
-        TypeError: Not an array, not a number, or `moving_mean` or `moving_var` has no `value`.
+        ValueError: X is neither 2-d nor 4-d, or a shape or number is not allowed.
+        TypeError: An argument is not an array or not a number, or `moving_mean` or `moving_var` has no `value`.
 
     Warns:
-        RuntimeWarning: The statistics of X are not finite and do not enter the moving ones; not if `faithful`.
+        RuntimeWarning: The statistics of X are not finite and do not update the moving ones; no warning if `faithful`.
 
     Example:
         >>> import jax.numpy as jnp, types
@@ -76,7 +78,7 @@ def batch_norm(
 
 
 class BatchNorm(nn.Module):
-    """`batch_norm` with eps 1e-5 and momentum 0.9; parameters and state are (1, C), with `num_dims` 4 (1, 1, 1, C)."""
+    """`batch_norm` with eps 1e-5 and momentum 0.9; parameters and state: (1, C), or (1, 1, 1, C) for `num_dims` 4."""
 
     num_features: int
     num_dims: int
@@ -85,7 +87,7 @@ class BatchNorm(nn.Module):
 
     @nn.compact
     def __call__(self, X: jax.Array) -> jax.Array:
-        """Y; training takes `mutable=["batch_stats"]`."""
+        """Normalize X; training requires `mutable=["batch_stats"]`."""
         if X.ndim != self.num_dims and not self.faithful:
             raise ValueError(f"X has shape {X.shape}, but num_dims is {self.num_dims}: pass the rank of X, 2 or 4")
         shape = (1, self.num_features) if self.num_dims == 2 else (1, 1, 1, self.num_features)
@@ -99,7 +101,7 @@ class BatchNorm(nn.Module):
 
 
 class BNLeNetScratch(nn.Module):
-    """LeNet with `BatchNorm` before each sigmoid, for images (N, H, W, 1); an optimizer may read `lr`."""
+    """LeNet with `BatchNorm` before each sigmoid, for images (N, H, W, 1); `lr` is only for an optimizer to read."""
 
     lr: float = 0.1
     num_classes: int = 10
@@ -107,7 +109,7 @@ class BNLeNetScratch(nn.Module):
     faithful: bool = False
 
     def setup(self) -> None:
-        """Make `net`, whose layers are called `layers_0`, `layers_1` and so on."""
+        """Create `net`, whose layers are named `layers_0`, `layers_1` and so on."""
         norm = partial(BatchNorm, deterministic=not self.training, faithful=self.faithful)
         pool = partial(nn.avg_pool, window_shape=(2, 2), strides=(2, 2))
         images = [layer for width in (6, 16) for layer in (nn.Conv(width, (5, 5)), norm(width, 4), nn.sigmoid, pool)]

@@ -12,10 +12,10 @@ from batchnorm.validation.arrays import check_array
 
 
 def value_of(name: str, variable: Any) -> Any:
-    """The array that a variable of the moving statistics holds, one of NumPy as JAX's own functions take it.
+    """The array of a moving-statistics variable; a NumPy array is converted as by JAX's own functions.
 
     Raises:
-        TypeError: It has no `value`.
+        TypeError: The variable has no `value`.
     """
     if not hasattr(variable, "value"):
         raise TypeError(
@@ -25,11 +25,11 @@ def value_of(name: str, variable: Any) -> Any:
 
 
 def check_call(X: Any, eps: Any, momentum: Any, *, has_any_rank: bool) -> None:
-    """Raise unless X is an array of rank 2 or 4, or any, and both numbers, where they are not traced, are in range.
+    """Raise unless X is an array of rank 2 or 4 (or any, if allowed) and both numbers, unless traced, are in range.
 
     Raises:
-        TypeError: X is no array, or a number is None or no number.
-        ValueError: Another rank, or a number is out of range.
+        TypeError: X is not an array, or eps or momentum is not a number.
+        ValueError: X has another rank, or a number is out of range.
     """
     if not array_api_compat.is_array_api_obj(X):
         raise TypeError(f"X is a {type(X).__name__}; it must be an array: pass jnp.asarray(X)")
@@ -45,11 +45,11 @@ def check_call(X: Any, eps: Any, momentum: Any, *, has_any_rank: bool) -> None:
 
 
 def channel_axis(X: Any, **arrays: Any) -> int:
-    """The axis of X that the arrays, by their names, lie on: the last one or axis 1.
+    """The axis of X along which the named arrays lie: the last one or axis 1.
 
     Raises:
-        TypeError: Not an array of floats.
-        ValueError: They lie on neither.
+        TypeError: One of them is not an array of floats.
+        ValueError: They lie along neither.
     """
     for name, array in arrays.items():
         check_array(name, array)

@@ -1,8 +1,8 @@
-"""`BatchNormLayer` and `batch_norm(layer)` as Lasagne's users know them, on NumPy, PyTorch and JAX arrays.
+"""Lasagne's `BatchNormLayer` and `batch_norm(layer)`, on NumPy, PyTorch and JAX arrays.
 
-Faults of the original that the default does not have: the gradient is NaN where the batch's std is 0, and without
-epsilon y as well (here xhat is 0 there and the gradient its limit); NaN or Inf in one batch stays in the averages for
-good (here such a batch does not enter them); negative axes fail when run; `batch_norm` raises KeyError for a layer
+Faults of the original that the default does not have: the gradient is NaN where the batch's std is 0, and so is y if
+epsilon is 0 (here xhat is 0 there and the gradient is its limit); NaN or Inf in one batch stays in the averages forever
+(here such a batch does not update them); negative axes fail at run time; `batch_norm` raises KeyError for a layer
 without a bias. `faithful=True` reproduces the first two.
 """
 
@@ -18,14 +18,14 @@ __all__ = ["BatchNormLayer", "batch_norm", "identity"]
 def batch_norm(layer: Any, *, faithful: bool = False) -> Any:
     """Append a batch norm to a layer and move the layer's nonlinearity behind it.
 
-    The layer is changed for good: its bias is removed, because the batch's mean would take it out again, and its
+    The layer is changed permanently: its bias is removed, because subtracting the batch mean cancels it, and its
     nonlinearity becomes `identity`.
 
     Args:
-        layer: A layer in Lasagne's style: an object with an `output_shape` and, if it has them, a `nonlinearity` and a
-            bias `b` that is a key of the dictionary `params`. Layers of PyTorch and Flax are taken as well, those that
-            `with_batch_norm` of `batchnorm.torch` and `batchnorm.flax` takes. The batch norm normalizes their channels
-            by the `lasagne-gist` convention, and the value of their bias becomes its first beta.
+        layer: A layer in Lasagne's style: an object with an `output_shape` and, optionally, a `nonlinearity` and a bias
+            `b` that is a key of the dictionary `params`. PyTorch and Flax layers are accepted as well, if
+            `with_batch_norm` of `batchnorm.torch` or `batchnorm.flax` accepts them: their channels are normalized by
+            the `lasagne-gist` convention, and the value of their bias becomes the initial beta.
         faithful: As in `BatchNormLayer`, for layers in Lasagne's style only.
 
     Returns:
@@ -33,8 +33,9 @@ def batch_norm(layer: Any, *, faithful: bool = False) -> Any:
         `with_batch_norm` returns.
 
     Raises:
-        TypeError: No such layer, or one whose bias cannot be removed. The layer is unchanged.
-        ValueError: The layer's channels have no fixed number, or it cannot be `faithful`. The layer is unchanged.
+        TypeError: The layer is of none of these kinds, or its bias cannot be removed. The layer is unchanged.
+        ValueError: The layer's number of channels is not fixed, or the layer cannot be `faithful`. The layer is
+            unchanged.
 
     Example:
         >>> from types import SimpleNamespace
@@ -72,7 +73,7 @@ def batch_norm(layer: Any, *, faithful: bool = False) -> Any:
 
 
 def behind_torch_layer(layer: Any) -> Any:
-    """The layer with a `batchnorm.torch.BatchNorm`, of Lasagne's convention, behind it."""
+    """Append a `batchnorm.torch.BatchNorm` of Lasagne's convention to the layer."""
     import batchnorm.torch as bnt
 
     sequence = bnt.with_batch_norm(layer)
@@ -88,7 +89,7 @@ def behind_torch_layer(layer: Any) -> Any:
 
 
 def behind_flax_layer(layer: Any) -> Any:
-    """The layer with a batch norm of `batchnorm.flax`, of Lasagne's convention, behind it."""
+    """Append a batch norm of `batchnorm.flax`, of Lasagne's convention, to the layer."""
     from flax import linen
     from flax.nnx import Rngs, Sequential
 

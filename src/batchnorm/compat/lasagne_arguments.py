@@ -1,4 +1,4 @@
-"""The arguments of `batchnorm.compat.lasagne.BatchNormLayer` as the layer keeps them."""
+"""The arguments of `batchnorm.compat.lasagne.BatchNormLayer`, converted to the form that the layer stores."""
 
 import operator
 from typing import Any
@@ -14,16 +14,16 @@ def identity(x: Array) -> Array:
     return x
 
 
-#: Lasagne's names that `batchnorm.batch_norm` does not have; `identity`, `sigmoid` and `tanh` are common to both.
+#: Lasagne's names that `batchnorm.batch_norm` lacks; `identity`, `sigmoid` and `tanh` are common to both.
 NONLINEARITIES = {"linear": "identity", "rectify": "relu", "leaky_rectify": "leaky_relu"}
 
 
 def activation_of(nonlinearity: Any) -> Any:
-    """The activation for `batchnorm.batch_norm`: None, a name it knows, or a callable.
+    """The activation for `batchnorm.batch_norm`: None, a name that it accepts, or a callable.
 
     Raises:
         ValueError: No nonlinearity has that name.
-        TypeError: Neither a name nor a callable.
+        TypeError: The nonlinearity is neither a name nor a callable.
     """
     if nonlinearity is None or nonlinearity is identity:
         return None
@@ -42,11 +42,11 @@ def activation_of(nonlinearity: Any) -> Any:
 
 
 def shape_of(incoming: Any) -> Shape:
-    """The shape of a layer's output, or the shape that was passed in its place, with Python's integers.
+    """The shape of a layer's output, or the shape passed in its place, as Python integers.
 
     Raises:
-        TypeError: Neither a layer nor a shape.
-        ValueError: A shape without dimensions, or with a negative size.
+        TypeError: `incoming` is neither a layer nor a shape.
+        ValueError: The shape has no dimensions, or a negative size.
     """
     sizes = getattr(incoming, "output_shape", incoming)
     try:
@@ -61,11 +61,11 @@ def shape_of(incoming: Any) -> Shape:
 
 
 def axes_of(axes: Any, shape: Shape) -> tuple[int, ...]:
-    """The axes to normalize over, ascending and not negative; all but the second for None.
+    """The axes to normalize over, sorted and non-negative; None selects all but the second.
 
     Raises:
-        TypeError: Not an integer, or several in a tuple, a list, a range or an array.
-        ValueError: An axis is out of range or named twice, or one that is left out has no fixed size.
+        TypeError: `axes` is not an integer, nor a tuple, list, range or array of integers.
+        ValueError: An axis is out of range or named twice, or the size of a remaining axis is not fixed.
     """
     given = as_axis((0, *range(2, len(shape))) if axes is None else axes)
     given = given if isinstance(given, tuple) else (given,)

@@ -1,4 +1,4 @@
-"""The formulas of `batchnorm.compat.lasagne` as the gist has them, for what `faithful=True` asks for."""
+"""The formulas of `batchnorm.compat.lasagne` as the gist writes them, for `faithful=True`."""
 
 from typing import Any
 
@@ -13,9 +13,9 @@ Values = dict[str, Array]
 def apply_as_written(layer: Any, values: Values, input: Array, deterministic: bool) -> tuple[Array, Values]:
     """`BatchNormLayer.apply` for a checked input.
 
-    The derivative of sqrt at 0 is infinite, and meets a difference of 0: NaN. NaN of the batch enters the averages,
-    which are constants to differentiation, as the updates of Theano's shared variables are. Computed in float32 or
-    wider: squares of float16 overflow from 256 on.
+    Where std is 0, the infinite derivative of sqrt is multiplied by a difference of 0, and the gradient is NaN. NaN in
+    the batch enters the averages, which are constants for differentiation, like the updates of Theano's shared
+    variables. Computed in float32 or wider, because squares of float16 overflow from 256 on.
     """
     xp = namespace(input)
     x, after, (mean, std) = cast(xp, input, statistics_dtype(xp, input)), values, (values["mean"], values["std"])

@@ -20,22 +20,22 @@ class BatchNormLayer:
         y = nonlinearity((x - mean) * (gamma / (std + epsilon)) + beta)
         mean, std <- (1 - alpha) * (mean, std) + alpha * (mean, std of the batch)        in training
 
-    `mean`, `std`, `beta` and `gamma`, of the input's shape with size 1 for `axes`, are the keys of `params`, which has
-    their tags. A batch whose statistics are not finite does not enter the averages, with a warning.
+    `mean`, `std`, `beta` and `gamma` have the input's shape with size 1 along `axes`; `params` maps each of them to its
+    tags. A batch whose statistics are not finite causes a warning and does not update the averages.
 
     Args:
-        incoming: The input's shape, None for sizes that are not fixed; or a layer with an `output_shape`.
+        incoming: The input's shape, with None for sizes that are not fixed, or a layer with an `output_shape`.
         axes: The axis or axes to normalize over, negative ones counted from the end; None is all but the second.
         epsilon: Added to the standard deviation.
         alpha: Weight of the batch in the averages.
         nonlinearity: A callable on the array, or a name: `identity`, `linear`, `rectify`, `leaky_rectify`, `sigmoid`,
-            `tanh`, or another that `batchnorm.batch_norm` knows. Lasagne's other nonlinearities are taken as callables.
-        name: Kept as an attribute.
-        faithful: Evaluate the formulas as they stand: where std is 0 the gradient is NaN, without epsilon y as well,
-            and NaN enters the averages. Half precision is computed in float32.
+            `tanh`, or another that `batchnorm.batch_norm` accepts. Pass Lasagne's other nonlinearities as callables.
+        name: Stored as an attribute.
+        faithful: Evaluate the formulas as written: where std is 0 the gradient is NaN, and so is y if epsilon is 0; NaN
+            enters the averages. Half precision is computed in float32.
 
     Raises:
-        ValueError, TypeError: An argument does not fit, or the size of an axis that is not normalized over is None.
+        ValueError, TypeError: An argument is not allowed, or the size of an axis that is not normalized over is None.
 
     Example:
         >>> import numpy as np
@@ -71,16 +71,16 @@ class BatchNormLayer:
         return input_shape
 
     def get_params(self, **tags: bool) -> list[Shared]:
-        """The parameters that have each tag which is True and no tag which is False."""
+        """The parameters that have every tag passed as True and no tag passed as False."""
         return [shared for shared, own in self.params.items() if all((tag in own) == tags[tag] for tag in tags)]
 
     def get_output_for(self, input: Array, deterministic: bool = False, **kwargs: Any) -> Array:
-        """y in the dtype of the input; in training `mean` and `std` take in the batch.
+        """y in the dtype of the input; training also updates `mean` and `std`.
 
         Other keyword arguments, which Lasagne's `get_output` passes to every layer of a network, have no effect.
 
         Raises:
-            RuntimeError: `mean` and `std` would keep traced values (JAX, torch.func, torch.compile); use `apply`.
+            RuntimeError: `mean` and `std` would store traced values (JAX, torch.func, torch.compile); use `apply`.
         """
         self.check_input(input)
         values = {p.name: p.placed_like(input, is_trainable="trainable" in tags) for p, tags in self.params.items()}
@@ -90,7 +90,7 @@ class BatchNormLayer:
         return y
 
     def check_input(self, input: Any) -> None:
-        """Raise unless the input is an array of floats whose shape is the layer's, but for sizes along `axes`."""
+        """Raise unless the input is an array of floats with the layer's shape, apart from sizes along `axes`."""
         check_array("input", input)
         sizes = tuple(None if axis in self.axes else size for axis, size in enumerate(self.input_shape))
         shape = tuple(None if axis in self.axes else size for axis, size in enumerate(input.shape))
@@ -98,7 +98,7 @@ class BatchNormLayer:
             raise ValueError(f"the input has shape {tuple(input.shape)}; this layer is for {sizes}")
 
     def apply(self, values: Values, input: Array, deterministic: bool = False) -> tuple[Array, Values]:
-        """`get_output_for` as a pure function, for `jax.jit`: y, and the values by name after the call."""
+        """`get_output_for` as a pure function, for `jax.jit`: y, and the updated values by name."""
         self.check_input(input)
         own = {shared.name: values[shared.name] for shared in self.params}
         check_values(own, tuple(self.mean.value.shape), input, "input")

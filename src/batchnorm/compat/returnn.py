@@ -1,8 +1,8 @@
 """`BatchNorm` over named dimensions, as RETURNN-common's issue 89 sketches it, on `xarray.DataArray`.
 
-Faults of the original that the default does not have: gamma and beta are made and never applied; the running variance
-starts at 0, so that an evaluation before any training divides by sqrt(epsilon); NaN or Inf in one batch stays in the
-running statistics for good, here such a batch does not enter them; it is not valid Python. `faithful=True` reproduces
+Faults of the original that the default does not have: gamma and beta are created but never applied; the running
+variance starts at 0, so evaluation before any training divides by sqrt(epsilon); NaN or Inf in one batch stays in the
+running statistics forever (here such a batch does not update them); it is not valid Python. `faithful=True` reproduces
 all but the last.
 """
 
@@ -37,10 +37,10 @@ class BatchNorm:
         else        y = gamma * (source - mean) / sqrt(var + epsilon) + beta
         update      mean <- mean + momentum * (batch mean - mean), and var likewise
 
-    Training is a call within `run_ctx(train=True)`, and the update is made when that ends.
+    A call within `run_ctx(train=True)` trains; the update is made when that block ends.
 
-    A dimension is dynamic if the source has a coordinate with its lengths: only so many leading elements enter the
-    statistics, and padding is normalized like the rest. y has the coordinate as well. For (batch, time, feature):
+    A dimension is dynamic if the source has a coordinate with its lengths: only that many leading elements enter the
+    statistics, and padding is normalized like the rest. y has the same coordinate. For (batch, time, feature):
 
         source = source.assign_coords(lengths_of_time=("batch", [7, 4, 1]))
 
@@ -48,7 +48,7 @@ class BatchNorm:
 
     Args:
         in_dim: Name of the feature dimension; None is the last dimension of the first source.
-        affine: Whether there are gamma and beta.
+        affine: Whether the layer has gamma and beta.
         faithful: As the original does, apply neither gamma nor beta, start var at 0, and let NaN enter mean and var.
 
     Example:
@@ -73,9 +73,9 @@ class BatchNorm:
         """y, with the dimensions, coordinates and attributes of the source.
 
         Raises:
-            TypeError: The source or a field is no DataArray of floats, or lengths are not integers.
-            ValueError: The feature dimension, its size or its labels are not those of before; or a number does not fit.
-            RuntimeError: JAX traces the call, so that there is no number to keep; or the `run_ctx` block has ended.
+            TypeError: The source or a field is not a DataArray of floats, or lengths are not integers.
+            ValueError: The feature dimension, its size or its labels differ from before, or a number is out of range.
+            RuntimeError: JAX traces the call, so there are no values to store; or the `run_ctx` block has ended.
         """
         in_dim = feature_dimension(source, self.in_dim)
         check_number("epsilon", epsilon, "added to the variance")
@@ -83,7 +83,7 @@ class BatchNorm:
         mask, run = mask_of(source, in_dim), current_run()
         self._lazy_init(source, in_dim)
         running = RunningStatistics(self.mean.data, self.var.data)
-        if run.train:  # from a state of 0 with a decay of 0: the state after a batch is the batch's own, unrounded
+        if run.train:  # from state 0 with decay 0: the state after a batch is its own statistics, unrounded
             running = RunningStatistics.initial(source.sizes[in_dim], AS_WRITTEN, like=source.data)
         y: DataArray
         y, batch = batch_norm(
@@ -99,7 +99,7 @@ class BatchNorm:
         return y
 
     def _lazy_init(self, source: DataArray, in_dim: Any) -> None:
-        """Compare what is set with the source, then fix the feature dimension with its labels and make what is None."""
+        """Check the fields against the source, then fix the feature dimension and create the fields that are None."""
         for name in ("mean", "var", "gamma", "beta"):
             check_field(name, getattr(self, name), source, in_dim)
         labels = {in_dim: source.coords[in_dim]} if in_dim in source.coords else {}
@@ -113,7 +113,7 @@ class BatchNorm:
         vars(self).update(made, in_dim=in_dim)
 
     def _update(self, batch: RunningStatistics, momentum: float) -> None:
-        """Take in a batch, unless its statistics are not finite or nothing in it counts."""
+        """Update mean and var, unless the batch's statistics are not finite or it has no valid element."""
         if batch.steps:
             self.mean = self.mean.copy(data=self.mean.data + momentum * (batch.mean - self.mean.data))
             self.var = self.var.copy(data=self.var.data + momentum * (batch.spread - self.var.data))

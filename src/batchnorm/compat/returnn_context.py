@@ -1,4 +1,4 @@
-"""The context of `batchnorm.compat.returnn`: the train flag, and the updates that wait for its end."""
+"""The context of `batchnorm.compat.returnn`: the train flag, and the updates deferred to its end."""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -7,17 +7,17 @@ from threading import Lock
 
 
 class Run:
-    """A block of `run_ctx`: its train flag, and the updates that wait for its end."""
+    """A block of `run_ctx`: its train flag, and the updates deferred to its end."""
 
     def __init__(self, train: bool) -> None:
         self.train, self._updates, self._lock = train, list[Callable[[], None]](), Lock()
         self._has_ended = False
 
     def add(self, update: Callable[[], None]) -> None:
-        """Let an update wait.
+        """Defer an update to the end of the block.
 
         Raises:
-            RuntimeError: The block has ended, and the update would never be made.
+            RuntimeError: The block has ended, so the update would never be made.
         """
         with self._lock:
             if self._has_ended:
@@ -28,7 +28,7 @@ class Run:
             self._updates.append(update)
 
     def end(self) -> list[Callable[[], None]]:
-        """The updates in the order of the calls; no other one is taken."""
+        """End the block and return its updates in the order of the calls; further ones raise."""
         with self._lock:
             self._has_ended = True
             return self._updates
@@ -39,17 +39,17 @@ CONTEXT: ContextVar[Run | None] = ContextVar("run_ctx", default=None)
 
 
 def current_run() -> Run:
-    """The innermost block; outside of any, a block whose flag is off."""
+    """The innermost block; outside of any block, one whose flag is off."""
     return CONTEXT.get() or Run(train=False)
 
 
 @contextmanager
 def run_ctx(*, train: bool) -> Iterator[None]:
-    """Set the train flag for a `with` block; outside of any it is off, as RETURNN's own default is: layers evaluate.
+    """Set the train flag for a `with` block; outside of any block it is off, RETURNN's default, and layers evaluate.
 
-    Updates of running statistics wait for the end of the block and are then made in the order of the calls; if an
-    exception ends it, none is made. Blocks within blocks have a flag and updates each. A thread starts outside of any;
-    an asyncio task starts in the block that it is created in, and must not train once that has ended.
+    Updates of running statistics are made at the end of the block, in the order of the calls; none is made if an
+    exception ends the block. Nested blocks have their own flag and updates. A thread starts outside of any block; an
+    asyncio task starts in the block in which it is created, and must not train after that has ended.
 
     Raises:
         TypeError: The flag is neither True nor False.

@@ -1,4 +1,4 @@
-"""The source of `batchnorm.compat.returnn`: its feature dimension, the lengths of others, and what must fit it."""
+"""The source of `batchnorm.compat.returnn`: its feature dimension, the lengths of others, and checks against it."""
 
 from typing import Any
 
@@ -17,11 +17,11 @@ PREFIX = "lengths_of_"
 
 
 def feature_dimension(source: Any, in_dim: Any) -> Any:
-    """The name of the feature dimension of a source: the last one unless `in_dim` says which.
+    """The name of the feature dimension of a source: `in_dim`, or the last dimension if that is None.
 
     Raises:
-        TypeError: The source is no DataArray of floats.
-        ValueError: It has no such dimension.
+        TypeError: The source is not a DataArray of floats.
+        ValueError: The source has no such dimension.
     """
     if not isinstance(source, DataArray) or not source.dims:
         raise TypeError(f"source is a {type(source).__name__}; it must be an xarray.DataArray with dimensions")
@@ -36,8 +36,8 @@ def check_field(name: str, value: Any, source: DataArray, in_dim: Any) -> None:
     """Raise unless a field is None or lies along the feature dimension of the source, with its size and labels.
 
     Raises:
-        TypeError: Not a DataArray of floats, or of another library than the source.
-        ValueError: Another dimension, size or labels.
+        TypeError: The field is not a DataArray of floats, or is from another library than the source.
+        ValueError: The field has another dimension, size or labels.
     """
     if value is None:
         return
@@ -57,11 +57,11 @@ def check_field(name: str, value: Any, source: DataArray, in_dim: Any) -> None:
 
 
 def mask_of(source: DataArray, in_dim: Any) -> DataArray | None:
-    """True where an element counts by the coordinates `lengths_of_<dimension>`; None without any.
+    """Mask of the elements within the lengths in coordinates `lengths_of_<dimension>`; None without any.
 
     Raises:
         TypeError: Lengths are not integers.
-        ValueError: They are those of a dimension that the source lacks, or outside of it, or go with the features.
+        ValueError: Lengths are for a dimension that the source lacks, out of its range, or vary with the features.
     """
     mask = None
     for name, lengths in source.coords.items():
@@ -81,13 +81,13 @@ def mask_of(source: DataArray, in_dim: Any) -> DataArray | None:
                 f"{dim!r}: set it anew where the source is cut"
             )
         positions = DataArray(numpy.arange(source.sizes[dim]), dims=dim)
-        counted = positions < lengths.variable  # without coordinates: those are the source's
+        counted = positions < lengths.variable  # `variable` omits the coordinates, which are the source's
         mask = counted if mask is None else mask & counted
     return mask
 
 
 def statistics_as_written(source: DataArray, in_dim: Any, mask: DataArray | None) -> RunningStatistics:
-    """Mean and variance of a batch by their formulas, which NaN and Inf enter; in float32 or wider."""
+    """Mean and variance of a batch by the formulas as written, NaN and Inf included; in float32 or wider."""
     xp = namespace(source.data)
     x = cast(xp, without_derivatives(source.data), statistics_dtype(xp, source.data))
     counted = as_array_like(x, True if mask is None else unnamed_like("mask", mask, source))

@@ -1,4 +1,4 @@
-"""Arrays that layers keep in attributes, as Theano's shared variables."""
+"""Arrays that layers store in attributes, like Theano's shared variables."""
 
 from typing import Any
 
@@ -11,11 +11,11 @@ from batchnorm.validation.arrays import as_array_like, check_same_library
 
 
 class Shared:
-    """A named array that stays one object while its value changes, as Theano's shared variables do.
+    """A named array that stays the same object while its value changes, like Theano's shared variables.
 
-    `value` is float64 NumPy until the layer's first input. From then on it has that input's library and device, in
-    float64 for float64 and else in float32; in PyTorch a trainable one is a leaf that requires a gradient, for an
-    optimizer to hold.
+    `value` is a float64 NumPy array until the layer's first input. From then on it has that input's library and device,
+    in float64 for a float64 input and otherwise in float32. In PyTorch, a trainable value is a leaf that requires a
+    gradient, so an optimizer can train it.
     """
 
     def __init__(self, name: str, shape: tuple[int, ...], value: float) -> None:
@@ -29,7 +29,7 @@ class Shared:
         return numpy.array(value, dtype=dtype, copy=copy)
 
     def get_value(self, borrow: bool = False) -> Array:
-        """A copy of the array, which later updates do not change; with `borrow` the array itself, `value`.
+        """A copy of the array, which later updates do not change; with `borrow`, the array `value` itself.
 
         Example:
             >>> from batchnorm.compat.shared import Shared
@@ -44,12 +44,12 @@ class Shared:
         return namespace(self.value).asarray(without_derivatives(self.value), copy=True)
 
     def set_value(self, value: Any, borrow: bool = False) -> None:
-        """Replace the elements by those of an array of any library, or of nested lists; they are copied, in any case.
+        """Replace the elements by a copy of those of an array of any library, or of nested lists.
 
-        A tensor, which an optimizer may hold, is changed in place. `borrow` has no effect.
+        A tensor is changed in place, because an optimizer may refer to it. `borrow` has no effect.
 
         Raises:
-            ValueError: The shape is another.
+            ValueError: The new value has another shape.
             RuntimeError: The value is being traced.
         """
         if not array_api_compat.is_array_api_obj(value):
@@ -67,10 +67,10 @@ class Shared:
             self.value = namespace(self.value).asarray(value, dtype=self.value.dtype, copy=True)
 
     def placed_like(self, x: Array, *, is_trainable: bool) -> Array:
-        """The value; with the first input, which is not being traced, it takes its library, device and precision.
+        """The value; the first input that is not traced determines its library, device and precision.
 
         Raises:
-            TypeError: The first input was of another library.
+            TypeError: The first input was from another library.
         """
         if self.is_placed:
             check_same_library(self.name, self.value, x, "input")
@@ -78,7 +78,7 @@ class Shared:
         xp = namespace(x)
         value = cast(xp, as_array_like(x, self.value), statistics_dtype(xp, x))
         is_tensor = array_api_compat.is_torch_array(value)
-        if is_traced(value) or (is_tensor and value.is_inference()):  # which autograd refuses ever after
+        if is_traced(value) or (is_tensor and value.is_inference()):  # autograd rejects inference tensors
             return value
         if is_tensor and is_trainable:
             value.requires_grad_()
@@ -86,10 +86,10 @@ class Shared:
         return value
 
     def update(self, value: Array, instead: str) -> None:
-        """Take the result of a training step as the value, unless autograd is computing the step a second time.
+        """Store the result of a training step as the value, unless autograd is recomputing the step.
 
         Raises:
-            RuntimeError: As `storable`.
+            RuntimeError: The result is being traced; `instead` says what to do.
         """
         value = storable(self.name, value, instead)
         if not (array_api_compat.is_torch_array(value) and is_recomputed()):

@@ -1,4 +1,4 @@
-"""The traces of a call: values that may be kept beyond it, and the warning where a batch leaves none."""
+"""Values that are stored beyond a call, and the warning for a batch that does not update them."""
 
 import sys
 from collections.abc import Callable, Iterator
@@ -20,10 +20,10 @@ from batchnorm.validation.calls import Arguments, check_call
 
 
 def storable(name: str, value: Array, instead: str) -> Array:
-    """The array without its derivatives, as an attribute may keep it beyond the call.
+    """The array without its derivatives, so that an attribute can store it beyond the call.
 
     Raises:
-        RuntimeError: It is being traced, so that there is no number to keep; `instead` says what to do.
+        RuntimeError: The array is being traced, so it has no values to store; `instead` says what to do.
     """
     value = without_derivatives(value)
     if is_traced(value):
@@ -32,7 +32,7 @@ def storable(name: str, value: Array, instead: str) -> Array:
 
 
 def without_derivatives(value: Array) -> Array:
-    """The array as a constant to PyTorch's and JAX's differentiation."""
+    """The array as a constant for differentiation by PyTorch and JAX."""
     if array_api_compat.is_torch_array(value):
         return value.detach()
     return sys.modules["jax"].lax.stop_gradient(value) if array_api_compat.is_jax_array(value) else value
@@ -49,7 +49,7 @@ def is_traced(value: Array) -> bool:
 
 
 def is_recomputed() -> bool:
-    """Whether autograd is computing a forward pass again, in the middle of a backward pass, as checkpointing does."""
+    """Whether autograd is recomputing a forward pass during a backward pass, as gradient checkpointing does."""
     from batchnorm.kernels.torch import compat
 
     return compat.is_recomputed()
@@ -57,7 +57,7 @@ def is_recomputed() -> bool:
 
 @contextmanager
 def remark_on_skipped() -> Iterator[None]:
-    """Let the warning that a batch does not enter the running statistics end in what the modules have to say of it."""
+    """Context manager that appends a remark on `faithful=True` to the warning about a skipped batch."""
     token = SKIPPED_REMARK.set("; faithful=True averages it as the original does, and keeps NaN from then on")
     try:
         yield
@@ -66,7 +66,7 @@ def remark_on_skipped() -> Iterator[None]:
 
 
 def warn_with_remark() -> None:
-    """The warning, at the user's line, with that end."""
+    """Warn of a skipped batch at the user's line, with the remark on `faithful=True`."""
     with remark_on_skipped():
         warn_of_skipped()
 
@@ -82,7 +82,7 @@ def batch_norm(
     activation: Activation | None = None,
     warn: Callable[[], None] | None = None,
 ) -> tuple[Array, RunningStatistics]:
-    """`functional.batch_norm` of x, gamma and beta, with that warning or another."""
+    """`functional.batch_norm` of x, gamma and beta; `warn` replaces the warning about a skipped batch."""
     x, gamma, beta = arguments
     spec, operands = check_call(x, Arguments(gamma, beta, mask=mask), convention, axis, activation)
     choose = partial(select, None)

@@ -1,4 +1,4 @@
-"""The arguments of `batchnorm.compat.zygote.BatchNorm`, checked where they are made and where they are used."""
+"""Checks of the arguments of `batchnorm.compat.zygote.BatchNorm`, at construction and at each call."""
 
 import operator
 from collections.abc import Callable
@@ -20,8 +20,8 @@ def number_of_channels(channels: Any) -> int:
     """The number of channels as an integer.
 
     Raises:
-        TypeError: Not an integer.
-        ValueError: Less than 1.
+        TypeError: `channels` is not an integer.
+        ValueError: `channels` is less than 1.
     """
     try:
         number = operator.index(channels)
@@ -33,10 +33,10 @@ def number_of_channels(channels: Any) -> int:
 
 
 def initial_value(name: str, initialize: Initializer, channels: int) -> jax.Array:
-    """The first value of a parameter, by a function of the number of channels.
+    """The initial value of a parameter, from a function of the number of channels.
 
     Raises:
-        TypeError: Not a function, or one of no array of floats.
+        TypeError: `initialize` is not a function, or does not return an array of floats.
         ValueError: The result has another shape than (channels,).
     """
     if not callable(initialize):
@@ -47,7 +47,7 @@ def initial_value(name: str, initialize: Initializer, channels: int) -> jax.Arra
 
 
 def check_call(layer: Any, x: Any) -> jax.Array:
-    """x as an array of JAX, if the layer's parameters and state are those of its channels.
+    """x as a JAX array; raises unless the layer's parameters and state have its number of channels.
 
     Raises:
         TypeError: x is not an array of floats.

@@ -1,4 +1,4 @@
-"""The formulas of `batchnorm.compat.zygote` as the gist has them, for what `faithful=True` asks for."""
+"""The formulas of `batchnorm.compat.zygote` as the gist writes them, for `faithful=True`."""
 
 from typing import Any
 
@@ -14,7 +14,7 @@ from batchnorm.jax.implicit import check_weight
 def apply_as_written(layer: Any, x: jax.Array) -> jax.Array:
     """y of a `BatchNorm` that is not frozen, in the dtype of x; computed in float32 or wider.
 
-    The gradients of mu and sigma are mean(x) and sqrt(var + eps) * m / (m - 1), also where these are NaN or infinite.
+    The gradients of mu and sigma are mean(x) and sqrt(var + eps) * m / (m - 1), even if these are NaN or infinite.
     """
     wide = x.astype(jnp.promote_types(jnp.float32, x.dtype))
     running = check_weight(layer.running.map(jnp.asarray))
@@ -24,18 +24,18 @@ def apply_as_written(layer: Any, x: jax.Array) -> jax.Array:
 
 
 def along(values: jax.Array, x: jax.Array) -> jax.Array:
-    """One number for each channel, to broadcast against x."""
+    """Reshape one number per channel to broadcast against x."""
     return values.reshape(-1, *(1,) * (x.ndim - 2))
 
 
 @jax.custom_vjp
 def xhat(running: RunningStatistics, x: jax.Array, eps: float) -> jax.Array:
-    """(x - mu) / sigma; where it is differentiated, by the statistics of x, which are the gradient of the state."""
+    """(x - mu) / sigma; if differentiated, by the statistics of x instead, which are the gradient of the state."""
     return ((x - along(running.mean, x)) / along(running.spread, x)).astype(x.dtype)
 
 
 def forward(running: RunningStatistics, x: jax.Array, eps: float) -> tuple[jax.Array, Any]:
-    """The result, and what `backward` takes: it, sigma, and the gradient of the state."""
+    """Forward rule of `xhat`: the result, and the residuals (the result, sigma, the gradient of the state)."""
     axes, m = (0, *range(2, x.ndim)), x.size // x.shape[1]
     mean = jnp.mean(x, axes, keepdims=True)
     sigma = jnp.sqrt(jnp.mean((x - mean) ** 2, axes, keepdims=True) + eps)
@@ -48,7 +48,7 @@ def forward(running: RunningStatistics, x: jax.Array, eps: float) -> tuple[jax.A
 
 
 def backward(residuals: Any, d: jax.Array) -> tuple[RunningStatistics, jax.Array, None]:
-    """The gradients: the statistics of the batch as that of the state, whatever d is, and dx.
+    """Backward rule of `xhat`: the statistics of the batch as the gradient of the state, whatever d is, and dx.
 
     dx = (d - mean(d) - xhat * mean(d * xhat)) / sigma
     """

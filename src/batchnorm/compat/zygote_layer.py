@@ -20,29 +20,29 @@ ARRAYS, STATIC = ("beta", "gamma", "running"), ("activation", "eps", "momentum",
 
 @jax.tree_util.register_pytree_with_keys_class
 class BatchNorm:
-    """Batch normalization along axis 1, the row-major place of the original's channels.
+    """Batch norm along axis 1, the row-major counterpart of the original's channel axis.
 
-        plainly          y = activation(gamma * (x - mu) / sigma + beta)                     eps is part of sigma
+        evaluated        y = activation(gamma * (x - mu) / sigma + beta)                     eps is part of sigma
         differentiated   y = activation(gamma * (x - mean) / sqrt(var + eps) + beta)         and its gradients;
                          the "gradient" of mu is mean, that of sigma sqrt(var + eps) * m / (m - 1), whatever the loss is
 
-    with the mean squared deviation var of the m elements of a channel. A pytree of beta, gamma and `running`, the
-    `batchnorm.RunningStatistics` whose mean is mu and whose spread is sigma. The gradients of several calls add up;
-    `batchnorm.jax.running_average` divides by the number of calls. y has the dtype of x. Where a derivative is taken
-    with respect to neither the layer nor x, the layer evaluates.
+    with var the mean squared deviation of the m elements of a channel. The layer is a pytree of beta, gamma and
+    `running`, a `batchnorm.RunningStatistics` with mean mu and spread sigma. The gradients of several calls add up;
+    `batchnorm.jax.running_average` divides by the number of calls. y has the dtype of x. If neither the layer nor x is
+    differentiated, the layer evaluates.
 
     Args:
         channels: Size of axis 1.
-        activation: A name that `batchnorm.jax.batch_norm` knows, or a callable on the array; None is the identity.
+        activation: A name that `batchnorm.jax.batch_norm` accepts, or a callable on the array; None is the identity.
         init_beta: Function of `channels` that makes beta.
         init_gamma: Function of `channels` that makes gamma.
-        eps: Added to the variance, as float32 rounds it.
-        momentum: Weight of the batch for the optimizer to read; the layer makes no use of it.
-        faithful: Evaluate the formulas as they stand. By default m / (m - 1) is 1 for m = 1, and a batch that is not
-            finite does not enter the averages, with a warning.
+        eps: Added to the variance, rounded to float32.
+        momentum: Weight of the batch, stored for the optimizer; the layer does not use it.
+        faithful: Evaluate the formulas as written. By default m / (m - 1) is 1 for m = 1, and a batch that is not
+            finite causes a warning and does not update the averages.
 
     Raises:
-        ValueError, TypeError: An argument does not fit.
+        ValueError, TypeError: An argument is not allowed.
 
     Example:
         >>> import jax, jax.numpy as jnp
@@ -72,7 +72,7 @@ class BatchNorm:
         self.eps, self.momentum, self.faithful, self.frozen = float(np.float32(eps)), momentum, faithful, False
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        """y; see the class."""
+        """Compute y by the formulas of the class."""
         x = check_call(self, x)
         if self.faithful and not self.frozen:
             return apply_as_written(self, x)
@@ -89,7 +89,7 @@ class BatchNorm:
         return f"BatchNorm({channels}, activation={self.activation!r}, eps={self.eps:g}, frozen={self.frozen})"
 
     def replace(self, **fields: Any) -> "BatchNorm":
-        """A layer with other values of `beta`, `gamma`, `mu`, `sigma`, or of its options."""
+        """Copy the layer with other values of `beta`, `gamma`, `mu`, `sigma`, `running`, or its options."""
         moving = {"mu": "mean", "sigma": "spread"}
         if unknown := fields.keys() - {*moving, *ARRAYS, *STATIC}:
             raise TypeError(f"BatchNorm has no {', '.join(unknown)}; it has {', '.join((*moving, *ARRAYS, *STATIC))}")
@@ -99,13 +99,13 @@ class BatchNorm:
         return layer
 
     def tree_flatten_with_keys(self) -> tuple[list[Any], tuple[Any, ...]]:
-        """Arrays by attribute, and the options."""
+        """The arrays, keyed by attribute, and the options."""
         arrays = [(jax.tree_util.GetAttrKey(name), getattr(self, name)) for name in ARRAYS]
         return arrays, tuple(getattr(self, name) for name in STATIC)
 
     @classmethod
     def tree_unflatten(cls, static: tuple[Any, ...], arrays: Any) -> "BatchNorm":
-        """The layer, or a tree of its structure."""
+        """Rebuild the layer, or a tree of its structure."""
         layer = object.__new__(cls)
         vars(layer).update(zip(ARRAYS + STATIC, (*arrays, *static), strict=True))
         return layer

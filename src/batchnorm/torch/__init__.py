@@ -1,4 +1,4 @@
-"""Batch norm for PyTorch: the layers of `torch.nn`, faster on a CPU, and what those cannot do."""
+"""Batch norm for PyTorch: drop-in `torch.nn` layers, faster on a CPU, with features that PyTorch's layers lack."""
 
 from batchnorm.configuration import import_error
 

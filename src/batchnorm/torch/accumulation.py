@@ -1,9 +1,9 @@
-"""Gradients and statistics of a batch that goes through the network in parts, as if it went through whole.
+"""Gradient accumulation with exact batch norm: micro-batches are normalized by the statistics of the whole batch.
 
-Accumulating gradients over micro-batches changes a batch norm: each is normalized by its own statistics, and the
-running ones advance once for each. Here the micro-batches go through the network in lock step. At every batch norm they
-wait for each other, their moments are merged, and each goes on by the statistics of the whole batch. One backward pass
-follows, in which autograd brings the two sums of the gradient together in the same way.
+Plain gradient accumulation changes a batch norm: each micro-batch is normalized by its own statistics, and the running
+statistics advance once per micro-batch. Here the micro-batches run through the network in lockstep. At every batch norm
+they wait for each other, their moments are merged, and each is normalized by the statistics of the whole batch. One
+backward pass follows, in which autograd adds up the two sums of the gradient in the same way.
 """
 
 import math
@@ -34,28 +34,29 @@ from batchnorm.torch.state import update_running
 
 
 def accumulate(model: nn.Module, loss_fn: Callable[[Any], Tensor], microbatches: Iterable[Any]) -> Tensor:
-    """Accumulate exactly the gradients of the whole batch, and let it enter the running statistics once.
+    """Accumulate exactly the gradients of the whole batch, and update the running statistics once.
 
         loss = sum over micro-batches of loss_fn(micro-batch),   backward
 
-    Every batch norm of the model that normalizes by its batch takes all micro-batches together: mean and variance of
-    all their elements, forward and backward. They may differ in size and in shape but for the channels. Memory is that
-    of the whole batch, unless `loss_fn` saves some: non-reentrant activation checkpointing works, and so do
+    Every batch norm that normalizes by its batch uses the mean and variance over the elements of all micro-batches,
+    forward and backward. Micro-batches may differ in size and in shape, except for the channels. Memory is that of the
+    whole batch, unless `loss_fn` reduces it: non-reentrant activation checkpointing works, and so do
     `torch.autograd.graph.save_on_cpu` and autocast.
 
     Args:
-        model: Whose batch norms they are, all of `batchnorm.torch` (see `replace`).
-        loss_fn: Takes a micro-batch, calls the model once or several times and returns its share of the loss, a scalar:
-            where the loss of the whole batch is a mean, the sum over the micro-batch divided by the size of the batch.
-        microbatches: Whatever `loss_fn` takes.
+        model: Its batch norms that normalize by the batch must all be layers of `batchnorm.torch` (see `replace`).
+        loss_fn: Takes a micro-batch, calls the model once or several times and returns the micro-batch's share of the
+            loss, a scalar. If the loss of the whole batch is a mean, this share is the sum over the micro-batch divided
+            by the size of the whole batch.
+        microbatches: The arguments of `loss_fn`, one for each call.
 
     Returns:
-        The loss, detached.
+        The loss of the whole batch, detached.
 
     Raises:
-        ValueError: There is no micro-batch; a batch norm is PyTorch's own, synchronized over processes, or works in
-            ghost batches; the micro-batches call the batch norms in different orders; the loss is not a scalar. Neither
-            gradients nor running statistics have changed.
+        ValueError: There are no micro-batches; a batch norm is PyTorch's own, is synchronized over processes, or uses
+            ghost batches; the micro-batches call the batch norms in different orders; the loss is not a scalar.
+            Gradients and running statistics are unchanged.
         ImportError: `greenlet` is not installed.
 
     Example:
@@ -88,7 +89,7 @@ def accumulate(model: nn.Module, loss_fn: Callable[[Any], Tensor], microbatches:
 
 
 def batch_norms_to_merge(model: nn.Module) -> Iterator[tuple[str, Layer]]:
-    """The batch norms of a model that normalize by their batch, with their names."""
+    """Names and layers of the batch norms that normalize by their batch; raises if one of them cannot be merged."""
     for name, layer in batch_norms(model):
         if not isinstance(layer, Layer):
             if layer.training or layer.running_mean is None:
@@ -107,17 +108,17 @@ def batch_norms_to_merge(model: nn.Module) -> Iterator[tuple[str, Layer]]:
 
 
 class Contribution(NamedTuple):
-    """What a micro-batch brings to a batch norm."""
+    """The moments of one micro-batch at one call of a batch norm."""
 
     layer: Layer
     moments: Moments
-    sums_carrier: Tensor | None  # through which x gets the sums of the gradient; None where nothing is differentiated
+    sums_carrier: Tensor | None  # passes the sums of the gradient on to x; None if nothing is differentiated
     spec: Spec
     is_masked: bool
 
 
 class SyncPoint:
-    """All micro-batches at one call of a batch norm."""
+    """The contributions of all micro-batches to one call of a batch norm, merged."""
 
     def __init__(self, contributions: list[Contribution]) -> None:
         self.contributions, self.layer = contributions, contributions[0].layer
@@ -127,7 +128,7 @@ class SyncPoint:
         self.sums_carrier = torch.stack(sums_carriers).sum(0) if sums_carriers else None
 
     def commit(self) -> None:
-        """Let the whole batch enter the running statistics."""
+        """Update the running statistics with the whole batch."""
         state = self.layer.state
         if state is not None and self.layer.track_running_stats:
             is_masked = any(contribution.is_masked for contribution in self.contributions)
@@ -135,7 +136,7 @@ class SyncPoint:
 
 
 class LockstepRun:
-    """The micro-batches on their way through the network."""
+    """The forward passes of all micro-batches, run in lockstep."""
 
     def __init__(self, layers: dict[Layer, str]) -> None:
         self.layers = layers
@@ -143,7 +144,7 @@ class LockstepRun:
 
     @contextmanager
     def intercepted(self) -> Iterator[None]:
-        """Within it, a call of one of the layers is a synchronization point."""
+        """Context manager in which each call of one of the layers is a synchronization point."""
         before = {layer: layer.__dict__.get("forward") for layer in self.layers}
         for layer in self.layers:
             layer.forward = partial(self.call, layer)  # type: ignore[method-assign]
@@ -156,7 +157,7 @@ class LockstepRun:
                     layer.forward = forward  # type: ignore[method-assign]
 
     def run(self, loss_fn: Callable[[Any], Tensor], parts: list[Any]) -> list[Any]:
-        """What `loss_fn` returns for each micro-batch."""
+        """The results of `loss_fn`, one for each micro-batch."""
         with ThreadState.preserved():
             coroutines = [Coroutine(loss_fn) for _ in parts]
             messages = parts
@@ -173,7 +174,7 @@ class LockstepRun:
                     coroutine.close()
 
     def check_together(self, coroutines: list["Coroutine"], answers: list[Any]) -> None:
-        """Raise unless all micro-batches have come to the same layer."""
+        """Raise unless all micro-batches have reached the same layer."""
         places = [
             "the end" if coroutine.is_finished else self.layers[answer.layer]
             for coroutine, answer in zip(coroutines, answers, strict=True)
@@ -194,7 +195,7 @@ class LockstepRun:
         lengths: Tensor | None = None,
         residual: Tensor | None = None,
     ) -> Tensor:
-        """The forward pass of a layer."""
+        """Replaces a layer's `forward`: suspends the micro-batch until all of them have reached this call."""
         layer.check_input(input)
         convention, axis = layer.record, layer.axis % input.ndim
         mask = mask if lengths is None else lengths_to_mask(input, lengths, axis)
@@ -221,10 +222,10 @@ class LockstepRun:
         return y if function is None else function(y)
 
     def find_sync_point(self, contribution: Contribution) -> SyncPoint:
-        """The synchronization point that a micro-batch was at when a checkpoint now computes its forward pass again.
+        """The synchronization point of the original forward pass, for a call that activation checkpointing recomputes.
 
-        That of the layer to which some micro-batch had brought these moments: the nearest, as on some devices the
-        second pass is not the same to the last bit.
+        It is the one of this layer to which a micro-batch contributed the same moments. The nearest moments count as
+        the same, because on some devices the recomputed pass differs in the last bits.
         """
         known = [(m, a) for m in self.sync_points if m.layer is contribution.layer for a in m.contributions]
         sync_point, before = min(known, key=lambda pair: distance(pair[1].moments, contribution.moments))
@@ -237,7 +238,7 @@ class LockstepRun:
 
 
 def distance(a: Moments, b: Moments) -> float:
-    """How far moments are from each other."""
+    """Sum of the absolute differences of mean and m2; infinite if the counts differ."""
     if a.count.shape != b.count.shape or not torch.equal(a.count, b.count):
         return math.inf
     differences = ((a.mean - b.mean) + (a.mean_lo - b.mean_lo), a.m2 - b.m2)
@@ -246,19 +247,19 @@ def distance(a: Moments, b: Moments) -> float:
 
 @dataclass
 class PartContext:
-    """One micro-batch at one call of a batch norm, on its way through autograd."""
+    """Context of the autograd functions, for one micro-batch at one call of a batch norm."""
 
     spec: Spec
     mask: Tensor | None
     sync_point: Any = None
 
     def part(self, *tensors: Tensor | None) -> Operands:
-        """The operands, of what autograd has kept: x, gamma, beta, residual."""
+        """The operands, from the tensors saved for backward: x, gamma, beta, residual."""
         return Operands._make((*tensors, self.mask))
 
 
 class PartOfBatch(torch.autograd.Function):
-    """y of a micro-batch; the gradient of `sums_carrier` is the part's sums of the gradient."""
+    """y of a micro-batch; the gradient of `sums_carrier` is this part's sums of dz and dz * xhat."""
 
     @staticmethod
     def forward(
@@ -279,7 +280,7 @@ class PartOfBatch(torch.autograd.Function):
 
 
 class ThroughStatistics(torch.autograd.Function):
-    """The carrier of the sums for x, whose gradient is the sums of all parts: they reach x through the statistics."""
+    """Zeros, whose gradient is the sums over all parts; backward returns the gradient of x through the statistics."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, gamma: Tensor | None, context: PartContext) -> Tensor:

@@ -1,4 +1,4 @@
-"""PyTorch's activations, and what the kernels call them."""
+"""PyTorch's activations, and their names in the kernels."""
 
 from collections.abc import Callable
 
@@ -9,7 +9,7 @@ from torch.nn import functional
 from batchnorm.core.activations import parse
 from batchnorm.spec import Activation
 
-#: PyTorch's functions for our names; leaky_relu takes its slope.
+#: PyTorch's function for each name; leaky_relu is absent, because it takes a slope.
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "identity": lambda z: z,
     "relu": torch.relu,
@@ -23,7 +23,7 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
 
 
 def apply_activation(z: Tensor, activation: Activation | None) -> Tensor:
-    """The activation of z, one by name by PyTorch's operator."""
+    """Apply an activation to z; a name selects PyTorch's operator."""
     if callable(activation):
         return activation(z)  # type: ignore[no-any-return]
     name, slope = parse(activation or "identity")
@@ -31,7 +31,7 @@ def apply_activation(z: Tensor, activation: Activation | None) -> Tensor:
 
 
 def activation_name(module: nn.Module) -> str | None:
-    """The kernels' name for the activation of a module; None for an activation that they do not have."""
+    """The kernels' name for the activation of a module; None if they do not implement it."""
     match module:
         case nn.ReLU():
             return "relu"

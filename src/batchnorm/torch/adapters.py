@@ -1,7 +1,7 @@
-"""Batch norms of other libraries, computed by ours: subclasses of their classes with the same interface.
+"""Adapters for batch norms of other libraries: subclasses of their classes, with the same interface.
 
-Each is made when a model has such a layer, so that nothing here imports those libraries; pickles find it by its name in
-this module.
+A class is created when a model contains such a layer, so this module imports none of those libraries. Unpickling finds
+it by its name in this module.
 """
 
 import importlib
@@ -19,13 +19,13 @@ from batchnorm.torch.waiting import has_hooks
 
 
 class ActivatedLayer(Layer):
-    """Timm's `BatchNormAct2d`: a batch norm with dropout and an activation of its own."""
+    """Adapter for timm's `BatchNormAct2d`: a batch norm with its own dropout and activation."""
 
     drop: nn.Module
     act: nn.Module
 
     def forward(self, input: Tensor, mask: Tensor | None = None, lengths: Tensor | None = None) -> Tensor:
-        """Act(drop(normalized input)), in one pass where there is no dropout and the kernels know the activation."""
+        """act(drop(normalized input)), fused if there is no dropout and the kernels implement the activation."""
         activation = "identity" if type(self.act) is nn.Identity else activation_name(self.act)
         if activation is None or type(self.drop) is not nn.Identity or has_hooks(self.act) or has_hooks(self.drop):
             z: Tensor = self.act(self.drop(super().forward(input, mask, lengths)))
@@ -42,12 +42,12 @@ class ActivatedLayer(Layer):
 
 
 class FrozenLayer(nn.Module):
-    """`FrozenBatchNorm2d` of torchvision and detectron2, whose statistics and parameters are buffers."""
+    """Adapter for `FrozenBatchNorm2d` of torchvision and detectron2, whose statistics and parameters are buffers."""
 
     def forward(self, x: Tensor) -> Tensor:
-        """Weight * (x - running_mean) / sqrt(running_var + eps) + bias."""
+        """weight * (x - running_mean) / sqrt(running_var + eps) + bias."""
         mean, var, weight, bias = (self._buffers[name] for name in ("running_mean", "running_var", "weight", "bias"))
-        if mean is None or mean.dtype != x.dtype:  # the result is of the wider dtype there
+        if mean is None or mean.dtype != x.dtype:  # the original's result has the wider dtype then
             y: Tensor = super().forward(x)
             return y
         return batch_norm(x, mean, var, weight, bias, eps=float(self.eps))  # type: ignore[arg-type]
@@ -56,7 +56,7 @@ class FrozenLayer(nn.Module):
         raise NotImplementedError("torch.jit.script does not compile this layer; call batchnorm.torch.restore first")
 
 
-#: The name of an adapter in this module, the class it is for, and what it adds to it.
+#: Each adapter's name in this module: the module and name of the original class, and the base class added to it.
 ADAPTERS: dict[str, tuple[str, str, type[nn.Module]]] = {
     "TimmBatchNormAct2d": ("timm.layers.norm_act", "BatchNormAct2d", ActivatedLayer),
     "TorchvisionFrozenBatchNorm2d": ("torchvision.ops.misc", "FrozenBatchNorm2d", FrozenLayer),
@@ -68,7 +68,7 @@ ADAPTERS_MODULE = __name__
 
 
 def adapter_for(kind: type[nn.Module]) -> type[nn.Module] | None:
-    """The class of ours that layers of another library become; None where there is none."""
+    """The adapter for a class of another library; None if there is none."""
     for name, (module, original, _) in ADAPTERS.items():
         if (kind.__module__, kind.__qualname__) == (module, original):
             return adapter(name)
@@ -77,7 +77,7 @@ def adapter_for(kind: type[nn.Module]) -> type[nn.Module] | None:
 
 @cache
 def adapter(name: str) -> type[nn.Module]:
-    """The class of this name, made of ours and theirs."""
+    """Create the adapter of this name from its base class in this module and the original class; cached."""
     module, original, ours = ADAPTERS[name]
     theirs = getattr(importlib.import_module(module), original)
     return type(original, (ours, theirs), {

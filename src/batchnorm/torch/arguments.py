@@ -1,4 +1,4 @@
-"""Checks and messages in the words of PyTorch, and lengths as a mask."""
+"""Checks with PyTorch's error messages and argument names, and lengths as a mask."""
 
 import re
 from collections.abc import Iterator
@@ -13,11 +13,11 @@ from batchnorm.torch.state import LayerBuffers
 
 
 class ChannelError(ValueError, RuntimeError):
-    """A wrong number of channels: a ValueError, as every bad argument, and a RuntimeError, as PyTorch's own."""
+    """A wrong number of channels: a ValueError like that of any bad argument, and a RuntimeError like PyTorch's."""
 
 
 def check_batch(x: Tensor, axis: int) -> None:
-    """Raise where a channel has one element, in the words of PyTorch."""
+    """Raise if a channel has a single element, with PyTorch's message."""
     if x.ndim > 1 and is_single(x, axis):
         raise ValueError(
             f"Expected more than 1 value per channel when training, got input size {x.size()}: pass a larger batch, "
@@ -26,7 +26,7 @@ def check_batch(x: Tensor, axis: int) -> None:
 
 
 def check_channels(x: Tensor, axis: int, gamma: Tensor | None, beta: Tensor | None, state: LayerBuffers | None) -> None:
-    """Raise unless x has the channels of the parameters and running statistics, in the words of PyTorch."""
+    """Raise unless the parameters and running statistics have the channels of x, with PyTorch's message."""
     channels = x.shape[axis] if -x.ndim <= axis < x.ndim else None
     mean, var = (None, None) if state is None else (state.mean, state.spread)
     for name, values in (("running_mean", mean), ("running_var", var), ("weight", gamma), ("bias", beta)):
@@ -38,7 +38,7 @@ def check_channels(x: Tensor, axis: int, gamma: Tensor | None, beta: Tensor | No
 
 
 def check_tensors(**tensors: Any) -> None:
-    """Raise unless each is a tensor of a floating dtype, or None."""
+    """Raise unless each value is None or a tensor of a floating-point dtype."""
     for name, value in tensors.items():
         if value is None:
             continue
@@ -50,7 +50,7 @@ def check_tensors(**tensors: Any) -> None:
             )
 
 
-#: Words of `batchnorm.batch_norm`, and what a caller of PyTorch's layers knows them as.
+#: Patterns in messages of `batchnorm.batch_norm`, each with its replacement in the terms of PyTorch's layers.
 WORDS = (
     (r"\bgamma\b", "weight"),
     (r"\bbeta\b", "bias"),
@@ -67,7 +67,7 @@ WORDS = (
 
 @contextmanager
 def with_torch_names() -> Iterator[None]:
-    """Within it, errors about the arguments of `batchnorm.batch_norm` speak of a PyTorch layer's."""
+    """Context manager that rewrites errors of `batchnorm.batch_norm` with the argument names of a PyTorch layer."""
     try:
         yield
     except (TypeError, ValueError) as error:
@@ -84,7 +84,7 @@ def is_single(x: Tensor, axis: int) -> bool:
 
 
 def lengths_to_mask(x: Tensor, lengths: Tensor, axis: int) -> Tensor:
-    """Lengths along the first axis that is neither batch nor channel, as a mask."""
+    """Boolean mask for lengths along the first axis that is neither batch nor channel; it broadcasts against x."""
     time = 1 if axis % x.ndim == 2 else 2
     positions = torch.arange(x.shape[time], device=x.device)
     sizes = [1] * x.ndim

@@ -1,4 +1,4 @@
-"""The conventions that layers follow: PyTorch's, or any other, with the eps and the momentum of a layer."""
+"""Conventions of layers: PyTorch's or any other, with a layer's eps and momentum."""
 
 import math
 import warnings
@@ -23,7 +23,7 @@ def pytorch_convention(momentum: float | None, eps: float = 1e-5, single: Single
 
 @lru_cache(typed=True)
 def cached_pytorch_convention(momentum: float | None, eps: float, single: Single) -> Convention:
-    """`pytorch_convention`: to build and validate a record takes longer than a small batch norm."""
+    """Cached `pytorch_convention`: building and validating a record takes longer than a small batch norm."""
     if not eps >= 0:
         raise ValueError(f"batch_norm eps must be positive in training and not negative in evaluation, but got {eps}")
     return with_momentum(replace(find("pytorch"), eps=eps, single=single), momentum)
@@ -33,7 +33,7 @@ def cached_pytorch_convention(momentum: float | None, eps: float, single: Single
 def layer_convention(
     convention: str | Convention, eps: float | None, momentum: Momentum, single: Single | None
 ) -> Convention:
-    """Any convention with what a layer sets itself; None, or "convention", is its own."""
+    """A convention with a layer's eps, momentum and single; None (for momentum "convention") keeps its own."""
     return cached_layer_convention(convention, eps, momentum, single)
 
 
@@ -41,7 +41,7 @@ def layer_convention(
 def cached_layer_convention(
     convention: str | Convention, eps: float | None, momentum: Momentum, single: Single | None
 ) -> Convention:
-    """`layer_convention`: to build and validate a record takes longer than a small batch norm."""
+    """Cached `layer_convention`: building and validating a record takes longer than a small batch norm."""
     record = resolve(convention, eps, None, single, None)
     return record if momentum == "convention" else with_momentum(record, momentum)
 
@@ -50,13 +50,13 @@ def cached_layer_convention(
 def pytorch_spec(
     ndim: int, momentum: float | None, eps: float, single: Single = "error", activation: str | None = None
 ) -> Spec:
-    """The spec of a layer of PyTorch's on inputs of this rank."""
+    """The spec of a `torch.nn` layer on inputs of this rank."""
     return cached_pytorch_spec(ndim, momentum, eps, single, activation)
 
 
 @lru_cache(1024, typed=True)
 def cached_pytorch_spec(ndim: int, momentum: float | None, eps: float, single: Single, activation: str | None) -> Spec:
-    """`pytorch_spec`, cached: building a spec takes longer than a small batch norm."""
+    """Cached `pytorch_spec`: building a spec takes longer than a small batch norm."""
     return spec_of(cached_pytorch_convention(momentum, eps, single), 1, ndim, activation)
 
 
@@ -64,7 +64,7 @@ def cached_pytorch_spec(ndim: int, momentum: float | None, eps: float, single: S
 def layer_spec(
     convention: str | Convention, eps: float | None, momentum: Momentum, single: Single | None, *call: Any
 ) -> Spec:
-    """The spec of a layer with the arguments of `layer_convention`; `call` as in `spec_of_record`."""
+    """The spec of a layer with the arguments of `layer_convention`; `call` is passed on to `spec_of_record`."""
     return spec_of_record(cached_layer_convention(convention, eps, momentum, single), *call)
 
 
@@ -72,19 +72,19 @@ def layer_spec(
 def spec_of_record(
     record: Convention, axis: int, ndim: int, activation: str | None = None, group_size: int = 0
 ) -> Spec:
-    """The spec of a layer on inputs of this rank, in groups of so many examples or, for 0, of all of them; cached."""
+    """The spec of a layer on inputs of this rank, cached; a `group_size` above 0 is the size of ghost batches."""
     spec = spec_of(record, axis, ndim, activation)
     return replace(spec, group_size=group_size) if group_size else spec
 
 
 def with_momentum(convention: Convention, momentum: Any) -> Convention:
-    """The convention with a momentum of PyTorch, the weight of the batch; None is the cumulative average.
+    """The convention with PyTorch's momentum, the weight of the batch; None is the cumulative average.
 
     Raises:
-        ValueError: It is not finite.
+        ValueError: The momentum is not finite.
 
     Warns:
-        UserWarning: It lies outside 0 to 1, which PyTorch takes.
+        UserWarning: The momentum lies outside 0 to 1, which PyTorch accepts.
     """
     if momentum is None:
         return replace(convention, decay=None)
@@ -100,13 +100,13 @@ def with_momentum(convention: Convention, momentum: Any) -> Convention:
 
 
 def is_inference_of_torch(convention: Convention) -> bool:
-    """Whether evaluation is that of PyTorch's layers: weight * (x - mean) / sqrt(var + eps) + bias."""
+    """Whether evaluation equals that of PyTorch's layers: weight * (x - mean) / sqrt(var + eps) + bias."""
     is_plain = (convention.tracked, convention.affine, convention.update) == ("var", "plain", "training")
     return is_plain and convention.eps_eval == "inside" and convention.debias not in ("adam", "weight_sum")
 
 
 def is_training_of_torch(convention: Convention) -> bool:
-    """Whether training is that of PyTorch's layers as well, whatever eps and momentum are."""
+    """Whether training and evaluation equal those of PyTorch's layers, whatever eps and momentum are."""
     return (
         is_inference_of_torch(convention)
         and (convention.normalize_with, convention.normalize_correction) == ("batch", 0)

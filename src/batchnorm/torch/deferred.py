@@ -1,13 +1,13 @@
-"""The tensor that a fused layer returns: a batch norm that waits for what follows it.
+"""The tensor that a fused layer returns: a batch norm whose computation is deferred until its result is used.
 
-A layer that `replace(fuse=True)` has found to be followed by an activation measures its batch and advances its running
-statistics at once. What is left, to normalize, waits: the layer returns a `Deferred` tensor. If that goes to an
-activation which the kernels know, or to the addition of a tensor of the same shape and then to such an activation, one
-kernel computes all of it (`joining.py`). Anything else gets the plain result, which the deferred tensor becomes: from
-then on it is a tensor like any other. The code of the model decides, at each call; nothing about it is assumed.
+A layer that `replace(fuse=True)` has found to be followed by an activation measures its batch and updates its running
+statistics at once. The normalization is deferred: the layer returns a `Deferred` tensor. If it is passed to an
+activation that the kernels implement, optionally after the addition of a tensor of the same shape, one kernel computes
+all of it (`joining.py`). Any other use gets the plain result, and the deferred tensor becomes that result: from then on
+it is an ordinary tensor. The model's code decides at each call; nothing about it is assumed.
 
-To autograd a deferred tensor is the result of a batch norm, so that what differentiates it without asking for its
-numbers (an `autograd.Function`, a reentrant checkpoint) finds its gradient. What it cannot be right about raises.
+For autograd, a deferred tensor is the result of a batch norm, so code that differentiates it without reading its values
+(an `autograd.Function`, a reentrant checkpoint) gets its gradient. Uses whose result could be wrong raise.
 """
 
 from __future__ import annotations
@@ -25,11 +25,11 @@ from torch.utils._pytree import tree_flatten, tree_map
 from batchnorm.kernels.torch.compat import DisableTorchFunctionSubclass, is_forward_mode, is_traced
 from batchnorm.torch.waiting import DeferredCall
 
-#: What joins a deferred tensor, by the function of PyTorch that is called; filled by `joining.py`. Each takes the
-#: function's arguments, and returns None where it cannot.
+#: Handlers that fuse an operation with a deferred tensor, by PyTorch function; filled by `joining.py`. Each takes the
+#: function's arguments, and returns None if it cannot fuse the call.
 JOINING: dict[Any, Callable[..., Any]] = {}
 
-#: What can be answered without the result.
+#: Functions that do not need the result.
 METADATA: frozenset[Any] = frozenset(
     [getattr(Tensor, name).__get__ for name in (
         "shape", "dtype", "device", "ndim", "layout", "requires_grad", "is_cpu", "is_cuda", "is_sparse", "is_quantized",
@@ -39,7 +39,7 @@ METADATA: frozenset[Any] = frozenset(
     + [Tensor.__len__, Tensor.__hash__, torch.is_floating_point, torch.numel]
 )  # fmt: skip
 
-#: What asks for the tensor's own place in the graph.
+#: Functions that need the tensor's own node in the autograd graph.
 GRAPH: frozenset[Any] = frozenset(
     [getattr(Tensor, name).__get__ for name in ("grad_fn", "grad")]
     + [Tensor.register_hook, Tensor.retain_grad, torch.autograd.grad]
@@ -47,7 +47,7 @@ GRAPH: frozenset[Any] = frozenset(
 
 
 def wait(call: DeferredCall, residual: Tensor | None = None) -> Deferred:
-    """The result of a call with a residual added to it, as a tensor that autograd knows."""
+    """The deferred result of a call, plus the residual if there is one, as part of the autograd graph."""
     keep_dynamo_out()
     inputs = (*call.inputs, residual)
     if torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in inputs):
@@ -56,7 +56,7 @@ def wait(call: DeferredCall, residual: Tensor | None = None) -> Deferred:
 
 
 def keep_dynamo_out() -> None:
-    """Have a compiled function that is given a deferred tensor use it outside of its graph, once Dynamo is imported."""
+    """Once Dynamo is imported, make compiled functions handle deferred tensors outside of their graphs."""
     if "torch._dynamo" in sys.modules and not Deferred.is_outside_graphs:
         function = torch._dynamo.disable(Deferred.__torch_function__.__func__)  # type: ignore[attr-defined, no-untyped-call]
         Deferred.__torch_function__ = classmethod(function)  # type: ignore[assignment, method-assign]
@@ -64,42 +64,43 @@ def keep_dynamo_out() -> None:
 
 
 class Deferred(Tensor):
-    """The result of a call, perhaps with a tensor added to it, which is computed when it is used.
+    """The result of a call, possibly with a residual added, which is computed when it is first used.
 
-    It becomes its result then, unless something holds on to it: autograd, a weak reference, a hook. In that case it
-    stays, and a stand-in of the same numbers serves Python, whose gradient goes through its place in the graph.
+    At that point this tensor becomes the result, unless something else refers to it: autograd, a weak reference, a
+    hook. In that case it stays, and Python code uses a proxy with the same values, whose gradient flows through this
+    tensor's node.
     """
 
     call: DeferredCall
     residual: Tensor | None
     residual_version: int
-    has_joined: bool  # whether an operation has been computed together with it
-    must_stay: bool  # whether its place in the graph, or its numbers past Python, are in use
-    numbers: Tensor | None  # of a tensor that stays
+    has_joined: bool  # whether an operation has been fused with it
+    must_stay: bool  # whether its graph node, or its values below Python's interface, are in use
+    numbers: Tensor | None  # the values of a tensor that stays
     numbers_version: int
     proxy: Tensor | None
-    node: Any  # that the stand-in's gradient goes to
+    node: Any  # receives the proxy's gradient
     is_outside_graphs = False
 
     @staticmethod
     def __new__(cls, call: DeferredCall, residual: Tensor | None) -> Deferred:
-        """A tensor without memory, of the shape, dtype and device of the result."""
+        """A tensor without memory, with the shape, dtype and device of the result."""
         x: Any = call.inputs[0]
         result: Deferred = Tensor._make_wrapper_subclass(cls, x.shape, dtype=x.dtype, device=x.device)
-        torch._C._set_throw_on_mutable_data_ptr(result)  # what asks for memory fails
+        torch._C._set_throw_on_mutable_data_ptr(result)  # access to its memory fails
         result.call, result.has_joined, result.must_stay = call, False, False
         result.numbers = result.proxy = None
         result.residual, result.residual_version = residual, 0 if residual is None else residual._version
         return result
 
     def is_open(self) -> bool:
-        """Whether an operation may still join."""
+        """Whether an operation may still be fused with it."""
         if self.must_stay or self.numbers is not None or torch.is_grad_enabled() != self.call.has_gradient:
             return False
         return not (is_traced() or is_forward_mode() or torch.is_inference_mode_enabled() or self.has_left())
 
     def own_node(self) -> Any:
-        """Its place in the graph."""
+        """Its node in the autograd graph."""
         with DisableTorchFunctionSubclass():
             return self.grad_fn
 
@@ -109,13 +110,13 @@ class Deferred(Tensor):
         return node is not None and node.name() != "DeferralBackward"
 
     def compute_result(self, activation: str | None = None) -> Tensor:
-        """The result, the residual included."""
+        """The result, including the residual."""
         if self.residual is not None and self.residual._version != self.residual_version:
             raise self.call.error("is added to a tensor that has been changed in place since")
         return self.call.compute(activation, self.residual)
 
     def materialize(self) -> Tensor:
-        """The tensor that this one stands for: itself, which becomes it, or a stand-in."""
+        """The computed result: this tensor, which becomes it, or a proxy if this tensor must stay."""
         if not self.must_stay and self.numbers is None:
             y = self.compute_result()
             if become(self, self.attach(y) if self.has_left() else y):
@@ -127,12 +128,12 @@ class Deferred(Tensor):
         return self.proxy
 
     def set_numbers(self, y: Tensor) -> None:
-        """Have these numbers from now on."""
+        """Store the values of a tensor that stays."""
         self.numbers = y.detach()
         self.numbers_version = self.numbers._version
 
     def checked_numbers(self) -> Tensor:
-        """The numbers of a tensor that stays; raises where they have been changed, of which its node does not know."""
+        """The values of a tensor that stays; raises if they were changed in place, which autograd does not record."""
         if self.numbers is None:
             self.set_numbers(self.compute_result())
         assert self.numbers is not None
@@ -141,13 +142,13 @@ class Deferred(Tensor):
         return self.numbers
 
     def attach(self, y: Tensor) -> Tensor:
-        """The numbers of y with this tensor's place in the graph."""
+        """The values of y with this tensor's node in the autograd graph."""
         with torch.inference_mode(False), torch.enable_grad():
             return Attachment.apply(self, y)  # type: ignore[no-any-return, no-untyped-call]
 
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        """Let the operation join the batch norm, or do it with the plain result."""
+        """Fuse the operation with the batch norm, or run it on the plain result."""
         kwargs = kwargs or {}
         if func in METADATA:
             with DisableTorchFunctionSubclass():
@@ -178,7 +179,7 @@ class Deferred(Tensor):
 
     @classmethod
     def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # type: ignore[override]
-        """Compute what goes past Python's interface with the numbers of the result; autograd is above it."""
+        """Run an operator called below Python's interface on the values of the result; autograd is above this level."""
         kwargs = kwargs or {}
         written = {a.name for a in func._schema.arguments if a.alias_info is not None and a.alias_info.is_write}
         named = {a.name: value for a, value in zip(func._schema.arguments, args, strict=False)} | kwargs
@@ -197,7 +198,7 @@ class Deferred(Tensor):
 
 
 def become(waiting: Deferred, tensor: Tensor) -> bool:
-    """Make a deferred tensor the other one, with its memory, class and place in the graph; not where one is held."""
+    """Turn a deferred tensor into the other one (memory, class, graph node); False if one has other references."""
     extras = {name: value for name, value in vars(waiting).items() if name not in Deferred.__annotations__}
     with DisableTorchFunctionSubclass():
         pair: Any = (waiting, tensor)
@@ -209,7 +210,7 @@ def become(waiting: Deferred, tensor: Tensor) -> bool:
 
 
 class Deferral(torch.autograd.Function):
-    """The deferred result as a node of the graph, for whatever differentiates it without computing it."""
+    """The deferred result as a node of the autograd graph, for code that differentiates it without computing it."""
 
     @staticmethod
     def forward(
@@ -228,7 +229,7 @@ class Deferral(torch.autograd.Function):
         call: DeferredCall = ctx.call
         is_needed = ctx.needs_input_grad[:4]
         is_differentiable = torch.is_grad_enabled()
-        # Of aliases: the tensors themselves have hooks, and may depend on each other.
+        # With respect to aliases, because the tensors themselves have hooks, and may depend on each other.
         with torch.enable_grad():
             aliases = [
                 None if t is None else t.view_as(t) if is_differentiable else t.detach().requires_grad_(needed)
@@ -240,16 +241,16 @@ class Deferral(torch.autograd.Function):
         return (*(next(gradients) if needed else None for needed in is_needed), None)
 
 
-#: `Deferral.apply` without what it does for torch.func first, which no such call has to do with.
+#: `Deferral.apply` without its initial handling of torch.func, which does not concern these calls.
 apply_deferral: Any = super(torch.autograd.Function, Deferral).apply
 
 
 class Attachment(torch.autograd.Function):
-    """A result that takes a deferred tensor's place in the graph."""
+    """A computed result, with the deferred tensor's node in the autograd graph."""
 
     @staticmethod
     def forward(ctx: Any, waiting: Deferred, y: Tensor) -> Tensor:
-        """Y itself."""
+        """y itself."""
         ctx.set_materialize_grads(False)
         return y.detach()
 

@@ -1,4 +1,4 @@
-"""Which statistics the batch norms of a model use, and whether they change."""
+"""Freezing: which statistics the batch norms of a model use, and whether these are updated."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -10,24 +10,24 @@ from batchnorm.torch.layers import Layer
 
 
 def batch_norms(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """Every batch norm of a model with its name, PyTorch's included."""
+    """Names and layers of all batch norms of a model, PyTorch's included."""
     for name, module in model.named_modules():
         if isinstance(module, (_BatchNorm, Layer)):
             yield name or type(module).__name__, module
 
 
 def freeze(model: nn.Module, *, parameters: bool = True) -> list[str]:
-    """Let every batch norm normalize by its running statistics from now on, whatever `model.train()` says.
+    """Make every batch norm normalize by its running statistics from now on, even after `model.train()`.
 
     Args:
         model: Any module; changed in place.
-        parameters: Take weight and bias out of training as well (`requires_grad`), until `unfreeze`.
+        parameters: Also stop training weight and bias (`requires_grad = False`), until `unfreeze`.
 
     Returns:
         The names of the layers.
 
     Raises:
-        ValueError: A batch norm is not ours, or has no running statistics; nothing has been changed.
+        ValueError: A batch norm is PyTorch's own, or has no running statistics; nothing has been changed.
 
     Example:
         >>> import torch, batchnorm.torch as bnt
@@ -45,7 +45,7 @@ def freeze(model: nn.Module, *, parameters: bool = True) -> list[str]:
         if layer.running_mean is None:
             raise ValueError(f"{name} has no running statistics to normalize by (track_running_stats=False)")
     thawed = [layer for layer in layers.values() if isinstance(layer, Layer) and not layer.is_frozen]
-    for layer in thawed:  # before any parameter is taken out of training: layers may share them
+    for layer in thawed:  # before any requires_grad changes: layers may share parameters
         trained = {name: p for name, p in layer.named_parameters(recurse=False) if p.requires_grad and parameters}
         layer.is_frozen, layer.thawed_parameters = True, tuple(trained)
     for layer in thawed:
@@ -55,7 +55,7 @@ def freeze(model: nn.Module, *, parameters: bool = True) -> list[str]:
 
 
 def unfreeze(model: nn.Module) -> list[str]:
-    """Undo `freeze`; the names of the layers that were frozen."""
+    """Undo `freeze`; returns the names of the layers that were frozen."""
     names = []
     for name, layer in batch_norms(model):
         if isinstance(layer, Layer) and layer.is_frozen:
@@ -70,10 +70,11 @@ def unfreeze(model: nn.Module) -> list[str]:
 
 @contextmanager
 def no_update(model: nn.Module) -> Iterator[None]:
-    """Within it, batch norms in training normalize by the batch and leave their running statistics as they are.
+    """Context manager in which batch norms in training do not update their running statistics.
 
-    For a second forward pass on other data: the other view of a contrastive loss, a discriminator's, a loss estimated
-    for a learning-rate search. Works for PyTorch's own layers as well.
+    They still normalize by the batch. Use it for an additional forward pass on other data: the second view of a
+    contrastive loss, a discriminator's pass, a loss estimated for a learning-rate search. It works for PyTorch's own
+    layers as well.
 
     Example:
         >>> import torch, batchnorm.torch as bnt

@@ -1,4 +1,4 @@
-"""Batch norm on PyTorch tensors with running statistics that are advanced in place, as PyTorch's layers keep them."""
+"""Batch norm on PyTorch tensors, with running statistics updated in place as in PyTorch's layers."""
 
 from collections.abc import Callable
 from contextlib import nullcontext
@@ -51,22 +51,22 @@ def batch_norm(
         running <- (1 - momentum) * running + momentum * batch      in training, the variance with divisor count - 1
 
     Args:
-        input: (N, C, ...), of a floating dtype.
-        running_mean: (C,), changed in place in training; a batch whose statistics are not finite leaves it as it is.
-        running_var: Likewise.
+        input: (N, C, ...), of a floating-point dtype.
+        running_mean: (C,), updated in place in training, except by a batch whose statistics are not finite.
+        running_var: (C,), updated in place in training, except by a batch whose statistics are not finite.
         weight: (C,); None is 1.
         bias: (C,); None is 0.
         training: Normalize by the batch rather than by the running statistics.
-        momentum: Weight of the batch in the running statistics; warned of outside 0 to 1, where these run away.
+        momentum: Weight of the batch in the running statistics; outside 0 to 1 these diverge, and a warning is issued.
         eps: Added to the variance.
         mask: Booleans that broadcast to input, True where an element counts.
         lengths: (N,) integers in place of a mask: how many leading elements of each sequence count.
-        activation: A name that `batchnorm.batch_norm` knows, or a callable.
+        activation: A name that `batchnorm.batch_norm` accepts, or a callable.
         residual: Added before the activation; the shape of input.
 
     Raises:
-        ValueError: One element per channel in training; running statistics missing, or with one of them only; or as
-            `batchnorm.batch_norm`.
+        ValueError: A channel has one element in training; running statistics are missing in evaluation, or only one of
+            them is given; or an argument is one that `batchnorm.batch_norm` rejects.
 
     Example:
         >>> import torch, batchnorm.torch as bnt
@@ -87,7 +87,7 @@ def batch_norm(
     if state is None and not training:
         raise ValueError("Expected running_mean to be defined when training=False; pass both running statistics")
     if input.ndim == 1 and input.numel() == 0:
-        return input.clone()  # as PyTorch's, which takes it for an empty batch
+        return input.clone()  # as PyTorch's, which treats it as an empty batch
     operands = Operands(input, weight, bias, residual, one_mask(mask, lengths))
     name = None if callable(activation) else activation
     with nullcontext() if input.ndim > 1 else with_torch_names():
@@ -97,7 +97,7 @@ def batch_norm(
 
 
 def one_mask(mask: Tensor | None, lengths: Tensor | None) -> Mask:
-    """The mask of a call, or its lengths as one.
+    """The mask of a call, or its lengths wrapped as a mask.
 
     Raises:
         ValueError: Both are given.
@@ -112,12 +112,12 @@ def one_mask(mask: Tensor | None, lengths: Tensor | None) -> Mask:
 def normalize(
     spec: Spec, operands: Operands, state: LayerBuffers | None, *, training: bool, is_tracked: bool
 ) -> Tensor:
-    """y of a layer, whose state takes in the batch if `is_tracked`.
+    """Normalize, and update the running statistics if `is_tracked`.
 
-    Not when autograd computes the forward pass again, as checkpointing does: the batch has been taken in.
+    A forward pass that autograd recomputes (activation checkpointing) does not update them a second time.
     """
     if is_in_graph():
-        from batchnorm.torch.graphs import normalize_in_graph  # which imports Dynamo: a second and more
+        from batchnorm.torch.graphs import normalize_in_graph  # imports Dynamo: a second or more
 
         return normalize_in_graph(spec, operands, state, training=training, is_tracked=is_tracked)
     tracked = state if is_tracked and not is_recomputed() else None
@@ -148,12 +148,12 @@ def normalize_arrays(
     state: LayerBuffers | None,
     **options: bool,
 ) -> Tensor:
-    """`normalize`, its arrays as arguments of their own: what tensors with a `__torch_function__` look through."""
+    """`normalize` with each array as a separate argument, as `__torch_function__` handlers expect."""
     return normalize(spec, Operands(x, gamma, beta, residual, mask), state, **options)
 
 
 def apply_callable(activation: Callable[[Tensor], Tensor], z: Tensor, spec: Spec, operands: Operands) -> Tensor:
-    """The activation of z, with masked positions as the convention says."""
+    """The activation of z; masked positions follow the convention's `masked_output`."""
     y, mask = activation(z), operands.mask
     if mask is None or spec.convention.masked_output == "normalized":
         return y
@@ -161,14 +161,14 @@ def apply_callable(activation: Callable[[Tensor], Tensor], z: Tensor, spec: Spec
 
 
 def boolean_mask(x: Tensor, mask: Mask, axis: int) -> Any:
-    """The mask as booleans."""
+    """The mask as a boolean tensor."""
     return lengths_to_mask(x, mask.values, axis) if isinstance(mask, Lengths) else mask
 
 
 def normalize_checked(
     spec: Spec, operands: Operands, state: LayerBuffers | None, *, training: bool, is_tracked: bool
 ) -> Tensor:
-    """`normalize` with every check, for what the kernels declined: one element per channel, and whatever is wrong."""
+    """`normalize` with all checks, for calls the kernels declined: one element per channel, or invalid arguments."""
     (x, gamma, beta, residual, mask), axis, convention = operands, spec.axes.channel_axes[0], spec.convention
     mean, var = (None, None) if state is None else (state.mean, state.spread)
     check_tensors(input=x, running_mean=mean, running_var=var, weight=gamma, bias=beta, residual=residual)

@@ -1,4 +1,4 @@
-"""Which batch norms are followed by an activation: seen by running a copy of the model, and checked by its numbers."""
+"""Detection of batch norms followed by an activation: runs a copy of the model, and checks the fused results."""
 
 import copy
 import random
@@ -20,31 +20,31 @@ from batchnorm.torch.waiting import Record, recording
 
 FUSED = (BatchNorm1d, BatchNorm2d, BatchNorm3d)
 
-#: Largest difference that fusing may make in float64, over the largest entry of a tensor, and of all tensors.
+#: Largest difference that fusing may cause in float64, relative to the largest entry of the tensor, and of all tensors.
 TOLERANCE = (1e-8, 1e-12)
 
-#: The same where a model does not run in float64: a wrong result is off by its own size.
+#: Tolerance for a model that does not run in float64; loose, because a wrong result is off by its own size.
 ROUGH_TOLERANCE = (1e-2, 1e-3)
 
 
 @dataclass
 class Fusible:
-    """The layers that can be fused, with the operation that follows each, and the reason for each of the others."""
+    """The layers that can be fused, each with the operation that follows it, and the others, each with the reason."""
 
     fused: dict[str, str]
     unfused: dict[str, str]
 
 
 def find_fusible(model: nn.Module, example: Any, prepare: Callable[[nn.Module], Any]) -> Fusible:
-    """The layers whose result goes to one activation and nowhere else, in training and in evaluation alike.
+    """Find the layers whose result is used by one activation and nothing else, in both training and evaluation.
 
     Args:
         model: Not changed.
-        example: What it is called with.
-        prepare: Makes the batch norms of a copy ours.
+        example: Input of the model: a tensor, a tuple of arguments, or a dictionary of keyword arguments.
+        prepare: Replaces the batch norms of the copy.
 
     Raises:
-        ValueError: The copy cannot be made, or does not run.
+        ValueError: The model cannot be copied, or the copy does not run.
     """
     before = [(buffer, buffer.clone()) for buffer in model.buffers() if not is_lazy(buffer)]
     try:
@@ -54,14 +54,14 @@ def find_fusible(model: nn.Module, example: Any, prepare: Callable[[nn.Module], 
         raise ValueError(
             f"a copy of the model cannot be run on the example, in training and in evaluation: {error}"
         ) from error
-    finally:  # of a model whose copy calls the original
+    finally:  # in case the copy calls the original model
         with torch.no_grad():
             for buffer, value in before:
                 buffer.copy_(value)
 
 
 def found_by(trial: "Trial", expected: list[list[Tensor]]) -> Fusible:
-    """The layers that a trial shows to be followed by an activation, and that give the expected results with it."""
+    """The layers that an activation follows in a trial, and that give the expected results when fused with it."""
     fused: dict[str, str] = {}
     unfused: dict[str, str] = {}
     for name, (in_training, in_evaluation) in trial.followers(list(trial.layers)).items():
@@ -83,9 +83,9 @@ def found_by(trial: "Trial", expected: list[list[Tensor]]) -> Fusible:
 def first_run(
     model: nn.Module, example: Any, prepare: Callable[[nn.Module], Any]
 ) -> tuple["Trial", list[list[Tensor]]]:
-    """A copy of the model, and what it computes in training and in evaluation.
+    """Copy the model; returns the copy and its results in training and in evaluation.
 
-    In float64; in the model's own dtype where it makes tensors of that itself.
+    The copy is in float64, or in the model's own dtype if it does not run in float64.
     """
     try:
         trial = Trial(model, example, prepare, torch.float64)
@@ -104,7 +104,7 @@ class Follower:
 
     @classmethod
     def of(cls, records: list[Record]) -> "Follower":
-        """The one operation that joined every call, or why there is none."""
+        """The one operation that was fused with every call, or the reason why there is none."""
         operations = sorted({operation for record in records for operation in record.joined})
         others = sorted({name for record in records for name in record.others})
         if others or len(operations) > 1:
@@ -117,7 +117,7 @@ class Follower:
 
 
 def reason_of(in_training: Follower | None, in_evaluation: Follower | None) -> str:
-    """Why a layer is not fused."""
+    """The reason why a layer is not fused."""
     if in_training is None and in_evaluation is None:
         return "it is not called with the example, or is watched by hooks"
     if in_training is None or in_evaluation is None:
@@ -129,7 +129,7 @@ def reason_of(in_training: Follower | None, in_evaluation: Follower | None) -> s
 
 
 class Trial:
-    """A copy of a model, to be run from the same state and the same random numbers again and again."""
+    """A copy of a model that is run repeatedly, each time from the same state and random numbers."""
 
     def __init__(
         self, model: nn.Module, example: Any, prepare: Callable[[nn.Module], Any], dtype: torch.dtype | None
@@ -145,7 +145,7 @@ class Trial:
 
     @contextmanager
     def fusing(self, names: Iterable[str]) -> Iterator[None]:
-        """Within it, these layers wait for what follows them."""
+        """Context manager in which these layers return deferred results."""
         for name in names:
             self.layers[name].fused = "?"
         try:
@@ -156,7 +156,7 @@ class Trial:
                 layer.fused = None
 
     def run(self, mode: bool) -> list[Tensor]:
-        """Outputs, gradients for random weights of the outputs, and the buffers afterwards."""
+        """Outputs, gradients of a randomly weighted sum of the outputs, and the buffers afterwards."""
         with self.rewound(mode):
             example = tree_map(partial(copied, dtype=self.dtype), self.example)
             outputs = [t for t in tensors_of(self.call(example)) if t.is_floating_point()]
@@ -174,18 +174,18 @@ class Trial:
             return [t.detach() for t in (*outputs, *gradients, *buffers) if t is not None]
 
     def followers(self, names: list[str]) -> dict[str, list["Follower | None"]]:
-        """The follower of each of these layers in training, and in evaluation."""
+        """The follower of each layer, in training and in evaluation."""
         try:
             with self.fusing(names):
                 found = [self.followers_in(mode) for mode in (True, False)]
-        except Exception as error:  # whatever a result that is not there yet can lead to
+        except Exception as error:  # a deferred result can make the model fail in any way
             if len(names) > 1:
                 return {name: followers for each in names for name, followers in self.followers([each]).items()}
             return {name: [Follower(None, f"waiting for what follows it fails ({error})")] * 2 for name in names}
         return {name: [followers.get(name) for followers in found] for name in names}
 
     def followers_in(self, mode: bool) -> dict[str, Follower]:
-        """The follower of each layer in one mode; layers whose results did not wait are absent."""
+        """The follower of each layer in one mode; layers whose results were not deferred are absent."""
         with self.rewound(mode), recording() as records:
             output = self.call(tree_map(partial(copied, dtype=self.dtype), self.example))
             by_layer = defaultdict(list)
@@ -200,7 +200,7 @@ class Trial:
         try:
             with self.fusing(names):
                 return all(are_close(self.run(mode), expected[not mode], *self.tolerance) for mode in (True, False))
-        except Exception:  # whatever a result that is not there yet can lead to
+        except Exception:  # a deferred result can make the model fail in any way
             return False
 
     def call(self, example: Any) -> Any:
@@ -211,11 +211,11 @@ class Trial:
 
     @contextmanager
     def rewound(self, mode: bool) -> Iterator[None]:
-        """Within it, state, random numbers and mode are as at the start of every run."""
+        """Context manager that resets state, random numbers and mode to the start of a run."""
         with torch.no_grad():
             for name, buffer in self.model.named_buffers():
                 buffer.copy_(self.buffers[name])
-        before = random.getstate(), numpy.random.get_state()  # noqa: NPY002  (what a model may draw from)
+        before = random.getstate(), numpy.random.get_state()  # noqa: NPY002  (a model may use it)
         with torch.random.fork_rng(), torch.enable_grad():
             torch.manual_seed(0)
             random.seed(0)
@@ -234,7 +234,7 @@ def tensors_of(values: Any) -> list[Tensor]:
 
 
 def copied(value: Any, dtype: torch.dtype | None) -> Any:
-    """A copy of a tensor, in this dtype if it is floating; anything else as it is."""
+    """A copy of a tensor, in this dtype if it is floating-point; other values are returned unchanged."""
     if not isinstance(value, Tensor):
         return value
     own = value.detach().clone()
@@ -242,11 +242,12 @@ def copied(value: Any, dtype: torch.dtype | None) -> Any:
 
 
 def are_close(ours: list[Tensor], expected: list[Tensor], tolerance: float, noise: float) -> bool:
-    """Whether the tensors are equal but for rounding, NaN and infinities included."""
+    """Whether the tensors are equal up to rounding, NaN and infinities included."""
     if [t.shape for t in ours] != [t.shape for t in expected]:
         return False
     largest = [largest_entry(t) for t in expected]
-    # What is 0 but for rounding, such as the gradient of a bias in front of a batch norm, has the rounding of the rest.
+    # A tensor that is 0 up to rounding, such as the gradient of a bias before a batch norm, has the others' rounding
+    # error.
     noise *= max(largest, default=0.0)
     return all(
         torch.allclose(a, b, rtol=0, atol=tolerance * own + noise, equal_nan=True)
@@ -255,6 +256,6 @@ def are_close(ours: list[Tensor], expected: list[Tensor], tolerance: float, nois
 
 
 def largest_entry(values: Tensor) -> float:
-    """The largest finite entry by size; 0 where there is none."""
+    """The largest magnitude of a finite entry; 0 if there is none."""
     finite = values[values.isfinite()].double().abs()
     return float(finite.max()) if finite.numel() else 0.0

@@ -1,4 +1,4 @@
-"""A batch norm of our own: any rank and axis, any convention, with what is done to its output included."""
+"""The layer `BatchNorm`: any rank, axis and convention, with a fused activation and residual."""
 
 from typing import Any
 
@@ -23,29 +23,29 @@ class BatchNorm(LazyModuleMixin, Layer):
 
         y = activation(weight * (x - mean) / sqrt(var + eps) + bias + residual)
 
-    Not a `torch.nn` batch norm: fusing it into a convolution as one of those would drop the activation. With an
-    activation, or in a convention whose evaluation is another, its `eps` refuses to be added to a tensor, so that code
-    which folds a batch norm by its attributes (`fuse_conv_bn_eval`) fails with a sentence.
+    It deliberately does not subclass the batch norms of `torch.nn`: PyTorch's conv-bn fusion would drop the activation.
+    With an activation, or with a convention that evaluates differently from PyTorch, adding its `eps` to a tensor
+    raises, so code that folds a batch norm by its attributes (`fuse_conv_bn_eval`) fails with a clear message.
 
     Args:
-        num_features: Channels; None takes them from the first input.
+        num_features: Number of channels; None infers it from the first input.
         axis: The axis of the channels.
         eps: Added to the variance; None is the convention's.
-        momentum: Weight of the batch in the running statistics; None is their cumulative average, "convention" what
-            the convention says.
-        affine: Whether there are a weight and a bias.
-        track_running_stats: Whether there are running statistics; without them the batch's own serve in evaluation.
-        activation: A name that `batchnorm.batch_norm` knows, or a callable.
-        convention: Whose behaviour: a name in `batchnorm.CONVENTIONS` or a `Convention`.
-        virtual_batch_size: In training, normalize groups of so many examples by their own statistics; the last may be
-            smaller. Running statistics take in the whole batch, and evaluation is as ever.
-        single: What one element per channel does in training; None is the convention's.
-        device: Of parameters and buffers.
-        dtype: Likewise; running statistics are float32 where it is narrower.
+        momentum: Weight of the batch in the running statistics; None is their cumulative average, "convention" the
+            convention's value.
+        affine: Whether the layer has a weight and a bias.
+        track_running_stats: Whether the layer has running statistics; without them evaluation uses those of the batch.
+        activation: A name that `batchnorm.batch_norm` accepts, or a callable.
+        convention: A name in `batchnorm.CONVENTIONS`, or a `Convention`.
+        virtual_batch_size: In training, normalize groups of so many examples (ghost batches) by their own statistics;
+            the last group may be smaller. Running statistics use the whole batch, and evaluation is unaffected.
+        single: How training treats one element per channel; None is the convention's rule.
+        device: Device of parameters and buffers.
+        dtype: Dtype of parameters and buffers; running statistics are float32 if it is narrower.
         bias: Whether an affine layer has a bias.
 
     Raises:
-        ValueError, TypeError: An argument is not one of these.
+        ValueError, TypeError: An argument has none of the allowed values.
 
     Source of ghost batches: Hoffer, Hubara & Soudry 2017.
 
@@ -114,7 +114,7 @@ class BatchNorm(LazyModuleMixin, Layer):
 
     @property
     def eps(self) -> float:
-        """Added to the variance, as the convention says."""
+        """The layer's eps; a `GuardedEps` if the layer cannot be folded by its attributes."""
         reason = None
         if self.activation is not None:
             reason = f"applies an activation ({self.activation})"
@@ -128,7 +128,7 @@ class BatchNorm(LazyModuleMixin, Layer):
 
     @property
     def record(self) -> Convention:
-        """The convention with this layer's own eps, momentum and rule for one element."""
+        """The convention with this layer's own eps, momentum and `single`."""
         eps, momentum = self._eps, self.momentum
         if type(momentum) is Tensor:
             momentum = momentum.item()
@@ -136,7 +136,7 @@ class BatchNorm(LazyModuleMixin, Layer):
         return record
 
     def spec(self, ndim: int, group_size: int = 0) -> Spec:
-        """What a call on an input of this rank is, but for a callable activation; in groups of so many examples."""
+        """The spec of a call on inputs of this rank, in ghost batches of `group_size`; omits a callable activation."""
         momentum, name = self.momentum, None if callable(self.activation) else self.activation
         if type(momentum) is Tensor:
             momentum = momentum.item()
@@ -156,7 +156,7 @@ class BatchNorm(LazyModuleMixin, Layer):
         )
 
     def reset_running_stats(self) -> None:
-        """Forget all batches."""
+        """Reset the running statistics to their initial values, and the counters to 0."""
         if not self.track_running_stats:
             return
         record = self.record
@@ -167,7 +167,7 @@ class BatchNorm(LazyModuleMixin, Layer):
                 tensor.zero_()
 
     def reset_parameters(self) -> None:
-        """Start anew: weight 1, bias 0, no batches; once the number of features is known."""
+        """Reset weight to 1, bias to 0, and the running statistics, once the number of features is known."""
         if self.has_uninitialized_params():
             return
         self.reset_running_stats()
@@ -182,7 +182,7 @@ class BatchNorm(LazyModuleMixin, Layer):
         lengths: Tensor | None = None,
         residual: Tensor | None = None,
     ) -> Tensor:
-        """y; see the class, and `batchnorm.torch.batch_norm` for mask and lengths."""
+        """Compute y by the formula of the class; see `batchnorm.torch.batch_norm` for mask and lengths."""
         if isinstance(input, Proxy):
             return trace_layer_call(self, input, mask=mask, lengths=lengths, residual=residual)
         self.check_input(input)
@@ -199,7 +199,7 @@ class BatchNorm(LazyModuleMixin, Layer):
         return apply_callable(self.activation, y, spec, operands) if callable(self.activation) else y
 
     def check_input(self, input: Tensor) -> None:
-        """Raise unless the input has the channels of this layer."""
+        """Raise unless the input has this layer's number of channels along its axis."""
         if not -input.ndim <= self.axis < input.ndim or input.shape[self.axis] != self.num_features:
             raise ValueError(
                 f"the input has shape {tuple(input.shape)}; this layer has {self.num_features} channels along axis "
@@ -207,7 +207,7 @@ class BatchNorm(LazyModuleMixin, Layer):
             )
 
     def initialize_parameters(self, input: Tensor, **_: Any) -> None:
-        """Take the number of features from the first input."""
+        """Set the number of features, from loaded tensors or else from the first input, and create the tensors."""
         tensors = [t for t in (self.weight, self.bias, self.running_mean, self.running_var) if t is not None]
         is_loaded = tensors and not self.has_uninitialized_params()
         self.num_features = len(tensors[0]) if is_loaded else input.shape[self.axis]
@@ -217,7 +217,7 @@ class BatchNorm(LazyModuleMixin, Layer):
             self.reset_parameters()
 
     def extra_repr(self) -> str:
-        """What differs from the defaults."""
+        """The number of channels, and the options that differ from the defaults."""
         shown: dict[str, Any] = {"axis": 1, "activation": None, "convention": "pytorch", "virtual_batch_size": None}
         shown |= {"momentum": "convention", "affine": True, "track_running_stats": True}
         own = {name: getattr(self, name) for name, usual in shown.items() if getattr(self, name) != usual}
@@ -229,7 +229,7 @@ class BatchNorm(LazyModuleMixin, Layer):
 
 
 def check_groups(x: Tensor, axis: int) -> None:
-    """Raise where ghost batches cannot be made, or not be exported."""
+    """Raise if the channels lie along axis 0, which ghost batches group, or if the call is being exported."""
     if axis % x.ndim == 0:
         raise ValueError("the channels lie along axis 0, where virtual_batch_size groups the examples")
     if is_exporting() or (not is_compiling() and is_tracing()):
@@ -239,25 +239,25 @@ def check_groups(x: Tensor, axis: int) -> None:
 
 
 class GuardedEps(float):
-    """The eps of a layer that more than its statistics, weight and bias make up.
+    """The eps of a layer that its statistics, weight and bias do not describe completely.
 
-    A number like any other, but that it raises where it meets a tensor: what computes a scale from a layer's attributes
-    would leave the rest of it out.
+    An ordinary float, except that it raises when combined with a tensor: code that computes a scale from the layer's
+    attributes would omit the rest of the layer.
     """
 
     reason: str
 
     def __new__(cls, eps: float, reason: str) -> "GuardedEps":
-        """The number, and what the layer does besides."""
+        """Create the number; `reason` tells what else the layer does."""
         guarded = super().__new__(cls, eps)
         guarded.reason = reason
         return guarded
 
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        """Refuse."""
+        """Raise, because the layer cannot be folded by its attributes."""
         eps = next(value for value in (*args, *(kwargs or {}).values()) if isinstance(value, cls))
-        # No TypeError: Python would make "unsupported operand types" of it.
+        # Not a TypeError: Python would replace its message by "unsupported operand types".
         raise ValueError(
             f"this batchnorm.torch.BatchNorm {eps.reason}, which is not in its weight, bias and running statistics: it "
             "cannot be folded into another layer by them"

@@ -23,7 +23,7 @@ from batchnorm.torch.state import LayerBuffers
 def normalize_in_graph(
     spec: Spec, operands: Operands, state: LayerBuffers | None, *, training: bool, is_tracked: bool
 ) -> Tensor:
-    """`normalize` as a graph: operators of ours where it is compiled for training, PyTorch's own everywhere else."""
+    """`normalize` in a traced graph: custom operators for compiled training, PyTorch's own operators otherwise."""
     (x, gamma, beta, residual, mask), convention, axis = operands, spec.convention, spec.axes.channel_axes[0]
     leaves_pytorch = is_exporting() or not is_compiling()
     if not leaves_pytorch and not is_traceable(convention, mask is not None):
@@ -54,12 +54,12 @@ def normalize_in_graph(
     return y if mask is None or convention.masked_output == "normalized" else torch.where(mask, y, 0.0)
 
 
-#: A break in the graph.
+#: A graph break: runs outside of the compiled graph.
 outside_the_graph = disable(normalize_checked)  # type: ignore[no-untyped-call]
 
 
 def is_traceable(convention: Convention, is_masked: bool) -> bool:
-    """Whether a graph can say all that there is to a convention."""
+    """Whether the graph's operators support everything in a convention."""
     return (
         (convention.normalize_with, convention.update) == ("batch", "training")
         and convention.single in ("error", "clamp", "running")
@@ -68,7 +68,7 @@ def is_traceable(convention: Convention, is_masked: bool) -> bool:
 
 
 def train_in_graph(spec: Spec, operands: Operands, state: LayerBuffers | None) -> Tensor:
-    """y by the operators, and the state, if there is one, advanced by another."""
+    """Normalize by a custom operator; another one updates the state, if there is one."""
     (x, gamma, beta, residual, mask), convention, axis = operands, spec.convention, spec.axes.channel_axes[0]
     gamma, beta = effective_gamma(xp, gamma, convention, x), effective_beta(beta, convention)
     results: operators.Results = operators.forward(
@@ -78,7 +78,7 @@ def train_in_graph(spec: Spec, operands: Operands, state: LayerBuffers | None) -
     if state is None:
         return results[0]
     moments = operators.moments(x, mask, axis) if spec.group_size else (results[5], *results[1:4])
-    # Not as a bound method: Dynamo has none of a constant.
+    # Not as a bound method: Dynamo does not support those of a constant.
     correction = Convention.correction(convention, masked=mask is not None)
     operators.advance(
         *state.buffers, *moments, convention.eps, convention.eps_train, convention.eps_eval, convention.decay,
@@ -88,7 +88,7 @@ def train_in_graph(spec: Spec, operands: Operands, state: LayerBuffers | None) -
 
 
 def normalize_by_state(operands: Operands, state: LayerBuffers, convention: Convention, axis: int) -> Tensor:
-    """gamma * xhat + beta by running statistics of any kind, in their dtype."""
+    """gamma * xhat + beta by the running statistics of any convention, in their dtype."""
     x, gamma, beta, *_ = operands
     zero = state.mean.new_zeros(())
     weight = zero + 1 if state.weight is None else state.weight

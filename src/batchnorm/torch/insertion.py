@@ -1,4 +1,4 @@
-"""Putting batch norms behind the layers of a model that has none."""
+"""Insertion of batch norms into a model that has none."""
 
 from collections import Counter
 from collections.abc import Callable
@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from batchnorm.torch.activations import activation_name
 from batchnorm.torch.general import BatchNorm
 
-#: Where the channels of a layer's result are.
+#: The channel axis of a layer's output.
 AXES: dict[type[nn.Module], int] = {
     nn.Linear: -1,
     nn.Conv1d: 1,
@@ -24,22 +24,23 @@ ActivationModule = str | nn.Module | Callable[[Tensor], Tensor]
 
 
 def with_batch_norm(layer: nn.Module, activation: ActivationModule | None = None) -> nn.Sequential:
-    """The layer, followed by a batch norm that does its bias's and its activation's work.
+    """Append a batch norm to a layer; it takes over the layer's bias and activation.
 
-    The bias is dropped, in place: the batch's mean would take it out again. Its value becomes the batch norm's, so that
-    in evaluation, before any batch, the result is what it was (up to eps). The weight stays the same parameter.
+    The layer's bias is removed, in place, because subtracting the batch mean cancels it. Its value becomes the batch
+    norm's initial bias, so evaluation before the first batch gives the same result as before (up to eps). The weight
+    stays the same parameter.
 
     Args:
         layer: A `Linear`, `Conv1d` to `3d` or `ConvTranspose1d` to `3d` of `torch.nn`, or a `Sequential` that ends in
-            one of them, or in one and an activation, which moves behind the normalization.
-        activation: A name that `batchnorm.batch_norm` knows, a module, or any callable on the tensor.
+            one of them, or in one and an activation, which then follows the normalization.
+        activation: A name that `batchnorm.batch_norm` accepts, a module, or any callable on the tensor.
 
     Returns:
-        A `Sequential` of what there was and a `BatchNorm`.
+        A `Sequential` of the given modules and a `BatchNorm`.
 
     Raises:
-        TypeError: Not such a layer.
-        ValueError: There are two activations, or the layer occurs before its end as well, where it would lose its bias.
+        TypeError: The layer is none of these.
+        ValueError: There are two activations, or the last layer also occurs earlier, where it would lose its bias.
 
     Source: Lasagne's `batch_norm(layer)`, lasagne/layers/normalization.py 0.2.
 
@@ -69,16 +70,16 @@ def with_batch_norm(layer: nn.Module, activation: ActivationModule | None = None
 
 
 def add_batch_norm(model: nn.Module) -> list[str]:
-    """Do so throughout a model: wherever, in a `Sequential`, an activation follows such a layer, in place.
+    """Insert batch norms in place where, in a `Sequential`, an activation follows a linear layer or a convolution.
 
-    The batch norm takes the activation's place. Layers without an activation behind them, as the last one, stay as they
-    are.
+    The batch norm replaces the activation, which it applies itself, and takes over the layer's bias. Layers without a
+    following activation, such as the last one, are left unchanged.
 
     Returns:
         The names of the batch norms.
 
     Raises:
-        ValueError: A layer that would lose its bias has several places in the model; nothing has been changed.
+        ValueError: A layer that would lose its bias occurs several times in the model; nothing has been changed.
 
     Example:
         >>> import torch, batchnorm.torch as bnt
@@ -105,12 +106,12 @@ def add_batch_norm(model: nn.Module) -> list[str]:
 
 
 def is_activation(module: nn.Module) -> bool:
-    """Whether a module of `torch.nn` works element by element."""
+    """Whether a module is an activation of `torch.nn`."""
     return activation_name(module) is not None or type(module).__module__ == nn.ReLU.__module__
 
 
 def batch_norm_behind(layer: nn.Module, activation: ActivationModule | None) -> BatchNorm:
-    """A batch norm for the layer's result, which takes over its bias."""
+    """Create a batch norm for the layer's output; it takes over the layer's bias."""
     weight, bias = layer.get_parameter("weight"), layer._parameters["bias"]
     channels = getattr(layer, "out_features" if isinstance(layer, nn.Linear) else "out_channels")
     named = activation_name(activation) if isinstance(activation, nn.Module) else None

@@ -1,4 +1,4 @@
-"""Operations that can be fused with a waiting batch norm: the addition of a residual, and activations."""
+"""Operations that can be fused with a deferred batch norm: the addition of a residual, and activations."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ if TYPE_CHECKING:
 
 
 def deferred(layer: Layer, x: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor | None:
-    """The result of a layer, to be computed when it is used; None for a call that is better computed at once."""
+    """The deferred result of a layer; None if the call is better computed at once."""
     call = DeferredCall.begin(layer, (x, weight, bias))
     return None if call is None else wait(call)
 
 
 def add(z: Any, *rest: Any, **options: Any) -> Deferred | None:
-    """The sum of a deferred result and a tensor, deferred."""
+    """The deferred sum of a deferred result and a tensor; None if the kernels cannot add it."""
     if len(rest) != 1 or options:
         return None
     z, other = (z, rest[0]) if isinstance(z, Deferred) else (rest[0], z)
@@ -34,14 +34,14 @@ def add(z: Any, *rest: Any, **options: Any) -> Deferred | None:
 
 
 def add_in_place(z: Any, *rest: Any, **options: Any) -> Tensor | None:
-    """The deferred result itself, with a tensor added to it."""
+    """Add a tensor to a deferred result in place; None if the kernels cannot add it."""
     if len(rest) != 1 or options or not isinstance(z, Deferred) or (residual := residual_of(z, rest[0])) is None:
         return None
     return z if become(z, wait(z.call, residual)) else None
 
 
 def residual_of(z: Deferred, other: Any) -> Tensor | None:
-    """The other summand, if the kernels can add it to z."""
+    """The other summand, if the kernels can add it to z; else None."""
     if other is z or not z.is_open():
         return None
     if isinstance(other, Deferred):
@@ -57,7 +57,7 @@ def residual_of(z: Deferred, other: Any) -> Tensor | None:
 
 
 def joining(parse: Callable[..., tuple[str | None, bool]]) -> Callable[..., Tensor | None]:
-    """A function that computes an activation fused with the batch norm; `parse` gives (name, whether in place)."""
+    """Make a handler that fuses an activation with the batch norm; `parse` returns (name, whether in place)."""
 
     def join(z: Any, *args: Any, **kwargs: Any) -> Tensor | None:
         try:
@@ -80,18 +80,18 @@ def joining(parse: Callable[..., tuple[str | None, bool]]) -> Callable[..., Tens
 
 
 def hardtanh(min_val: float = -1.0, max_val: float = 1.0, inplace: bool = False) -> tuple[str | None, bool]:
-    """`torch.nn.ReLU6` calls this one."""
+    """Parse a call of hardtanh, which `torch.nn.ReLU6` uses; only bounds 0 and 6 can be fused."""
     return ("relu6" if (min_val, max_val) == (0, 6) else None), inplace
 
 
 def leaky_relu(negative_slope: float = 0.01, inplace: bool = False) -> tuple[str | None, bool]:
-    """Any slope that is a finite number."""
+    """Parse a call of leaky_relu; any finite slope can be fused."""
     name = f"leaky_relu({float(negative_slope)})"
     return (name if float("-inf") < negative_slope < float("inf") else None), inplace
 
 
 def named(name: str) -> Callable[..., Tensor | None]:
-    """An activation with no argument but `inplace`."""
+    """Make a handler for an activation whose only argument is `inplace`."""
     return joining(lambda inplace=False: (name, inplace))
 
 

@@ -1,4 +1,4 @@
-"""The layers of `torch.nn` as ours: each is an instance of PyTorch's class, with the same constructor and state."""
+"""Drop-in layers for those of `torch.nn`: each subclasses PyTorch's class, with the same constructor and state."""
 
 import sys
 from collections.abc import Callable
@@ -25,24 +25,25 @@ RUNNING = ("running_mean", "running_var")
 
 
 class Layer(nn.Module):
-    """What our batch norms do otherwise than PyTorch's.
+    """Base class of the batch norms in `batchnorm.torch`, with the differences from PyTorch's.
 
-    Running statistics stay in float32 or float64 whatever the layer is cast to, take in no batch whose statistics are
-    not finite (`skipped` counts these) and none twice (checkpointing computes the forward pass again).
+    Running statistics stay in float32 or float64, whatever the layer is cast to. A batch whose statistics are not
+    finite does not update them (`skipped` counts these batches), nor does a forward pass recomputed by checkpointing.
 
     Attributes:
-        single: What one element per channel does in training: `error`, or `running`, which normalizes it by the
-            running statistics and leaves these as they are.
+        single: How training treats one element per channel: `error`, or `running`, which normalizes it by the running
+            statistics without updating them.
         is_frozen: Normalize by the running statistics in training mode too; see `batchnorm.torch.freeze`.
-        skipped: How many batches did not enter the running statistics; no buffer, and no part of the `state_dict`.
-        fused: What has been found to follow the layer and is computed in the same pass, such as `relu` and `add+relu`;
-            see `batchnorm.torch.replace`.
+        skipped: Number of batches that did not update the running statistics; not a buffer, and not in the
+            `state_dict`.
+        fused: The operation that follows the layer and is computed in the same pass, such as `relu` and `add+relu`; see
+            `batchnorm.torch.replace`.
     """
 
     axis: int = 1
     single: Single = "error"
     is_frozen: bool = False
-    thawed_parameters: tuple[str, ...] = ()  # those that `unfreeze` trains again
+    thawed_parameters: tuple[str, ...] = ()  # those that `unfreeze` makes trainable again
     fused: str | None = None
     _name: str | None = None  # in the model, for messages
     native: type[nn.Module] | None = None  # the class that `restore` gives back, where it is not PyTorch's counterpart
@@ -50,9 +51,9 @@ class Layer(nn.Module):
     __constants__ = ["track_running_stats", "momentum", "eps", "num_features", "affine", "is_frozen"]  # noqa: RUF012
     __jit_unused_properties__ = ("record", "state")
     __jit_ignored_attributes__ = ("thawed_parameters", "fused", "_name", "native", "skipped", "single")
-    if TYPE_CHECKING:  # torch.jit.script reads annotations, and knows no Any
+    if TYPE_CHECKING:  # torch.jit.script reads annotations, and does not support Any
         eps: float
-        momentum: Any  # float | None, as in torch.nn; `BatchNorm` has more
+        momentum: Any  # float | None, as in torch.nn; `BatchNorm` allows more
         num_features: int
         track_running_stats: bool
         weight: Any  # nn.Parameter | None
@@ -78,7 +79,7 @@ class Layer(nn.Module):
         mask: Tensor | None = None,
         lengths: Tensor | None = None,
     ) -> Tensor:
-        """The normalized input; see `batchnorm.torch.batch_norm` for mask and lengths."""
+        """Normalize the input; see `batchnorm.torch.batch_norm` for mask and lengths."""
         if is_scripting():
             assert mask is None, "a scripted batch norm takes no mask"
             assert lengths is None, "a scripted batch norm takes no lengths"
@@ -87,8 +88,8 @@ class Layer(nn.Module):
             if isinstance(input, Proxy):
                 return trace_layer_call(self, input, mask=mask, lengths=lengths)
             self._check_input_dim(input)
-            # Looking for attributes of a module takes as long as the statistics of a small batch. (A parametrized
-            # weight is a property.)
+            # `nn.Module.__getattr__` takes as long as the statistics of a small batch. (A parametrized weight is a
+            # property.)
             parameters = self._parameters
             weight = parameters["weight"] if "weight" in parameters else self.weight  # noqa: SIM401
             bias = parameters["bias"] if "bias" in parameters else self.bias  # noqa: SIM401
@@ -120,56 +121,56 @@ class Layer(nn.Module):
 
     @property
     def record(self) -> Convention:
-        """PyTorch's convention with this layer's eps, momentum and rule for one element."""
+        """PyTorch's convention with this layer's eps, momentum and `single`."""
         momentum: Any = self.momentum
         eps: Any = self.eps
-        if type(momentum) is Tensor or type(eps) is Tensor:  # which PyTorch's operator takes as well
+        if type(momentum) is Tensor or type(eps) is Tensor:  # PyTorch's operator accepts tensors as well
             momentum, eps = (value.item() if type(value) is Tensor else value for value in (momentum, eps))
         return pytorch_convention(momentum, eps, self.single)
 
     def spec(self, ndim: int) -> Spec:
-        """What a call on an input of this rank is."""
+        """The spec of a call on an input of this rank."""
         momentum: Any = self.momentum
         eps: Any = self.eps
-        if type(momentum) is Tensor or type(eps) is Tensor:  # which PyTorch's operator takes as well
+        if type(momentum) is Tensor or type(eps) is Tensor:  # PyTorch's operator accepts tensors as well
             momentum, eps = (value.item() if type(value) is Tensor else value for value in (momentum, eps))
         return pytorch_spec(ndim, momentum, eps, self.single)
 
     @property
     def state(self) -> LayerBuffers | None:
-        """The running statistics, if the layer has any."""
+        """The buffers with the running statistics; None if the layer has none."""
         buffers = self._buffers
         mean, var = buffers["running_mean"], buffers["running_var"]
         if mean is None or var is None:
             return None
         get, skipped = buffers.get, self.skipped
         if skipped is not None and skipped.is_meta and not mean.is_meta:
-            skipped = None  # of a layer that lends its code to the numbers of others (torch.func.functional_call)
+            skipped = None  # a meta layer called with other tensors (torch.func.functional_call)
         buffers_of_state = (mean, var, get("num_batches_tracked"), get("running_weight"), skipped, self._name)
         return new_tuple(LayerBuffers, buffers_of_state)  # type: ignore[no-any-return]
 
     def check_input(self, input: Tensor) -> None:
-        """Raise unless the input has the rank and the channels of this layer."""
+        """Raise unless the input has the rank and the number of channels of this layer."""
         self._check_input_dim(input)
         if input.shape[1] != self.num_features:
             raise ChannelError(f"expected {self.num_features} channels, got input size {tuple(input.shape)}")
 
     def spans_processes(self) -> bool:
-        """Whether the statistics are those of several processes."""
+        """Whether the statistics are computed over several processes."""
         return False
 
     def normalizes_by_batch(self) -> bool:
-        """Whether a call takes the statistics of its batch rather than the running ones."""
+        """Whether a call normalizes by the statistics of its batch rather than the running ones."""
         return (self.training and not self.is_frozen) or self._buffers["running_mean"] is None
 
     def reset_running_stats(self) -> None:
-        """Forget all batches."""
+        """Reset the running statistics and the counters."""
         super().reset_running_stats()  # type: ignore[misc]
         if self.__dict__.get("skipped") is not None:
             self.skipped.zero_()  # type: ignore[union-attr]
 
     def extra_repr(self) -> str:
-        """PyTorch's, and what it does not know of."""
+        """PyTorch's text, followed by options and state that PyTorch's layers do not have."""
         return ", ".join([super().extra_repr(), *self.own_repr("error")])
 
     def own_repr(self, usual: Single) -> list[str]:
@@ -184,7 +185,7 @@ class Layer(nn.Module):
         return [text for text, is_shown in shown.items() if is_shown]
 
     def train(self, mode: bool = True) -> "Layer":
-        """Set the mode."""
+        """Set the mode; also registers the class with libraries imported meanwhile."""
         register_layer(type(self))
         return super().train(mode)
 
@@ -202,7 +203,7 @@ class Layer(nn.Module):
 
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
         super()._load_from_state_dict(*args, **kwargs)
-        self._keep_statistics_wide()  # `assign=True` puts the loaded tensors themselves in place
+        self._keep_statistics_wide()  # `assign=True` stores the loaded tensors themselves
         self._keep_counter_beside()
 
     def _keep_statistics_wide(self, before: dict[str, Tensor | None] | None = None) -> None:
@@ -216,7 +217,7 @@ class Layer(nn.Module):
             self._buffers[name] = wide.to(buffer.device)
 
     def _keep_counter_beside(self) -> None:
-        """The count of skipped batches on the device of the other counter; 0 where there were no numbers on one."""
+        """Keep `skipped` on the device of `num_batches_tracked`; it starts at 0 if either was a meta tensor."""
         steps: Any = self._buffers["num_batches_tracked"]
         skipped: Any = self.skipped
         if steps is None:
@@ -227,7 +228,7 @@ class Layer(nn.Module):
 
 
 def prepare_layer(layer: Any) -> None:
-    """Give a layer what PyTorch's has not: its count of refused batches."""
+    """Register a layer's class, and add the counter of skipped batches, which PyTorch's layers lack."""
     register_layer(type(layer))
     if "skipped" not in layer.__dict__:
         steps = layer._buffers["num_batches_tracked"]
@@ -235,7 +236,7 @@ def prepare_layer(layer: Any) -> None:
 
 
 def native_class(layer: nn.Module) -> type[nn.Module]:
-    """The class of which a layer is an instance without us."""
+    """The class that `restore` gives a layer."""
     if (native := getattr(layer, "native", None)) is not None:
         return native  # type: ignore[no-any-return]
     of_torch = (kind for kind in type(layer).__mro__ if kind.__module__ == nn.BatchNorm2d.__module__)
@@ -243,9 +244,9 @@ def native_class(layer: nn.Module) -> type[nn.Module]:
 
 
 def refuse_native_synchronization(layer: Layer, caller: str) -> None:
-    """Raise where `torch.nn.SyncBatchNorm.convert_sync_batchnorm` would drop what its layers do not have.
+    """Raise if `torch.nn.SyncBatchNorm.convert_sync_batchnorm` would drop options that its layers lack.
 
-    It builds a layer of its own from a few attributes, `qconfig` the last of them; there is no other way to notice.
+    That function creates a layer from a few attributes, and reads `qconfig` last; nothing else reveals the conversion.
     """
     if caller == "convert_sync_batchnorm":
         what = "frozen" if layer.is_frozen else "single='running'"
@@ -256,22 +257,22 @@ def refuse_native_synchronization(layer: Layer, caller: str) -> None:
 
 
 def trace_layer_call(layer: nn.Module, x: Proxy, **arguments: Any) -> Any:
-    """The call of a layer as one node of `torch.fx`, as of a layer of `torch.nn`: `eval` works on the traced module."""
+    """Record a call as one node of `torch.fx`, as for `torch.nn` layers, so that `eval` works on the traced module."""
     given = {name: value for name, value in arguments.items() if value is not None}
     return x.tracer.create_proxy("call_module", x.tracer.path_of_module(layer), (x,), given)  # type: ignore[attr-defined]
 
 
 class BatchNorm1d(Layer, nn.BatchNorm1d):
-    """`torch.nn.BatchNorm1d` of (N, C) or (N, C, L), with `mask` or `lengths` in the call.
+    """`torch.nn.BatchNorm1d` for (N, C) or (N, C, L), with optional `mask` or `lengths` in the call.
 
     Args:
-        num_features: C.
+        num_features: Number of channels C.
         eps: Added to the variance.
         momentum: Weight of the batch in the running statistics; None is their cumulative average.
-        affine: Whether there are a weight and a bias.
-        track_running_stats: Whether there are running statistics; without them the batch's own serve in evaluation.
-        device: Of parameters and buffers.
-        dtype: Likewise; running statistics are float32 where it is narrower.
+        affine: Whether the layer has a weight and a bias.
+        track_running_stats: Whether the layer has running statistics; without them evaluation uses those of the batch.
+        device: Device of parameters and buffers.
+        dtype: Dtype of parameters and buffers; running statistics are float32 if it is narrower.
         bias: Whether an affine layer has a bias.
         single: See `Layer`.
 
@@ -287,26 +288,26 @@ class BatchNorm1d(Layer, nn.BatchNorm1d):
 
 
 class BatchNorm2d(Layer, nn.BatchNorm2d):
-    """`torch.nn.BatchNorm2d` of (N, C, H, W), with `mask` or `lengths` in the call; arguments as `BatchNorm1d`."""
+    """`torch.nn.BatchNorm2d` for (N, C, H, W), with optional `mask` or `lengths`; arguments as in `BatchNorm1d`."""
 
 
 class BatchNorm3d(Layer, nn.BatchNorm3d):
-    """`torch.nn.BatchNorm3d` of (N, C, D, H, W), with `mask` or `lengths` in the call; arguments as `BatchNorm1d`."""
+    """`torch.nn.BatchNorm3d` for (N, C, D, H, W), with optional `mask` or `lengths`; arguments as in `BatchNorm1d`."""
 
 
 class LazyBatchNorm1d(Layer, nn.LazyBatchNorm1d):
-    """`BatchNorm1d` that takes its number of features from the first input."""
+    """`BatchNorm1d` that infers its number of features from the first input."""
 
     cls_to_become = BatchNorm1d
 
 
 class LazyBatchNorm2d(Layer, nn.LazyBatchNorm2d):
-    """`BatchNorm2d` that takes its number of features from the first input."""
+    """`BatchNorm2d` that infers its number of features from the first input."""
 
     cls_to_become = BatchNorm2d
 
 
 class LazyBatchNorm3d(Layer, nn.LazyBatchNorm3d):
-    """`BatchNorm3d` that takes its number of features from the first input."""
+    """`BatchNorm3d` that infers its number of features from the first input."""
 
     cls_to_become = BatchNorm3d

@@ -1,4 +1,4 @@
-"""Coroutines in lock step, each with the modes and the random numbers of PyTorch as it left them."""
+"""Coroutines in lockstep, each with its own PyTorch modes and random number state."""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -14,22 +14,22 @@ try:
 except ImportError:
     greenlet = None
 
-DEVICES = ("cpu", "cuda", "xpu", "mps")  # those with autocast
+DEVICES = ("cpu", "cuda", "xpu", "mps")  # device types with autocast
 
 
 def check_available() -> None:
-    """Raise without `greenlet`."""
+    """Raise if `greenlet` is not installed."""
     if greenlet is None:
         raise ImportError("accumulate needs greenlet; install it, or batchnorm with its extra: batchnorm[torch]")
 
 
 def suspend(value: Any) -> Any:
-    """Leave the coroutine that runs, with a value for who made it go on; what that passes to `resume` next."""
+    """Suspend the running coroutine and hand `value` to its resumer; returns what the next `resume` is given."""
     return getcurrent().parent.switch(value)
 
 
 class Coroutine:
-    """A coroutine that `suspend`s on its way."""
+    """A call of a function that can `suspend` itself."""
 
     def __init__(self, function: Callable[[Any], Any]) -> None:
         self.coroutine = greenlet(function)
@@ -44,7 +44,7 @@ class Coroutine:
         return bool(self.coroutine.dead)
 
     def resume(self, message: Any) -> Any:
-        """Run to the next `suspend`; the value there, or what the function returned."""
+        """Run to the next `suspend`; returns the suspended value, or the function's result."""
         with ThreadState.preserved():
             self.thread_state.set()
             try:
@@ -53,7 +53,7 @@ class Coroutine:
                 self.thread_state = ThreadState.current()
 
     def close(self) -> None:
-        """Unwind what has not come home."""
+        """Unwind the function's stack unless it has returned."""
         if not self.is_finished:
             with ThreadState.preserved():
                 self.thread_state.set()
@@ -61,22 +61,22 @@ class Coroutine:
 
 
 class ThreadState(NamedTuple):
-    """What the `with` blocks of PyTorch set for the whole thread, and the state of its random numbers.
+    """PyTorch's thread-local modes, which its `with` blocks set, and the state of its random numbers.
 
-    The first two are set by PyTorch's own C++ as well, around the forward pass of an `autograd.Function`, which a
-    reentrant checkpoint is: to leave that halfway would leave them set.
+    PyTorch's C++ also sets the first two around the forward pass of an `autograd.Function`, such as a reentrant
+    checkpoint: suspending within it would leave them set.
     """
 
     has_gradients: bool
     has_forward_gradients: bool
     autocast: tuple[tuple[str, bool, torch.dtype], ...]
     caches_casts: bool
-    hooks: tuple[tuple[Callable[[Any], Any], Callable[[Any], Any]], ...]  # of saved tensors, the outermost first
+    hooks: tuple[tuple[Callable[[Any], Any], Callable[[Any], Any]], ...]  # for saved tensors, the outermost first
     random: tuple[Tensor, Tensor | None]
 
     @classmethod
     def current(cls) -> "ThreadState":
-        """Those that are set."""
+        """The current state."""
         hooks = pop_hooks()
         push_hooks(hooks)
         has_device = torch.cuda.is_initialized()  # type: ignore[no-untyped-call]
@@ -88,7 +88,7 @@ class ThreadState(NamedTuple):
         )  # fmt: skip
 
     def set(self) -> None:
-        """Set these instead."""
+        """Make this the current state."""
         torch.set_grad_enabled(self.has_gradients)
         torch._C._set_fwd_grad_enabled(self.has_forward_gradients)
         for kind, is_enabled, dtype in self.autocast:
@@ -105,7 +105,7 @@ class ThreadState(NamedTuple):
     @classmethod
     @contextmanager
     def preserved(cls) -> Iterator[None]:
-        """Set them again after a block that sets others."""
+        """Context manager that restores the current state afterwards."""
         before = cls.current()
         try:
             yield
@@ -114,7 +114,7 @@ class ThreadState(NamedTuple):
 
 
 def pop_hooks() -> tuple[Any, ...]:
-    """The hooks of saved tensors that are set, the outermost first; none is set any more."""
+    """Remove all saved-tensor hooks; returns them, the outermost first."""
     hooks = []
     while (pair := autograd._top_saved_tensors_default_hooks(False)) is not None:
         hooks.append(pair)
@@ -123,6 +123,6 @@ def pop_hooks() -> tuple[Any, ...]:
 
 
 def push_hooks(hooks: tuple[Any, ...]) -> None:
-    """Set hooks of saved tensors."""
+    """Install saved-tensor hooks, the outermost first."""
     for pack, unpack in hooks:
         autograd._push_saved_tensors_default_hooks(pack, unpack)

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 
 def shortened(names: Sequence[str], shown: int = 3) -> str:
-    """The first few names, and how many there are besides.
+    """The first few names, and the number of the others.
 
     Example:
         >>> shortened(["stem.bn", "head.bn"]), shortened(["a", "b", "c", "d", "e"])

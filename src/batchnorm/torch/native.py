@@ -1,7 +1,7 @@
-"""PyTorch's own operator: for graphs that are exported, and for tensors whose memory the kernels cannot read.
+"""PyTorch's own operator: for exported graphs, and for tensors whose memory the kernels cannot read.
 
-Tools that take an exported graph know `aten.batch_norm`: they switch it to evaluation, quantize it, translate it. What
-it cannot say is refused by name.
+Tools for exported graphs recognize `aten.batch_norm`: they switch it to evaluation, quantize it, translate it. A
+feature that it lacks raises an error that names the feature.
 """
 
 from typing import Any
@@ -20,7 +20,7 @@ from batchnorm.torch.state import LayerBuffers
 
 
 def is_foreign(*tensors: Tensor | None) -> bool:
-    """Whether one of the tensors has its memory elsewhere: MKL-DNN's layout, or a subclass such as DTensor."""
+    """Whether the kernels cannot read the memory of a tensor: MKL-DNN's layout, or a subclass such as DTensor."""
     for tensor in tensors:
         if tensor is None or (type(tensor) in TYPES and tensor.layout is strided):
             continue
@@ -32,7 +32,7 @@ def is_foreign(*tensors: Tensor | None) -> bool:
 def native_batch_norm(
     spec: Spec, operands: Operands, state: LayerBuffers | None, *, training: bool, is_tracked: bool
 ) -> Tensor:
-    """y without the mask by `torch.nn.functional.batch_norm`, the state advanced as `torch.nn.BatchNorm2d` does."""
+    """Normalize by `torch.nn.functional.batch_norm`, ignoring the mask; updates the state as `torch.nn` layers do."""
     (x, gamma, beta, residual, _), axis, convention = operands, spec.axes.channel_axes[0], spec.convention
     gamma, beta = (p if p is None or p.dtype == x.dtype else p.to(wide(x)) for p in (gamma, beta))
     buffers: tuple[Any, Any] = (None, None)
@@ -49,15 +49,15 @@ def native_batch_norm(
 
 
 def wide(x: Tensor) -> torch.dtype:
-    """The dtype in which the running statistics of x are kept."""
+    """The dtype of the running statistics of x."""
     return torch.float64 if x.dtype == torch.float64 else torch.float32
 
 
 def check_native(convention: Convention, *, is_masked: bool, is_tracked: bool, where: str) -> None:
-    """Raise where training by PyTorch's operator would be something else than what the layer does.
+    """Raise if training by PyTorch's operator would differ from what the layer does.
 
     Raises:
-        NotImplementedError: A mask, another convention, or the cumulative average.
+        NotImplementedError: The call has a mask, another convention, or a cumulative average.
     """
     reason = None
     if is_masked:
@@ -68,6 +68,7 @@ def check_native(convention: Convention, *, is_masked: bool, is_tracked: bool, w
         reason = "momentum=None (the cumulative average)"
     if reason is not None:
         raise NotImplementedError(
-            f"training with {reason} cannot be said by PyTorch's own batch norm, which is what {where}; use evaluation "
-            "mode (model.eval()), or batchnorm.torch.no_update(model) where only the running statistics are in the way"
+            f"training with {reason} cannot be expressed by PyTorch's own batch norm, which is what {where}; use "
+            "evaluation mode (model.eval()), or batchnorm.torch.no_update(model) where only the running statistics are "
+            "in the way"
         )

@@ -1,10 +1,10 @@
-"""Batch norm of a part of a batch by the statistics of the whole, whose other parts are elsewhere.
+"""Batch norm of one part of a batch by the statistics of the whole batch.
 
-With dz = activation'(z) * dy and sums over all parts,
+The other parts are in other micro-batches or processes. With dz = activation'(z) * dy and sums over all parts,
 
     dx = gamma * rstd * (dz - sum(dz)/count - xhat * sum(dz * xhat)/count)
 
-is a term of the part's own and one through the statistics, which takes the sums and x.
+is the sum of a term of this part alone and a term through the statistics, which needs the sums and x.
 """
 
 from collections.abc import Iterable
@@ -24,7 +24,7 @@ from batchnorm.spec import Operands, Spec
 
 @dataclass
 class MergedBatch:
-    """The whole of a batch: its moments, and what they make of every part."""
+    """The whole batch: its moments, and the statistics by which every part is normalized."""
 
     spec: Spec
     moments: Moments
@@ -32,10 +32,10 @@ class MergedBatch:
 
     @classmethod
     def of(cls, parts: Iterable[Moments], spec: Spec) -> "MergedBatch":
-        """The parts merged, in the order given.
+        """Merge the moments of the parts, in the given order.
 
         Raises:
-            ValueError: There is one element for a channel, and the convention calls that an error.
+            ValueError: A channel has a single element, which the convention defines as an error.
         """
         moments = reduce(Moments.merge, parts)
         if spec.convention.single == "error" and bool((moments.count == 1).any()):
@@ -59,7 +59,7 @@ def partial_gradients(dy: Tensor, part: Operands, merged: MergedBatch) -> tuple[
 
 
 def gradient_through_statistics(part: Operands, merged: MergedBatch, sums: Tensor) -> Tensor:
-    """The other term of dx, by the sums of all parts, in the dtype of the statistics."""
+    """The term of dx through the statistics, from the sums over all parts, in the dtype of the statistics."""
     (x, gamma, _, _, mask), axes, convention = part, merged.spec.axes, merged.spec.convention
     mean, mean_lo, rstd = merged.statistics
     factor = xhat_scale(xp, merged.moments, convention.eps, convention.eps_train, convention.normalize_correction)
@@ -73,5 +73,5 @@ def gradient_through_statistics(part: Operands, merged: MergedBatch, sums: Tenso
 
 
 def merge_dtype(x: Tensor) -> torch.dtype:
-    """What statistics travel and sums are taken in."""
+    """The dtype in which statistics are exchanged and sums are computed."""
     return torch.float32 if x.device.type == "mps" else torch.float64

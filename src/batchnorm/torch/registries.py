@@ -1,9 +1,9 @@
-"""Other libraries' tables of layers by exact class, into which ours are entered once those libraries are imported.
+"""Registration in other libraries' tables of layers by exact class, once those libraries are imported.
 
-Opacus: differentially private training bounds what one example does to the gradient, and a batch norm in training makes
-every example part of all the others. Opacus refuses PyTorch's batch norms for that; ours would get past it.
+Opacus: differentially private training bounds the effect of one example on the gradient, but a batch norm in training
+mixes all examples. Opacus therefore rejects PyTorch's batch norms, and would overlook those of `batchnorm.torch`.
 
-`torch.ao.quantization`: `fuse_modules` and `fuse_modules_qat` look for a method by the classes of a sequence.
+`torch.ao.quantization`: `fuse_modules` and `fuse_modules_qat` look up a method by the classes of a sequence.
 """
 
 import sys
@@ -20,7 +20,7 @@ NATIVE = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
 
 
 def register_layer(kind: type[nn.Module]) -> None:
-    """Enter a class of layers wherever there is a table by now."""
+    """Register a class of layers with each library that has been imported."""
     if (validators := sys.modules.get("opacus.validators")) is not None:
         register_with_opacus(kind, validators)
     if (fusers := sys.modules.get("torch.ao.quantization.fuser_method_mappings")) is not None:
@@ -28,7 +28,7 @@ def register_layer(kind: type[nn.Module]) -> None:
 
 
 def register_with_opacus(kind: type[nn.Module], validators: Any) -> None:
-    """Have Opacus refuse the class while its layers normalize by the batch, and mend it as it does PyTorch's."""
+    """Make Opacus reject the class while its layers normalize by the batch, and fix it like PyTorch's."""
     opacus = validators.ModuleValidator
     if kind in opacus.VALIDATORS:
         return
@@ -44,7 +44,7 @@ def register_with_opacus(kind: type[nn.Module], validators: Any) -> None:
 
 
 def register_with_quantization(kind: type[nn.Module], fusers: Any) -> None:
-    """Let sequences with the class fuse as those with PyTorch's, of which it becomes one first."""
+    """Make sequences with the class fuse like those with PyTorch's, to which it is restored first."""
     methods = fusers._DEFAULT_OP_LIST_TO_FUSER_METHOD
     natives = [native for native in NATIVE if issubclass(kind, native)]
     for native, (sequence, method) in product(natives, list(methods.items())):
@@ -54,7 +54,7 @@ def register_with_quantization(kind: type[nn.Module], fusers: Any) -> None:
 
 
 def restoring(method: Any) -> Any:
-    """A method of fusion that is given PyTorch's layers in place of ours."""
+    """Wrap a fusion method so that it receives PyTorch's layers."""
 
     def fuse(is_qat: bool, *members: nn.Module) -> nn.Module:
         from batchnorm.torch.replacement import restore

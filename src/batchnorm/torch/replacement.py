@@ -1,4 +1,4 @@
-"""Changing models: their batch norms for ours, and back."""
+"""Replacement of a model's batch norms, in place, and the way back."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -28,7 +28,7 @@ from batchnorm.torch.layers import (
 from batchnorm.torch.names import shortened
 from batchnorm.torch.sync import SyncBatchNorm
 
-#: Our layer for each of PyTorch's.
+#: The replacement for each of PyTorch's layers.
 OURS: dict[type[nn.Module], type[nn.Module]] = {
     nn.BatchNorm1d: BatchNorm1d,
     nn.BatchNorm2d: BatchNorm2d,
@@ -39,7 +39,7 @@ OURS: dict[type[nn.Module], type[nn.Module]] = {
     nn.SyncBatchNorm: SyncBatchNorm,
 }
 
-#: What a layer of PyTorch's does not have, and loses when it becomes one again.
+#: Attributes that PyTorch's layers lack, and that `restore` deletes.
 OWN = ("single", "is_frozen", "thawed_parameters", "fused", "skipped", "_name", "native", "timeout")
 
 
@@ -48,11 +48,11 @@ class Report:
     """The outcome of `replace`.
 
     Attributes:
-        replaced: Names of the layers that are ours now.
-        fused: What is computed in the same pass as the layer of this name: `relu`, or `add+relu` with the addition
-            between them.
-        unfused: Why the other layers are computed alone, where fusing was asked for.
-        kept: Names of batch norms that stay as they are, each with the reason.
+        replaced: Names of the layers that have been replaced.
+        fused: The operation computed in the same pass as the layer of this name: `relu`, or `add+relu` with an addition
+            between layer and activation.
+        unfused: If fusing was requested, the reason why each of the other layers is not fused.
+        kept: Names of batch norms that are not replaced, each with the reason.
     """
 
     replaced: list[str] = field(default_factory=list)
@@ -72,12 +72,12 @@ class Report:
 
 
 def counted(heading: str, names: list[str]) -> str:
-    """A line of a report: what has happened, how often, and to which layers."""
+    """A line of a report: the outcome, the number of layers, and some of their names."""
     return f"{heading}: {len(names)}" + (f" ({shortened(names)})" if names else "")
 
 
 def grouped(outcomes: dict[str, str]) -> dict[str, list[str]]:
-    """The names by what has become of them."""
+    """The names grouped by outcome."""
     groups: dict[str, list[str]] = {}
     for name, outcome in outcomes.items():
         groups.setdefault(outcome, []).append(name)
@@ -85,24 +85,23 @@ def grouped(outcomes: dict[str, str]) -> dict[str, list[str]]:
 
 
 def replace(model: nn.Module, *, fuse: bool = False, example: Any = None) -> Report:
-    """Make every batch norm of a model ours, in place; `restore` undoes it.
+    """Replace every batch norm of a model by its `batchnorm.torch` counterpart, in place; `restore` undoes it.
 
-    The modules stay the same objects, with their parameters, buffers and hooks: an optimizer that knows the parameters
-    goes on with them, and `state_dict` has the same entries. They are instances of PyTorch's classes still.
+    The modules stay the same objects, with their parameters, buffers and hooks: an existing optimizer remains valid,
+    and `state_dict` has the same entries. They are still instances of PyTorch's classes, except for `SyncBatchNorm`.
 
     Args:
         model: Any module, or a batch norm itself.
-        fuse: Compute a batch norm, the addition behind it and the activation behind that in one pass over memory,
-            wherever the model is seen to do one after the other. A copy of the model is run on `example` in training
-            and in evaluation, in float64 if it can be. A layer is fused where both times its result went to an
-            activation and nowhere else, and where outputs, gradients and running statistics come out as without
-            fusing. The code of the model still calls the activation: a fused layer decides at each call, by what is
-            done with its result.
-        example: What the model is called with: a tensor, a tuple of arguments, or a dictionary of keyword arguments.
+        fuse: Compute a batch norm, a following addition and a following activation in one pass over memory, wherever
+            the model applies them in sequence. To find out, a copy of the model is run on `example` in training and in
+            evaluation, in float64 if possible. A layer is fused if in both modes its result is used by an activation
+            and nothing else, and if outputs, gradients and running statistics are the same as without fusing. The
+            model's code still calls the activation: a fused layer decides at each call, by the use of its result.
+        example: Input of the model: a tensor, a tuple of arguments, or a dictionary of keyword arguments.
 
     Raises:
-        TypeError: `model` is no module.
-        ValueError: `fuse` without `example`, or a model that cannot be run on it. Nothing has been changed.
+        TypeError: `model` is not a module.
+        ValueError: `fuse` is set without `example`, or the model cannot be run on it. Nothing has been changed.
 
     Example:
         >>> import torch, batchnorm.torch as bnt
@@ -149,7 +148,7 @@ def replaced(model: nn.Module) -> Report:
 
 
 def become(module: nn.Module, ours: type[nn.Module], name: str) -> None:
-    """Make a layer ours, in place."""
+    """Replace a layer in place, by changing its class."""
     native = type(module)
     module.__class__ = ours
     if isinstance(module, Layer):
@@ -163,7 +162,7 @@ def become(module: nn.Module, ours: type[nn.Module], name: str) -> None:
 
 
 def reason_to_keep(module: nn.Module) -> str | None:
-    """Why a layer that looks like a batch norm stays as it is; None for what does not."""
+    """The reason why a module that looks like a batch norm is not replaced; None for other modules."""
     kind = type(module)
     name = f"{kind.__module__}.{kind.__qualname__}"
     if isinstance(module, nn.modules.instancenorm._InstanceNorm):
@@ -178,24 +177,25 @@ def reason_to_keep(module: nn.Module) -> str | None:
 
 
 def named_layers(model: nn.Module) -> Iterator[tuple[str, Layer]]:
-    """Our layers, with their names in reports."""
+    """The layers of `batchnorm.torch` in a model, with their names in reports."""
     for path, module in model.named_modules():
         if isinstance(module, Layer):
             yield path or type(module).__name__, module
 
 
 def restore(model: nn.Module) -> list[str]:
-    """Make every batch norm of ours PyTorch's own again, in place: the inverse of `replace`, fusing, and `freeze`.
+    """Turn the layers of `batchnorm.torch` back into PyTorch's, in place: undoes `replace`, fusing, and `freeze`.
 
-    The modules stay the same objects, with their parameters, buffers and hooks. A frozen layer trains its parameters
-    again and is left in evaluation mode. Statistics of a layer in half precision, which PyTorch's wants in that, are
-    rounded to it. Our `BatchNorm` has no counterpart in PyTorch and stays, as do subclasses of our layers.
+    The modules stay the same objects, with their parameters, buffers and hooks. The parameters of a frozen layer become
+    trainable again, and the layer is left in evaluation mode. The statistics of a half-precision layer are rounded to
+    its dtype, which PyTorch's layer requires. `batchnorm.torch.BatchNorm` has no counterpart in PyTorch and stays, as
+    do users' subclasses.
 
     Args:
         model: Any module, or a batch norm itself.
 
     Returns:
-        The names of the layers.
+        The names of the restored layers.
 
     Example:
         >>> import torch, batchnorm.torch as bnt
@@ -211,26 +211,26 @@ def restore(model: nn.Module) -> list[str]:
 
 
 def restorable(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """Our layers that are another library's without us, with their names."""
+    """The layers that `restore` changes, with their names."""
     for path, module in model.named_modules():
         if native_kind(module) is not None:
             yield path or type(module).__name__, module
 
 
 def native_kind(module: nn.Module) -> type[nn.Module] | None:
-    """The class that a layer of ours has without us; None for other modules, our `BatchNorm`, and users' subclasses."""
+    """The class that `restore` gives a layer; None for modules that it leaves unchanged."""
     kind = type(module)
     if kind in OURS.values() or kind.__module__ == ADAPTERS_MODULE:
         return native_class(module)
     is_made_by_torch = hasattr(module, "parametrizations") or any(b.__name__ == "FSDPModule" for b in kind.__bases__)
-    if is_made_by_torch and any(base in OURS.values() for base in kind.__bases__):  # a class for this one layer
+    if is_made_by_torch and any(base in OURS.values() for base in kind.__bases__):  # a class made for this one layer
         bases = tuple(native_class(module) if base in OURS.values() else base for base in kind.__bases__)
         return type(kind.__name__, bases, {name: value for name, value in vars(kind).items() if name != "__dict__"})
     return None
 
 
 def become_native(module: nn.Module) -> None:
-    """Make a layer what it is without us, in place."""
+    """Restore one layer, in place."""
     if isinstance(module, Layer) and module.is_frozen:
         unfreeze(module)
         module.eval()
@@ -240,7 +240,7 @@ def become_native(module: nn.Module) -> None:
         module.__dict__.pop(name, None)
     module.__class__ = native
     weight = module._parameters.get("weight")
-    if weight is not None and weight.dtype in HALVES:  # which PyTorch's layer wants its statistics in
+    if weight is not None and weight.dtype in HALVES:  # PyTorch's layer requires its statistics in the same dtype
         for name in RUNNING:
             if (buffer := module._buffers[name]) is not None:
                 module._buffers[name] = buffer.to(weight.dtype)
@@ -248,9 +248,9 @@ def become_native(module: nn.Module) -> None:
 
 @contextmanager
 def restored(model: nn.Module) -> Iterator[nn.Module]:
-    """Within it, the batch norms of a model are PyTorch's own; afterwards they are ours again, as they were.
+    """Context manager in which the batch norms of a model are PyTorch's own; it yields the model.
 
-    For the length of an export, or of whatever compares exact classes. Gives the model.
+    Use it for an export, or for tools that compare exact classes. Afterwards the layers are as they were before.
 
     Example:
         >>> import torch, batchnorm.torch as bnt
@@ -274,7 +274,7 @@ def restored(model: nn.Module) -> Iterator[nn.Module]:
 
 @dataclass
 class Snapshot:
-    """A layer of ours as it was."""
+    """The class, attributes and buffers of a layer before it was restored."""
 
     module: nn.Module
     kind: type[nn.Module]
@@ -285,13 +285,13 @@ class Snapshot:
 
     @classmethod
     def of(cls, module: nn.Module) -> "Snapshot":
-        """The layer as it is."""
+        """Record a layer in its current state."""
         own = {name: module.__dict__[name] for name in OWN if name in module.__dict__}
         wanted = {name: p.requires_grad for name, p in module.named_parameters(recurse=False)}
         return cls(module, type(module), own, module.training, dict(module._buffers), wanted)
 
     def put_back(self) -> None:
-        """Make the layer what it was, with what has happened to its numbers since."""
+        """Give the layer its class and attributes back; changes of its parameters and buffers remain."""
         self.module.__class__ = self.kind
         self.module.__dict__.update(self.own)
         if self.own.get("is_frozen"):
@@ -300,7 +300,7 @@ class Snapshot:
                 parameter.requires_grad_(self.requires_grad[name])
 
     def widen(self) -> None:
-        """Put back the running statistics that had been rounded to half precision, unless they have changed."""
+        """Undo the rounding of running statistics to half precision, unless they have changed."""
         for name in RUNNING:
             wide, narrow = self.buffers.get(name), self.module._buffers.get(name)
             if wide is None or narrow is None or narrow.dtype not in HALVES or wide.dtype in HALVES:

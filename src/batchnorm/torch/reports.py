@@ -1,4 +1,4 @@
-"""How the batch norms of a model stand: skipped batches, frozen layers, the statistics that they normalize by."""
+"""Reports on the batch norms of a model: skipped batches, frozen layers, ranges of the running statistics."""
 
 from dataclasses import dataclass
 
@@ -11,17 +11,18 @@ from batchnorm.torch.layers import Layer
 
 @dataclass(frozen=True)
 class LayerReport:
-    """One batch norm.
+    """The state of one batch norm.
 
     Attributes:
         name: Its name in the model.
         kind: Its class.
         mode: `training`, `evaluation` or `frozen`.
-        batches: How many batches entered the running statistics; None where it has none.
-        skipped: How many did not, as their statistics were not finite; None in PyTorch's layers, which do not count.
-        mean: Least and largest running mean; None without running statistics.
-        var: Least and largest running variance.
-        fused: What is computed in the same pass, such as `relu`.
+        batches: Number of batches that updated the running statistics; None if it has none.
+        skipped: Number of batches that did not, because their statistics were not finite; None for PyTorch's layers,
+            which do not count them.
+        mean: Smallest and largest running mean; None without running statistics.
+        var: Smallest and largest running variance; None without running statistics.
+        fused: The operation computed in the same pass, such as `relu`; None if there is none.
     """
 
     name: str
@@ -54,7 +55,7 @@ class ModelReport:
 
 
 def report(model: nn.Module) -> ModelReport:
-    """Which batch norms have skipped batches or are frozen, and the range of their running statistics.
+    """Report the mode, the skipped batches and the range of the running statistics of every batch norm.
 
     Example:
         >>> import torch, batchnorm.torch as bnt
@@ -78,7 +79,7 @@ def report_of(name: str, layer: nn.Module) -> LayerReport:
 
 
 def range_of(values: torch.Tensor | None) -> tuple[float, float] | None:
-    """The least and the largest entry."""
+    """The smallest and the largest entry; None without values."""
     if values is None or values.is_meta or nn.parameter.is_lazy(values) or not values.numel():
         return None
     return float(values.min()), float(values.max())

@@ -1,4 +1,4 @@
-"""The running statistics that PyTorch's layers keep in buffers, and what enters them."""
+"""The running statistics in the buffers of PyTorch's layers, and their updates."""
 
 import warnings
 from typing import Any, NamedTuple
@@ -18,7 +18,7 @@ from batchnorm.validation.states import check_running
 
 
 class LayerBuffers(NamedTuple):
-    """The buffers of a layer, as `RunningStatistics` has them; what is None is not kept."""
+    """The buffers of a layer, in the order of `RunningStatistics`; None for a buffer that the layer lacks."""
 
     mean: Tensor
     spread: Tensor
@@ -34,7 +34,7 @@ class LayerBuffers(NamedTuple):
 
 
 def running_of(state: LayerBuffers | None, convention: Convention) -> RunningStatistics | None:
-    """The buffers as the state that functions of arrays take."""
+    """The buffers as the `RunningStatistics` that the functional interface takes."""
     if state is None:
         return None
     mean, spread, steps, weight, skipped = state.buffers
@@ -45,14 +45,14 @@ def running_of(state: LayerBuffers | None, convention: Convention) -> RunningSta
 
 
 def write_buffers(state: LayerBuffers, running: RunningStatistics) -> None:
-    """Put the running statistics into the buffers."""
+    """Copy the running statistics into the buffers."""
     for buffer, value in zip(state.buffers, running, strict=True):
         if buffer is not None:
             buffer.copy_(value)
 
 
 def update_running(state: LayerBuffers, batch: Moments, convention: Convention, *, is_masked: bool) -> None:
-    """Let the moments of a batch enter the state."""
+    """Update the state with the moments of a batch."""
     running = check_running(running_of(state, convention), state.mean, split_axes(0, 1), convention)
     write_buffers(state, advance(xp, running, batch, convention, masked=is_masked))
 
@@ -60,7 +60,7 @@ def update_running(state: LayerBuffers, batch: Moments, convention: Convention, 
 def update_from_batch(
     x: Tensor, state: LayerBuffers, convention: Convention, *, axis: int, mask: Tensor | None
 ) -> None:
-    """Let a batch enter the state, from within transformations as well."""
+    """Update the state with a batch; works within torch.func transformations as well."""
     batch = functional.moments(x.detach(), axis=axis, mask=mask)
 
     def update(buffers: tuple[Any, ...], batch: Moments) -> None:
@@ -73,14 +73,14 @@ def update_from_batch(
 
 
 def report_skipped(state: LayerBuffers | None) -> None:
-    """Count a batch that did not enter the state, and warn of it."""
+    """Count a batch that did not update the state, and warn of it."""
     warn_of_skipped(state)
     if state is not None and state.skipped is not None:
         state.skipped.add_(1)
 
 
 def warn_of_skipped(state: LayerBuffers | None) -> None:
-    """Warn that a batch does not enter the state; of a layer that counts these, only the first time."""
+    """Warn that a batch does not update the state; for a layer that counts these batches, only the first time."""
     name, skipped = (None, None) if state is None else (state.name, state.skipped)
     if skipped is not None and not skipped.is_meta and skipped:
         return

@@ -1,8 +1,8 @@
-"""Batch norm over the batches of all processes.
+"""Batch norm synchronized over processes.
 
-Forward, each process measures its own batch; the counts, means (of two numbers) and sums of squared deviations are
-gathered and merged in the order of the ranks, so that all processes hold the same bits. A sum of means is no merge
-where batches differ in size. Backward, the two sums of the gradient are added up over the processes.
+In the forward pass, each process measures its own batch. The counts, means (two numbers each) and sums of squared
+deviations are gathered and merged in the order of the ranks, so that all processes hold the same bits. Averaging the
+means would be wrong for batches of different sizes. In the backward pass, the two sums of the gradient are all-reduced.
 """
 
 from dataclasses import dataclass
@@ -33,28 +33,28 @@ Group = Any  # dist.ProcessGroup, which exists only in builds with torch.distrib
 
 
 class SyncBatchNorm(Layer, _BatchNorm):
-    """`torch.nn.SyncBatchNorm` on any device and backend, gloo on a CPU included.
+    """`torch.nn.SyncBatchNorm` for any device and backend, gloo on a CPU included.
 
-    In training the batches of all processes are normalized as one. They may differ in size, and be empty; masks may
-    differ. In evaluation, and in a process by itself, it is a batch norm like any other. It is no subclass of
-    `torch.nn.SyncBatchNorm`, which `DistributedDataParallel` refuses on a CPU.
+    In training, the batches of all processes are normalized as one. They may differ in size and mask, and may be empty.
+    In evaluation, and in a single process, it is an ordinary batch norm. It does not subclass `torch.nn.SyncBatchNorm`,
+    which `DistributedDataParallel` rejects on a CPU.
 
     Args:
-        num_features: C.
+        num_features: Number of channels C.
         eps: Added to the variance.
         momentum: Weight of the batch in the running statistics; None is their cumulative average.
-        affine: Whether there are a weight and a bias.
-        track_running_stats: Whether there are running statistics.
+        affine: Whether the layer has a weight and a bias.
+        track_running_stats: Whether the layer has running statistics.
         process_group: The processes; None is all of them.
-        device: Of parameters and buffers.
-        dtype: Likewise; running statistics are float32 where it is narrower.
+        device: Device of parameters and buffers.
+        dtype: Dtype of parameters and buffers; running statistics are float32 if it is narrower.
         bias: Whether an affine layer has a bias.
         single: See `Layer`.
-        timeout: Seconds to wait for the other processes; None leaves it to the process group.
-        name: What errors call the layer; `convert_sync_batchnorm` gives each its name in the model.
+        timeout: Seconds to wait for the other processes; None uses the process group's timeout.
+        name: Name of the layer in errors; `convert_sync_batchnorm` sets it to the name in the model.
 
     Raises:
-        RuntimeError: In training, a process has not arrived within `timeout`; it has skipped this layer, or failed.
+        RuntimeError: In training, a process did not reach this layer within `timeout`: it skipped the layer, or failed.
     """
 
     def __init__(
@@ -96,7 +96,7 @@ class SyncBatchNorm(Layer, _BatchNorm):
         )
 
     def forward(self, input: Tensor, mask: Tensor | None = None, lengths: Tensor | None = None) -> Tensor:
-        """The normalized input; see `batchnorm.torch.batch_norm` for mask and lengths."""
+        """Normalize the input; see `batchnorm.torch.batch_norm` for mask and lengths."""
         if not self.spans_processes() or not self.normalizes_by_batch():
             return super().forward(input, mask=mask, lengths=lengths)
         self.check_input(input)
@@ -114,12 +114,13 @@ class SyncBatchNorm(Layer, _BatchNorm):
     def convert_sync_batchnorm(
         cls, module: nn.Module, process_group: Group = None, *, timeout: float | None = None
     ) -> nn.Module:
-        """Make every batch norm of a model, PyTorch's or ours, a synchronized one, in place; returns the model.
+        """Turn every batch norm of a model, PyTorch's included, into a synchronized one, in place; returns the model.
 
-        Frozen layers stay frozen, and `single` stays.
+        Frozen layers stay frozen, and `single` is preserved.
 
         Raises:
-            ValueError: There is a `batchnorm.torch.BatchNorm`, which has no synchronized form; nothing has changed.
+            ValueError: A layer, such as `batchnorm.torch.BatchNorm`, has no synchronized form; nothing has been
+                changed.
         """
         layers = [(name, layer) for name, layer in module.named_modules() if isinstance(layer, Layer)]
         if others := [name or "the layer" for name, layer in layers if type(layer) not in CONVERTED]:
@@ -144,7 +145,7 @@ CONVERTED += (BatchNorm1d, BatchNorm2d, BatchNorm3d, SyncBatchNorm)
 
 @dataclass
 class SyncCall:
-    """One normalization over all processes, on its way through autograd."""
+    """Context of the autograd functions, for one normalization over all processes."""
 
     name: str
     group: Group
@@ -158,19 +159,19 @@ class SyncCall:
         return Operands(x, gamma, beta, None, self.mask)
 
     def gather(self, tensor: Tensor) -> Tensor:
-        """The tensors of all processes, in the order of the ranks."""
+        """Stack the tensors of all processes, in the order of the ranks."""
         parts = [torch.empty_like(tensor) for _ in range(dist.get_world_size(self.group))]
         self.wait(dist.all_gather(parts, tensor.contiguous(), self.group, async_op=True))
         return torch.stack(parts)
 
     def sum(self, tensor: Tensor) -> Tensor:
-        """The sum of the tensors of all processes."""
+        """Sum the tensors of all processes."""
         total = tensor.clone(memory_format=torch.contiguous_format)
         self.wait(dist.all_reduce(total, group=self.group, async_op=True))
         return total
 
     def wait(self, work: Any) -> None:
-        """Wait for a collective, but no longer than the timeout."""
+        """Wait for a collective operation, at most until the timeout."""
         try:
             if self.timeout is None:
                 work.wait()
@@ -184,7 +185,7 @@ class SyncCall:
             ) from error
 
     def merge(self, gathered: Tensor, counts: Tensor, dtype: torch.dtype) -> MergedBatch:
-        """The whole batch, from means in two numbers and sums of squares."""
+        """Merge the processes' means (two numbers each) and sums of squared deviations into the whole batch."""
         parts = (
             Moments(count, mean.to(dtype), m2.to(dtype), lo.to(dtype))
             for count, (mean, lo, m2) in zip(counts, gathered, strict=True)
@@ -226,7 +227,7 @@ class Synchronized(torch.autograd.Function):
 def differentiable_gradients(
     x: Tensor, gamma: Tensor | None, beta: Tensor | None, dy: Tensor, call: SyncCall
 ) -> tuple[Tensor | None, ...]:
-    """Gradients that can be differentiated again, in every process together."""
+    """Gradients that can be differentiated again; all processes must take part."""
     leaves = [t if t is None or t.requires_grad else t.detach().requires_grad_() for t in (x, gamma, beta)]
     with torch.enable_grad():
         batch = measure(xp, leaves[0], call.spec.axes, call.mask)
@@ -239,7 +240,7 @@ def differentiable_gradients(
 
 
 class Gather(torch.autograd.Function):
-    """The tensors of all processes; each receives the sum of the gradients that any of them has for it."""
+    """Gather the tensors of all processes; backward sums each tensor's gradients over all processes."""
 
     @staticmethod
     def forward(ctx: Any, tensor: Tensor, call: SyncCall) -> Tensor:
@@ -252,7 +253,7 @@ class Gather(torch.autograd.Function):
 
 
 class Sum(torch.autograd.Function):
-    """The sum over all processes, whose gradient is the sum of theirs."""
+    """Sum a tensor over all processes; backward sums the gradients over all processes."""
 
     @staticmethod
     def forward(ctx: Any, tensor: Tensor, call: SyncCall) -> Tensor:

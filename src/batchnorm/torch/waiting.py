@@ -1,4 +1,4 @@
-"""Calls of fused layers, whose results wait to be used."""
+"""Deferred calls of fused layers, whose results are computed when they are used."""
 
 from __future__ import annotations
 
@@ -42,12 +42,13 @@ BATCH_TABLE, RUNNING_TABLE = (
 
 Inputs = tuple[Tensor, Tensor | None, Tensor | None]  # x, weight and bias
 
-#: The smallest tensor, in elements, whose passes over memory take longer than waiting does (100 us for both passes).
+#: The smallest tensor, in elements, that is deferred: its passes over memory take longer than the overhead of deferral
+#: (100 us for forward and backward).
 smallest = 1 << 18
 
 
 def can_wait(layer: Layer, inputs: Inputs, state: LayerBuffers | None) -> bool:
-    """Whether a call is an ordinary one, without anything to refuse and with nobody watching its result."""
+    """Whether a call can be deferred: an ordinary one with valid arguments, whose result no hook observes."""
     statistics = (None, None) if state is None else state[:2]
     tensors = (*inputs, *statistics)
     if has_hooks(layer) or is_forward_mode() or not are_concrete(*tensors):
@@ -65,7 +66,7 @@ def can_wait(layer: Layer, inputs: Inputs, state: LayerBuffers | None) -> bool:
 
 
 def has_hooks(module: torch.nn.Module) -> bool:
-    """Whether something watches the result of a module, or its gradient."""
+    """Whether hooks, a module's own or global ones, observe its result or gradient."""
     return bool(
         module._forward_hooks
         or module._backward_hooks
@@ -82,11 +83,11 @@ class Record(NamedTuple):
     layer: Layer
     joined: list[str]
     others: list[str]
-    call: weakref.ref[DeferredCall]  # dead once nobody holds the result any more
+    call: weakref.ref[DeferredCall]  # dead once the result is no longer referenced
 
 
 class Recorder(threading.local):
-    """Where the calls of this thread leave records; None where they leave none."""
+    """Thread-local list of the records of calls; None if calls are not recorded."""
 
     records: list[Record] | None = None
 
@@ -96,7 +97,7 @@ recorder = Recorder()
 
 @contextmanager
 def recording() -> Iterator[list[Record]]:
-    """Within it, calls of any size wait, and each leaves a record."""
+    """Context manager in which calls of any size are deferred and recorded; it yields the records."""
     before, recorder.records = recorder.records, []
     try:
         yield recorder.records
@@ -105,11 +106,11 @@ def recording() -> Iterator[list[Record]]:
 
 
 class DeferredCall:
-    """One call of a layer, with all that its result depends on.
+    """One call of a layer, with everything on which its result depends.
 
     Attributes:
-        joined: The operations that joined it: `relu`, `add+relu`, ...
-        others: The names of the functions that asked for the plain result.
+        joined: The operations that were fused with it: `relu`, `add+relu`, ...
+        others: The names of the functions that used the plain result.
     """
 
     def __init__(self, layer: Layer, inputs: Inputs, table: Tensor, mode: Mode) -> None:
@@ -124,9 +125,9 @@ class DeferredCall:
 
     @classmethod
     def begin(cls, layer: Layer, inputs: Inputs) -> DeferredCall | None:
-        """Take the statistics, and let the batch enter the running ones.
+        """Measure the batch and update the running statistics, but do not normalize.
 
-        None for what is better computed at once: small or unusual tensors, and layers that are watched.
+        Returns None for calls that are better computed at once: small or unusual tensors, and layers with hooks.
         """
         x, state, spec = inputs[0], layer.state, layer.spec(inputs[0].ndim)
         if (x.numel() < smallest and recorder.records is None) or not can_wait(layer, inputs, state):
@@ -145,9 +146,9 @@ class DeferredCall:
         return cls(layer, inputs, done[3], KNOWN_STATISTICS)
 
     def compute(self, activation: str | None, residual: Tensor | None) -> Tensor:
-        """y, for the graph that the call belongs to."""
+        """y, computed under the autograd modes of the call."""
         with ExitStack() as stack:
-            if are_transforms_active():  # the tensors of the call are none of theirs
+            if are_transforms_active():  # the call's tensors do not belong to them
                 stack.enter_context(temporarily_clear_interpreter_stack())
             if dispatch_modes():
                 stack.enter_context(disable_current_modes())
@@ -168,7 +169,7 @@ class DeferredCall:
         return generic.output(xp, spec, operands, constants)  # type: ignore[no-any-return]
 
     def unchanged(self) -> tuple[Tensor | None, ...]:
-        """x, weight and bias as they were at the call; raises where they are not."""
+        """x, weight and bias as they were at the call; raises if they have been changed since."""
         inputs = []
         for tensor, before in zip(self.inputs, self.before, strict=True):
             if tensor is not None and before is not None:

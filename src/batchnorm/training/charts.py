@@ -1,4 +1,4 @@
-"""Rendering of charts: one Matplotlib drawing for the PNG files and for the page, where colours are CSS variables."""
+"""Rendering of charts: one Matplotlib drawing for the PNG files and for the page, where colors are CSS variables."""
 
 import html
 import io
@@ -16,7 +16,7 @@ from matplotlib.layout_engine import ConstrainedLayoutEngine
 
 from batchnorm.training.summary import Metrics
 
-# The colours of the PNGs and of the page in light mode; on the page they are variables, and dark mode has its own.
+# The colors of the PNGs and of the page in light mode; on the page they are variables, and dark mode has its own.
 INK, MUTED, GRID, PAPER = "#1f2328", "#5b646d", "#e3e6ea", "#fefefe"
 WITH, WITHOUT, BEFORE = "#1f6fb5", "#b84d06", "#6b737c"
 VARIABLES = {
@@ -66,7 +66,7 @@ COLUMNS = 2
 
 @dataclass(frozen=True)
 class Panel:
-    """One pair of axes and what it shows, in words for those who cannot see it."""
+    """One pair of axes, with a description of its content for screen readers."""
 
     title: str
     description: str
@@ -75,14 +75,14 @@ class Panel:
 
 @dataclass(frozen=True)
 class Figure:
-    """Panels that belong together: `<name>.png`, and one section of the page."""
+    """Related panels: the file `<name>.png`, and one section of the page."""
 
     name: str
     panels: tuple[Panel, ...]
 
 
 def write_png(figure: Figure, metrics: Metrics, path: Path) -> None:
-    """The figure as a PNG of 200 dots an inch, in the light colours."""
+    """Write the figure as a PNG with 200 dots per inch, in the light colors."""
     rows = math.ceil(len(figure.panels) / COLUMNS)
     width, height = PANEL_SIZE
     with mpl.rc_context(STYLE):
@@ -95,10 +95,10 @@ def write_png(figure: Figure, metrics: Metrics, path: Path) -> None:
 
 
 def svg(panel: Panel, metrics: Metrics) -> str:
-    """The panel as an `<svg>` element to stand in a page: colours are its CSS variables, text its font.
+    """The panel as an `<svg>` element for a page, with the page's CSS variables as colors and the page's font.
 
-    Matplotlib's prologue, fixed size and style sheet are taken off, which would reach beyond the chart. Its remaining
-    identifiers are hashes salted with the panel's title, because a page holds many panels.
+    Matplotlib's prologue, fixed size and style sheet are removed, because they would affect the rest of the page. The
+    remaining identifiers are hashes salted with the panel's title, because a page holds many panels.
     """
     with mpl.rc_context({**STYLE, "svg.hashsalt": panel.title}):
         canvas = Canvas(figsize=PANEL_SIZE, layout="constrained")

@@ -1,4 +1,4 @@
-"""A run on disk: both networks' arrays and the history as JSON metadata, in one safetensors file."""
+"""The checkpoint of a run: both networks' arrays, and the history as JSON metadata, in one safetensors file."""
 
 import json
 from pathlib import Path
@@ -18,7 +18,7 @@ FORMAT = 2
 
 
 class Run(TypedDict):
-    """What identifies a run, and its history by network; `fingerprint` is that of the images.
+    """The identity of a run, and its history by network; `fingerprint` is that of the images.
 
     `identity` holds the options that a continued run must share: all but the number of epochs.
     """
@@ -30,7 +30,7 @@ class Run(TypedDict):
 
 
 def save(folder: Path, run: Run, states: dict[str, Arrays]) -> None:
-    """Write the checkpoint; the earlier one is replaced in one move.
+    """Write the checkpoint, replacing the earlier one atomically.
 
     Raises:
         WriteError: it could not be written; the earlier one is unchanged.
@@ -41,7 +41,7 @@ def save(folder: Path, run: Run, states: dict[str, Arrays]) -> None:
 
 
 def load(folder: Path, identity: dict[str, Any], fingerprint: str) -> tuple[Run, dict[str, Arrays]]:
-    """The run and the networks' states, if the checkpoint in `folder` is of this very experiment.
+    """Load the run and the networks' states, if the checkpoint in `folder` belongs to the same experiment.
 
     Raises:
         InputError: there is no checkpoint, it is damaged, or it belongs to other options or images.
@@ -74,7 +74,7 @@ def load(folder: Path, identity: dict[str, Any], fingerprint: str) -> tuple[Run,
 
 
 def _checked_run(run: Any) -> Run:
-    if run["format"] != FORMAT:  # first: the records of another format have another form
+    if run["format"] != FORMAT:  # first: the records of another format have another structure
         raise ValueError(f"format {run['format']}, this version reads {FORMAT}")
     if not _conforms(run, Run) or set(run["histories"]) != set(NETWORKS):
         raise ValueError("its metadata has another form")
@@ -85,7 +85,7 @@ def _checked_run(run: Any) -> Run:
 
 
 def _conforms(value: Any, kind: Any) -> bool:
-    """Whether a value from JSON is what an annotation says; knows the annotations that `Run` is made of."""
+    """Whether a value from JSON matches an annotation; supports the annotations used in `Run`."""
     if kind is Any:
         return True
     if is_typeddict(kind):

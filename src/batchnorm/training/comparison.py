@@ -1,4 +1,4 @@
-"""Conclusions that the numbers of a run allow: which network is better, which one was sooner, and where neither is."""
+"""Conclusions that the numbers of a run support: which network is better, which one was sooner, or neither."""
 
 from collections.abc import Sequence
 from typing import NamedTuple, TypedDict
@@ -10,7 +10,7 @@ CONFIDENCE = 0.95
 
 
 class Sooner(TypedDict):
-    """`network` was as good in `epoch` as the other one ever was, which took that one until `other_epoch`."""
+    """`network` reached the other one's best accuracy in `epoch`, which that one reached in `other_epoch`."""
 
     network: str
     epoch: int
@@ -18,13 +18,13 @@ class Sooner(TypedDict):
 
 
 class Comparison(TypedDict):
-    """The two networks on the same `test_images`.
+    """The comparison of the two networks on the same `test_images`.
 
     `difference` is batch norm's accuracy minus the plain network's after the last epoch, `difference_interval` its
-    Newcombe interval at `confidence`, and `intervals` Wilson's of each accuracy. `better` is None where the difference
-    could be 0; `sooner` where neither network was sooner by more than noise. `diverged` holds each network's first
-    epoch with a loss that is not finite, and `at_chance` the networks whose best epoch could be that of one answer for
-    all images, which gets `chance` of them right.
+    Newcombe interval at `confidence`, and `intervals` the Wilson interval of each accuracy. `better` is None if the
+    difference could be 0; `sooner` is None if neither network was sooner by more than noise. `diverged` holds each
+    network's first epoch with a loss that is not finite. `at_chance` lists the networks whose best accuracy could be
+    that of one answer for all images, which is right for the proportion `chance` of them.
     """
 
     test_images: int
@@ -40,7 +40,7 @@ class Comparison(TypedDict):
 
 
 class _Pair(NamedTuple):
-    """Counts of test images after one epoch."""
+    """Counts of test images that both networks, or only one of them, got right after one epoch."""
 
     both: int
     batch_norm_only: int
@@ -48,11 +48,11 @@ class _Pair(NamedTuple):
 
 
 def compare(histories: dict[str, History], test_images: int, chance: float) -> Comparison:
-    """The conclusions of a run of at least one epoch.
+    """Draw the conclusions of a run of at least one epoch.
 
-    The last epoch is compared at `CONFIDENCE`. Epochs that are chosen for what they show (a network's best, the one at
-    which it drew level) are held to a wider interval, at 1 - (1 - CONFIDENCE) / epochs (Bonferroni): the luckiest of
-    thirty equal epochs would pass for an advance otherwise.
+    The last epoch is compared at `CONFIDENCE`. Epochs that are selected by their result (a network's best, or the first
+    to reach the other's best) are compared with a wider interval, at 1 - (1 - CONFIDENCE) / epochs (Bonferroni):
+    otherwise the luckiest of thirty equal epochs would look like an advance.
 
     Raises:
         ValueError: the records of an epoch contradict each other or the number of test images.
@@ -72,7 +72,7 @@ def compare(histories: dict[str, History], test_images: int, chance: float) -> C
         difference=(pairs[-1].batch_norm_only - pairs[-1].plain_only) / test_images,
         difference_interval=difference,
         better=None if difference.holds(0) else BATCH_NORM if difference.low > 0 else PLAIN,
-        # The epochs to a best at chance would mean nothing, nor would those to one that a diverged network fell from.
+        # The number of epochs to a best at chance, or to the best of a diverged network, would mean nothing.
         sooner=next(filter(None, candidates), None) if is_finite and not at_chance else None,
         diverged=diverged,
         chance=chance,
@@ -93,7 +93,7 @@ def first_reaching(epochs: Sequence[Epoch], accuracy: float) -> int | None:
 def _sooner(
     epochs: dict[str, list[Epoch]], pairs: Sequence[_Pair], leader: str, test_images: int, confidence: float
 ) -> Sooner | None:
-    """Not None if the leader drew level with the other's best earlier, and was ahead by more than noise just then."""
+    """The leader's advance, if it reached the other's best earlier and was then ahead by more than noise; else None."""
     other_best = best(epochs[PLAIN if leader == BATCH_NORM else BATCH_NORM])
     epoch = first_reaching(epochs[leader], other_best["test_accuracy"])
     if epoch is None or epoch >= other_best["epoch"]:

@@ -1,4 +1,4 @@
-"""The images of a run: where they come from, how they are scaled and which of them test the network."""
+"""The images of a run: their source, their scaling, and the split into training and test set."""
 
 import hashlib
 from dataclasses import dataclass, replace
@@ -12,7 +12,7 @@ from batchnorm.training.options import InputError
 
 SIDE = 28  # of the network's input, in pixels
 CLASSES = 10
-TEST_SHARE = 0.2  # where a data set has no test set of its own
+TEST_SHARE = 0.2  # for a data set without its own test set
 
 Floats = NDArray[np.float32]
 Labels = NDArray[np.int32]
@@ -23,7 +23,7 @@ class ImageSet:
     """Images `(N, 28, 28)` of float32 in [0, 1] and labels `(N,)` in 0..9, for training and for testing.
 
     `source` and `split` are sentences for the report. Pixels are divided by the largest value the format can hold (16
-    for the digits, 255 for IDX) and not standardized, so that what the first layer sees does not depend on the split.
+    for the digits, 255 for IDX) and not standardized, so the input of the first layer does not depend on the split.
     """
 
     name: str
@@ -41,7 +41,7 @@ class ImageSet:
         return replace(self, train_images=self.train_images[:images], train_labels=self.train_labels[:images])
 
     def fingerprint(self) -> str:
-        """SHA-256 of the images and labels, split included: equal exactly where a run may be continued."""
+        """SHA-256 of the images and labels, split included: equal exactly if a run may be continued."""
         digest = hashlib.sha256()
         for part in (self.train_images, self.train_labels, self.test_images, self.test_labels):
             digest.update(repr(part.shape).encode())
@@ -69,9 +69,9 @@ def load_digits() -> ImageSet:
 
 
 def load_folder(folder: Path, name: str | None = None, source: str | None = None) -> ImageSet:
-    """MNIST-like IDX files from a folder, gzipped or not, under their usual names.
+    """Load MNIST-like IDX files from a folder, gzipped or not, under their usual names.
 
-    With `train-*` and `t10k-*` files each keeps its role; where only one of the two is there, it is split.
+    Files `train-*` and `t10k-*` keep their roles; if only one of the two is present, it is split.
 
     Raises:
         InputError: the folder or its files are missing, damaged, or disagree with each other.
@@ -95,7 +95,7 @@ def load_folder(folder: Path, name: str | None = None, source: str | None = None
 
 
 def enlarge(images: Floats) -> Floats:
-    """Square images `(N, n, n)` enlarged to 28x28 by bilinear interpolation between pixel centres.
+    """Square images `(N, n, n)` enlarged to 28x28 by bilinear interpolation between pixel centers.
 
     Example:
         >>> enlarge(np.ones((2, 8, 8), np.float32)).shape
@@ -112,7 +112,7 @@ def enlarge(images: Floats) -> Floats:
 
 
 def stratified_test(labels: Labels) -> NDArray[np.bool_]:
-    """Which of the images test: a fifth of every class, the same for every run whatever its seed.
+    """Mask of the test images: a fifth of every class, the same for every run whatever its seed.
 
     Example:
         >>> int(stratified_test(np.repeat(np.arange(10, dtype=np.int32), 20)).sum())
@@ -135,7 +135,7 @@ def _split_set(name: str, source: str, images: Floats, labels: Labels) -> ImageS
 
 
 def _read_pair(folder: Path, prefix: str) -> tuple[Floats, Labels] | None:
-    """The images and labels called `prefix`, or None where neither is there."""
+    """The images and labels from the files of this prefix, or None if both are absent."""
     image_path = _find(folder, f"{prefix}-images", "idx3-ubyte")
     label_path = _find(folder, f"{prefix}-labels", "idx1-ubyte")
     if image_path is None and label_path is None:
@@ -157,6 +157,6 @@ def _read_pair(folder: Path, prefix: str) -> tuple[Floats, Labels] | None:
 
 
 def _find(folder: Path, stem: str, kind: str) -> Path | None:
-    """The file of that stem under one of the names in use; unpacked before gzipped, as the quicker to read."""
+    """The file of that stem under one of the names in use; an unpacked one is preferred, as faster to read."""
     names = [f"{stem}{joint}{kind}{suffix}" for suffix in ("", ".gz") for joint in ("-", ".")]
     return next((folder / name for name in names if (folder / name).exists()), None)

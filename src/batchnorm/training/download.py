@@ -20,10 +20,10 @@ FASHION_MNIST_MD5 = {
     "t10k-images-idx3-ubyte.gz": "bef4ecab320f06d8554ea6380940ec79",
     "t10k-labels-idx1-ubyte.gz": "bb300cfdad3c16e7a12a480ee83cd310",
 }
-TIMEOUT = 30  # seconds without a byte
+TIMEOUT = 30  # seconds without data
 
 Progress = Callable[[str, int, int | None], None]
-"""Called with the file's name, the bytes so far and the bytes in all, where the server says."""
+"""Called with the file's name, the bytes so far and the total, if the server reports it."""
 
 
 class DownloadError(RuntimeError):
@@ -31,13 +31,13 @@ class DownloadError(RuntimeError):
 
 
 def cache_folder() -> Path:
-    """`$XDG_CACHE_HOME/batchnorm`, or `~/.cache/batchnorm` where the variable is unset, empty or relative."""
+    """`$XDG_CACHE_HOME/batchnorm`, or `~/.cache/batchnorm` if the variable is unset, empty or relative."""
     base = Path(os.environ.get("XDG_CACHE_HOME", ""))
     return (base if base.is_absolute() else Path.home() / ".cache") / "batchnorm"
 
 
 def load_fashion_mnist(progress: Progress, base_url: str = FASHION_MNIST_URL) -> ImageSet:
-    """Fashion-MNIST from the cache, downloading what is not there yet.
+    """Load Fashion-MNIST from the cache, downloading missing files first.
 
     Raises:
         DownloadError: no connection, or a file whose checksum is not the published one.
@@ -50,11 +50,11 @@ def load_fashion_mnist(progress: Progress, base_url: str = FASHION_MNIST_URL) ->
 
 
 def fetch(url: str, path: Path, md5: str, progress: Progress) -> None:
-    """Make `path` hold the file at `url`, unless it already does.
+    """Download `url` to `path`, unless the file is there already.
 
-    Nothing is written, no folder either, before all bytes have arrived (30 MB at most) and the checksum is right: an
-    interrupted or falsified download leaves nothing behind. MD5 is what the publisher gives: it tells damage from
-    the real file and is no protection against an attacker.
+    Nothing is written, not even a folder, before all bytes have arrived (30 MB at most) and the checksum matches: an
+    interrupted or corrupt download leaves nothing behind. The publisher provides MD5 sums, which detect damage but do
+    not protect against an attacker.
 
     Raises:
         DownloadError: the file cannot be fetched or stored, or its MD5 is another.
@@ -75,7 +75,7 @@ def fetch(url: str, path: Path, md5: str, progress: Progress) -> None:
 
 
 def _download(url: str, path: Path, progress: Progress) -> bytes:
-    """The bytes at `url`, which are to become `path`."""
+    """Download the bytes at `url`; `path` is their destination, for progress and messages."""
     content = bytearray()
     try:
         with urllib.request.urlopen(url, timeout=TIMEOUT) as response:

@@ -1,4 +1,4 @@
-"""What each chart of a run shows, drawn on Matplotlib axes; `FIGURES`, at the end, is all of them."""
+"""The charts of a run, drawn on Matplotlib axes; `FIGURES`, at the end, lists all of them."""
 
 from collections.abc import Callable, Iterable, Sequence
 from functools import partial
@@ -19,7 +19,7 @@ LINE = 15.0  # points between the base lines of two labels
 PLOT_HEIGHT = 190.0  # points, about what a panel leaves for its axes
 
 Label = tuple[float, str, str]
-"""Where on the y axis a series ends, its text and its colour."""
+"""The position on the y axis at which a series ends, its text and its color."""
 
 
 def _accuracy(axes: Axes, metrics: Metrics) -> None:
@@ -42,7 +42,7 @@ def _accuracy(axes: Axes, metrics: Metrics) -> None:
 
 
 def _mark(axes: Axes, point: tuple[int, float], colour: str, *, row: int, last: int) -> None:
-    """Mark a point and name its epoch at the foot, on a row of its own and on paper that hides the curves below."""
+    """Mark a point and label its epoch at the bottom, in a separate row and on a background that hides the curves."""
     epoch, height = point
     axes.plot(epoch, height, "o", markersize=7, markeredgewidth=1.6, color=PAPER, markeredgecolor=colour, zorder=3)
     axes.vlines(epoch, 0, height, color=colour, linewidth=1, linestyle=DOTTED)
@@ -88,7 +88,7 @@ def _gradients(axes: Axes, metrics: Metrics) -> None:
 def _before_and_after_training(
     axes: Axes, metrics: Metrics, names: Sequence[str], values: Callable[[ProbeRecord], list[float | None]]
 ) -> None:
-    """A value of each layer, before the first epoch (solid) and after the last one recorded (dashed)."""
+    """Plot a value of each layer, before the first epoch (solid) and after the last recorded one (dashed)."""
     labels = []
     for name, colour in COLOURS.items():
         first, last = (_numbers(values(metrics["histories"][name]["probes"][index])) for index in (0, -1))
@@ -150,7 +150,7 @@ def _mode_gap(axes: Axes, metrics: Metrics) -> None:
     axes.axhline(0, color=MUTED, linewidth=0.9)
     axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:+.0f}".replace("-", "−") if value else "0"))
     axes.yaxis.set_major_locator(MaxNLocator(6, integer=True))
-    # At least a point each way: ticks are whole points, and closer ones would all be called 0.
+    # At least one point each way: tick labels are whole points, and those of closer ticks would all be 0.
     axes.set_ylim(1.1 * min(-1.0, gap.min()), 1.1 * max(1.0, gap.max()))
     _epoch_axis(axes, metrics)
 
@@ -166,17 +166,17 @@ def _epochs(metrics: Metrics, network: str) -> list[int]:
 
 
 def _quantiles(probes: Sequence[ProbeRecord], layer: str, side: Literal["before", "after"]) -> np.ndarray[Any, Any]:
-    """One row a quantile, one column a record."""
+    """One row per quantile, one column per record."""
     return np.array([_numbers(probe["layers"][layer][side]["quantiles"]) for probe in probes]).T
 
 
 def _numbers(values: Iterable[float | None]) -> list[float]:
-    """With NaN, which Matplotlib leaves out, for what was not finite."""
+    """The values, with NaN, which Matplotlib omits, for those that were not finite."""
     return [float("nan") if value is None else value for value in values]
 
 
 def _point(values: Sequence[float]) -> str:
-    """The marker that a line of a single epoch needs to be seen."""
+    """The marker that makes a line of a single epoch visible."""
     return "o" if len(values) == 1 else ""
 
 
@@ -198,7 +198,7 @@ def _log_axis(axes: Axes) -> None:
 
 
 def _label_ends(axes: Axes, labels: list[Label]) -> None:
-    """Name the series at their right ends, apart from each other and inside the height of the axes."""
+    """Label the series at their right ends, without overlap and within the height of the axes."""
     to_height = axes.transData + axes.transAxes.inverted()
     shown = [label for label in labels if np.isfinite(label[0])]
     wanted = [float(np.clip(to_height.transform((0, y))[1], 0, 1)) * PLOT_HEIGHT for y, _, _ in shown]
@@ -219,7 +219,7 @@ def _label_ends(axes: Axes, labels: list[Label]) -> None:
 
 
 def _apart(wanted: list[float], texts: list[str]) -> list[float]:
-    """Heights near the wanted ones at which no texts touch: pushed up from the bottom, then down from the top."""
+    """Heights near the wanted ones at which no texts overlap: pushed up from the bottom, then down from the top."""
     halves = [LINE * (1 + text.count("\n")) / 2 for text in texts]
     order = sorted(range(len(wanted)), key=lambda index: wanted[index])
     placed = list(wanted)

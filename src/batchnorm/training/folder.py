@@ -1,4 +1,4 @@
-"""The output folder: one run at a time, checked before training starts, its files whole or absent."""
+"""The output folder: locked by one run, checked before training starts, with files complete or absent."""
 
 import fcntl
 import os
@@ -22,12 +22,12 @@ class WriteError(OSError):
 
 @contextmanager
 def output_folder(path: Path) -> Iterator[Path]:
-    """Hold the folder for one run; a folder made here disappears again if nothing was written.
+    """Lock the folder for one run; a folder created here is removed again if nothing was written.
 
-    The operating system holds the lock, and drops it however the process ends: a crash leaves no stale lock.
+    The operating system holds the lock, and releases it however the process ends: a crash leaves no stale lock.
 
     Raises:
-        InputError: the folder cannot be made, written to or locked, or another run holds it.
+        InputError: the folder cannot be created, written to or locked, or another run has locked it.
     """
     with ExitStack() as stack:
         try:
@@ -44,7 +44,7 @@ def output_folder(path: Path) -> Iterator[Path]:
 
 @contextmanager
 def new_folder(path: Path) -> Iterator[Path]:
-    """Make the folder and its parents where they are missing, and remove those made that stay empty."""
+    """Create the folder and its missing parents, and afterwards remove those created here that are empty."""
     made: list[Path] = []
     try:
         for missing in reversed([folder for folder in (path, *path.parents) if not folder.exists()]):
@@ -63,7 +63,7 @@ def earlier_files(folder: Path) -> list[str]:
 
 
 def remove_report(folder: Path) -> None:
-    """Remove the page, the pictures and the metrics, the page first: without the others it would be wrong."""
+    """Remove the pictures, then the page, then the metrics."""
     for name in reversed(REPORT):
         (folder / name).unlink(missing_ok=True)
 
@@ -80,12 +80,12 @@ def next_folder(first: Path) -> Path:
 
 
 def last_folder(first: Path) -> Path:
-    """The last of `first`, `first-2`, `first-3` ... that holds a run, or `first` where none does."""
+    """The last of `first`, `first-2`, `first-3` ... that holds a run, or `first` if none does."""
     return _numbered(first, _last_number(first) or 1)
 
 
 def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
-    """Let `write` fill a temporary file in the same folder, and give it its name once it is whole.
+    """Let `write` fill a temporary file in the same folder, and rename it to `path` once it is complete.
 
     An interruption at any moment leaves the earlier file of that name, or none.
 
@@ -96,7 +96,7 @@ def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
 
 
 def write_together(folder: Path, writers: Mapping[str, Callable[[Path], object]]) -> None:
-    """Write several files that belong together: each gets its name once all are whole.
+    """Write several related files: each is renamed to its final name once all are complete.
 
     Raises:
         WriteError: a file could not be written; the earlier ones of these names are unchanged.
@@ -118,17 +118,17 @@ def _locked(folder: Path) -> Iterator[None]:
 
     Raises:
         InputError: another process, or another caller in this one, holds the lock.
-        OSError: the file system has no locks, or the file cannot be made.
+        OSError: the file system has no locks, or the file cannot be created.
     """
     path = folder / LOCK
     descriptor = _open_locked(path)
     try:
-        with suppress(OSError):  # the number is for people; a full disk has no room for it
+        with suppress(OSError):  # the number is only informative; a full disk has no room for it
             os.truncate(descriptor, 0)
             os.write(descriptor, str(os.getpid()).encode())
         yield
     finally:
-        path.unlink(missing_ok=True)  # before the lock ends, so that nobody's file but ours is removed
+        path.unlink(missing_ok=True)  # before the lock is released, so that no other run's file is removed
         os.close(descriptor)
 
 
@@ -137,8 +137,8 @@ def _open_locked(path: Path) -> int:
         descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            # The earlier holder may have removed the file after it was opened here: then a third process can lock a
-            # new one of the same name, and this lock would exclude no one.
+            # The earlier holder may have removed the file after it was opened here: then a third process can lock a new
+            # one of the same name, and this lock would exclude nothing.
             if path.exists() and os.path.samestat(os.fstat(descriptor), path.stat()):
                 return descriptor
         except BlockingIOError:
@@ -155,7 +155,7 @@ def _open_locked(path: Path) -> int:
 
 
 def _last_number(first: Path) -> int:
-    """The number of the last folder with a run, 1 for `first` itself, 0 where there is none."""
+    """The number of the last folder with a run, 1 for `first` itself, 0 if there is none."""
     names = re.compile(rf"{re.escape(first.name)}-([1-9]\d*)")
     numbers = [1] if earlier_files(first) else []
     if first.parent.is_dir():

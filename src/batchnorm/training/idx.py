@@ -1,4 +1,4 @@
-"""The IDX format of MNIST and its relatives, read strictly.
+"""A strict reader of IDX, the format of MNIST and similar data sets.
 
     bytes 0-1   zero
     byte  2     type of an element: 0x08 is an unsigned byte, the only one these data sets use
@@ -25,10 +25,10 @@ GZIP_MAGIC = b"\x1f\x8b"
 
 
 def read_idx(path: Path, ndim: int) -> NDArray[np.uint8]:
-    """The array of unsigned bytes in an IDX file of `ndim` dimensions, gzipped or not.
+    """Read the array of unsigned bytes in an IDX file of `ndim` dimensions, gzipped or not.
 
-    The length of the content decides, not the header: no more is ever read than the file holds, so a header that
-    claims terabytes costs nothing. A gzipped file is recognized by its first bytes, whatever its name.
+    Memory is allocated for the content, not by the header: a header that claims terabytes costs nothing. A gzipped file
+    is recognized by its first bytes, whatever its name.
 
     Raises:
         InputError: the file cannot be read, is not IDX of unsigned bytes with `ndim` dimensions, is shorter or longer
@@ -41,7 +41,7 @@ def read_idx(path: Path, ndim: int) -> NDArray[np.uint8]:
             header = file.read(4 + 4 * ndim)
             shape = _shape(path, header, ndim)
             size = math.prod(shape)
-            # One byte more than promised tells a file that is too long.
+            # One byte more than promised detects a file that is too long.
             content = _read_at_most(file, size + 1)
     except (EOFError, zlib.error, gzip.BadGzipFile) as error:
         raise InputError(f"{path}: the gzip stream is damaged or cut short ({error}); fetch the file again") from None
@@ -53,7 +53,7 @@ def read_idx(path: Path, ndim: int) -> NDArray[np.uint8]:
 
 
 def _shape(path: Path, header: bytes, ndim: int) -> tuple[int, ...]:
-    """The dimensions in the header, which must be whole and of the expected kind."""
+    """The dimensions in the header, which must be complete and of the expected kind."""
     expected = bytes([0, 0, UNSIGNED_BYTE, ndim])
     if header[:4] != expected:
         found = f"starts with {header[:4].hex(' ')}" if header else "is empty"
@@ -66,7 +66,7 @@ def _shape(path: Path, header: bytes, ndim: int) -> tuple[int, ...]:
 
 
 def _read_at_most(file: IO[bytes], limit: int) -> bytes:
-    """Up to `limit` bytes, in pieces, so that memory follows what the file holds and not what its header claims."""
+    """Read up to `limit` bytes, in chunks, so that memory depends on the content and not on the header's claim."""
     pieces = []
     while limit > 0 and (piece := file.read(min(limit, 1 << 20))):
         pieces.append(piece)

@@ -1,4 +1,4 @@
-"""Ctrl-C as a request: the first one is noted and acted upon at the next batch, the second one ends the process."""
+"""Handling of Ctrl-C: the first one stops training after the current batch, the second one ends the process."""
 
 import os
 import signal
@@ -11,10 +11,10 @@ EXIT_CODE = 130  # 128 + SIGINT, what a shell reports
 
 @contextmanager
 def noting_interrupts() -> Iterator[Callable[[], bool]]:
-    """Yield a function that says whether Ctrl-C was pressed.
+    """Yield a function that tells whether Ctrl-C was pressed.
 
-    An exception raised by a signal could strike inside a step and leave half an update; a flag cannot. At the second
-    Ctrl-C the process ends at once; files are replaced whole, so none is left half-written under its name.
+    An exception raised by a signal could interrupt a step and leave half an update; a flag cannot. The second Ctrl-C
+    ends the process at once; files are replaced atomically, so none is left half-written under its name.
     """
     pressed = False
 

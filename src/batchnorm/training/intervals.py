@@ -1,4 +1,4 @@
-"""Confidence intervals of shares: one share, and the difference of two shares of the same items."""
+"""Confidence intervals of proportions: one proportion, and the difference of two proportions of the same items."""
 
 import math
 from statistics import NormalDist
@@ -12,17 +12,17 @@ class Interval(NamedTuple):
     high: float
 
     def holds(self, value: float) -> bool:
-        """Whether the value lies between the bounds, which count as inside."""
+        """Whether the value lies within the bounds, inclusive."""
         return self.low <= value <= self.high
 
 
 def wilson(successes: int, n: int, confidence: float = 0.95) -> Interval:
-    """Wilson's score interval of a share, without continuity correction.
+    """Wilson's score interval of a proportion, without continuity correction.
 
         p = successes / n        z = quantile of the normal distribution at (1 + confidence) / 2
         (p + z² / 2n ± z sqrt(p (1 - p) / n + z² / 4n²)) / (1 + z² / n)
 
-    Unlike p ± z sqrt(p (1 - p) / n) it has a width at p = 0 and p = 1, and stays between 0 and 1.
+    Unlike p ± z sqrt(p (1 - p) / n) it has a positive width at p = 0 and p = 1, and stays between 0 and 1.
 
     Source: Wilson 1927; method 3 in Newcombe, Statistics in Medicine 17 (1998), 857-872.
 
@@ -48,14 +48,14 @@ def wilson(successes: int, n: int, confidence: float = 0.95) -> Interval:
 
 
 def paired_difference(both: int, first_only: int, second_only: int, n: int, confidence: float = 0.95) -> Interval:
-    """Newcombe's score interval of p1 - p2, the shares of the same n items that two methods get right.
+    """Newcombe's score interval of p1 - p2, the proportions of the same n items that two methods get right.
 
         p1 = (both + first_only) / n        p2 = (both + second_only) / n        l, u: Wilson's bounds of each
         low  = p1 - p2 - sqrt((p1 - l1)² - 2 phi (p1 - l1) (u2 - p2) + (u2 - p2)²)
         high = p1 - p2 + sqrt((u1 - p1)² - 2 phi (u1 - p1) (p2 - l2) + (p2 - l2)²)
 
-    phi is the correlation of the two methods' successes, with a continuity correction where it is positive. It makes
-    the interval narrower than that of two independent samples: two networks stumble over the same images.
+    phi is the correlation of the two methods' successes, with a continuity correction if it is positive. It makes the
+    interval narrower than that of two independent samples, because two networks fail on the same images.
 
     Source: method 10 in Newcombe, Statistics in Medicine 17 (1998), 2635-2650.
 

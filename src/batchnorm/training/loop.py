@@ -1,4 +1,4 @@
-"""Training both networks epoch by epoch in lockstep, measuring and checkpointing after each."""
+"""Training of both networks epoch by epoch in lockstep, with measurements and a checkpoint after each epoch."""
 
 import dataclasses
 import time
@@ -30,10 +30,10 @@ from batchnorm.training.options import InputError, Options
 
 
 class Observer(Protocol):
-    """Who watches a run."""
+    """Callbacks that report the progress of a run."""
 
     def start(self, done: int, epochs: int, batches: int) -> None:
-        """Called once: epochs already done, epochs in all, batches in each."""
+        """Called once with the epochs already done, the total number of epochs and the batches per epoch."""
         ...
 
     def batch(self, network: str, loss: float, accuracy: float) -> None:
@@ -46,7 +46,7 @@ class Observer(Protocol):
 
 
 class Stopped(Exception):  # noqa: N818 - not an error: the run was asked to stop
-    """Raised inside an epoch that is given up."""
+    """Raised inside an epoch that is abandoned."""
 
 
 def train(
@@ -61,15 +61,15 @@ def train(
     """Train both networks up to `options.epochs` and return their histories, keyed by `NETWORKS`.
 
     The order of the images in epoch e depends on (seed, e) alone, so a run that is stopped and continued yields the
-    same numbers as an unbroken one, seconds apart. `is_stopped` is asked after every batch; the epoch it interrupts is
-    given up and the histories end with the epoch before. Every complete epoch is in the checkpoint in `folder`; the
-    first one of a new run replaces an earlier run there.
+    same numbers as an uninterrupted one, except for `seconds`. `is_stopped` is called after every batch; the
+    interrupted epoch is abandoned, and the histories end with the epoch before. Every complete epoch is in the
+    checkpoint in `folder`; the first one of a new run replaces an earlier run there.
 
     Raises:
         InputError: the options do not fit the data, or with `resume` the checkpoint does not fit the options.
         WriteError: a checkpoint could not be written.
     """
-    batches = len(data.train_labels) // options.batch_size  # the rest of each shuffle sits out its epoch
+    batches = len(data.train_labels) // options.batch_size  # the rest of each shuffle is not used in its epoch
     if not batches:
         raise InputError(
             f"--batch-size is {options.batch_size}, there are only {len(data.train_labels)} images to train on"
@@ -104,7 +104,7 @@ def train(
 def _begin(
     options: Options, data: ImageSet, folder: Path, *, resume: bool
 ) -> tuple[checkpoint.Run, dict[str, Network]]:
-    """Both networks and their history: new and probed once, or as the checkpoint left them."""
+    """Both networks and their histories: new and probed once, or restored from the checkpoint."""
     identity, fingerprint = _identity(options), data.fingerprint()
     networks = {name: build(options, batch_norm=name == BATCH_NORM) for name in NETWORKS}
     if not resume:
@@ -135,9 +135,10 @@ def _epoch(
     observer: Observer,
     is_stopped: Callable[[], bool],
 ) -> tuple[Epoch, NDArray[np.bool_]]:
-    """Train one network on the batches of `plan` (image indices, a row a batch) and test it.
+    """Train one network on the batches of `plan` (image indices, one row per batch) and test it.
 
-    The second result says which test images it got right; `test_only` waits for the other network's.
+    The second result tells which test images it got right; `test_only` is filled in later, with the other network's
+    result.
     """
     start = time.perf_counter()
     loss = 0.0
@@ -179,6 +180,6 @@ def _paired(results: dict[str, tuple[Epoch, NDArray[np.bool_]]]) -> dict[str, Ep
 
 
 def _identity(options: Options) -> dict[str, Any]:
-    """The options that decide a run's numbers. Where the images lie does not: their fingerprint is compared instead."""
+    """The options that determine a run's numbers, without the location of the images, whose fingerprint is compared."""
     values = dataclasses.asdict(options)
     return {name: value for name, value in values.items() if name not in {"epochs", "data", "images", "dataset"}}

@@ -1,6 +1,6 @@
-"""What is measured of the two networks while they train, as plain records that JSON can hold.
+"""Measurements of the two networks during training, as plain records that JSON can represent.
 
-A number that is not finite is kept as None, which is what JSON and the charts know.
+A number that is not finite is stored as None, which JSON and the charts support.
 """
 
 import math
@@ -16,15 +16,15 @@ PLAIN, BATCH_NORM = "plain", "batch_norm"
 NETWORKS = (PLAIN, BATCH_NORM)
 QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95)
 PROBE_IMAGES = 256
-EVALUATION_BATCH = 500  # bounds the memory of inference; the first convolution holds 14 kB an image
+EVALUATION_BATCH = 500  # bounds the memory of inference; the first convolution holds 14 kB per image
 
 
 class Epoch(TypedDict):
-    """One epoch of one network; `seconds` is spent on training steps only.
+    """One epoch of one network; `seconds` covers training steps only.
 
-    `test_accuracy` is that of inference mode, `test_accuracy_batch` that of training mode on batches of the training's
+    `test_accuracy` is measured in inference mode, `test_accuracy_batch` in training mode on batches of the training's
     size, which only differs with batch norm. `test_only` counts the test images that this network got right in
-    inference mode and the other did not: what a comparison of two networks on the same images goes by.
+    inference mode and the other did not, which a comparison of two networks on the same images requires.
     """
 
     epoch: int
@@ -38,10 +38,10 @@ class Epoch(TypedDict):
 
 
 class Distribution(TypedDict):
-    """Of the values at one place: their `QUANTILES`, and how much they vary from image to image.
+    """The distribution of the values at one place: their `QUANTILES`, and their variation from image to image.
 
     `variation` is the root mean square over channels of the standard deviation over images and positions. A channel
-    that says the same of every image has none, however large its values.
+    with the same values for every image has variation 0, however large the values are.
     """
 
     quantiles: list[float | None]
@@ -49,14 +49,14 @@ class Distribution(TypedDict):
 
 
 class LayerProbe(TypedDict):
-    """Both sides of one batch norm; without batch norm both are the layer's output."""
+    """The distributions before and after one batch norm; without batch norm both are the layer's output."""
 
     before: Distribution
     after: Distribution
 
 
 class ProbeRecord(TypedDict):
-    """All layers after `epoch` epochs (0: before training) for the same images each time."""
+    """All layers after `epoch` epochs (0: before training), always for the same images."""
 
     epoch: int
     layers: dict[str, LayerProbe]
@@ -71,7 +71,7 @@ class GammaBeta(TypedDict):
 
 
 class History(TypedDict):
-    """Everything measured of one network so far."""
+    """All measurements of one network so far."""
 
     epochs: list[Epoch]
     probes: list[ProbeRecord]
@@ -79,7 +79,7 @@ class History(TypedDict):
 
 
 def number(value: float) -> float | None:
-    """The value as JSON can hold it.
+    """The value, or None if it is not finite, which JSON cannot represent.
 
     Example:
         >>> number(0.5), number(float("nan"))
@@ -89,9 +89,10 @@ def number(value: float) -> float | None:
 
 
 def is_probed(epoch: int) -> bool:
-    """Whether an epoch's layers are recorded: all up to 32, then ever fewer, 16 for each doubling.
+    """Whether an epoch's layers are recorded: all up to 32, then 16 for each doubling.
 
-    The rule does not look at how many epochs are planned: a run that is continued records the same as an unbroken one.
+    The rule does not depend on the planned number of epochs, so a continued run records the same epochs as an
+    uninterrupted one.
 
     Example:
         >>> [epoch for epoch in range(65) if not is_probed(epoch)][:3]
@@ -104,9 +105,10 @@ def is_probed(epoch: int) -> bool:
 def evaluate(
     network: Network, images: Floats, labels: Labels, *, training: bool, batch_size: int
 ) -> tuple[float, NDArray[np.bool_]]:
-    """Mean loss and, for each image, whether the answer is right; batches of `batch_size` or more, nearly equal.
+    """Mean loss, and for each image whether the answer is right, over nearly equal batches of `batch_size` or more.
 
-    Never smaller: in training mode a batch of a few left-over images would be normalized by itself.
+    A batch is smaller only if there are fewer images: in training mode, a few left-over ones would be normalized by
+    their own statistics.
     """
     loss = 0.0
     right = np.zeros(len(labels), bool)
@@ -118,7 +120,7 @@ def evaluate(
 
 
 def probe(network: Network, data: ImageSet, epoch: int) -> ProbeRecord:
-    """The distributions and gradients of the first training images, the same ones at every call."""
+    """The distributions and gradients of the first training images, the same images at every call."""
     measured = network.probe(data.train_images[:PROBE_IMAGES], data.train_labels[:PROBE_IMAGES])
     return ProbeRecord(
         epoch=epoch,

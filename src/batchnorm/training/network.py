@@ -1,4 +1,4 @@
-"""LeNet as both frameworks build it: its layers, its first weights, and what the loop asks of a network.
+"""LeNet for both frameworks: its layers, its initial weights, and the interface that the loop uses.
 
     (1, 28, 28) - conv1 6@5x5 - BN - activation - average pool 2x2
                 - conv2 16@5x5 - BN - activation - average pool 2x2
@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from batchnorm.training.data import Floats, Labels
 from batchnorm.training.options import Options
 
-DECAY = 0.9  # of the running statistics: a memory of about ten batches follows weights that still move
+DECAY = 0.9  # of the running statistics: about ten batches, because the weights still change
 
 Arrays = dict[str, NDArray[np.generic]]
 
@@ -33,7 +33,7 @@ class Layer:
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """Of the weights: outputs first, as PyTorch keeps them."""
+        """Shape of the weights, outputs first as in PyTorch."""
         return (self.outputs, self.inputs) + (self.kernel, self.kernel) * (self.kernel > 0)
 
 
@@ -62,11 +62,11 @@ class Score(NamedTuple):
 
 
 class Probe(NamedTuple):
-    """What flows through the layers for one batch in training mode, keyed by layer.
+    """Values and gradients of one batch in training mode, keyed by layer.
 
-    `before` and `after` hold the values on either side of batch norm, both ahead of the activation, channels last; they
-    are the same arrays in the network without. `gradients` holds the Euclidean norm of the loss's gradient for each
-    layer's weights. The running statistics stay as they are.
+    `before` and `after` hold the values before and after batch norm, both ahead of the activation, channels last;
+    without batch norm they are the same arrays. `gradients` holds the Euclidean norm of the loss's gradient for each
+    layer's weights. The running statistics are not updated.
     """
 
     before: dict[str, Floats]
@@ -82,11 +82,11 @@ class Network(Protocol):
         ...
 
     def evaluate(self, images: Floats, labels: Labels, *, training: bool) -> Score:
-        """The score in training mode (batch statistics) or inference mode (running statistics), changing nothing."""
+        """The score by batch statistics (training) or running statistics (inference), without changing the network."""
         ...
 
     def probe(self, images: Floats, labels: Labels) -> Probe:
-        """The values and gradients of one batch, changing nothing."""
+        """The values and gradients of one batch; the network is unchanged."""
         ...
 
     def gamma_beta(self) -> dict[str, tuple[Floats, Floats]]:
@@ -94,11 +94,11 @@ class Network(Protocol):
         ...
 
     def state(self) -> Arrays:
-        """Everything training depends on: parameters, running statistics and the optimizer's moments, by name."""
+        """The complete training state: parameters, running statistics and the optimizer's moments, by name."""
         ...
 
     def restore(self, state: Arrays) -> None:
-        """Continue from a `state()` of the same kind of network.
+        """Restore a `state()` of the same kind of network.
 
         Raises:
             ValueError: an array is missing, unknown, or has another shape or type.
@@ -107,15 +107,15 @@ class Network(Protocol):
 
 
 def build(options: Options, *, batch_norm: bool) -> Network:
-    """A network of the framework asked for, which is imported here and no earlier; PyTorch is set to one thread."""
+    """Build a network in the requested framework, which is imported only here; PyTorch is set to one thread."""
     if options.framework == "torch":
         import torch
 
         from batchnorm.training.network_torch import TorchNetwork
 
         # Batches this small gain nothing from a second thread, and beside a busy process OpenMP's waiting threads made
-        # 44 steps take 14 s instead of 0.2 s (PyTorch 2.13, two cores). It also makes the numbers those of any machine
-        # of the same kind, however many cores it has.
+        # 44 steps take 14 s instead of 0.2 s (PyTorch 2.13, two cores). One thread also makes the numbers independent
+        # of the number of cores, on machines of the same kind.
         torch.set_num_threads(1)
         return TorchNetwork(options, batch_norm=batch_norm)
     from batchnorm.training.network_jax import JaxNetwork
@@ -124,7 +124,7 @@ def build(options: Options, *, batch_norm: bool) -> Network:
 
 
 def initial_weights(seed: int) -> dict[str, Floats]:
-    """Every layer's first weights, normal with variance 1 / fan-in (LeCun et al. 1998); biases start at zero.
+    """Every layer's initial weights, normal with variance 1 / fan-in (LeCun et al. 1998); biases start at zero.
 
     Drawn with NumPy, so that both networks of both frameworks start from the same numbers.
 
@@ -141,7 +141,7 @@ def initial_weights(seed: int) -> dict[str, Floats]:
 
 
 def check_state(state: Arrays, expected: Arrays) -> None:
-    """Refuse a state whose names, shapes or types are not those of `expected`.
+    """Raise unless a state has the names, shapes and dtypes of `expected`.
 
     Raises:
         ValueError: with the first difference.

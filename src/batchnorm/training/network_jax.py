@@ -37,7 +37,7 @@ ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
 
 
 class LeNet(nnx.Module):
-    """The network; the attributes of a layer are `conv1`, `norm_conv1` and so on."""
+    """LeNet as a Flax NNX module; the attributes of a layer are `conv1`, `norm_conv1` and so on."""
 
     def __init__(self, weights: dict[str, Floats], activation: str, *, batch_norm: bool) -> None:
         self.activation = ACTIVATIONS[activation]
@@ -78,7 +78,7 @@ class LeNet(nnx.Module):
 
 
 class TrainState(NamedTuple):
-    """What a step replaces."""
+    """The state that a training step replaces."""
 
     parameters: Any
     running: Any
@@ -96,7 +96,7 @@ class Compiled(NamedTuple):
 
 @cache
 def _compiled(graph: nnx.GraphDef[LeNet], learning_rate: float) -> Compiled:
-    """Kept for the process: compiling takes seconds, and networks of one structure share it."""
+    """The functions of a network, cached: compiling takes seconds, and networks of one structure share them."""
     adam = optax.adam(learning_rate)
 
     def loss(parameters: Any, running: Any, images: jax.Array, labels: jax.Array, training: bool) -> Any:
@@ -181,9 +181,9 @@ class JaxNetwork:
 
 
 def _kernel(name: str, weights: Floats) -> Floats:
-    """Weights with outputs first, in Flax's order: inputs before outputs, and channels behind the pixels."""
+    """Convert weights with outputs first to Flax's order: inputs before outputs, and channels after the pixels."""
     if weights.ndim == 4:
         return weights.transpose(2, 3, 1, 0)
-    if name == "dense1":  # its inputs are the flattened image, whose channels come last here
+    if name == "dense1":  # its inputs are the flattened image, whose channels are last here
         return weights.reshape(-1, 16, 4, 4).transpose(2, 3, 1, 0).reshape(256, -1)
     return weights.T

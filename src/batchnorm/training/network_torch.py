@@ -36,7 +36,7 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
 
 
 class LeNet(nn.Module):
-    """The network; the modules of a layer are `conv1`, `norm_conv1` and so on."""
+    """LeNet as a PyTorch module; the submodules of a layer are `conv1`, `norm_conv1` and so on."""
 
     def __init__(self, weights: dict[str, Floats], activation: str, *, batch_norm: bool) -> None:
         super().__init__()
@@ -147,7 +147,7 @@ class TorchNetwork:
 
 
 def _targets(labels: Labels) -> Tensor:
-    return torch.from_numpy(labels.astype(np.int64))  # what cross_entropy takes
+    return torch.from_numpy(labels.astype(np.int64))  # cross_entropy requires int64
 
 
 def _right(logits: Tensor, labels: Labels) -> NDArray[np.bool_]:

@@ -1,4 +1,4 @@
-"""What a run was asked to do, checked once."""
+"""The options of a run, checked once."""
 
 import dataclasses
 import math
@@ -11,19 +11,19 @@ DATASETS = ("digits", "fashion-mnist")
 
 
 class InputError(ValueError):
-    """What the user gave cannot be used; the message is one line with the value, what is allowed and the fix."""
+    """Input from the user cannot be used; the message is one line with the value, the allowed values and the fix."""
 
 
 @dataclass(frozen=True)
 class Options:
-    """One experiment. Two runs with equal options and equal images produce the same numbers.
+    """The options of one experiment; two runs with equal options and equal images produce the same numbers.
 
     Batch size 32 and 30 epochs on the digits give both networks time to settle: the plain sigmoid network spends its
-    first epochs at chance. The images are those of `dataset`, or with `dataset=None` of the folder `data`; `images`
-    keeps only that many for training, `None` all.
+    first epochs at chance. The images are those of `dataset`, or, if `dataset` is None, of the folder `data`. `images`
+    limits the number of training images; None keeps all.
 
     Raises:
-        InputError: an option is outside what is allowed.
+        InputError: an option has a value that is not allowed.
 
     Example:
         >>> Options(seed=3).arguments()
@@ -70,7 +70,7 @@ class Options:
         )
 
     def arguments(self) -> str:
-        """The command-line arguments that ask for these options, defaults left out."""
+        """The command-line arguments for these options, without defaults."""
         words = []
         for field in dataclasses.fields(self):
             value = getattr(self, field.name)
@@ -81,7 +81,7 @@ class Options:
 
 
 def default_epochs(dataset: str | None, data: str | None) -> int:
-    """The epochs of a run that does not say: 30 passes over the small set of digits, 10 over any larger one."""
+    """The default number of epochs: 30 for the small set of digits, 10 for any larger one."""
     return 30 if dataset == "digits" and data is None else 10
 
 

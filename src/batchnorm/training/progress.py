@@ -1,4 +1,4 @@
-"""What a run shows while it trains: a progress bar for each network in a terminal, a line an epoch elsewhere."""
+"""Progress of a training run: a bar for each network in a terminal, otherwise a line per epoch."""
 
 from collections.abc import Iterable
 from types import TracebackType
@@ -24,15 +24,15 @@ Layouts = dict[int, tuple[ProgressColumn, ...]]
 
 
 class FittingProgress(Progress):
-    """Bars with the columns that fit the terminal, chosen at every redraw, as a window can be resized.
+    """Progress bars with the columns that fit the terminal, chosen at every redraw because a window can be resized.
 
-    `layouts` maps the least width of a terminal to its columns; 0 is among them. Where the columns need more than there
-    is, Rich takes it from the bars first, until nothing is left of them.
+    `layouts` maps the minimal width of a terminal to its columns, and contains 0. If the columns are wider than the
+    terminal, Rich shrinks the bars first, down to nothing.
     """
 
     def __init__(self, console: Console, layouts: Layouts, disable: bool = False) -> None:
         self.terminal, self.layouts = console, layouts
-        super().__init__(console=console, disable=disable)  # draws already
+        super().__init__(console=console, disable=disable)  # already draws
 
     def make_tasks_table(self, tasks: Iterable[Task]) -> Table:
         """See `Progress`."""
@@ -56,7 +56,7 @@ class Bars:
 
 
 class TrainingProgress(Bars):
-    """The loop's observer on a console, to be used as a context manager around it."""
+    """An observer of the training loop that shows its progress on a console; a context manager around the loop."""
 
     def __init__(self, console: Console) -> None:
         self.console = console
@@ -106,12 +106,12 @@ class TrainingProgress(Bars):
             self.console.print(f"epoch {self.done}/{self.epochs}  {figures}", highlight=False, soft_wrap=True)
 
     def figures(self, network: str) -> str:
-        """What stands behind a network's bar: its training figures so far, and the last epoch's test."""
+        """The text after a network's bar: its training figures so far, and the last epoch's test."""
         return f"{self.trained[network]}  {self.tested[network]}"
 
 
 class DownloadProgress(Bars):
-    """A bar for each file that is being fetched, as a context manager that is called with each file's progress."""
+    """A bar for each file that is being downloaded; a context manager, called with each file's progress."""
 
     def __init__(self, console: Console) -> None:
         layouts: Layouts = {

@@ -1,4 +1,4 @@
-"""The page of a run: one HTML file, a pure function of the metrics, without scripts or anything to load."""
+"""The page of a run: one HTML file, a pure function of the metrics, without scripts or external resources."""
 
 import html
 from collections.abc import Sequence
@@ -103,7 +103,7 @@ def _table(metrics: Metrics) -> str:
 
 
 def _noise(metrics: Metrics) -> str:
-    """The note that says how the intervals were made and what they are about."""
+    """The note on the computation and the meaning of the intervals."""
     comparison, histories = metrics["comparison"], metrics["histories"]
     plain, normalized = (histories[name]["epochs"][-1]["test_only"] for name in (PLAIN, BATCH_NORM))
     return (
@@ -135,7 +135,7 @@ def _accuracy_caption(metrics: Metrics) -> str:
 
 
 def _signal(metrics: Metrics) -> str:
-    """The section on what arrives at the layers before training, with what it says about this run's outcome."""
+    """The text on the signal in the layers before training, and on its relation to this run's outcome."""
     plain, normalized = (metrics["histories"][name]["probes"][0] for name in (PLAIN, BATCH_NORM))
     first, last = HIDDEN[0].name, HIDDEN[-1].name
     restored = " and ".join(dict.fromkeys(_number(_variation(normalized, layer)) for layer in (first, last)))
@@ -150,7 +150,7 @@ def _signal(metrics: Metrics) -> str:
 
 
 def _outcome(comparison: Comparison, plain: float | None, normalized: float | None) -> str:
-    """The sentence that sets the variation in the last hidden layer beside the outcome, for factors of 2 and more."""
+    """The sentence that relates the variation in the last hidden layer to the outcome; empty if a network diverged."""
     sooner = comparison["sooner"]
     leader = comparison["better"] or (sooner["network"] if sooner else None)
     if not plain or not normalized or any(comparison["diverged"].values()):

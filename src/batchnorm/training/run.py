@@ -22,17 +22,17 @@ from batchnorm.training.summary import Metrics, collect, count
 def run(
     options: Options, output: Path, *, console: Console, resume: bool = False, overwrite: bool = False
 ) -> Metrics | None:
-    """Train, and leave `report.html`, its PNG files, `metrics.json` and the checkpoint in `output`.
+    """Train, and write `report.html`, its PNG files, `metrics.json` and the checkpoint to `output`.
 
-    Progress goes to `console`. After Ctrl-C the epochs completed so far are reported, and `Metrics.complete` is false;
-    the result is None where there are none, and then nothing was written. An earlier run in `output` is continued with
-    `resume` and replaced with `overwrite`, after the first epoch.
+    Progress is shown on `console`. After Ctrl-C the epochs completed so far are reported, and `Metrics.complete` is
+    false; if there are none, the result is None and nothing was written. `resume` continues an earlier run in `output`;
+    `overwrite` replaces it, after the first epoch.
 
     Raises:
         InputError: options, images, checkpoint or output folder cannot be used, or the folder holds an earlier run and
-            neither `resume` nor `overwrite` was asked for; nothing was written.
+            neither `resume` nor `overwrite` was set; nothing was written.
         DownloadError: a data set could not be fetched.
-        WriteError: a file could not be written, for want of space for example; the message says what was kept.
+        WriteError: a file could not be written, for example for lack of space; the message says what was kept.
     """
     if resume and overwrite:
         raise InputError("--resume and --overwrite exclude each other; pass --resume to continue the run that is there")
@@ -56,10 +56,10 @@ def run(
 
 
 def load_images(options: Options, console: Console) -> ImageSet:
-    """The images that the options name.
+    """Load the images that the options select.
 
     Raises:
-        InputError, DownloadError: they cannot be had.
+        InputError, DownloadError: the images are unusable, or cannot be downloaded.
     """
     if options.data is not None:
         return load_folder(Path(options.data))
@@ -95,7 +95,7 @@ def _refuse_earlier_run(folder: Path) -> None:
 
 
 def _kept(folder: Path, epochs: int) -> str:
-    """What is left after a file could not be written: the checkpoint of that many epochs, or all that was there."""
+    """The message on what is kept after a failed write: the checkpoint of that many epochs, or the earlier files."""
     if not epochs:
         return "the earlier run there is unchanged" if earlier_files(folder) else "nothing was left behind"
     return (

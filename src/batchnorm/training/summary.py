@@ -1,4 +1,4 @@
-"""Summary of a run: the few numbers of the table, and the sentences that open the report."""
+"""Summary of a run: the numbers of the table, and the sentences at the start of the report."""
 
 import os
 import platform
@@ -14,12 +14,12 @@ from batchnorm.training.data import ImageSet
 from batchnorm.training.measurements import BATCH_NORM, NETWORKS, PLAIN, History
 from batchnorm.training.options import Options
 
-NAMES = {PLAIN: "plain", BATCH_NORM: "batch norm"}  # as the table and the charts call them
-SUBJECTS = {PLAIN: "The plain network", BATCH_NORM: "The network with batch norm"}  # as sentences do
+NAMES = {PLAIN: "plain", BATCH_NORM: "batch norm"}  # in the table and the charts
+SUBJECTS = {PLAIN: "The plain network", BATCH_NORM: "The network with batch norm"}  # in sentences
 
 
 class NetworkSummary(TypedDict):
-    """One network's row. `reached` is the first epoch at which it was as good as the plain network's best."""
+    """One network's row of the table; `reached` is the first epoch with the plain network's best accuracy or more."""
 
     test_accuracy: float
     best_test_accuracy: float
@@ -29,7 +29,7 @@ class NetworkSummary(TypedDict):
 
 
 class Metrics(TypedDict):
-    """All that the report shows, and nothing else: `metrics.json`."""
+    """The content of `metrics.json`: all that the report shows, and nothing else."""
 
     format: int
     options: dict[str, Any]
@@ -87,9 +87,9 @@ def summarize(histories: dict[str, History]) -> dict[str, NetworkSummary]:
 
 
 def finding(metrics: Metrics) -> str:
-    """The conclusion in a few sentences: accuracies and their difference, and what else the numbers bear.
+    """The conclusion in a few sentences: accuracies, their difference, and other conclusions that the numbers support.
 
-    A network is called better or sooner only where `compare` says so.
+    A network is called better or sooner only if it is in the comparison.
     """
     plain, normalized = (percent(metrics["summary"][name]["test_accuracy"]) for name in (PLAIN, BATCH_NORM))
     comparison = metrics["comparison"]
@@ -137,7 +137,7 @@ def _remarks(metrics: Metrics) -> Iterator[str]:
 
 
 def environment(framework: str) -> dict[str, Any]:
-    """Versions and machine, as far as they bear on the numbers."""
+    """Versions and machine, as far as they affect the numbers."""
     packages = {"jax": ("jax", "flax", "optax"), "torch": ("torch",)}[framework]
     return {
         "batchnorm": batchnorm.__version__,
@@ -149,7 +149,7 @@ def environment(framework: str) -> dict[str, Any]:
 
 
 def percent(share: float) -> str:
-    """A share for people.
+    """A proportion as a percentage.
 
     Example:
         >>> percent(0.9712)
@@ -159,7 +159,7 @@ def percent(share: float) -> str:
 
 
 def percent_between(interval: Sequence[float]) -> str:
-    """An interval of a share for people.
+    """An interval of a proportion as percentages.
 
     Example:
         >>> percent_between((0.9489, 0.985))
@@ -170,7 +170,7 @@ def percent_between(interval: Sequence[float]) -> str:
 
 
 def points(difference: float) -> str:
-    """A difference of two shares in percentage points, with its sign.
+    """A difference of two proportions in percentage points, with its sign.
 
     Example:
         >>> points(0.0167), points(-0.0038), points(-0.0001)
@@ -191,7 +191,7 @@ def points_between(interval: Sequence[float]) -> str:
 
 
 def count(number: int, noun: str) -> str:
-    """A number of things.
+    """A number with its noun, in the plural unless the number is 1.
 
     Example:
         >>> count(1, "epoch"), count(5, "epoch")
