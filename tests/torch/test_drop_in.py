@@ -8,12 +8,14 @@ import re
 import subprocess
 import sys
 import warnings
+from dataclasses import replace
 
 import pytest
 import torch
 from torch import nn
 from torch.optim.swa_utils import AveragedModel, update_bn
 
+import batchnorm as bn
 import batchnorm.torch as bnt
 
 
@@ -236,6 +238,48 @@ def test_distributed_tensors(mesh):
             results.append([t.to_local() for t in (y, layer.weight.grad, layer.running_var)])
             layer.zero_grad()
         torch.testing.assert_close(*results)
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")
+@pytest.mark.parametrize("arguments", [{"mask": torch.tensor([True, False]).reshape(2, 1, 1)}, {"lengths": [5, 2]}])
+def test_evaluation_under_a_mask_of_a_tensor_of_mkldnn_is_refused(arguments):
+    """It was evaluated as if there were no mask."""
+    arguments = {name: torch.as_tensor(value) for name, value in arguments.items()}
+    layer, x = bnt.BatchNorm1d(3).eval(), torch.randn(2, 3, 5)
+    with pytest.raises(NotImplementedError, match="evaluation with a mask cannot be expressed by PyTorch's own"):
+        layer(x.to_mkldnn(), **arguments)
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")
+def test_evaluation_by_another_convention_of_a_tensor_of_mkldnn_is_refused():
+    """Its running deviations were taken for variances."""
+    layer = bnt.BatchNorm(3, convention="lasagne-gist").eval()
+    with pytest.raises(NotImplementedError, match="the convention 'lasagne-gist' with these options cannot be"):
+        layer(torch.randn(2, 3, 4, 4).to_mkldnn())
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning")
+@pytest.mark.parametrize("convention", ["pytorch", "lasagne-gist", "keras"])
+@pytest.mark.parametrize("masked_output", ["zero", "normalized"])
+def test_evaluation_of_distributed_tensors(mesh, convention, masked_output):
+    """Any convention, under a mask, with NaN in padding."""
+    from torch.distributed.tensor import Replicate, distribute_module, distribute_tensor
+
+    record = replace(bn.CONVENTIONS[convention], masked_output=masked_output, axis=1)
+    layer = bnt.BatchNorm(3, convention=record, activation="relu").eval()
+    with torch.no_grad():
+        for tensor in (layer.running_mean, layer.running_var, layer.weight, layer.bias):
+            tensor.uniform_(0.5, 2)
+    x, mask = torch.randn(6, 3, 5), torch.arange(5) < torch.tensor([5, 4, 3, 2, 1, 0])[:, None, None]
+    x[1, 0, 4] = torch.nan
+    expected, others = layer(x, mask=mask), copy.deepcopy(layer)
+    expected.pow(2).sum().backward()
+    distributed = distribute_module(others, mesh)
+    placed = (distribute_tensor(tensor, mesh, [Replicate()]) for tensor in (x, mask))
+    y = distributed(next(placed), mask=next(placed))
+    y.pow(2).sum().backward()
+    torch.testing.assert_close(y.to_local(), expected)
+    torch.testing.assert_close(others.weight.grad.to_local(), layer.weight.grad)
 
 
 @pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning")

@@ -94,6 +94,28 @@ def test_compiled_with_a_mask_and_an_activation():
     torch.testing.assert_close(other.running_var, layer.running_var)
 
 
+@pytest.mark.parametrize("convention", ["pytorch", "lasagne-gist"])
+def test_compiled_evaluation_ignores_nan_in_padding(convention):
+    """The gradients of a frozen layer's parameters as well: 0 times NaN is NaN."""
+    torch._dynamo.reset()
+    layer = bnt.BatchNorm(4, axis=1, convention=convention, activation="relu").eval()
+    with torch.no_grad():
+        for tensor in (layer.running_mean, layer.running_var, layer.weight, layer.bias):
+            tensor.uniform_(0.5, 2)
+    other = copy.deepcopy(layer)
+    x, lengths = torch.randn(3, 4, 6), torch.tensor([6, 2, 4])
+    x[1, :, 5] = torch.nan
+    y, expected = (
+        torch.compile(other, fullgraph=True, backend="aot_eager")(x, lengths=lengths),
+        layer(x, lengths=lengths),
+    )
+    torch.testing.assert_close(y, expected)
+    for result in (y, expected):
+        result.pow(2).sum().backward()
+    for name in ("weight", "bias"):
+        torch.testing.assert_close(getattr(other, name).grad, getattr(layer, name).grad)
+
+
 @pytest.mark.parametrize("options", [{"virtual_batch_size": 2}, {"convention": "lasagne-gist"}], ids=str)
 def test_what_breaks_a_compiled_graph(options):
     torch._dynamo.reset()

@@ -18,7 +18,7 @@ from batchnorm.kernels.torch.compat import are_transforms_active, is_in_graph, i
 from batchnorm.spec import Activation, Operands, Spec
 from batchnorm.torch.arguments import check_batch, check_channels, check_tensors, lengths_to_mask, with_torch_names
 from batchnorm.torch.conventions import pytorch_spec
-from batchnorm.torch.native import check_native, is_foreign, native_batch_norm
+from batchnorm.torch.native import check_native, evaluate_natively, is_foreign, native_batch_norm
 from batchnorm.torch.state import (
     LayerBuffers,
     report_skipped,
@@ -178,10 +178,11 @@ def normalize_checked(
     gamma, beta = (p if p is None or p.ndim == 1 else p.reshape(-1) for p in (gamma, beta))
     operands = operands._replace(gamma=gamma, beta=beta)
     if is_foreign(x, gamma, beta, mean, var, residual):
-        if training:
-            where = f"serves a {type(x).__name__} of {x.layout}"
-            check_native(convention, is_masked=mask is not None, is_tracked=is_tracked, where=where)
-        return native_batch_norm(spec, operands, state, training=training, is_tracked=is_tracked)
+        where = f"serves a {type(x).__name__} of {x.layout}"
+        if not training:
+            return evaluate_natively(spec, operands._replace(mask=boolean_mask(x, mask, axis)), state, where=where)
+        check_native(convention, is_masked=mask is not None, is_tracked=is_tracked, where=where)
+        return native_batch_norm(spec, operands, state, training=True, is_tracked=is_tracked)
     with with_torch_names():
         masks = (None, mask.values) if isinstance(mask, Lengths) else (mask, None)
         _, operands = check_call(x, Arguments(gamma, beta, residual, *masks), convention, axis)

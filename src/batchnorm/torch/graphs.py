@@ -1,23 +1,21 @@
 """Batch norm in graphs that PyTorch traces: `torch.compile`, `torch.export` and `torch.jit.trace`."""
 
 import array_api_compat.torch as xp
-import torch
 from torch import Tensor
 from torch.compiler import disable
 
 from batchnorm.convention import Convention
-from batchnorm.core.axes import Axes
-from batchnorm.core.normalize import effective_beta, effective_gamma, normalize
-from batchnorm.core.running import RunningStatistics, statistics_of_state
+from batchnorm.core.normalize import effective_beta, effective_gamma
 from batchnorm.kernels.torch import operators
 from batchnorm.kernels.torch.compat import is_compiling, is_exporting
 from batchnorm.spec import Operands, Spec
-from batchnorm.torch.activations import apply_activation
 from batchnorm.torch.arguments import check_batch, check_channels, is_single
-from batchnorm.torch.conventions import is_inference_of_torch
 from batchnorm.torch.functional import boolean_mask, normalize_checked
-from batchnorm.torch.native import check_native, native_batch_norm
+from batchnorm.torch.native import check_native, evaluate_natively, native_batch_norm
 from batchnorm.torch.state import LayerBuffers
+
+#: What leaves PyTorch, in the words of an error.
+NATIVE_GRAPH = "an exported graph holds"
 
 
 def normalize_in_graph(
@@ -31,27 +29,15 @@ def normalize_in_graph(
     if training and mask is None and convention.single == "error":
         check_batch(x, axis)
     check_channels(x, axis, gamma, beta, state)
-    if leaves_pytorch and not training and convention.update != "training":
-        raise NotImplementedError(
-            f"the convention {convention.name!r} updates running statistics in evaluation, too, which an exported "
-            "graph does not"
-        )
     gamma, beta = (p if p is None or p.ndim == 1 else p.reshape(-1) for p in (gamma, beta))
     mask = boolean_mask(x, mask, axis)
     operands = Operands(x, gamma, beta, residual, mask)
     if training and not (convention.single == "running" and is_single(x, axis) and state is not None):
         if leaves_pytorch:
-            check_native(convention, is_masked=mask is not None, is_tracked=is_tracked, where="an exported graph holds")
+            check_native(convention, is_masked=mask is not None, is_tracked=is_tracked, where=NATIVE_GRAPH)
             return native_batch_norm(spec, operands, state, training=True, is_tracked=is_tracked)
         return train_in_graph(spec, operands, state if is_tracked else None)
-    if state is None:
-        raise ValueError("there are no running statistics to normalize by")
-    if is_inference_of_torch(convention):
-        y = native_batch_norm(spec, operands, state, training=False, is_tracked=False)
-    else:
-        z = normalize_by_state(operands, state, convention, axis)
-        y = apply_activation(z if residual is None else z + residual, spec.activation).to(x.dtype)
-    return y if mask is None or convention.masked_output == "normalized" else torch.where(mask, y, 0.0)
+    return evaluate_natively(spec, operands, state, where=NATIVE_GRAPH)
 
 
 #: A graph break: runs outside of the compiled graph.
@@ -85,16 +71,3 @@ def train_in_graph(spec: Spec, operands: Operands, state: LayerBuffers | None) -
         convention.tracked, correction, convention.correction_on, convention.debias, convention.single,
     )  # fmt: skip
     return results[0]
-
-
-def normalize_by_state(operands: Operands, state: LayerBuffers, convention: Convention, axis: int) -> Tensor:
-    """gamma * xhat + beta by the running statistics of any convention, in their dtype."""
-    x, gamma, beta, *_ = operands
-    zero = state.mean.new_zeros(())
-    weight = zero + 1 if state.weight is None else state.weight
-    running = RunningStatistics(state.mean, state.spread, zero, weight, zero, tracked=convention.tracked)
-    statistics = statistics_of_state(xp, running, convention, state.mean.dtype)
-    # Made here: the axes of a spec are a constant to Dynamo, which has no bound methods of constants.
-    axes = Axes((axis,), tuple(a for a in range(x.ndim) if a != axis))
-    gamma, beta = effective_gamma(xp, gamma, convention, x), effective_beta(beta, convention)
-    return normalize(xp, x, axes, statistics, gamma, beta)  # type: ignore[no-any-return]

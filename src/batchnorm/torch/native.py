@@ -6,16 +6,21 @@ feature that it lacks raises an error that names the feature.
 
 from typing import Any
 
+import array_api_compat.torch as xp
 import torch
 from torch import Tensor, strided
 from torch.nn import functional
 
 from batchnorm.convention import Convention
+from batchnorm.core.axes import Axes
+from batchnorm.core.normalize import Statistics, effective_beta, effective_gamma, normalize
+from batchnorm.core.running import RunningStatistics, statistics_of_state
+from batchnorm.kernels.generic import masked_values, readable_mask
 from batchnorm.kernels.torch.autograd import TYPES
 from batchnorm.kernels.torch.compat import is_traceable_wrapper_subclass
 from batchnorm.spec import Operands, Spec
 from batchnorm.torch.activations import apply_activation
-from batchnorm.torch.conventions import is_training_of_torch
+from batchnorm.torch.conventions import is_inference_of_torch, is_training_of_torch
 from batchnorm.torch.state import LayerBuffers
 
 
@@ -46,6 +51,52 @@ def native_batch_norm(
     z = z if axis == 1 else z.movedim(1, axis)
     y = apply_activation(z if residual is None else z + residual, spec.activation)
     return y if y.dtype == x.dtype else y.to(x.dtype)
+
+
+def evaluate_natively(spec: Spec, operands: Operands, state: LayerBuffers | None, *, where: str) -> Tensor:
+    """Normalize by running statistics with PyTorch's operators, of any convention; the mask holds booleans.
+
+    Raises:
+        NotImplementedError: PyTorch's operators cannot express the call.
+    """
+    (x, _, _, residual, mask), convention, axis = operands, spec.convention, spec.axes.channel_axes[0]
+    if state is None:
+        raise ValueError("there are no running statistics to normalize by")
+    is_native, pads = is_inference_of_torch(convention), mask is not None and convention.masked_output == "normalized"
+    reason = None
+    if convention.update != "training":
+        reason = f"the convention {convention.name!r}, which updates running statistics in evaluation, too,"
+    elif x.layout is not strided and not is_native:
+        reason = f"the convention {convention.name!r} with these options"
+    elif x.layout is not strided and mask is not None:
+        reason = "a mask"
+    if reason is not None:
+        raise NotImplementedError(
+            f"evaluation with {reason} cannot be expressed by PyTorch's own batch norm, which is what {where}"
+        )
+    is_read = None if mask is None else readable_mask(xp, x, mask, convention.masked_output)
+    if is_read is not None:  # 0 times a NaN in padding is a gradient of NaN
+        residual = None if residual is None else masked_values(xp, residual, mask, convention.masked_output)
+        operands = operands._replace(x=torch.where(is_read, x, 0.0), residual=residual)
+    if is_native and not pads:
+        y = native_batch_norm(spec, operands, state, training=False, is_tracked=False)
+        return y if mask is None else torch.where(mask, y, 0.0)  # type: ignore[arg-type]
+    # Made here: the axes of a spec are a constant to Dynamo, which has no bound methods of constants.
+    axes = Axes((axis,), tuple(a for a in range(x.ndim) if a != axis))
+    gamma, beta = effective_gamma(xp, operands.gamma, convention, x), effective_beta(operands.beta, convention)
+    z = normalize(xp, operands.x, axes, statistics_of_buffers(state, convention), gamma, beta)
+    if pads:
+        z = torch.where(is_read, z, 0.0 if beta is None else axes.expand_to_x(xp, beta).to(z.dtype))  # type: ignore[arg-type]
+    y = apply_activation(z if residual is None else z + residual, spec.activation).to(x.dtype)
+    return y if mask is None or pads else torch.where(mask, y, 0.0)  # type: ignore[arg-type]
+
+
+def statistics_of_buffers(state: LayerBuffers, convention: Convention) -> Statistics:
+    """Statistics that normalize as the running statistics of the convention do, in their dtype."""
+    zero = state.mean.new_zeros(())
+    weight = zero + 1 if state.weight is None else state.weight
+    running = RunningStatistics(state.mean, state.spread, zero, weight, zero, tracked=convention.tracked)
+    return statistics_of_state(xp, running, convention, state.mean.dtype)
 
 
 def wide(x: Tensor) -> torch.dtype:

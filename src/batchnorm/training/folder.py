@@ -63,8 +63,8 @@ def earlier_files(folder: Path) -> list[str]:
 
 
 def remove_report(folder: Path) -> None:
-    """Remove the pictures, then the page, then the metrics."""
-    for name in reversed(REPORT):
+    """Remove the page first, which shows the pictures, and last the metrics, by which a run is known."""
+    for name in (PAGE, *PICTURES, METRICS):
         (folder / name).unlink(missing_ok=True)
 
 
