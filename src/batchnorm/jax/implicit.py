@@ -96,10 +96,10 @@ def implicit_batch_norm(
     check_width(running)
     dtype = jnp.promote_types(jnp.float32, jnp.result_type(running.mean))
     running = check_weight(running.map(lambda value: jnp.asarray(value, dtype)))
-    options = Options(axis, record, activation)
+    options, arrays = Options(axis, record, activation), Arrays(x, gamma, beta, residual)
     if frozen:
         state = running.map(jax.lax.stop_gradient)
-        inferred: jax.Array = evaluate(options, x, gamma, beta, residual, state, (mask, lengths), training=False)[0]
+        inferred: jax.Array = evaluate(options, arrays, state, (mask, lengths), training=False)[0]
         return inferred
     constants: list[Any] = []
     if callable(activation):
@@ -107,7 +107,7 @@ def implicit_batch_norm(
         example = jax.ShapeDtypeStruct(jnp.shape(x), jnp.promote_types(jnp.float32, jnp.result_type(x)))
         function, constants = jax.closure_convert(activation, example)
         options = options._replace(activation=function)
-    y: jax.Array = normalized(options, x, gamma, beta, residual, running, constants, (mask, lengths))
+    y: jax.Array = normalized(options, arrays, running, constants, (mask, lengths))
     return y
 
 
@@ -136,20 +136,19 @@ class Options(NamedTuple):
     activation: str | Callable[..., jax.Array] | None
 
 
+class Arrays(NamedTuple):
+    """The arrays whose gradients are those of `batch_norm`."""
+
+    x: Any
+    gamma: Any
+    beta: Any
+    residual: Any
+
+
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
-def normalized(
-    options: Options,
-    x: Any,
-    gamma: Any,
-    beta: Any,
-    residual: Any,
-    running: RunningStatistics,
-    constants: list[Any],
-    masks: Any,
-) -> Any:
+def normalized(options: Options, arrays: Arrays, running: RunningStatistics, constants: list[Any], masks: Any) -> Any:
     """Compute y by the running statistics: the primal function, which `forward` and `backward` differentiate."""
-    options = with_constants(options, constants)
-    return evaluate(options, x, gamma, beta, residual, running, masks, training=False)[0]
+    return evaluate(with_constants(options, constants), arrays, running, masks, training=False)[0]
 
 
 def with_constants(options: Options, constants: list[Any]) -> Options:
@@ -161,55 +160,37 @@ def with_constants(options: Options, constants: list[Any]) -> Options:
 
 
 def evaluate(
-    options: Options,
-    x: Any,
-    gamma: Any,
-    beta: Any,
-    residual: Any,
-    running: RunningStatistics,
-    masks: Any,
-    *,
-    training: bool,
+    options: Options, arrays: Arrays, running: RunningStatistics, masks: Any, *, training: bool
 ) -> tuple[Any, RunningStatistics]:
     """Compute y and the updated state by `batch_norm`."""
-    mask, lengths = masks
+    (x, gamma, beta, residual), (mask, lengths) = arrays, masks
     return batch_norm(
         x, gamma, beta, running, training=training, axis=options.axis, mask=mask, lengths=lengths,
         activation=options.activation, residual=residual, convention=options.convention,
     )  # fmt: skip
 
 
-def forward(
-    options: Options,
-    x: Any,
-    gamma: Any,
-    beta: Any,
-    residual: Any,
-    running: RunningStatistics,
-    constants: list[Any],
-    masks: Any,
-) -> Any:
+def forward(options: Options, arrays: Arrays, running: RunningStatistics, constants: list[Any], masks: Any) -> Any:
     """Compute y by the batch, and the residuals that `backward` needs."""
     # Counted from 0: in float32, 2**24 steps plus 1 is 2**24.
     before = running._replace(steps=jnp.zeros_like(running.steps), skipped=jnp.zeros_like(running.skipped))
     of_batch = options._replace(convention=replace(options.convention, decay=0.0, debias="none"))
 
-    def train(x: Any, gamma: Any, beta: Any, residual: Any, constants: list[Any]) -> Any:
-        with_own = with_constants(of_batch, constants)
-        return evaluate(with_own, x, gamma, beta, residual, before, masks, training=True)
+    def train(arrays: Arrays, constants: list[Any]) -> Any:
+        return evaluate(with_constants(of_batch, constants), arrays, before, masks, training=True)
 
-    y, pull, batch = jax.vjp(train, x, gamma, beta, residual, constants, has_aux=True)
+    y, pull, batch = jax.vjp(train, arrays, constants, has_aux=True)
     mean, spread = (jnp.where(batch.steps > 0, value, 0.0) for value in batch[:2])
     statistics = batch._replace(mean=mean, spread=spread)
     statistics = statistics._replace(weight=checksum(statistics))
-    return y, (pull, statistics, (x, gamma, beta, residual, running, constants), masks)
+    return y, (pull, statistics, (arrays, running, constants), masks)
 
 
 def backward(options: Options, residuals: Any, dy: Any) -> tuple[Any, ...]:
     """Compute the gradients of all arguments; that of the state is the batch's statistics."""
     pull, statistics, primals, masks = residuals
-    *gradients, dconstants = pull(dy)
-    results = jax.tree.map(sum_like, (*gradients, statistics, dconstants), primals)
+    gradients, dconstants = pull(dy)
+    results = jax.tree.map(sum_like, (gradients, statistics, dconstants), primals)
     return (*results, jax.tree.map(lambda _: None, masks))
 
 
