@@ -6,7 +6,7 @@ from batchnorm import _native
 
 #: From the best that the machine has to `baseline`.
 ALL = _native.instruction_sets()
-#: The best and `baseline`. The others differ from these below `geometry.hpp` alone, in `simd.hpp`, `loads.hpp` and
+#: The best and `baseline`. The others differ from these below `row_layout.hpp` alone, in `simd.hpp`, `loads.hpp` and
 #: `activations.hpp`, so that tests of what is above it need not run on them.
 ENDS = list(dict.fromkeys((ALL[0], ALL[-1])))
 
