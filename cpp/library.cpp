@@ -19,12 +19,12 @@ Library::Library(nb::tuple types, nb::object empty_like, nb::object pooled_like,
 nb::handle Library::own(nb::handle object) const {
   if (object.is_none()) return object;
   PyObject* const type = reinterpret_cast<PyObject*>(Py_TYPE(object.ptr()));
-  for (Py_ssize_t i = 0; i < PyTuple_GET_SIZE(types_.ptr()); ++i)
-    if (PyTuple_GET_ITEM(types_.ptr(), i) == type) return object;
+  for (Py_ssize_t i = 0; i < NB_TUPLE_GET_SIZE(types_.ptr()); ++i)
+    if (NB_TUPLE_GET_ITEM(types_.ptr(), i) == type) return object;
   decline(Refusal::type);
 }
 
-nb::handle Library::own(nb::handle tuple, int i) const { return own(nb::handle(PyTuple_GET_ITEM(tuple.ptr(), i))); }
+nb::handle Library::own(nb::handle tuple, int i) const { return own(nb::handle(NB_TUPLE_GET_ITEM(tuple.ptr(), i))); }
 
 nb::object Library::like(nb::handle object, const Array& array) const {
   nb::object made = own_like(object, array);

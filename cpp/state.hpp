@@ -81,7 +81,7 @@ class State {
 
  private:
   static nanobind::handle checked(nanobind::handle tuple) {
-    if (!PyTuple_Check(tuple.ptr()) || PyTuple_GET_SIZE(tuple.ptr()) < 5) decline(Refusal::state);
+    if (!PyTuple_Check(tuple.ptr()) || NB_TUPLE_GET_SIZE(tuple.ptr()) < 5) decline(Refusal::state);
     return tuple;
   }
   nanobind::handle own(int i) const { return library_.own(tuple_, i); }
