@@ -8,6 +8,7 @@ import types
 import pytest
 import torch
 from benchmarks.vision import load_torchvision
+from generators import seeded
 from torch import nn
 
 import batchnorm.torch as bnt
@@ -19,7 +20,7 @@ from torchvision.ops.misc import FrozenBatchNorm2d  # noqa: E402
 
 
 def images(seed=0, dtype=torch.float64):
-    return torch.randn(4, 3, 5, 5, dtype=dtype, generator=torch.Generator().manual_seed(seed))
+    return torch.randn(4, 3, 5, 5, dtype=dtype, generator=seeded(seed))
 
 
 def step(layer, x, training):
@@ -27,7 +28,7 @@ def step(layer, x, training):
     layer.train(training).zero_grad()
     x = x.clone().requires_grad_()
     y = layer(x)
-    y.backward(torch.randn(y.shape, dtype=y.dtype, generator=torch.Generator().manual_seed(2)))
+    y.backward(torch.randn(y.shape, dtype=y.dtype, generator=seeded(2)))
     return [y.detach(), x.grad, *(p.grad for p in layer.parameters()), *layer.state_dict().values()]
 
 
@@ -77,7 +78,7 @@ def test_a_hook_on_the_activation_of_timm():
 def frozen_layer(kind=FrozenBatchNorm2d):
     layer = kind(3).double()
     for index, buffer in enumerate(layer.buffers()):
-        buffer.copy_(torch.rand(3, generator=torch.Generator().manual_seed(index)) + 0.5)
+        buffer.copy_(torch.rand(3, generator=seeded(index)) + 0.5)
     return layer
 
 

@@ -101,13 +101,13 @@ def test_buffers_are_those_of_torch(name):
     update_bn([torch.randn(8, 5)], model)
 
 
-def test_a_model_built_on_meta():
+def test_a_model_built_on_meta(device):
     with torch.device("meta"):
         model = nn.Sequential(bnt.BatchNorm1d(3))
-    loaded, emptied = copy.deepcopy(model), copy.deepcopy(model).to_empty(device="cpu")
+    loaded, emptied = copy.deepcopy(model), copy.deepcopy(model).to_empty(device=device)
     source = nn.Sequential(nn.BatchNorm1d(3))
     loaded.load_state_dict(source.state_dict(), assign=True)
-    loaded.to("cpu")
+    loaded.to(device)
     emptied.load_state_dict(source.state_dict())
     for network in (loaded, emptied, emptied.half()):
         assert int(network[0].skipped) == 0
@@ -198,6 +198,7 @@ def test_weights_of_other_shapes(shape, training):
     torch.testing.assert_close(*results)
 
 
+@pytest.mark.cpu("MKL-DNN is")
 @pytest.mark.filterwarnings("ignore::UserWarning")
 def test_tensors_of_mkldnn():
     ours, native = bnt.BatchNorm2d(3), nn.BatchNorm2d(3)
@@ -222,6 +223,7 @@ def mesh():
     dist.destroy_process_group()
 
 
+@pytest.mark.cpu("the processes talk through gloo")
 @pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning")
 def test_distributed_tensors(mesh):
     from torch.distributed.tensor import Replicate, distribute_module, distribute_tensor
@@ -238,6 +240,7 @@ def test_distributed_tensors(mesh):
         torch.testing.assert_close(*results)
 
 
+@pytest.mark.cpu("the processes talk through gloo")
 @pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning")
 def test_layers_that_are_sharded(mesh):
     """`fully_shard` gives a layer a class of its own: named in the report, and kept by `restore`."""
@@ -290,7 +293,7 @@ def messages(call, *arguments, **options):
 X, CHANNELS = torch.randn(4, 3, 5), torch.ones(3)
 WRONG = {
     "input of integers": ({"input": torch.ones(4, 3, dtype=torch.int64)}, "input has dtype torch.int64; it must be float"),
-    "array": ({"input": X.numpy()}, "input is a numpy.ndarray; it must be a torch.Tensor"),
+    "array": ({"input": X.cpu().numpy()}, "input is a numpy.ndarray; it must be a torch.Tensor"),
     "weight of integers": ({"weight": torch.ones(3, dtype=torch.int64)}, "weight has dtype torch.int64"),
     "weight": ({"weight": torch.ones(4)}, "weight should contain 3 elements not 4"),
     "bias": ({"bias": torch.ones(4)}, "bias should contain 3 elements not 4"),

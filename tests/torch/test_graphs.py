@@ -144,6 +144,7 @@ def test_on_another_device():
     assert x.grad.is_meta
 
 
+@pytest.mark.cpu("the reference of ONNX is")
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning", "ignore::UserWarning")
 @pytest.mark.parametrize("norm", [bnt.BatchNorm2d, lambda n: bnt.BatchNorm(n, activation="relu")])
 def test_onnx(norm):

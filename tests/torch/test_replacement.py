@@ -6,6 +6,7 @@ import random
 import numpy as np
 import pytest
 import torch
+from generators import seeded
 from torch import nn
 
 import batchnorm.torch as bnt
@@ -19,12 +20,12 @@ def model(norm=nn.BatchNorm2d):
 
 
 def images():
-    return torch.randn(4, 3, 9, 9, generator=torch.Generator().manual_seed(2))
+    return torch.randn(4, 3, 9, 9, generator=seeded(2))
 
 
 def train(network, optimizer, batches=3):
     """The losses of a few steps."""
-    generator = torch.Generator().manual_seed(1)
+    generator = seeded(1)
     losses = []
     for _ in range(batches):
         loss = network(torch.randn(4, 3, 9, 9, generator=generator, dtype=torch.float64)).pow(2).mean()

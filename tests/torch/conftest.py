@@ -1,0 +1,26 @@
+"""The device of the tests of PyTorch's layers: the CPU, or another one by `pytest tests/torch --device cuda`."""
+
+import pytest
+import torch
+
+
+def pytest_addoption(parser):
+    parser.addoption("--device", default="cpu", help="where tests/torch creates its tensors, such as cuda")
+
+
+def pytest_configure(config):
+    config.addinivalue_line("markers", "cpu(reason): not run on another device, and why")
+    if config.getoption("--device") != "cpu":
+        torch.set_default_device(config.getoption("--device"))  # before modules create tensors at import
+
+
+@pytest.fixture
+def device(request):
+    """Where tensors are created unless a test says otherwise."""
+    return request.config.getoption("--device")
+
+
+def pytest_runtest_setup(item):
+    mark = item.get_closest_marker("cpu")
+    if mark is not None and item.config.getoption("--device") != "cpu":
+        pytest.skip(f"of the CPU alone: {mark.args[0]}")
