@@ -66,6 +66,29 @@ def test_compiled_general_layer(options):
     torch.testing.assert_close(compiled(x), eager(x), rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"activation": "relu"},
+        {"virtual_batch_size": 4},
+        {"convention": replace(bn.CONVENTIONS["pytorch"], normalize_correction=1, eps_train="outside")},
+    ],
+    ids=str,
+)
+def test_compiled_training_where_the_kernels_decline(options, monkeypatch):
+    """As on a GPU: by the generic implementation, whose gradients are those of autograd within an operator."""
+    torch._dynamo.reset()
+    eager = nn.Sequential(nn.Conv1d(3, 5, 1), bnt.BatchNorm(5, **options))
+    other, x = copy.deepcopy(eager), torch.randn(10, 3, 7)
+    compiled, results = torch.compile(other, fullgraph=True, backend="aot_eager"), []
+    for call, model in ((eager, eager), (compiled, other)):
+        y = call(x)
+        y.pow(3).sum().backward()
+        results.append([y.detach(), *(p.grad for p in model.parameters()), *model.buffers()])
+        monkeypatch.setattr("batchnorm.kernels.torch.operators.are_plain", lambda *tensors: False)
+    torch.testing.assert_close(*results, rtol=1e-4, atol=1e-4)
+
+
 def test_native_compiled_training():
     """PyTorch's own layer cannot be compiled with the cumulative average (pytorch#194504)."""
     torch._dynamo.reset()

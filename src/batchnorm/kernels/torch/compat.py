@@ -7,13 +7,18 @@ imported where they are needed.
 import os
 import sys
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from typing import Any, TypeVar
 
 import torch
 from torch._C import DisableTorchFunctionSubclass as DisableTorchFunctionSubclass
+from torch._C import DispatchKey
 from torch._C import _are_functorch_transforms_active as are_transforms_active
 from torch._C import _autograd as autograd
 from torch._C import _current_graph_task_id as current_backward
+from torch._C import _dispatch_tls_local_exclude_set as excluded_keys
+from torch._C import _dispatch_tls_local_include_set as included_keys
+from torch._C import _ForceDispatchKeyGuard as force_keys
 from torch._C import _functorch as functorch
 from torch._C import _increment_version as increment_version
 from torch._C import _is_tracing as is_tracing
@@ -29,6 +34,7 @@ __all__ = [
     "DisableTorchFunctionSubclass",
     "are_transforms_active",
     "autograd",
+    "autograd_in_operators",
     "constant_in_graphs",
     "disable_current_modes",
     "dispatch_modes",
@@ -90,6 +96,12 @@ def is_batched(tensor: torch.Tensor) -> bool:
 def is_recomputed() -> bool:
     """Whether autograd is computing a forward pass again, in the middle of a backward pass."""
     return current_backward() != -1
+
+
+def autograd_in_operators() -> AbstractContextManager[None]:
+    """Within it, autograd records in the implementation of an operator too, where PyTorch has switched it off."""
+    keys = excluded_keys().remove(DispatchKey.AutogradFunctionality)
+    return force_keys(included_keys(), keys)
 
 
 def constant_in_graphs(function: F) -> F:
