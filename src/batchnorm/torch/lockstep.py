@@ -33,7 +33,7 @@ class Walker:
 
     def __init__(self, function: Callable[[Any], Any]) -> None:
         self.coroutine = greenlet(function)
-        seed = int(torch.randint(2**62, ()))
+        seed = int(torch.randint(2**62, (), device="cpu"))
         with Modes.kept():
             torch.manual_seed(seed)
             self.modes = Modes.current()
