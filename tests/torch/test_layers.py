@@ -13,6 +13,7 @@ from generators import seeded
 from torch import nn
 
 import batchnorm.torch as bnt
+from batchnorm.torch.arguments import kept_by_lengths
 
 PAIRS = {"1d": (bnt.BatchNorm1d, nn.BatchNorm1d), "2d": (bnt.BatchNorm2d, nn.BatchNorm2d),
          "3d": (bnt.BatchNorm3d, nn.BatchNorm3d)}  # fmt: skip
@@ -279,6 +280,12 @@ def test_masked_sequences(training):
     assert layer.num_batches_tracked == int(training)
     assert native(poisoned).isnan().any(), "PyTorch's layer knows of no padding"
     assert not training or not torch.allclose(native(torch.where(mask, x, 0.0))[2, :, :4], y[2, :, :4], atol=0.01)
+
+
+def test_lengths_on_the_cpu_beside_an_input_elsewhere():
+    """Lengths come from data loaders; a compiled layer, `accumulate` and `SyncBatchNorm` make a mask of them."""
+    mask = kept_by_lengths(torch.empty(3, 4, 6, device="meta"), torch.tensor([6, 2, 4], device="cpu"), 1)
+    assert (mask.device.type, mask.shape) == ("meta", (3, 1, 6))
 
 
 def test_two_forwards_before_a_backward():
