@@ -64,8 +64,13 @@ LIBRARIES = tuple(
 F = TypeVar("F", bound=Callable[..., Any])
 
 
-#: Whether a graph is made that leaves PyTorch; before PyTorch 2.7 exporting looks like compiling.
-is_exporting: Callable[[], bool] = getattr(torch.compiler, "is_exporting", lambda: False)
+def is_exporting() -> bool:
+    """Whether a graph is made that leaves PyTorch.
+
+    By the flag: the Dynamo of PyTorch 2.11 takes `torch.compiler.is_exporting()` to be true in whatever it compiles.
+    Before 2.7 there is no flag, and exporting looks like compiling.
+    """
+    return getattr(torch.compiler, "_is_exporting_flag", False)
 
 
 def is_in_graph() -> bool:
