@@ -152,8 +152,10 @@ def apply_callable(activation: Callable[[Tensor], Tensor], z: Tensor, spec: Spec
 
 
 def elementwise_mask(x: Tensor, mask: Mask, axis: int) -> Any:
-    """The mask as booleans."""
-    return kept_by_lengths(x, mask.values, axis) if isinstance(mask, Lengths) else mask
+    """The mask as booleans beside x, wherever it is."""
+    if isinstance(mask, Lengths):
+        return kept_by_lengths(x, mask.values, axis)
+    return mask.to(x.device) if isinstance(mask, Tensor) else mask
 
 
 def step_by_step(spec: Spec, operands: Operands, state: State | None, *, training: bool, is_tracked: bool) -> Tensor:
