@@ -167,6 +167,31 @@ def test_on_another_device():
     assert x.grad.is_meta
 
 
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"momentum": None}, {"virtual_batch_size": 2}, {"convention": "keras", "activation": "relu"}],
+    ids=str,
+)
+@pytest.mark.parametrize("argument", [None, "mask", "lengths"])
+def test_no_number_is_sent_to_another_device(options, argument, monkeypatch):
+    """Each is a wait for the device, and an error where a CUDA graph is captured."""
+
+    def checked(value, *rest, **options):
+        assert isinstance(value, torch.Tensor), "a number of Python's becomes a tensor"
+        return value
+
+    layer, x = bnt.BatchNorm(4, **{"axis": 1} | options, device="meta"), torch.empty(6, 4, 3, device="meta")
+    kinds = {"mask": ((6, 1, 3), torch.bool), "lengths": ((6,), torch.int64)}
+    arguments = (
+        {} if argument is None else {argument: torch.empty(kinds[argument][0], dtype=kinds[argument][1], device="meta")}
+    )
+    for name in ("asarray", "as_tensor", "tensor"):
+        monkeypatch.setattr(torch, name, checked)
+    y = layer(x.requires_grad_(), **arguments)
+    y.sum().backward()
+    assert x.grad.shape == y.shape == x.shape
+
+
 @pytest.mark.cpu("the reference of ONNX is")
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning", "ignore::UserWarning")
 @pytest.mark.parametrize("norm", [bnt.BatchNorm2d, lambda n: bnt.BatchNorm(n, activation="relu")])
