@@ -14,6 +14,11 @@ def pytest_configure(config):
         torch.set_default_device(config.getoption("--device"))  # before modules create tensors at import
 
 
+def pytest_ignore_collect(collection_path, config):
+    is_of_cuda = collection_path.name == "test_cuda.py"
+    return True if is_of_cuda and not config.getoption("--device").startswith("cuda") else None
+
+
 @pytest.fixture
 def device(request):
     """Where tensors are created unless a test says otherwise."""
