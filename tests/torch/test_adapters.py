@@ -47,7 +47,12 @@ OPTIONS = [
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize("options", OPTIONS, ids=str)
+INEXACT = pytest.mark.cpu("on a GPU PyTorch's hardswish of float64 has a sixth of float32")
+
+
+@pytest.mark.parametrize(
+    "options", [pytest.param(o, marks=INEXACT) if o.get("act_layer") is nn.Hardswish else o for o in OPTIONS], ids=str
+)
 def test_batch_norm_act_of_timm(options):
     native = nn.Sequential(nn.Conv2d(3, 3, 1), BatchNormAct2d(3, **options)).double()
     ours = copy.deepcopy(native)
@@ -112,13 +117,13 @@ def detectron2(monkeypatch):
 
 
 @pytest.mark.parametrize("place", ["torchvision", "detectron2"])
-def test_frozen_batch_norms(place, request):
+def test_frozen_batch_norms(place, request, device):
     kind = FrozenBatchNorm2d if place == "torchvision" else request.getfixturevalue("detectron2")
     native = frozen_layer(kind)
     ours = nn.Sequential(copy.deepcopy(native))
     assert bnt.replace(ours).replaced == ["0"]
     assert isinstance(ours[0], kind)
-    assert "NormalizationBackward" in ours(images().requires_grad_()).grad_fn.name()
+    assert device != "cpu" or "NormalizationBackward" in ours(images().requires_grad_()).grad_fn.name()
     assert_same_steps(ours[0], native)
     assert list(ours[0].state_dict()) == list(native.state_dict())
     for dtype in (torch.float32, torch.bfloat16):  # the result is of the wider dtype in torchvision's
