@@ -19,13 +19,13 @@ Library::Library(nb::tuple types, nb::object empty_like, nb::object pooled_like,
 nb::handle Library::require_own(nb::handle object) const {
   if (object.is_none()) return object;
   PyObject* const type = reinterpret_cast<PyObject*>(Py_TYPE(object.ptr()));
-  for (Py_ssize_t i = 0; i < PyTuple_GET_SIZE(types_.ptr()); ++i)
-    if (PyTuple_GET_ITEM(types_.ptr(), i) == type) return object;
+  for (Py_ssize_t i = 0; i < NB_TUPLE_GET_SIZE(types_.ptr()); ++i)
+    if (NB_TUPLE_GET_ITEM(types_.ptr(), i) == type) return object;
   decline(Refusal::type);
 }
 
 nb::handle Library::require_own(nb::handle tuple, int i) const {
-  return require_own(nb::handle(PyTuple_GET_ITEM(tuple.ptr(), i)));
+  return require_own(nb::handle(NB_TUPLE_GET_ITEM(tuple.ptr(), i)));
 }
 
 nb::object Library::empty_like(nb::handle object, const Array& array) const {

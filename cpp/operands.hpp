@@ -12,8 +12,8 @@ namespace batchnorm {
 // The lengths in the place of a mask; None if it has a mask or None.
 inline nanobind::handle lengths_of(nanobind::handle mask) {
   if (!PyTuple_Check(mask.ptr())) return nanobind::handle(Py_None);
-  if (PyTuple_GET_SIZE(mask.ptr()) != 1) decline(Refusal::type);
-  return nanobind::handle(PyTuple_GET_ITEM(mask.ptr(), 0));
+  if (NB_TUPLE_GET_SIZE(mask.ptr()) != 1) decline(Refusal::type);
+  return nanobind::handle(NB_TUPLE_GET_ITEM(mask.ptr(), 0));
 }
 
 // The operands of a call, checked.
@@ -36,10 +36,10 @@ struct Operands {
   }
 
   static nanobind::handle check_tuple(nanobind::handle tuple) {
-    if (!PyTuple_Check(tuple.ptr()) || PyTuple_GET_SIZE(tuple.ptr()) != 5) decline(Refusal::type);
+    if (!PyTuple_Check(tuple.ptr()) || NB_TUPLE_GET_SIZE(tuple.ptr()) != 5) decline(Refusal::type);
     return tuple;
   }
-  nanobind::handle item(int i) const { return nanobind::handle(PyTuple_GET_ITEM(objects.ptr(), i)); }
+  nanobind::handle item(int i) const { return nanobind::handle(NB_TUPLE_GET_ITEM(objects.ptr(), i)); }
   bool is_masked() const { return mask || lengths; }
 
   // The product of the sizes of x along its channel axes, or along the others, from axis `first` on.

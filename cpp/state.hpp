@@ -83,7 +83,7 @@ class RunningState {
 
  private:
   static nanobind::handle check_tuple(nanobind::handle tuple) {
-    if (!PyTuple_Check(tuple.ptr()) || PyTuple_GET_SIZE(tuple.ptr()) < 5) decline(Refusal::state);
+    if (!PyTuple_Check(tuple.ptr()) || NB_TUPLE_GET_SIZE(tuple.ptr()) < 5) decline(Refusal::state);
     return tuple;
   }
   nanobind::handle require_own(int i) const { return library_.require_own(tuple_, i); }

@@ -45,9 +45,9 @@ class GivenStatistics {
       return array;
     };
     if (PyTuple_Check(statistics.ptr())) {
-      if (PyTuple_GET_SIZE(statistics.ptr()) != 3) decline(Refusal::shape);
+      if (NB_TUPLE_GET_SIZE(statistics.ptr()) != 3) decline(Refusal::shape);
       for (int i = 0; i < 3; ++i) {
-        const Array& array = read(nanobind::handle(PyTuple_GET_ITEM(statistics.ptr(), i)));
+        const Array& array = read(nanobind::handle(NB_TUPLE_GET_ITEM(statistics.ptr(), i)));
         if (array.size() != channels) decline(Refusal::shape);
         rows.data[i] = array.data;
       }

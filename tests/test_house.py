@@ -116,3 +116,11 @@ def test_stub_of_the_extension():
     assert [node.targets[0].id for node in members.body if isinstance(node, ast.Assign)] == list(
         _native.Refusal.__members__
     )
+
+
+def test_the_extension_keeps_to_the_stable_abi():
+    """Macros that reach into objects are not part of it: with one, nothing compiles on Python 3.12 and newer."""
+    sources = sorted((Path(__file__).parent.parent / "cpp").glob("*.[ch]pp"))
+    assert len(sources) > 20
+    for path in sources:
+        assert re.findall(r"\bPy[A-Za-z]+_(?:GET|SET|AS)_[A-Z_]+\b", path.read_text()) == [], path.name

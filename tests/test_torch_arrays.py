@@ -52,3 +52,8 @@ def test_torch_func_grad_and_vmap():
     each = torch.func.vmap(torch.func.grad(loss))(x)
     torch.testing.assert_close(each[2], torch.func.grad(loss)(x[2]))
     assert each.abs().max() > 0.1
+
+
+def test_torch_out_on_another_device():
+    with pytest.raises(ValueError, match="out is on the device meta; it must be on that of x, cpu"):
+        bn.batch_norm(torch.ones(4, 3), out=torch.empty(4, 3, device="meta"))

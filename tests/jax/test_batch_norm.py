@@ -193,3 +193,28 @@ def test_operands_that_do_not_go_together():
         jax.block_until_ready(forward_p.bind(x, jnp.ones((1, 4)), none, none, none, rule=rule))
     with pytest.raises(Exception, match="operands that do not go together"):
         jax.block_until_ready(forward_p.bind(x, none, none, none, jnp.ones((1, 5, 1), bool), rule=rule))
+
+
+@pytest.mark.parametrize("has_mask", [False, True])
+@pytest.mark.parametrize("ratio", [1e2, 1e4, 1e6])
+def test_a_large_mean_in_compiled_array_code(ratio, has_mask, rng):
+    """XLA must not take the mean that the deviations are from for another number than the one that is returned."""
+    x = (rng.normal(size=(16, 33, 7)) + ratio).astype(np.float32)
+    mask = rng.random((16, 33, 1)) < 0.7 if has_mask else None
+    measured = jax.jit(lambda x: bn.moments(x, axis=-1, mask=mask))(x)
+    exact = bn.moments(x.astype(np.float64), axis=-1, mask=mask)
+    lo = np.asarray(measured.mean, np.float64) + np.asarray(measured.mean_lo, np.float64) - exact.mean
+    np.testing.assert_allclose(lo, exact.mean_lo, rtol=0, atol=1e-7)
+    np.testing.assert_allclose(measured.m2, exact.m2, rtol=1e-5)
+
+    def y_and_gradients(x, kernel):
+        dy = jnp.cos(jnp.arange(7.0))
+        call = partial(bnj.batch_norm, training=True, axis=-1, mask=mask, kernel=kernel)
+        y, vjp = jax.vjp(lambda x, gamma: call(x, gamma)[0], x, jnp.ones(7, x.dtype))
+        return y, *vjp(dy * y**2)
+
+    y, dx, dgamma = jax.jit(partial(y_and_gradients, kernel="agnostic"))(x)
+    expected, *gradients = y_and_gradients(x, "native")
+    np.testing.assert_allclose(y, expected, rtol=0, atol=4e-6)
+    for ours, theirs in zip((dx, dgamma), gradients, strict=True):
+        np.testing.assert_allclose(ours, theirs, rtol=0, atol=2e-5 * np.abs(theirs).max())

@@ -1,13 +1,14 @@
 """Blocks of networks with operations after the batch norms, and training steps to compare them."""
 
 import torch
+from generators import seeded
 from torch import nn
 
 import batchnorm.torch as bnt
 
 
 def images(number=6, seed=0):
-    return torch.randn(number, 4, 5, 5, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+    return torch.randn(number, 4, 5, 5, dtype=torch.float64, generator=seeded(seed))
 
 
 class Block(nn.Module):
@@ -68,7 +69,7 @@ def step(network, x, training):
     network.train(training).zero_grad()
     x = x.clone().requires_grad_()
     y = network(x)
-    y.backward(torch.randn(y.shape, dtype=y.dtype, generator=torch.Generator().manual_seed(2)))
+    y.backward(torch.randn(y.shape, dtype=y.dtype, generator=seeded(2)))
     gradients = [torch.zeros(()) if p.grad is None else p.grad for p in network.parameters()]
     return [y.detach(), x.grad, *gradients, *network.state_dict().values()]
 

@@ -32,7 +32,7 @@ def build(name: str) -> tuple[nn.Module, Example]:
         is_floating = isinstance(value, Tensor) and value.is_floating_point()
         return value.double().requires_grad_(not refuses_gradients) if is_floating else value
 
-    return model.double().train(), tree_map(prepared, example)
+    return model.double().to(torch.get_default_device()).train(), tree_map(prepared, example)
 
 
 def vision(name: str, *shape: int, **options: Any) -> Factory:

@@ -1,6 +1,7 @@
 """A convolution, a batch norm and an activation, and images for them."""
 
 import torch
+from generators import seeded
 from torch import nn
 
 
@@ -10,4 +11,4 @@ def small_network(norm=nn.BatchNorm2d, **options):
 
 
 def images(seed=1, number=2):
-    return torch.randn(number, 3, 8, 8, generator=torch.Generator().manual_seed(seed))
+    return torch.randn(number, 3, 8, 8, generator=seeded(seed))

@@ -5,6 +5,7 @@ import time
 import numpy as np
 import pytest
 import torch
+from generators import seeded
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
@@ -13,7 +14,7 @@ import batchnorm.torch as bnt
 
 def parts(sizes, dtype=torch.float64):
     """The batches of all processes, of so many examples each."""
-    generator = torch.Generator().manual_seed(0)
+    generator = seeded(0)
     whole = torch.randn(sum(sizes), 3, 4, generator=generator, dtype=torch.float64) * 2 + 30
     weights = torch.randn(sum(sizes), 3, 4, generator=generator, dtype=torch.float64)
     return whole.to(dtype).split(list(sizes)), weights.to(dtype).split(list(sizes))
@@ -79,7 +80,7 @@ def distributed(rank, size):
     torch.manual_seed(0)
     model = bnt.SyncBatchNorm.convert_sync_batchnorm(nn.Sequential(nn.Linear(4, 3), nn.BatchNorm1d(3), nn.Linear(3, 1)))
     parallel = DistributedDataParallel(model)
-    x = torch.randn(8, 4, generator=torch.Generator().manual_seed(rank))
+    x = torch.randn(8, 4, generator=seeded(rank))
     with pytest.raises(ValueError, match="GPU"):
         DistributedDataParallel(nn.SyncBatchNorm(3))
     (parallel(x).sum() + parallel(x * 2).pow(2).sum()).backward()

@@ -5,6 +5,7 @@ from functools import partial
 
 import pytest
 import torch
+from generators import seeded
 from torch import nn
 from torch.nn.functional import cross_entropy
 from torch.utils.checkpoint import checkpoint
@@ -27,7 +28,7 @@ def two_stages(norm=bnt.BatchNorm2d, seed=0):
 
 
 def data(seed=1):
-    generator = torch.Generator().manual_seed(seed)
+    generator = seeded(seed)
     x = torch.randn(N, 3, 9, 9, generator=generator, dtype=torch.float64)
     return x, torch.randint(5, (N,), generator=generator)
 
@@ -124,8 +125,8 @@ class Residual(nn.Module):
 @pytest.mark.parametrize("has_mask", [False, True])
 def test_every_option(options, has_mask):
     models = [Residual(**options) for _ in range(2)]
-    x = torch.randn(N, 6, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(3)) + 2
-    mask = torch.rand(N, 6, 1, generator=torch.Generator().manual_seed(4)) < 0.7 if has_mask else None
+    x = torch.randn(N, 6, 4, dtype=torch.float64, generator=seeded(3)) + 2
+    mask = torch.rand(N, 6, 1, generator=seeded(4)) < 0.7 if has_mask else None
     if has_mask:
         x = torch.where(mask, x, torch.nan) if options.get("activation") == "relu" else x
     xs = [x.clone().requires_grad_() for _ in models]
@@ -146,7 +147,7 @@ def test_every_option(options, has_mask):
 def test_images_of_different_sizes():
     """No tensor can hold such a batch; its statistics are those of all pixels."""
     layer = bnt.BatchNorm2d(3, dtype=torch.float64)
-    generator = torch.Generator().manual_seed(5)
+    generator = seeded(5)
     images = [torch.randn(2, 3, size, size + 1, dtype=torch.float64, generator=generator) for size in (4, 9, 6)]
     weights = [torch.randn_like(image) for image in images]
     inputs = [image.clone().requires_grad_() for image in images]
@@ -238,23 +239,23 @@ def test_checkpoints_save_memory():
     assert kept(Checkpointed()) < 0.6 * kept(plain)
 
 
-def test_modes_belong_to_a_microbatch():
+def test_modes_belong_to_a_microbatch(device):
     """After a switch each micro-batch has the modes of its own `with` blocks, and the caller has its own."""
     model, seen = two_stages(), []
 
     def loss(index):
         x, t = data()
-        with torch.set_grad_enabled(index != 1), torch.autocast("cpu", torch.bfloat16, enabled=index == 2):
+        with torch.set_grad_enabled(index != 1), torch.autocast(device, torch.bfloat16, enabled=index == 2):
             h = model[0](x)
-            seen.append((index, torch.is_grad_enabled(), torch.is_autocast_enabled("cpu")))
+            seen.append((index, torch.is_grad_enabled(), torch.is_autocast_enabled(device)))
             y = model[2](model[1](h))
-            seen.append((index, torch.is_grad_enabled(), torch.is_autocast_enabled("cpu")))
+            seen.append((index, torch.is_grad_enabled(), torch.is_autocast_enabled(device)))
         return cross_entropy(y.double(), t)
 
     bnt.accumulate(model, loss, range(3))
     assert seen == [(index, index != 1, index == 2) for _ in range(2) for index in range(3)]
     assert torch.is_grad_enabled()
-    assert not torch.is_autocast_enabled("cpu")
+    assert not torch.is_autocast_enabled(device)
 
 
 def test_random_numbers():

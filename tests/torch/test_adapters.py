@@ -8,6 +8,7 @@ import types
 import pytest
 import torch
 from benchmarks.vision import load_torchvision
+from generators import seeded
 from torch import nn
 
 import batchnorm.torch as bnt
@@ -19,7 +20,7 @@ from torchvision.ops.misc import FrozenBatchNorm2d  # noqa: E402
 
 
 def images(seed=0, dtype=torch.float64):
-    return torch.randn(4, 3, 5, 5, dtype=dtype, generator=torch.Generator().manual_seed(seed))
+    return torch.randn(4, 3, 5, 5, dtype=dtype, generator=seeded(seed))
 
 
 def step(layer, x, training):
@@ -27,7 +28,7 @@ def step(layer, x, training):
     layer.train(training).zero_grad()
     x = x.clone().requires_grad_()
     y = layer(x)
-    y.backward(torch.randn(y.shape, dtype=y.dtype, generator=torch.Generator().manual_seed(2)))
+    y.backward(torch.randn(y.shape, dtype=y.dtype, generator=seeded(2)))
     return [y.detach(), x.grad, *(p.grad for p in layer.parameters()), *layer.state_dict().values()]
 
 
@@ -46,7 +47,12 @@ OPTIONS = [
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize("options", OPTIONS, ids=str)
+INEXACT = pytest.mark.cpu("on a GPU PyTorch's hardswish of float64 has a sixth of float32")
+
+
+@pytest.mark.parametrize(
+    "options", [pytest.param(o, marks=INEXACT) if o.get("act_layer") is nn.Hardswish else o for o in OPTIONS], ids=str
+)
 def test_batch_norm_act_of_timm(options):
     native = nn.Sequential(nn.Conv2d(3, 3, 1), BatchNormAct2d(3, **options)).double()
     ours = copy.deepcopy(native)
@@ -77,7 +83,7 @@ def test_a_hook_on_the_activation_of_timm():
 def frozen_layer(kind=FrozenBatchNorm2d):
     layer = kind(3).double()
     for index, buffer in enumerate(layer.buffers()):
-        buffer.copy_(torch.rand(3, generator=torch.Generator().manual_seed(index)) + 0.5)
+        buffer.copy_(torch.rand(3, generator=seeded(index)) + 0.5)
     return layer
 
 
@@ -111,13 +117,13 @@ def detectron2(monkeypatch):
 
 
 @pytest.mark.parametrize("place", ["torchvision", "detectron2"])
-def test_frozen_batch_norms(place, request):
+def test_frozen_batch_norms(place, request, device):
     kind = FrozenBatchNorm2d if place == "torchvision" else request.getfixturevalue("detectron2")
     native = frozen_layer(kind)
     ours = nn.Sequential(copy.deepcopy(native))
     assert bnt.replace(ours).replaced == ["0"]
     assert isinstance(ours[0], kind)
-    assert "NormalizationBackward" in ours(images().requires_grad_()).grad_fn.name()
+    assert device != "cpu" or "NormalizationBackward" in ours(images().requires_grad_()).grad_fn.name()
     assert_same_steps(ours[0], native)
     assert list(ours[0].state_dict()) == list(native.state_dict())
     for dtype in (torch.float32, torch.bfloat16):  # the result is of the wider dtype in torchvision's

@@ -16,6 +16,8 @@ import batchnorm.torch as bnt
 from batchnorm.torch import waiting
 from batchnorm.torch.deferred import Deferred
 
+pytestmark = pytest.mark.cpu("results wait for what follows on")
+
 
 @pytest.fixture(autouse=True)
 def small_tensors_wait_too(monkeypatch):

@@ -103,17 +103,17 @@ def test_buffers_are_those_of_torch(name):
     update_bn([torch.randn(8, 5)], model)
 
 
-def test_a_model_built_on_meta():
+def test_a_model_built_on_meta(device, warns_of_a_bad_batch):
     with torch.device("meta"):
         model = nn.Sequential(bnt.BatchNorm1d(3))
-    loaded, emptied = copy.deepcopy(model), copy.deepcopy(model).to_empty(device="cpu")
+    loaded, emptied = copy.deepcopy(model), copy.deepcopy(model).to_empty(device=device)
     source = nn.Sequential(nn.BatchNorm1d(3))
     loaded.load_state_dict(source.state_dict(), assign=True)
-    loaded.to("cpu")
+    loaded.to(device)
     emptied.load_state_dict(source.state_dict())
     for network in (loaded, emptied, emptied.half()):
         assert int(network[0].skipped) == 0
-        with pytest.warns(RuntimeWarning, match="not finite"):
+        with warns_of_a_bad_batch():
             network(torch.full((2, 3), torch.inf, dtype=network[0].weight.dtype))
         assert int(network[0].skipped) == 1
         network[0].reset_running_stats()
@@ -200,6 +200,7 @@ def test_weights_of_other_shapes(shape, training):
     torch.testing.assert_close(*results)
 
 
+@pytest.mark.cpu("MKL-DNN is")
 @pytest.mark.filterwarnings("ignore::UserWarning")
 def test_tensors_of_mkldnn():
     ours, native = bnt.BatchNorm2d(3), nn.BatchNorm2d(3)
@@ -224,6 +225,7 @@ def mesh():
     dist.destroy_process_group()
 
 
+@pytest.mark.cpu("the processes talk through gloo")
 @pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning")
 def test_distributed_tensors(mesh):
     from torch.distributed.tensor import Replicate, distribute_module, distribute_tensor
@@ -282,6 +284,7 @@ def test_evaluation_of_distributed_tensors(mesh, convention, masked_output):
     torch.testing.assert_close(others.weight.grad.to_local(), layer.weight.grad)
 
 
+@pytest.mark.cpu("the processes talk through gloo")
 @pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning")
 def test_layers_that_are_sharded(mesh):
     """`fully_shard` gives a layer a class of its own: named in the report, and kept by `restore`."""
@@ -334,7 +337,7 @@ def messages(call, *arguments, **options):
 X, CHANNELS = torch.randn(4, 3, 5), torch.ones(3)
 WRONG = {
     "input of integers": ({"input": torch.ones(4, 3, dtype=torch.int64)}, "input has dtype torch.int64; it must be float"),
-    "array": ({"input": X.numpy()}, "input is a numpy.ndarray; it must be a torch.Tensor"),
+    "array": ({"input": X.cpu().numpy()}, "input is a numpy.ndarray; it must be a torch.Tensor"),
     "weight of integers": ({"weight": torch.ones(3, dtype=torch.int64)}, "weight has dtype torch.int64"),
     "weight": ({"weight": torch.ones(4)}, "weight should contain 3 elements not 4"),
     "bias": ({"bias": torch.ones(4)}, "bias should contain 3 elements not 4"),
@@ -353,7 +356,10 @@ WRONG = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("case", WRONG)
+UNSEEN = pytest.mark.cpu("elsewhere the counts of a mask would have to be fetched")
+
+
+@pytest.mark.parametrize("case", [pytest.param(c, marks=UNSEEN) if c == "one element" else c for c in WRONG])
 def test_messages_name_the_arguments_of_the_call(case):
     arguments, expected = WRONG[case]
     options = {"input": X, "running_mean": None, "running_var": None, "training": True} | arguments
@@ -364,6 +370,7 @@ def test_messages_name_the_arguments_of_the_call(case):
         assert word not in str(error)
 
 
+@pytest.mark.cpu("elsewhere a warning would wait for the device")
 def test_the_warning_of_a_bad_batch():
     """It names the layer, points at the user's line, and appears once for each layer."""
     model = nn.Sequential(nn.Linear(3, 3), nn.Sequential(nn.BatchNorm1d(3)), nn.BatchNorm1d(3))

@@ -132,6 +132,7 @@ def test_a_group_with_one_element(single):
     torch.testing.assert_close(y[2:, 0], others[2:, 0])
 
 
+@pytest.mark.cpu("elsewhere the counts of a mask would have to be fetched")
 def test_a_group_with_one_element_is_an_error():
     layer = bnt.BatchNorm(2, virtual_batch_size=2)
     mask = torch.ones(6, 2, dtype=torch.bool)
@@ -139,3 +140,10 @@ def test_a_group_with_one_element_is_an_error():
     with pytest.raises(ValueError, match="one element per channel after masking in a group of 2"):
         layer(torch.randn(6, 2), mask=mask)
     assert layer.num_batches_tracked == 0
+
+
+def test_a_mask_on_the_cpu_beside_an_input_elsewhere():
+    """Also where the activation is a callable, whose result is masked last."""
+    layer, x = bnt.BatchNorm(3, activation=torch.sin, device="meta"), torch.empty(4, 3, 5, device="meta")
+    mask = torch.ones(4, 1, 5, dtype=torch.bool, device="cpu")
+    assert layer(x, mask=mask).is_meta

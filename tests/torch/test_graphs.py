@@ -66,6 +66,29 @@ def test_compiled_general_layer(options):
     torch.testing.assert_close(compiled(x), eager(x), rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"activation": "relu"},
+        {"virtual_batch_size": 4},
+        {"convention": replace(bn.CONVENTIONS["pytorch"], normalize_correction=1, eps_train="outside")},
+    ],
+    ids=str,
+)
+def test_compiled_training_where_the_kernels_decline(options, monkeypatch):
+    """As on a GPU: by the generic implementation, whose gradients are those of autograd within an operator."""
+    torch._dynamo.reset()
+    eager = nn.Sequential(nn.Conv1d(3, 5, 1), bnt.BatchNorm(5, **options))
+    other, x = copy.deepcopy(eager), torch.randn(10, 3, 7)
+    compiled, results = torch.compile(other, fullgraph=True, backend="aot_eager"), []
+    for call, model in ((eager, eager), (compiled, other)):
+        y = call(x)
+        y.pow(3).sum().backward()
+        results.append([y.detach(), *(p.grad for p in model.parameters()), *model.buffers()])
+        monkeypatch.setattr("batchnorm.kernels.torch.operators.are_plain", lambda *tensors: False)
+    torch.testing.assert_close(*results, rtol=1e-4, atol=1e-4)
+
+
 def test_native_compiled_training():
     """PyTorch's own layer cannot be compiled with the cumulative average (pytorch#194504)."""
     torch._dynamo.reset()
@@ -166,6 +189,32 @@ def test_on_another_device():
     assert x.grad.is_meta
 
 
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"momentum": None}, {"virtual_batch_size": 2}, {"convention": "keras", "activation": "relu"}],
+    ids=str,
+)
+@pytest.mark.parametrize("argument", [None, "mask", "lengths"])
+def test_no_number_is_sent_to_another_device(options, argument, monkeypatch):
+    """Each is a wait for the device, and an error where a CUDA graph is captured."""
+
+    def checked(value, *rest, **options):
+        assert isinstance(value, torch.Tensor), "a number of Python's becomes a tensor"
+        return value
+
+    layer, x = bnt.BatchNorm(4, **{"axis": 1} | options, device="meta"), torch.empty(6, 4, 3, device="meta")
+    kinds = {"mask": ((6, 1, 3), torch.bool), "lengths": ((6,), torch.int64)}
+    arguments = (
+        {} if argument is None else {argument: torch.empty(kinds[argument][0], dtype=kinds[argument][1], device="meta")}
+    )
+    for name in ("asarray", "as_tensor", "tensor"):
+        monkeypatch.setattr(torch, name, checked)
+    y = layer(x.requires_grad_(), **arguments)
+    y.sum().backward()
+    assert x.grad.shape == y.shape == x.shape
+
+
+@pytest.mark.cpu("the reference of ONNX is")
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning", "ignore::UserWarning")
 @pytest.mark.parametrize("norm", [bnt.BatchNorm2d, lambda n: bnt.BatchNorm(n, activation="relu")])
 def test_onnx(norm):

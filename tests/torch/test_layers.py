@@ -9,9 +9,11 @@ import sys
 import forked_loader
 import pytest
 import torch
+from generators import seeded
 from torch import nn
 
 import batchnorm.torch as bnt
+from batchnorm.torch.arguments import lengths_to_mask
 
 PAIRS = {"1d": (bnt.BatchNorm1d, nn.BatchNorm1d), "2d": (bnt.BatchNorm2d, nn.BatchNorm2d),
          "3d": (bnt.BatchNorm3d, nn.BatchNorm3d)}  # fmt: skip
@@ -32,7 +34,7 @@ OPTIONS = [
 def pair(kind, dtype=torch.float64, **options):
     """Our layer and PyTorch's, with the same random parameters."""
     ours, theirs = (cls(5, dtype=dtype, **options) for cls in PAIRS[kind])
-    generator = torch.Generator().manual_seed(0)
+    generator = seeded(0)
     for mine, other in zip(ours.parameters(), theirs.parameters(), strict=True):
         with torch.no_grad():
             other.copy_(torch.randn(mine.shape, generator=generator, dtype=dtype))
@@ -54,7 +56,7 @@ def step(layer, x, dy):
 def test_training_and_evaluation_as_in_torch(kind, options):
     """Results, gradients and state after 0, 1, 2 and 50 steps."""
     ours, theirs = pair(kind, **options)
-    generator = torch.Generator().manual_seed(1)
+    generator = seeded(1)
     shape = SHAPES[kind][0]
     for steps in range(51):
         x, dy = (torch.randn(shape, generator=generator, dtype=torch.float64) * 2 + 1 for _ in range(2))
@@ -72,7 +74,7 @@ def test_training_and_evaluation_as_in_torch(kind, options):
 def test_other_dtypes(kind, dtype):
     ours, theirs = pair(kind, torch.float32)
     for shape in SHAPES[kind]:
-        x = torch.randn(shape, generator=torch.Generator().manual_seed(2)).to(dtype)
+        x = torch.randn(shape, generator=seeded(2)).to(dtype)
         mine, other = ours(x), theirs(x)
         assert mine.dtype == dtype
         torch.testing.assert_close(mine, other, rtol=2e-2 if dtype != torch.float32 else 1e-5, atol=1e-2)
@@ -184,7 +186,7 @@ def test_parametrized_weight():
         def forward(self, weight):
             return weight.exp()
 
-    x = torch.randn(6, 5, generator=torch.Generator().manual_seed(3))
+    x = torch.randn(6, 5, generator=seeded(3))
     for layer in (bnt.BatchNorm1d(5), nn.BatchNorm1d(5)):
         nn.utils.parametrize.register_parametrization(layer, "weight", Positive())
         y = layer(x)
@@ -201,10 +203,10 @@ def test_inside_inference_mode():
     layer(x.requires_grad_()).sum().backward()
 
 
-def test_a_bad_batch_leaves_the_statistics():
+def test_a_bad_batch_leaves_the_statistics(warns_of_a_bad_batch):
     layer, native = bnt.BatchNorm1d(2), nn.BatchNorm1d(2)
     bad = torch.tensor([[1.0, float("nan")], [2.0, 3.0]])
-    with pytest.warns(RuntimeWarning, match="not finite"):
+    with warns_of_a_bad_batch():
         layer(bad)
     native(bad)
     assert native.running_mean.isnan().any()
@@ -261,7 +263,7 @@ def test_empty_batch(training):
 
 @pytest.mark.parametrize("training", [True, False])
 def test_masked_sequences(training):
-    x = torch.randn(3, 4, 6, generator=torch.Generator().manual_seed(5))
+    x = torch.randn(3, 4, 6, generator=seeded(5))
     lengths = torch.tensor([6, 2, 4])
     mask = torch.arange(6) < lengths[:, None, None]
     layer, by_mask, native = bnt.BatchNorm1d(4), bnt.BatchNorm1d(4), nn.BatchNorm1d(4)
@@ -278,6 +280,12 @@ def test_masked_sequences(training):
     assert layer.num_batches_tracked == int(training)
     assert native(poisoned).isnan().any(), "PyTorch's layer knows of no padding"
     assert not training or not torch.allclose(native(torch.where(mask, x, 0.0))[2, :, :4], y[2, :, :4], atol=0.01)
+
+
+def test_lengths_on_the_cpu_beside_an_input_elsewhere():
+    """Lengths come from data loaders; a compiled layer, `accumulate` and `SyncBatchNorm` make a mask of them."""
+    mask = lengths_to_mask(torch.empty(3, 4, 6, device="meta"), torch.tensor([6, 2, 4], device="cpu"), 1)
+    assert (mask.device.type, mask.shape) == ("meta", (3, 1, 6))
 
 
 def test_two_forwards_before_a_backward():
@@ -307,10 +315,10 @@ def test_forked_data_loaders(mode):
 
 def test_zero_tensors_without_memory():
     """Autograd creates them for gradients that are known to be 0."""
-    zeros = torch._efficientzerotensor((6, 5), dtype=torch.float64)
+    zeros = torch._efficientzerotensor((6, 5), dtype=torch.float64, device=torch.get_default_device())
     results = []
     for layer in pair("1d"):
-        x = torch.randn(6, 5, dtype=torch.float64, generator=torch.Generator().manual_seed(0)).requires_grad_()
+        x = torch.randn(6, 5, dtype=torch.float64, generator=seeded(0)).requires_grad_()
         y = layer(x)
         y.backward(zeros)
         results.append([y, x.grad, layer.weight.grad, layer(zeros)])
@@ -336,7 +344,7 @@ def test_no_gradient_is_none():
 def test_a_hook_on_the_input_runs_once_in_second_derivatives():
     results = []
     for layer in pair("1d"):
-        x = torch.randn(6, 5, dtype=torch.float64, generator=torch.Generator().manual_seed(0)).requires_grad_()
+        x = torch.randn(6, 5, dtype=torch.float64, generator=seeded(0)).requires_grad_()
         h = x.sin()
         h.register_hook(lambda dh: 2 * dh)
         (dx,) = torch.autograd.grad(layer(layer(h).cos()).pow(3).sum(), x, create_graph=True)

@@ -4,6 +4,7 @@ import warnings
 
 import pytest
 import torch
+from generators import seeded
 from opacus import GradSampleModule
 from opacus.validators import ModuleValidator
 from torch import nn
@@ -61,7 +62,7 @@ def test_fixed_as_the_native_layer():
 
 def test_frozen_layers_have_gradients_of_single_examples():
     """Opacus requires training mode, where a native layer thaws and silently mixes examples (opacus#319)."""
-    x = torch.randn(6, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    x = torch.randn(6, 3, dtype=torch.float64, generator=seeded(1))
     ours, native = dense_network(bnt.BatchNorm1d(4)), dense_network(nn.BatchNorm1d(4))
     bnt.freeze(ours)
     native[1].eval().requires_grad_(False)

@@ -20,7 +20,9 @@ MODULES = [info for info in module_db if info.module_cls.__name__ in ("BatchNorm
 
 
 def samples(info, *, training):
-    return info.module_inputs_func(info, device="cpu", dtype=torch.float64, requires_grad=True, training=training)
+    return info.module_inputs_func(
+        info, device=torch.get_default_device(), dtype=torch.float64, requires_grad=True, training=training
+    )
 
 
 def module_cases():
@@ -69,7 +71,7 @@ def test_modules(info, training, index):
 @pytest.mark.parametrize("info", MODULES, ids=lambda info: info.module_cls.__name__)
 def test_errors_of_modules(info):
     for case in info.module_error_inputs_func(
-        info, device="cpu", dtype=torch.float64, requires_grad=False, training=True
+        info, device=torch.get_default_device(), dtype=torch.float64, requires_grad=False, training=True
     ):  # fmt: skip
         arguments, inputs = case.module_error_input.constructor_input, case.module_error_input.forward_input
         layer = getattr(bnt, info.module_cls.__name__)(*arguments.args, **arguments.kwargs)
@@ -80,7 +82,7 @@ def test_errors_of_modules(info):
 @pytest.mark.filterwarnings("ignore:momentum is -1.0:UserWarning")
 @pytest.mark.parametrize("index", range(12))
 def test_samples_of_the_function(index):
-    sample = list(OPERATOR.sample_inputs("cpu", torch.float64, requires_grad=True))[index]
+    sample = list(OPERATOR.sample_inputs(torch.get_default_device(), torch.float64, requires_grad=True))[index]
 
     def call(function, x, *parameters):
         """With copies of the running statistics, which are changed in place."""
@@ -102,5 +104,5 @@ def test_samples_of_the_function(index):
 
 
 def test_all_samples_are_there():
-    assert len(list(OPERATOR.sample_inputs("cpu", torch.float64))) == 12
+    assert len(list(OPERATOR.sample_inputs(torch.get_default_device(), torch.float64))) == 12
     assert len(MODULES) == 3

@@ -15,6 +15,8 @@ SIZES = [(4, 4), (5, 2), (6, 0), (1, 1), (3, 1, 4)]
 @pytest.fixture(scope="module")
 def results():
     """The results of every process, by task."""
+    if torch.get_default_device().type != "cpu":
+        pytest.skip("of the CPU alone: the processes talk through gloo")
     by_size = {
         size: in_processes(size, synchronized.everything, [sizes for sizes in SIZES if len(sizes) == size])
         for size in (2, 3)
@@ -105,3 +107,19 @@ def test_conversion():
     assert norms[0].num_batches_tracked == 1
     with pytest.raises(ValueError, match="at least 2D"):
         bnt.SyncBatchNorm(3)(torch.ones(3))
+
+
+def test_before_pytorch_has_layers_without_bias(monkeypatch):
+    """Their constructor takes `bias` from PyTorch 2.13 on."""
+    base = nn.modules.batchnorm._BatchNorm
+    construct = base.__init__
+
+    def construct_as_before(
+        self, num_features, eps=1e-5, momentum=0.1, affine=True, track_running_stats=True, device=None, dtype=None
+    ):
+        construct(self, num_features, eps, momentum, affine, track_running_stats, device, dtype)
+
+    monkeypatch.setattr(base, "__init__", construct_as_before)
+    assert bnt.SyncBatchNorm(3, momentum=0.5).bias.shape == (3,)
+    with pytest.raises(TypeError, match="bias"):
+        bnt.SyncBatchNorm(3, bias=False)

@@ -4,6 +4,7 @@ import copy
 
 import pytest
 import torch
+from generators import seeded
 from torch import nn
 from torch.func import functional_call, grad, hessian, jacfwd, jacrev, jvp, stack_module_state, vmap
 from torch.utils.checkpoint import checkpoint
@@ -12,7 +13,7 @@ import batchnorm.torch as bnt
 
 
 def layer_and_input(**options):
-    generator = torch.Generator().manual_seed(0)
+    generator = seeded(0)
     layer = bnt.BatchNorm1d(3, dtype=torch.float64, **options)
     with torch.no_grad():
         for parameter in layer.parameters():
@@ -116,12 +117,12 @@ def test_per_sample_gradients():
         torch.testing.assert_close(gradients["weight"][index], one["weight"])
 
 
-@pytest.mark.parametrize("device", ["cpu", "meta"])
-def test_an_ensemble_keeps_a_state_for_each_member(device):
+@pytest.mark.parametrize("is_meta", [False, True])
+def test_an_ensemble_keeps_a_state_for_each_member(device, is_meta):
     """Called through one of its members, or through a copy without numbers, as PyTorch's recipe does."""
     layers = [bnt.BatchNorm1d(3, dtype=torch.float64) for _ in range(4)]
     params, buffers = stack_module_state(layers)
-    base = copy.deepcopy(layers[0]).to(device)
+    base = copy.deepcopy(layers[0]).to("meta" if is_meta else device)
     x = torch.randn(4, 5, 3, dtype=torch.float64)
 
     def call(params, buffers, x):
@@ -161,9 +162,9 @@ def test_checkpointing_updates_once(use_reentrant):
     torch.testing.assert_close(ours[1].running_mean, 0.1 * ours[0](x).mean(0))
 
 
-def test_autocast():
+def test_autocast(device):
     layer = nn.Sequential(nn.Linear(3, 4), bnt.BatchNorm1d(4))
-    with torch.autocast("cpu", torch.bfloat16):
+    with torch.autocast(device, torch.bfloat16):
         y = layer(torch.randn(8, 3))
     assert y.dtype == torch.bfloat16
     y.float().sum().backward()

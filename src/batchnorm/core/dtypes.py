@@ -55,9 +55,9 @@ def statistics_dtype(xp: Namespace, *arrays: Array) -> DType:
 
 def accumulation_dtype(xp: Namespace, like: Array | None = None) -> DType:
     """The dtype of sums: float64 wherever the library, or the device of `like`, has it (JAX only in its x64 mode)."""
-    # PyTorch's query would allocate an array of each dtype.
-    device = {} if like is None or array_api_compat.is_torch_array(like) else placement(like)
-    known = xp.__array_namespace_info__().dtypes(kind="real floating", **device)
+    if like is not None and array_api_compat.is_torch_array(like):  # its query allocates an array of each dtype
+        return xp.float32 if like.device.type == "mps" else xp.float64
+    known = xp.__array_namespace_info__().dtypes(kind="real floating", **({} if like is None else placement(like)))
     return xp.float64 if "float64" in known else xp.float32
 
 

@@ -78,7 +78,7 @@ def moments(xp: Namespace, x: Array, axes: Axes, mask: Array | None = None) -> M
     divisor = axes.expand_to_x(xp, xp.maximum(cast(xp, count, wide), full(xp, (), 1.0, dtype=wide, like=x)))
 
     def average(values: Array) -> Array:
-        return cast(xp, axes.sum_reduced(xp, values, wide) / divisor, dtype)
+        return one_number(xp, cast(xp, axes.sum_reduced(xp, values, wide) / divisor, dtype))
 
     x = x if mask is None else xp.where(mask, x, 0.0)
     hi = average(x)
@@ -92,6 +92,21 @@ def moments(xp: Namespace, x: Array, axes: Axes, mask: Array | None = None) -> M
     m2 = cast(xp, xp.where(m2 < rounding * square, 0.0, m2), dtype)
     mean, mean_lo = two_sum(hi, lo)
     return Moments(count, *(axes.squeeze_reduced(xp, moment) for moment in (mean, m2, mean_lo)))
+
+
+def one_number(xp: Namespace, value: Array) -> Array:
+    """The value; of JAX one bit shorter, which keeps it the same number wherever it is used.
+
+    XLA computes what is cheap anew in each loop, and contracts a product and a subtraction to one operation: x - hi
+    would subtract the product sum * (1 / count) before it is rounded, and the mean that is returned would be the
+    rounded one. They differ by 1e-3 standard deviations at mean/std = 1e4. A change of precision is never contracted.
+    """
+    if not array_api_compat.is_jax_array(value):
+        return value
+    from jax import lax
+
+    info = xp.finfo(value.dtype)
+    return lax.reduce_precision(value, info.nexp, info.nmant - 1)
 
 
 def merge(xp: Namespace, a: Moments, b: Moments) -> Moments:

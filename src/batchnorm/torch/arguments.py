@@ -84,9 +84,9 @@ def is_single(x: Tensor, axis: int) -> bool:
 
 
 def lengths_to_mask(x: Tensor, lengths: Tensor, axis: int) -> Tensor:
-    """Boolean mask for lengths along the first axis that is neither batch nor channel; it broadcasts against x."""
+    """Boolean mask for lengths along the first axis that is neither batch nor channel; on the device of x."""
     time = 1 if axis % x.ndim == 2 else 2
     positions = torch.arange(x.shape[time], device=x.device)
     sizes = [1] * x.ndim
     sizes[0], sizes[time] = x.shape[0], x.shape[time]
-    return (positions < lengths[:, None]).reshape(sizes)
+    return (positions < lengths.to(x.device)[:, None]).reshape(sizes)

@@ -161,8 +161,10 @@ def apply_callable(activation: Callable[[Tensor], Tensor], z: Tensor, spec: Spec
 
 
 def boolean_mask(x: Tensor, mask: Mask, axis: int) -> Any:
-    """The mask as a boolean tensor."""
-    return lengths_to_mask(x, mask.values, axis) if isinstance(mask, Lengths) else mask
+    """The mask as a boolean tensor on the device of x."""
+    if isinstance(mask, Lengths):
+        return lengths_to_mask(x, mask.values, axis)
+    return mask.to(x.device) if isinstance(mask, Tensor) else mask
 
 
 def normalize_checked(

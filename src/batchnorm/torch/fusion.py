@@ -119,7 +119,7 @@ class Follower:
 def reason_of(in_training: Follower | None, in_evaluation: Follower | None) -> str:
     """The reason why a layer is not fused."""
     if in_training is None and in_evaluation is None:
-        return "it is not called with the example, or is watched by hooks"
+        return "it is not called with the example on the CPU, or is watched by hooks"
     if in_training is None or in_evaluation is None:
         return f"it is not called in {'training' if in_training is None else 'evaluation'}, or is watched by hooks"
     if in_training.reason == in_evaluation.reason != "":
@@ -161,9 +161,9 @@ class Trial:
             example = tree_map(partial(copied, dtype=self.dtype), self.example)
             outputs = [t for t in tensors_of(self.call(example)) if t.is_floating_point()]
             leaves = [t for t in (*self.model.parameters(), *tensors_of(example)) if t.requires_grad]
-            generator = torch.Generator().manual_seed(1)
+            generator = torch.Generator("cpu").manual_seed(1)
             terms = [
-                (t * torch.randn(t.shape, generator=generator, dtype=t.dtype).to(t.device)).sum()
+                (t * torch.randn(t.shape, generator=generator, dtype=t.dtype, device="cpu").to(t.device)).sum()
                 for t in outputs
                 if t.requires_grad
             ]

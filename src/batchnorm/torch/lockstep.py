@@ -33,7 +33,7 @@ class Coroutine:
 
     def __init__(self, function: Callable[[Any], Any]) -> None:
         self.coroutine = greenlet(function)
-        seed = int(torch.randint(2**62, ()))
+        seed = int(torch.randint(2**62, (), device="cpu"))
         with ThreadState.preserved():
             torch.manual_seed(seed)
             self.thread_state = ThreadState.current()

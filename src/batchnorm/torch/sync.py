@@ -73,8 +73,9 @@ class SyncBatchNorm(Layer, _BatchNorm):
         timeout: float | None = None,
         name: str = "SyncBatchNorm",
     ) -> None:
+        options = {} if bias else {"bias": False}  # which PyTorch's layers know from 2.13 on
         super().__init__(
-            num_features, eps, momentum, affine, track_running_stats, device, dtype, bias=bias, single=single
+            num_features, eps, momentum, affine, track_running_stats, device, dtype, single=single, **options
         )  # fmt: skip
         self.process_group, self.timeout, self._name = process_group, timeout, name
 

@@ -156,6 +156,8 @@ def check_out(out: Any, x: Array, residual: Array | None) -> None:
         raise ValueError(
             f"out is {out.dtype} of shape {tuple(out.shape)}; it must be {x.dtype} of shape {tuple(x.shape)}, as x is"
         )
+    if array_api_compat.is_torch_array(out) and out.device != x.device:
+        raise ValueError(f"out is on the device {out.device}; it must be on that of x, {x.device}")
     if array_api_compat.is_numpy_array(out) and not out.flags.writeable:
         raise ValueError("out is read-only; pass a writable array")
     strides = out.strides if array_api_compat.is_numpy_array(out) else out.stride()

@@ -125,6 +125,7 @@ def register() -> None:
     ]
     for asked in (lax.reduce_and_p, lax.reduce_or_p):
         jet.jet_rules.setdefault(asked, partial(without_series, asked))
+    jet.jet_rules.setdefault(lax.reduce_precision_p, partial(jet.linear_prop, lax.reduce_precision_p))
     for made, generic, native in code:
         lowering = mlir.lower_fun(generic, multiple_results=True)
         mlir.register_lowering(made, lowering)

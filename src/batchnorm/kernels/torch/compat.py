@@ -5,13 +5,18 @@ imported where they are needed.
 """
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from typing import Any, TypeVar
 
 import torch
 from torch._C import DisableTorchFunctionSubclass as DisableTorchFunctionSubclass
+from torch._C import DispatchKey
 from torch._C import _are_functorch_transforms_active as are_transforms_active
 from torch._C import _autograd as autograd
 from torch._C import _current_graph_task_id as current_backward
+from torch._C import _dispatch_tls_local_exclude_set as excluded_keys
+from torch._C import _dispatch_tls_local_include_set as included_keys
+from torch._C import _ForceDispatchKeyGuard as force_keys
 from torch._C import _functorch as functorch
 from torch._C import _increment_version as increment_version
 from torch._C import _is_tracing as is_tracing
@@ -27,6 +32,7 @@ __all__ = [
     "DisableTorchFunctionSubclass",
     "are_transforms_active",
     "autograd",
+    "autograd_in_operators",
     "constant_in_graphs",
     "disable_current_modes",
     "dispatch_modes",
@@ -49,8 +55,13 @@ __all__ = [
 F = TypeVar("F", bound=Callable[..., Any])
 
 
-#: Whether calls are traced for torch.export; before PyTorch 2.7 exporting cannot be told from compiling.
-is_exporting: Callable[[], bool] = getattr(torch.compiler, "is_exporting", lambda: False)
+def is_exporting() -> bool:
+    """Whether a graph is made that leaves PyTorch.
+
+    By the flag: the Dynamo of PyTorch 2.11 takes `torch.compiler.is_exporting()` to be true in whatever it compiles.
+    Before 2.7 there is no flag, and exporting looks like compiling.
+    """
+    return getattr(torch.compiler, "_is_exporting_flag", False)
 
 
 def is_in_graph() -> bool:
@@ -81,6 +92,12 @@ def is_batched(tensor: torch.Tensor) -> bool:
 def is_recomputed() -> bool:
     """Whether a forward pass is being recomputed during a backward pass, as gradient checkpointing does."""
     return current_backward() != -1
+
+
+def autograd_in_operators() -> AbstractContextManager[None]:
+    """Within it, autograd records in the implementation of an operator too, where PyTorch has switched it off."""
+    keys = excluded_keys().remove(DispatchKey.AutogradFunctionality)
+    return force_keys(included_keys(), keys)
 
 
 def constant_in_graphs(function: F) -> F:

@@ -23,6 +23,7 @@ from batchnorm.core.running import advance as advance_running
 from batchnorm.kernels import generic
 from batchnorm.kernels.native import BATCH, EVERYTHING, TYPE
 from batchnorm.kernels.torch.autograd import NATIVE, are_concrete, differentiable_gradients
+from batchnorm.kernels.torch.compat import autograd_in_operators
 from batchnorm.spec import Operands, Spec, spec_of
 
 Results = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
@@ -126,7 +127,8 @@ def backward(
         table = torch.stack([row.flatten() for row in (mean, mean_lo, rstd, factor) if row is not None])
         done = NATIVE.call_backward(spec, dy, operands, (table, count, True, True))
     if type(done) is not tuple:
-        done = differentiable_gradients(spec, operands, None, dy)
+        with autograd_in_operators():
+            done = differentiable_gradients(spec, operands, None, dy)
     return tuple(x.new_empty(0) if gradient is None else gradient.detach() for gradient in done)  # type: ignore[return-value]
 
 
