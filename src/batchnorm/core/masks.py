@@ -32,7 +32,8 @@ def counts(xp: Namespace, x: Array, axes: Axes, mask: Mask) -> Array:
 
     Cost: a sum over the mask's own elements, never over x.
     """
-    integer = xp.__array_namespace_info__().default_dtypes()["integral"]  # int32 in JAX's default mode, int64 elsewhere
+    info = xp.__array_namespace_info__()
+    integer = info.default_dtypes(**placement(x))["integral"]  # int32 in JAX's default mode, int64 elsewhere
     shape = axes.statistics_shape(x.shape)
     if mask is None:
         return full(xp, shape, axes.elements(x.shape), dtype=integer, like=x)
