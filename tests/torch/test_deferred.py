@@ -525,7 +525,7 @@ def test_nothing_is_left_behind():
 
 
 def number_of_waiting():
-    return sum(type(thing) in (Deferred, waiting.Call) for thing in gc.get_objects())
+    return sum(type(thing) in (Deferred, waiting.DeferredCall) for thing in gc.get_objects())
 
 
 def test_results_that_are_kept():

@@ -85,7 +85,7 @@ def test_compiled_training_where_the_kernels_decline(options, monkeypatch):
         y = call(x)
         y.pow(3).sum().backward()
         results.append([y.detach(), *(p.grad for p in model.parameters()), *model.buffers()])
-        monkeypatch.setattr("batchnorm.kernels.torch.operators.are_plain", lambda *tensors: False)
+        monkeypatch.setattr("batchnorm.kernels.torch.operators.are_concrete", lambda *tensors: False)
     torch.testing.assert_close(*results, rtol=1e-4, atol=1e-4)
 
 
