@@ -242,6 +242,7 @@ def test_distributed_tensors(mesh):
         torch.testing.assert_close(*results)
 
 
+@pytest.mark.cpu("MKL-DNN's tensors are on the CPU")
 @pytest.mark.filterwarnings("ignore::UserWarning")
 @pytest.mark.parametrize("arguments", [{"mask": torch.tensor([True, False]).reshape(2, 1, 1)}, {"lengths": [5, 2]}])
 def test_evaluation_under_a_mask_of_a_tensor_of_mkldnn_is_refused(arguments):
@@ -252,6 +253,7 @@ def test_evaluation_under_a_mask_of_a_tensor_of_mkldnn_is_refused(arguments):
         layer(x.to_mkldnn(), **arguments)
 
 
+@pytest.mark.cpu("MKL-DNN's tensors are on the CPU")
 @pytest.mark.filterwarnings("ignore::UserWarning")
 def test_evaluation_by_another_convention_of_a_tensor_of_mkldnn_is_refused():
     """Its running deviations were taken for variances."""
@@ -260,6 +262,7 @@ def test_evaluation_by_another_convention_of_a_tensor_of_mkldnn_is_refused():
         layer(torch.randn(2, 3, 4, 4).to_mkldnn())
 
 
+@pytest.mark.cpu("the processes talk through gloo")
 @pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning")
 @pytest.mark.parametrize("convention", ["pytorch", "lasagne-gist", "keras"])
 @pytest.mark.parametrize("masked_output", ["zero", "normalized"])
