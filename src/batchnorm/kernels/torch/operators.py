@@ -69,31 +69,20 @@ def forward(
         return y, batch.mean, batch.mean_lo, batch.m2, statistics.rstd, batch.count.clone()
     # `backward` falls back to the generic implementation, which recomputes the statistics.
     y = generic.output(xp, spec, operands)
-    _, *empty, count = fake_forward(x, gamma, beta, residual, mask, axis, eps, placement, correction, None, group_size)
+    rules = (eps, placement, correction, activation, group_size)
+    _, *empty, count = fake_forward(x, gamma, beta, residual, mask, axis, *rules)
     mean, mean_lo, m2, rstd = (torch.full_like(tensor, torch.nan) for tensor in empty)
     return y, mean, mean_lo, m2, rstd, torch.zeros_like(count)
 
 
 @forward.register_fake
-def fake_forward(
-    x: Tensor,
-    gamma: Tensor | None,
-    beta: Tensor | None,
-    residual: Tensor | None,
-    mask: Tensor | None,
-    axis: int,
-    eps: float,
-    placement: str,
-    correction: int,
-    activation: str | None,
-    group_size: int,
-) -> Results:
+def fake_forward(x: Tensor, *arguments: Any) -> Results:
     """The fake implementation of `forward`: shapes, dtypes and layouts of the results."""
+    axis, *rules = arguments[4:]
     dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
     shape = [x.shape[axis]]
-    if group_size:
-        spec = spec_of_graph(axis, x.ndim, eps, placement, correction, None, group_size)
-        shape.insert(0, len(spec.groups(tuple(map(int, x.shape)))))
+    if rules[-1]:
+        shape.insert(0, len(spec_of_graph(axis, x.ndim, *rules).groups(tuple(map(int, x.shape)))))
     mean, mean_lo, m2, rstd = (x.new_empty(shape, dtype=dtype) for _ in range(4))
     return torch.empty_like(x), mean, mean_lo, m2, rstd, x.new_empty(shape, dtype=torch.int64)
 
@@ -133,17 +122,9 @@ def backward(
 
 
 @backward.register_fake
-def fake_backward(
-    dy: Tensor,
-    x: Tensor,
-    gamma: Tensor | None,
-    beta: Tensor | None,
-    residual: Tensor | None,
-    *_: Any,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def fake_backward(dy: Tensor, *arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """The fake implementation of `backward`: shapes, dtypes and layouts of the gradients."""
-    arguments = (x, gamma, beta, residual)
-    return tuple(x.new_empty(0) if tensor is None else torch.empty_like(tensor) for tensor in arguments)  # type: ignore[return-value]
+    return tuple(dy.new_empty(0) if tensor is None else torch.empty_like(tensor) for tensor in arguments[:4])  # type: ignore[return-value]
 
 
 def save_for_backward(ctx: Any, inputs: tuple[Any, ...], output: Results) -> None:
