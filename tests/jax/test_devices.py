@@ -9,6 +9,7 @@ import pytest
 from flax import linen
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
+from optimized import optimized_jit
 
 import batchnorm as bn
 import batchnorm.jax as bnj
@@ -99,7 +100,7 @@ def test_automatic_sharding(devices):
     x, dy = (jax.device_put(array, spread_out) for array in (X, DY))
     check(jax.jit(step)(x, GAMMA, BETA), expected_step())
     check(step(x, GAMMA, BETA), expected_step())  # without jit
-    gradients = jax.jit(jax.grad(total, argnums=ALL))
+    gradients = optimized_jit(jax.grad(total, argnums=ALL))
     check(gradients(x, GAMMA, BETA, dy), expected_gradients(), 1e-4)
     text = gradients.lower(x, GAMMA, BETA, dy).compile().as_text()
     assert "all-reduce" in text
@@ -275,4 +276,4 @@ def test_large_means_over_devices(mean, std, rng):
     sharded = jax.shard_map(
         lambda x: bnj.batch_norm(x, training=True, axis_name="d")[0], mesh=mesh_of(8), in_specs=P("d"), out_specs=P("d")
     )
-    np.testing.assert_allclose(jax.jit(sharded)(x), exact, rtol=0, atol=1e-5)
+    np.testing.assert_allclose(optimized_jit(sharded)(x), exact, rtol=0, atol=1e-5)
