@@ -1,5 +1,6 @@
 """XLA's options, before JAX is imported; a generator for each test; what the extension answered."""
 
+import gc
 import os
 from collections import Counter
 
@@ -17,6 +18,13 @@ QUICK_COMPILATION = (
 os.environ["XLA_FLAGS"] = " ".join(
     (*QUICK_COMPILATION, "--xla_force_host_platform_device_count=8", os.environ.get("XLA_FLAGS", ""))
 )
+
+
+def pytest_collection_finish():
+    """Half a million objects are there until the end: the garbage collector is spared looking at them in every pass."""
+    gc.collect()
+    gc.freeze()
+
 
 ENTRIES = ("normalize", "gradients")
 
@@ -59,3 +67,12 @@ def extension(monkeypatch):
     for name in ENTRIES:
         monkeypatch.setattr(_native, name, answers.recording(name, getattr(_native, name)))
     return answers
+
+
+@pytest.fixture
+def undrawn(monkeypatch):
+    """Reports of training without charts: these take seconds, and have tests of their own."""
+    from batchnorm.training import charts
+
+    monkeypatch.setattr(charts, "svg", lambda panel, metrics: "<svg></svg>")
+    monkeypatch.setattr(charts, "write_png", lambda figure, metrics, path: path.write_bytes(b"a picture"))

@@ -131,7 +131,7 @@ def test_explicit_sharding_of_channels(spec, masked):
         y, after = bnj.batch_norm(x, gamma, beta, running, training=True, **masked)
         return jnp.sum(y * dy) + jnp.sum(after.spread), after
 
-    expected, gradients = jax.value_and_grad(of, argnums=ALL, has_aux=True)(x, gamma, beta, running, dy)
+    expected, gradients = jax.jit(jax.value_and_grad(of, argnums=ALL, has_aux=True))(x, gamma, beta, running, dy)
     with jax.set_mesh(mesh):
         x, dy = (jax.device_put(array, NamedSharding(mesh, spec)) for array in (x, dy))
         results = jax.jit(jax.value_and_grad(of, argnums=ALL, has_aux=True))(x, gamma, beta, running, dy)
@@ -236,7 +236,7 @@ def test_parts_of_different_sizes(devices):
     """By counts: Flax's mean over the devices is that of no batch (flax#2417), and NaN where one has nothing."""
     mask = uneven()
     x = jnp.where(mask, X, jnp.nan)
-    expected = step(X, GAMMA, BETA, mask)
+    expected = jax.jit(step)(X, GAMMA, BETA, mask)
     mesh, specs = mesh_of(devices), (P("d"), P(), P(), P("d"))
     sharded = jax.shard_map(partial(step, axis_name="d"), mesh=mesh, in_specs=specs, out_specs=(P("d"), P()))
     check(jax.jit(sharded)(x, GAMMA, BETA, mask), expected)
@@ -245,15 +245,15 @@ def test_parts_of_different_sizes(devices):
         return jax.lax.psum(total(x, gamma, beta, dy, mask, axis_name="d"), "d")
 
     gradients = jax.grad(jax.shard_map(loss, mesh=mesh, in_specs=(*specs, P("d")), out_specs=P()), argnums=ALL)
-    exact = jax.grad(total, argnums=ALL)(jnp.where(mask, X, 0.0), GAMMA, BETA, DY, mask)
+    exact = jax.jit(jax.grad(total, argnums=ALL))(jnp.where(mask, X, 0.0), GAMMA, BETA, DY, mask)
     check(jax.jit(gradients)(x, GAMMA, BETA, mask, DY), exact, 1e-4)
 
     layer = linen.BatchNorm(use_running_average=False, axis_name="d", momentum=0.99)
-    variables = layer.init(jax.random.key(0), X)
-    theirs = jax.shard_map(
+    variables = jax.jit(layer.init)(jax.random.key(0), X)
+    theirs = jax.jit(jax.shard_map(
         lambda x, mask: layer.apply(variables, x, mask=mask, mutable=["batch_stats"])[1]["batch_stats"]["mean"],
         mesh=mesh, in_specs=(P("d"), P("d")), out_specs=P(),
-    )(X, mask)  # fmt: skip
+    ))(X, mask)  # fmt: skip
     wrong = np.abs(np.asarray(theirs) - expected[1].mean).max()
     assert wrong > 1e-3 or np.isnan(wrong), "Flax's layer weights the devices alike"
 
