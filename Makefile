@@ -8,7 +8,7 @@ INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check --co
 export PIP_ROOT_USER_ACTION := ignore
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test bench sanitize lint format clean
+.PHONY: help demo test coverage bench sanitize lint format clean
 
 help: ## Show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-9s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -16,12 +16,19 @@ help: ## Show this list
 demo: $(VENV)/.train ## Train LeNet with and without batch norm on real digits (half a minute); DEMO="--epochs 5" passes options
 	$(BIN)/batchnorm train $(DEMO)
 
-# The whole run uses a process for each core and checks the coverage of the files listed in pyproject.toml; a selection
-# by PYTEST does neither. Idle OpenMP threads sleep: spinning, they would take the other processes' time.
-PYTEST ?= --numprocesses=auto --cov=batchnorm --cov-fail-under=95
+# A process for each core. Each starts with a contiguous share of the tests, which reuse what it has compiled, and then
+# steals from the others. Idle OpenMP threads sleep: spinning, they would take the other processes' time.
+PARALLEL := --numprocesses=auto --dist=worksteal
+PYTEST ?= $(PARALLEL)
+RUN_TESTS := OMP_WAIT_POLICY=passive $(BIN)/python -m pytest
 
-test: $(VENV)/.dev ## Run the tests; PYTEST="-k golden" passes options
-	OMP_WAIT_POLICY=passive $(BIN)/python -m pytest $(PYTEST)
+test: $(VENV)/.dev ## Run the tests (six minutes on two cores); PYTEST="-k golden" passes options
+	$(RUN_TESTS) $(PYTEST)
+
+# Slower than `make test`: tracing takes a third of the time, and XLA's optimization as much as everything else.
+coverage: export XLA_FLAGS := --xla_backend_optimization_level=3 --xla_cpu_use_fusion_emitters=true
+coverage: $(VENV)/.dev ## Run the tests on programs as users have them, with coverage of what pyproject.toml lists
+	$(RUN_TESTS) $(PARALLEL) --cov=batchnorm --cov-fail-under=95
 
 bench: $(VENV)/.dev ## Measure the speed against memory and every peer (an hour); BENCH=--quick takes a minute
 	$(BIN)/python -m benchmarks.calls

@@ -1,12 +1,30 @@
-"""Eight simulated devices for JAX, before it is imported; a generator for each test; what the extension answered."""
+"""XLA's options, before JAX is imported; a generator for each test; what the extension answered."""
 
+import gc
 import os
 from collections import Counter
 
 import pytest
 from seeds import generator_of
 
-os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=8".strip()
+# Most programs are small and run once: without optimization, by the older emitters and in one piece they are compiled
+# in an eighth of the time. Flags of the environment come last, and win, as in `make coverage`, which compiles all
+# programs as for users; so does `support/optimized.py`, where rounding or the program itself is what a test is about.
+QUICK_COMPILATION = (
+    "--xla_backend_optimization_level=0",
+    "--xla_cpu_use_fusion_emitters=false",
+    "--xla_cpu_parallel_codegen_split_count=1",
+)
+os.environ["XLA_FLAGS"] = " ".join(
+    (*QUICK_COMPILATION, "--xla_force_host_platform_device_count=8", os.environ.get("XLA_FLAGS", ""))
+)
+
+
+def pytest_collection_finish():
+    """Half a million objects are there until the end: the garbage collector is spared looking at them in every pass."""
+    gc.collect()
+    gc.freeze()
+
 
 ENTRIES = ("normalize", "gradients")
 
@@ -49,3 +67,12 @@ def extension(monkeypatch):
     for name in ENTRIES:
         monkeypatch.setattr(_native, name, answers.recording(name, getattr(_native, name)))
     return answers
+
+
+@pytest.fixture
+def undrawn(monkeypatch):
+    """Reports of training without charts: these take seconds, and have tests of their own."""
+    from batchnorm.training import charts
+
+    monkeypatch.setattr(charts, "svg", lambda panel, metrics: "<svg></svg>")
+    monkeypatch.setattr(charts, "write_png", lambda figure, metrics, path: path.write_bytes(b"a picture"))

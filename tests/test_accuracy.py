@@ -1,11 +1,15 @@
 """Rounding errors against 60-digit and float64 results. The budgets stand in one table."""
 
+from functools import partial
+
+import jax
 import ml_dtypes
 import numpy as np
 import pytest
 import torch
 from golden import case_inputs, load
 from libraries import LIBRARIES, every_library
+from optimized import optimized_jit
 
 import batchnorm as bn
 from batchnorm import reference
@@ -74,23 +78,41 @@ def test_ill_conditioned_float32_without_gamma_and_beta(library):
     assert error(library.numpy(y), expected) <= 1e-6
 
 
-@pytest.mark.parametrize("ratio", [0, 1e2, 1e4, 1e6])
-@pytest.mark.parametrize("library", ["numpy", "torch", "jax"])
-def test_float32_at_any_mean(library, ratio):
-    library, rng = LIBRARIES[library], np.random.default_rng(0)
+def forward_and_backward(x, gamma, beta, dy, kernel=None):
+    """y, the variances and the gradients."""
+    y, cache = bn.forward(x, gamma, beta, eps=1e-5, kernel=kernel)
+    return y, bn.moments(x).var(), bn.backward(dy, cache)[:3]
+
+
+def check_at_mean(ratio, compute):
+    """Raise AssertionError where `compute` exceeds its budgets on float32 of a mean that is `ratio` deviations."""
+    rng = np.random.default_rng(0)
     x = (rng.normal(size=(512, 7)) * 0.37 + 0.37 * ratio).astype(np.float32)
     gamma, beta, dy = (rng.normal(size=shape).astype(np.float32) for shape in (7, 7, (512, 7)))
-    y, cache = bn.forward(*map(library.array, (x, gamma, beta)), eps=1e-5)
-    gradients = bn.backward(library.array(dy), cache)
+    y, var, gradients = compute(x, gamma, beta, dy)
     steps = reference.forward(x.astype(np.float64), gamma.astype(np.float64), beta.astype(np.float64), 1e-5)
     theirs = reference.backward(dy.astype(np.float64), x.astype(np.float64), gamma.astype(np.float64), 1e-5)
     unit = np.spacing(
         np.maximum.reduce([np.abs(gamma * steps.xhat), np.abs(beta) + 0 * x, 1 + 0 * x]).astype(np.float32)
     )
-    assert (np.abs(library.numpy(y) - steps.y) / unit).max() <= ULPS
-    assert error(library.numpy(bn.moments(library.array(x)).var()), steps.var) <= 1e-6
-    for name in ("dx", "dgamma", "dbeta"):
-        assert error(library.numpy(getattr(gradients, name)), getattr(theirs, name)) <= 1e-5, name
+    assert (np.abs(y - steps.y) / unit).max() <= ULPS
+    assert error(var, steps.var) <= 1e-6
+    for name, gradient in zip(("dx", "dgamma", "dbeta"), gradients, strict=True):
+        assert error(gradient, getattr(theirs, name)) <= 1e-5, name
+
+
+@pytest.mark.parametrize("ratio", [0, 1e2, 1e4, 1e6])
+@pytest.mark.parametrize("library", ["numpy", "torch", "jax"])
+def test_float32_at_any_mean(library, ratio):
+    library = LIBRARIES[library]
+    check_at_mean(ratio, lambda *arrays: jax.tree.map(library.numpy, forward_and_backward(*map(library.array, arrays))))
+
+
+@pytest.mark.parametrize("ratio", [0, 1e4, 1e6])
+@pytest.mark.parametrize("kernel", ["native", "agnostic"])
+def test_an_optimized_program_at_any_mean(kernel, ratio):
+    """What XLA fuses must leave the second number of the mean."""
+    check_at_mean(ratio, optimized_jit(partial(forward_and_backward, kernel=kernel)))
 
 
 def hard_inputs():

@@ -19,7 +19,6 @@ from typer.testing import CliRunner
 import batchnorm
 from batchnorm import cli
 from batchnorm.cli import app
-from batchnorm.training import charts
 from batchnorm.training.folder import output_folder
 
 QUICK = ("--framework", "torch", "--images", "48", "--batch-size", "16")
@@ -37,13 +36,6 @@ def start(*arguments, **options):
     return subprocess.Popen(
         command, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE, **options
     )
-
-
-@pytest.fixture
-def undrawn(monkeypatch):
-    """Reports without charts: these take seconds, and have tests of their own."""
-    monkeypatch.setattr(charts, "svg", lambda panel, metrics: "<svg></svg>")
-    monkeypatch.setattr(charts, "write_png", lambda figure, metrics, path: path.write_bytes(b"a picture"))
 
 
 def without_seconds(path):
@@ -79,7 +71,7 @@ def test_only_the_framework_chosen_is_imported(tmp_path, framework, other):
     assert done.stdout == "False\n"
 
 
-def test_a_run_reports_and_its_continuation_equals_an_unbroken_one(tmp_path):
+def test_a_run_reports_and_its_continuation_equals_an_unbroken_one(tmp_path, request):
     unbroken = invoke("train", *QUICK, "--epochs", 2, "--output", tmp_path / "a", "--json")
     assert unbroken.exit_code == 0, unbroken.output
     results = json.loads(unbroken.stdout)
@@ -92,6 +84,7 @@ def test_a_run_reports_and_its_continuation_equals_an_unbroken_one(tmp_path):
     assert ": equal within noise (difference " in results["finding"]
     assert {path.name for path in (tmp_path / "a").iterdir()} > FILES
 
+    request.getfixturevalue("undrawn")
     first = invoke("train", *QUICK, "--epochs", 1, "--output", tmp_path / "b")
     assert first.exit_code == 0, first.output
     assert "test accuracy" in first.stdout
@@ -318,6 +311,7 @@ class TestProgram:
 
 @pytest.mark.skipif(sys.platform == "win32", reason="no SIGINT for a child process there")
 class TestInterrupt:
+    @pytest.mark.usefixtures("undrawn")  # in this process
     def test_ctrl_c_leaves_a_report_and_the_way_on(self, tmp_path):
         process = start("train", *QUICK, "--epochs", 2000, "--output", tmp_path / "a b")
         checkpoint = tmp_path / "a b" / "checkpoint.safetensors"

@@ -9,6 +9,7 @@ import pytest
 from flax import linen
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
+from optimized import optimized_jit
 
 import batchnorm as bn
 import batchnorm.jax as bnj
@@ -99,7 +100,7 @@ def test_automatic_sharding(devices):
     x, dy = (jax.device_put(array, sharding) for array in (X, DY))
     check(jax.jit(step)(x, GAMMA, BETA), expected_step())
     check(step(x, GAMMA, BETA), expected_step())  # without jit
-    gradients = jax.jit(jax.grad(total, argnums=ALL))
+    gradients = optimized_jit(jax.grad(total, argnums=ALL))
     check(gradients(x, GAMMA, BETA, dy), expected_gradients(), 1e-4)
     text = gradients.lower(x, GAMMA, BETA, dy).compile().as_text()
     assert "all-reduce" in text
@@ -130,7 +131,7 @@ def test_explicit_sharding_of_channels(spec, masked):
         y, after = bnj.batch_norm(x, gamma, beta, running, training=True, **masked)
         return jnp.sum(y * dy) + jnp.sum(after.spread), after
 
-    expected, gradients = jax.value_and_grad(of, argnums=ALL, has_aux=True)(x, gamma, beta, running, dy)
+    expected, gradients = jax.jit(jax.value_and_grad(of, argnums=ALL, has_aux=True))(x, gamma, beta, running, dy)
     with jax.set_mesh(mesh):
         x, dy = (jax.device_put(array, NamedSharding(mesh, spec)) for array in (x, dy))
         results = jax.jit(jax.value_and_grad(of, argnums=ALL, has_aux=True))(x, gamma, beta, running, dy)
@@ -235,7 +236,7 @@ def test_parts_of_different_sizes(devices):
     """Weighted by counts: Flax's mean over devices is the mean of no batch (flax#2417), and NaN if one is empty."""
     mask = uneven()
     x = jnp.where(mask, X, jnp.nan)
-    expected = step(X, GAMMA, BETA, mask)
+    expected = jax.jit(step)(X, GAMMA, BETA, mask)
     mesh, specs = mesh_of(devices), (P("d"), P(), P(), P("d"))
     sharded = jax.shard_map(partial(step, axis_name="d"), mesh=mesh, in_specs=specs, out_specs=(P("d"), P()))
     check(jax.jit(sharded)(x, GAMMA, BETA, mask), expected)
@@ -244,15 +245,15 @@ def test_parts_of_different_sizes(devices):
         return jax.lax.psum(total(x, gamma, beta, dy, mask, axis_name="d"), "d")
 
     gradients = jax.grad(jax.shard_map(loss, mesh=mesh, in_specs=(*specs, P("d")), out_specs=P()), argnums=ALL)
-    exact = jax.grad(total, argnums=ALL)(jnp.where(mask, X, 0.0), GAMMA, BETA, DY, mask)
+    exact = jax.jit(jax.grad(total, argnums=ALL))(jnp.where(mask, X, 0.0), GAMMA, BETA, DY, mask)
     check(jax.jit(gradients)(x, GAMMA, BETA, mask, DY), exact, 1e-4)
 
     layer = linen.BatchNorm(use_running_average=False, axis_name="d", momentum=0.99)
-    variables = layer.init(jax.random.key(0), X)
-    theirs = jax.shard_map(
+    variables = jax.jit(layer.init)(jax.random.key(0), X)
+    theirs = jax.jit(jax.shard_map(
         lambda x, mask: layer.apply(variables, x, mask=mask, mutable=["batch_stats"])[1]["batch_stats"]["mean"],
         mesh=mesh, in_specs=(P("d"), P("d")), out_specs=P(),
-    )(X, mask)  # fmt: skip
+    ))(X, mask)  # fmt: skip
     wrong = np.abs(np.asarray(theirs) - expected[1].mean).max()
     assert wrong > 1e-3 or np.isnan(wrong), "Flax's layer weights the devices alike"
 
@@ -275,4 +276,4 @@ def test_large_means_over_devices(mean, std, rng):
     sharded = jax.shard_map(
         lambda x: bnj.batch_norm(x, training=True, axis_name="d")[0], mesh=mesh_of(8), in_specs=P("d"), out_specs=P("d")
     )
-    np.testing.assert_allclose(jax.jit(sharded)(x), exact, rtol=0, atol=1e-5)
+    np.testing.assert_allclose(optimized_jit(sharded)(x), exact, rtol=0, atol=1e-5)

@@ -200,12 +200,13 @@ def test_other_transformations():
     def loss(running, x):
         return jnp.sum(bnj.implicit_batch_norm(x, GAMMA, BETA, running) ** 2)
 
-    expected = jax.grad(loss)(running, X)
+    expected = jax.jit(jax.grad(loss))(running, X)
     rematerialized = jax.jit(jax.grad(jax.checkpoint(loss)))(running, X)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5), rematerialized, expected)
-    lanes = jax.vmap(jax.grad(loss), (None, 0))(running, jnp.stack([X, X * 2]))
+    lanes = jax.jit(jax.vmap(jax.grad(loss), (None, 0)))(running, jnp.stack([X, X * 2]))
     np.testing.assert_allclose(lanes.mean[1], 2 * expected.mean, rtol=1e-5)
-    scanned = jax.grad(lambda r: jnp.sum(jax.lax.scan(lambda c, x: (c, loss(r, x)), 0, jnp.stack([X, X]))[1]))(running)
+    losses = lambda r: jax.lax.scan(lambda c, x: (c, loss(r, x)), 0, jnp.stack([X, X]))[1]  # noqa: E731
+    scanned = jax.jit(jax.grad(lambda r: jnp.sum(losses(r))))(running)
     assert float(scanned.steps) == 2
     with pytest.raises(TypeError, match="forward-mode"):
         jax.jvp(lambda x: bnj.implicit_batch_norm(x, GAMMA, BETA, running), (X,), (X,))
@@ -368,8 +369,11 @@ def test_the_zygote_layer(case, activation):
                 x, gamma, beta, running, axis=axis, convention="zygote-gist", activation=activation
             )
 
-        y, pull = jax.vjp(layer, x, gamma, beta, running)
-        *gradients, dropped = pull(dy)
+        def trained(*arguments):
+            y, pull = jax.vjp(layer, *arguments)
+            return y, pull(dy)
+
+        y, (*gradients, dropped) = jax.jit(trained)(x, gamma, beta, running)
         names = ("y", "dx", "dgamma", "dbeta", "mu_dropped_1", "sigma_dropped_1")
         for name, value in zip(names, (y, *gradients, dropped.mean, dropped.spread), strict=True):
             np.testing.assert_allclose(value, theirs[name], rtol=1e-10, atol=1e-12, err_msg=name)

@@ -121,7 +121,11 @@ class Maker:
         convention = replace(CONVENTIONS["pytorch"], zero_eps="allowed", **rules)
         axis = (0, len(self.shape) - 1) if len(self.shape) > 2 and self.one_in(4) else self.axis
         spec = spec_of(convention, axis, len(self.shape), self.among((None, "relu", "silu", "leaky_relu(0.3)")))
-        return replace(spec, group_size=int(self.among((1, 2, 3)))) if self.one_in(4) and spec.axes.channel_axes[0] else spec
+        return (
+            replace(spec, group_size=int(self.among((1, 2, 3))))
+            if self.one_in(4) and spec.axes.channel_axes[0]
+            else spec
+        )
 
     def of_x(self) -> np.ndarray:
         return self.input(self.shape, self.dtype, self.layout, self.axis)

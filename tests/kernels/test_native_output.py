@@ -87,6 +87,20 @@ def test_results_that_go_past_the_cache(instruction_set, dtype, rows, axis, rng)
         assert not memory[offset + x.size :].any()
 
 
+def test_two_results_that_go_past_the_cache_in_layouts_of_their_own(instruction_set, rng):
+    """Where a row of dx is aligned for whole vectors, that of dresidual may not be."""
+    x, dy, residual = rng.normal(size=(3, 7, 3, 60_001)).astype(np.float32)
+    results = []
+    for layout in ("c", "first"):
+        z = placed(residual, layout)
+        _, cache = bn.forward(x, residual=z, activation="relu", kernel="native")
+        dx, _, _, dresidual = bn.backward(dy, cache)
+        assert (dx.strides, dresidual.strides) == (x.strides, z.strides)
+        results.append((dx, dresidual))
+    for ours, expected in zip(*results, strict=True):
+        np.testing.assert_array_equal(ours, expected)
+
+
 @pytest.mark.parametrize("shape", [
     (0, 3), (5, 0), (0, 0), (2, 3, 0), (0, 3, 4), (2, 0, 4), (2, 3, 4, 0), (2, 3, 0, 4), (0, 3, 0, 4),
 ])  # fmt: skip
