@@ -13,7 +13,7 @@ import typer
 from batchnorm.training.folder import output_folder, write_atomically
 from batchnorm.training.options import InputError
 from benchmarks.cases import DTYPES, FAMILIES, LAYOUTS, OPERATIONS, Case, all_cases, quick_cases
-from benchmarks.contestants import PEERS, entered, missing
+from benchmarks.contestants import PEERS, missing, participants
 from benchmarks.machine import Machine, cores
 from benchmarks.progress import Progress
 from benchmarks.report import Table, cases_table, grid_table, legend, markdown, targets_table
@@ -72,7 +72,7 @@ def bench(
             effort = replace(effort, seconds=_positive("seconds", seconds))
         if list_:
             for case in cases:
-                typer.echo(f"{case}: {', '.join(name for name in entered(case) if name in peers)}")
+                typer.echo(f"{case}: {', '.join(name for name in participants(case) if name in peers)}")
             return
         numbers = _threads(threads, quick)
         peers = _present(peers)

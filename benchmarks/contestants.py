@@ -32,7 +32,7 @@ Results = dict[str, NDArray[np.float64]]
 
 
 def nothing() -> None:
-    """Do nothing; the default `settle` of a contestant."""
+    """Do nothing; the default `warm_caches` of a contestant."""
 
 
 @dataclass(frozen=True)
@@ -44,16 +44,16 @@ class Contestant:
         run: Computes and returns all results, so that none of them is freed inside the timed call.
         unpack: Converts the results of `run` for comparison: arrays by name (`y`, `dx`, `dgamma`, `dbeta`, `dresidual`)
             with the axes of `Case.shape`.
-        settle: Loads the inputs into the cache, and wakes the threads; not timed.
+        warm_caches: Loads the inputs into the cache, and wakes the threads; not timed.
     """
 
     name: str
     run: Callable[[], Any]
     unpack: Callable[[Any], Results] | None = None
-    settle: Callable[[], object] = nothing
+    warm_caches: Callable[[], object] = nothing
 
 
-def entered(case: Case, *, compiles: bool = True) -> tuple[str, ...]:
+def participants(case: Case, *, compiles: bool = True) -> tuple[str, ...]:
     """The peers that take part in a case: those that support it and give a meaningful comparison.
 
     oneDNN is reachable for float32 and NCHW; its backward pass includes PyTorch's conversions, which would be timed

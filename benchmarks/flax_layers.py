@@ -23,7 +23,7 @@ from jax import lax
 from batchnorm.flax import linen as ours
 from benchmarks.cases import Case, all_cases
 from benchmarks.contestants import Contestant
-from benchmarks.floors import passes
+from benchmarks.floors import memory_passes
 from benchmarks.machine import cache_sizes
 from benchmarks.timing import Effort, race, warm_up
 
@@ -53,14 +53,14 @@ def layer_step(layer: Any, operation: str, x: jax.Array, dy: jax.Array, activati
     return run
 
 
-def memory_passes(case: Case, x: jax.Array, dy: jax.Array) -> Callable[[], object]:
+def compiled_passes(case: Case, x: jax.Array, dy: jax.Array) -> Callable[[], object]:
     """A compiled program of the memory passes that a case needs, in sequence; it returns what they write."""
     computations: dict[str, Callable[[jax.Array, jax.Array], jax.Array]] = {
         "read": lambda x, dy: (x if case.operation == "forward" else dy).max(),
         "copy": lambda x, dy: x * 1.5,
         "add": lambda x, dy: x + dy,
     }
-    wanted = [computations[name] for name in passes(case, cache_sizes().l2).elements()]
+    wanted = [computations[name] for name in memory_passes(case, cache_sizes().l2).elements()]
 
     @jax.jit
     def program(x: jax.Array, dy: jax.Array) -> list[jax.Array]:
@@ -93,10 +93,10 @@ def ratios_of(case: Case, effort: Effort) -> tuple[float, float, float]:
         Contestant(
             "Flax", layer_step(linen.BatchNorm(axis=axis), case.operation, x, dy, jax.nn.relu if relu else lambda y: y)
         ),
-        Contestant("memory", memory_passes(case, x, dy)),
+        Contestant("memory", compiled_passes(case, x, dy)),
     ]
     contestants = [
-        Contestant(c.name, c.run, settle=partial(lambda: jax.block_until_ready(read(x, dy)))) for c in contestants
+        Contestant(c.name, c.run, warm_caches=partial(lambda: jax.block_until_ready(read(x, dy)))) for c in contestants
     ]
     estimates = {contestant.name: warm_up(contestant) for contestant in contestants}
     timings = race(contestants, case, effort, estimates)

@@ -67,7 +67,7 @@ def ratios_of(shape: tuple[int, int, int], axis: int, effort: Effort, *, backwar
         return lambda: jax.block_until_ready(compiled(*arguments))
 
     contestants = [
-        Contestant(name, runner(*pair), settle=lambda: jax.block_until_ready(read(x, dy)))
+        Contestant(name, runner(*pair), warm_caches=lambda: jax.block_until_ready(read(x, dy)))
         for name, pair in programs.items()
     ]
     case = Case("sequences", "forward+backward" if backward else "forward", "float32", "masked", shape)

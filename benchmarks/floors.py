@@ -56,7 +56,7 @@ def slice_bytes(case: Case) -> int:
     return elements * min(LINE, case.channels * DTYPES[case.dtype])
 
 
-def passes(case: Case, l2: int) -> Counter[Pass]:
+def memory_passes(case: Case, l2: int) -> Counter[Pass]:
     """The memory passes that a case needs on cores with `l2` bytes of second-level cache, and the number of each."""
     if case.operation == "inference":
         return Counter({"copy": 1})
@@ -75,4 +75,4 @@ def passes(case: Case, l2: int) -> Counter[Pass]:
 
 def moved_bytes(case: Case, l2: int) -> int:
     """The memory traffic of the floor in bytes."""
-    return case.bytes * sum(TRAFFIC[name] * times for name, times in passes(case, l2).items())
+    return case.bytes * sum(TRAFFIC[name] * times for name, times in memory_passes(case, l2).items())

@@ -18,7 +18,7 @@ import batchnorm.torch as bnt
 from benchmarks.arrays import make
 from benchmarks.cases import Case, all_cases
 from benchmarks.contestants import Contestant
-from benchmarks.passes import settle
+from benchmarks.passes import warm_caches
 from benchmarks.timing import Effort, race, warm_up
 
 
@@ -84,7 +84,7 @@ def times(case: Case, effort: Effort, *, has_residual: bool, is_training: bool) 
     contestants = []
     for name, block in blocks(case.channels, *tensors).items():
         run = training_step(block, tensors, arrays.dy) if is_training else inference(block, tensors)
-        contestants.append(Contestant(name, run, settle=partial(settle, arrays)))
+        contestants.append(Contestant(name, run, warm_caches=partial(warm_caches, arrays)))
     estimates = {contestant.name: warm_up(contestant) for contestant in contestants}
     timings = race(contestants, case, effort, estimates)
     return {name: timing.p50 for name, timing in timings.items()}

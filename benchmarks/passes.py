@@ -10,17 +10,17 @@ from torch import Tensor
 from benchmarks.arrays import Arrays
 from benchmarks.cases import Case
 from benchmarks.contestants import Contestant
-from benchmarks.floors import Pass, passes
+from benchmarks.floors import Pass, memory_passes
 from benchmarks.machine import cache_sizes
 
 
 def contestants(case: Case, arrays: Arrays) -> list[Contestant]:
     """Each kind of pass in the case's floor, once; and always a copy, as a familiar reference."""
-    wanted: list[Pass] = sorted({*passes(case, cache_sizes().l2), "copy"})
-    return [Contestant(name, partial(TIMED[name], arrays), settle=partial(settle, arrays)) for name in wanted]
+    wanted: list[Pass] = sorted({*memory_passes(case, cache_sizes().l2), "copy"})
+    return [Contestant(name, partial(TIMED[name], arrays), warm_caches=partial(warm_caches, arrays)) for name in wanted]
 
 
-def settle(arrays: Arrays) -> None:
+def warm_caches(arrays: Arrays) -> None:
     """Read every input tensor of a contestant, on all threads.
 
     Each contestant then finds the inputs as a previous layer would have left them, in the cache as far as they fit,

@@ -36,11 +36,11 @@ def contestant(case: Case, arrays: Arrays) -> Contestant:
     def run() -> Any:
         return jax.block_until_ready(function(*arguments))
 
-    return Contestant(JAX, run, partial(_unpack, case), settle=partial(settle, arguments))
+    return Contestant(JAX, run, partial(_unpack, case), warm_caches=partial(warm_caches, arguments))
 
 
-def settle(arguments: tuple[Array, ...]) -> None:
-    """Read the arrays, which are copies, as `passes.settle` reads the other contestants' tensors."""
+def warm_caches(arguments: tuple[Array, ...]) -> None:
+    """Read the arrays, which are copies, as `passes.warm_caches` reads the other contestants' tensors."""
     for array in reversed(arguments):
         np.asarray(array).view(np.uint8).sum(dtype=np.uint8)
 

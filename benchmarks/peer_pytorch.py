@@ -11,7 +11,7 @@ from torch.nn import functional
 from benchmarks.arrays import EPS, Arrays
 from benchmarks.cases import Case
 from benchmarks.contestants import COMPILED, EAGER, IN_PLACE, ONEDNN, Contestant, Results
-from benchmarks.passes import settle
+from benchmarks.passes import warm_caches
 
 Function = Callable[..., Tensor]
 
@@ -19,14 +19,14 @@ Function = Callable[..., Tensor]
 def contestant(peer: str, case: Case, arrays: Arrays) -> Contestant:
     """One of PyTorch's implementations of a case."""
     if peer == ONEDNN:
-        return Contestant(ONEDNN, _onednn(case, arrays), _dense, settle=partial(settle, arrays))
+        return Contestant(ONEDNN, _onednn(case, arrays), _dense, warm_caches=partial(warm_caches, arrays))
     if case.operation == "forward-out":
-        return Contestant(EAGER, _into(arrays), _unpack, settle=partial(settle, arrays))
+        return Contestant(EAGER, _into(arrays), _unpack, warm_caches=partial(warm_caches, arrays))
     function = function_of(case, arrays, peer)
     if peer == COMPILED:
         torch.compiler.reset()  # drops earlier cases: it would give up after eight shapes of one function
         function = torch.compile(function, dynamic=False)
-    return Contestant(peer, _with_autograd(function, arrays), _unpack, settle=partial(settle, arrays))
+    return Contestant(peer, _with_autograd(function, arrays), _unpack, warm_caches=partial(warm_caches, arrays))
 
 
 def function_of(case: Case, arrays: Arrays, peer: str) -> Function:

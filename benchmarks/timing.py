@@ -78,7 +78,7 @@ def race(
                 if takes_part(number, rounds[contestant.name], total):
                     for _ in range(WARM_CALLS):
                         contestant.run()
-                    contestant.settle()
+                    contestant.warm_caches()
                     _turn(contestant, calls, samples[contestant.name], clock)
     finally:
         gc.enable()

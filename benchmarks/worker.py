@@ -9,8 +9,8 @@ from multiprocessing.connection import Connection
 from typing import TYPE_CHECKING
 
 from benchmarks.cases import Case
-from benchmarks.contestants import AGAINST, COMPILED, FLOOR, OURS, PEERS, contestants, entered
-from benchmarks.floors import passes
+from benchmarks.contestants import AGAINST, COMPILED, FLOOR, OURS, PEERS, contestants, participants
+from benchmarks.floors import memory_passes
 from benchmarks.machine import Others, cache_sizes, cores
 from benchmarks.results import Result
 from benchmarks.timing import Effort, Timing, race, warm_up
@@ -104,7 +104,7 @@ def measure(plan: Plan) -> Iterator[list[Result] | Note]:
 def _measure_case(case: Case, plan: Plan, absent: set[str]) -> Iterator[list[Result] | Note]:
     from benchmarks.arrays import make
 
-    names = entered(case, compiles=case in plan.compiled)
+    names = participants(case, compiles=case in plan.compiled)
     racing: list[Contestant] = []
     estimates: dict[str, float] = {}
     arrays = make(case)
@@ -145,7 +145,7 @@ def is_disturbed(others: float, threads: int) -> bool:
 
 def rows(case: Case, threads: int, timings: dict[str, Timing], others: float, l2: int) -> list[Result]:
     """The results of a race and the floor, the sum of the timed passes, each with its ratio to ours."""
-    parts = [(timings[name], times) for name, times in passes(case, l2).items()]
+    parts = [(timings[name], times) for name, times in memory_passes(case, l2).items()]
     p20, p50, p80 = (sum(getattr(part, name) * times for part, times in parts) for name in ("p20", "p50", "p80"))
     floor = Timing(p20, p50, p80, rounds=min(part.rounds for part, _ in parts))
     return [
@@ -156,5 +156,5 @@ def rows(case: Case, threads: int, timings: dict[str, Timing], others: float, l2
 
 def compiled_cases(cases: Sequence[Case], *, quick: bool) -> frozenset[Case]:
     """The cases in which torch.compile takes part: all, or one if quick, because compiling takes 2 to 16 seconds."""
-    eligible = [case for case in cases if COMPILED in entered(case)]
+    eligible = [case for case in cases if COMPILED in participants(case)]
     return frozenset([case for case in eligible if case.operation == "add+relu"][:1] if quick else eligible)

@@ -17,8 +17,8 @@ from benchmarks.contestants import (
     ONEDNN,
     OURS,
     contestants,
-    entered,
     missing,
+    participants,
 )
 from benchmarks.timing import WARM_CALLS, Effort, race, rounds_for, takes_part
 from benchmarks.worker import compiled_cases, is_disturbed
@@ -31,14 +31,14 @@ class TestRace:
         def contestant(name):
             from benchmarks.contestants import Contestant
 
-            return Contestant(name, run=lambda: log.append(name), settle=lambda: log.append(f"settle {name}"))
+            return Contestant(name, run=lambda: log.append(name), warm_caches=lambda: log.append(f"warm_caches {name}"))
 
         effort = Effort(seconds=1, fewest=2, most=4)
         large = case(shape=(32, 64, 112, 112))
         timings = race([contestant("a"), contestant("b")], large, effort, {"a": 0.0, "b": 1.0}, lambda: next(now))
         length = WARM_CALLS + 2
         turns = [log[i : i + length] for i in range(0, len(log), length)]
-        untimed_then_timed = [[name] * WARM_CALLS + [f"settle {name}", name] for name, *_ in turns]
+        untimed_then_timed = [[name] * WARM_CALLS + [f"warm_caches {name}", name] for name, *_ in turns]
         assert turns == untimed_then_timed
         order = "".join(turn[0] for turn in turns)
         assert (order.count("a"), order.count("b")) == (4, 2)
@@ -74,7 +74,7 @@ TINY += [case("forward+backward", "masked", (3, 7, 5), dtype) for dtype in ("flo
 class TestContestants:
     @pytest.mark.parametrize("chosen", TINY, ids=str)
     def test_everyone_computes_the_same(self, chosen):
-        names = [name for name in entered(chosen, compiles=False) if name in PEERS]
+        names = [name for name in participants(chosen, compiles=False) if name in PEERS]
         arrays = make(chosen)
         racing = [c for c in contestants(chosen, arrays, names) if c.unpack is not None]
         results = {c.name: c.unpack(c.run()) for c in racing}

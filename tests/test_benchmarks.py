@@ -16,9 +16,9 @@ from benchmarks.contestants import (
     JAX,
     ONEDNN,
     OURS,
-    entered,
+    participants,
 )
-from benchmarks.floors import moved_bytes, passes, slice_bytes
+from benchmarks.floors import memory_passes, moved_bytes, slice_bytes
 from benchmarks.machine import Machine
 from benchmarks.report import cases_table, grid_table, targets_table
 from benchmarks.results import Result, geometric_mean, read_csv, write_csv
@@ -90,8 +90,8 @@ class TestFloors:
         ],
     )
     def test_passes(self, operation, fits, streams):
-        assert passes(case(operation), L2) == fits
-        assert passes(case(operation, "channels-last"), L2) == streams
+        assert memory_passes(case(operation), L2) == fits
+        assert memory_passes(case(operation, "channels-last"), L2) == streams
 
     @pytest.mark.parametrize(
         ("operation", "fits", "streams"), [("forward", 8, 12), ("forward+backward", 20, 32), ("add+relu", 32, 44)]
@@ -104,8 +104,8 @@ class TestFloors:
 
     def test_backward_needs_two_slices_in_the_cache(self):
         chosen = case("forward+backward")
-        assert passes(chosen, 2 * slice_bytes(chosen)) == {"copy": 1, "add": 1}
-        assert passes(chosen, 2 * slice_bytes(chosen) - 1) == {"copy": 1, "read": 2, "add": 1}
+        assert memory_passes(chosen, 2 * slice_bytes(chosen)) == {"copy": 1, "add": 1}
+        assert memory_passes(chosen, 2 * slice_bytes(chosen) - 1) == {"copy": 1, "read": 2, "add": 1}
 
     def test_the_floor_is_the_sum_of_the_timed_passes(self):
         timings = {"read": Timing(1, 2, 3, 9), "copy": Timing(4, 5, 6, 8), "add": Timing(7, 8, 9, 7)}
@@ -158,7 +158,7 @@ class TestVerdicts:
         for target in TARGETS:
             about = [case for case in all_cases() if target.is_about(case)]
             assert about, target
-            assert target.contestant == FLOOR or any(target.contestant in entered(case) for case in about), target
+            assert target.contestant == FLOOR or any(target.contestant in participants(case) for case in about), target
         large = next(target for target in TARGETS if target.where == "large")
         assert {case.family for case in all_cases() if large.is_about(case)} == {"grid", "huge"}
 

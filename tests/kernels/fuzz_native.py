@@ -76,7 +76,7 @@ class Maker:
         return block[begin : begin + size].view(dtype).reshape(shape)
 
     def input(self, shape: Any, dtype: Any, layout: str, axis: Any) -> np.ndarray:
-        array = placed(self.numbers(shape, dtype), layout, axis)
+        array = with_layout(self.numbers(shape, dtype), layout, axis)
         self.untouched.append((array, array.tobytes()))
         return array
 
@@ -84,7 +84,7 @@ class Maker:
         """A parameter, in a third of the cases between two elements of a packed buffer."""
         if self.one_in(4):
             return None
-        return placed(self.numbers(C, DTYPES[dtype or self.among(FLOATS)]), self.among(("c", "bytes", "step0")), 0)
+        return with_layout(self.numbers(C, DTYPES[dtype or self.among(FLOATS)]), self.among(("c", "bytes", "step0")), 0)
 
     def call(self) -> Call:
         self.untouched = []
@@ -141,10 +141,10 @@ class Maker:
     def mask(self) -> Any:
         if self.one_in(3):
             sizes = [size if self.one_in(2) else 1 for size in self.shape]
-            return placed(self.rng.random(sizes) < 0.7, self.among(("c", "f", "bytes")), 0)
+            return with_layout(self.rng.random(sizes) < 0.7, self.among(("c", "f", "bytes")), 0)
         if len(self.spec.axes.reduced) > 1 and self.one_in(2):
             first, steps = (self.shape[axis] for axis in self.spec.axes.reduced[:2])
-            return (placed(self.rng.integers(0, steps + 1, size=first), self.among(("c", "bytes")), 0),)
+            return (with_layout(self.rng.integers(0, steps + 1, size=first), self.among(("c", "bytes")), 0),)
         return None
 
     def state(self, is_in_place: bool) -> tuple[Any, ...]:
@@ -317,7 +317,7 @@ if "--extension" in sys.argv[:-1]:  # before anything imports the installed one
     load(sys.argv[sys.argv.index("--extension") + 1])
 
 import torch  # noqa: E402
-from layouts import DTYPES, placed  # noqa: E402
+from layouts import DTYPES, with_layout  # noqa: E402
 
 from batchnorm import CONVENTIONS, _native  # noqa: E402
 from batchnorm.kernels.native import KERNEL  # noqa: E402

@@ -7,13 +7,13 @@ that reports them.
 import numpy as np
 import pytest
 import torch
-from layouts import DTYPES, placed
+from layouts import DTYPES, with_layout
 
 import batchnorm as bn
 
 
 def shifted(array):
-    return placed(array, "bytes", 0)
+    return with_layout(array, "bytes", 0)
 
 
 def tensor_between(array):

@@ -6,7 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
-from layouts import placed
+from layouts import with_layout
 from oracle import check_gradients, check_within, expected
 
 import batchnorm as bn
@@ -259,7 +259,7 @@ def test_arrays_between_two_elements(dtype):
     parameters, running = [floats(3, dtype=wide) for _ in range(2)], state(dtype=wide)
 
     def misaligned(array):
-        moved = placed(array, "bytes", 0)
+        moved = with_layout(array, "bytes", 0)
         assert not moved.flags.aligned
         return moved
 

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from families import OF_EVERY_HALF
 from instruction_sets import every_instruction_set
-from layouts import DTYPES, placed
+from layouts import DTYPES, with_layout
 
 import batchnorm as bn
 
@@ -13,7 +13,7 @@ halves = pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
 
 def every_number(dtype, shape, axis, layout):
     bits = np.arange(65536, dtype=np.uint16)
-    return placed(bits.view(DTYPES[dtype]).reshape(shape), layout, axis)
+    return with_layout(bits.view(DTYPES[dtype]).reshape(shape), layout, axis)
 
 
 def by_statistics(x, axis, gamma, **options):

@@ -3,8 +3,8 @@
 import numpy as np
 import pytest
 from families import SMALL, Place, sample
-from layouts import DTYPES, placed
-from oracle import ULPS, VARIANCES, check_gradients, check_within, check_y, expected, wide
+from layouts import DTYPES, with_layout
+from oracle import ULPS, VARIANCES, as_longdouble, check_gradients, check_within, check_y, expected
 from pairwise import pairwise
 
 import batchnorm as bn
@@ -77,7 +77,7 @@ PLACES_OF_SAMPLES = SMALL | {
 def test_samples_that_mislead(instruction_set, place, dtype):
     """Variance and y keep the usual budgets if the sums are recomputed, else those of equal terms."""
     shape, axis, layout = PLACES_OF_SAMPLES[place]
-    x = placed(np.random.default_rng(0).normal(size=shape).astype(DTYPES[dtype]), layout, axis)
+    x = with_layout(np.random.default_rng(0).normal(size=shape).astype(DTYPES[dtype]), layout, axis)
     n = x.size if axis == () else x.size // shape[axis]
     for name, values in placements(n, shape[2] if len(shape) == 3 else n):
         of_channel(x, axis)[...] = (values * 0.37).reshape(of_channel(x, axis).shape).astype(DTYPES[dtype])
@@ -134,8 +134,8 @@ def test_squares_leave_the_range_of_float32(instruction_set, place, scale):
     exact = expected(x, dy, axis=axis, eps=1e-300)
     y, cache = bn.forward(x, axis=axis, eps=0.0)
     check_y(y, exact, "float32")
-    check_within("mean", wide(cache.statistics.mean), exact.mean, 1e-6 * np.sqrt(exact.var) + 1e-44)
-    check_within("rstd", wide(cache.statistics.rstd), exact.rstd, 1e-6 * exact.rstd)
+    check_within("mean", as_longdouble(cache.statistics.mean), exact.mean, 1e-6 * np.sqrt(exact.var) + 1e-44)
+    check_within("rstd", as_longdouble(cache.statistics.rstd), exact.rstd, 1e-6 * exact.rstd)
     if exact.var.flat[0] > 1e-36 and (exact.var * exact.count).max() < 3e38:  # as long as float32 holds var and m2
         check_within("var", bn.moments(x, axis=axis).var(), exact.var, 1e-6 * exact.var)
 

@@ -6,7 +6,7 @@ import random
 import numpy as np
 import pytest
 import torch
-from layouts import DTYPES, LAYOUTS, placed, tensor
+from layouts import DTYPES, LAYOUTS, tensor, with_layout
 
 import batchnorm as bn
 from batchnorm.kernels import generic
@@ -42,7 +42,7 @@ class Draw:
     def in_layout(self, name, values):
         """The values, and an array of them in some layout, often read-only."""
         layout = self.random.choice(layouts_of_rank(values.ndim))
-        array = placed(values, layout, self.random.randrange(values.ndim) if values.ndim else 0)
+        array = with_layout(values, layout, self.random.randrange(values.ndim) if values.ndim else 0)
         array.flags.writeable = self.random.random() < 0.7
         self.layouts[name] = layout
         return values, array
@@ -86,7 +86,7 @@ def test_forward_and_backward(library, first):
         )
         gradients = generic.gradients(dy[0], cache)
         x, gamma, beta, residual, dy = (convert(array[1]) for array in (x, gamma, beta, residual, dy))
-        out = convert(placed(np.zeros(draw.shape, DTYPES[draw.dtype]), draw.random.choice(("c", "f", "last")), ()))
+        out = convert(with_layout(np.zeros(draw.shape, DTYPES[draw.dtype]), draw.random.choice(("c", "f", "last")), ()))
         mask = None if mask[1] is None else convert(mask[1])
         y, cache = bn.forward(x, gamma, beta, residual=residual, mask=mask, out=out, **options)
         assert y is out
@@ -132,7 +132,7 @@ def test_parameters_in_every_order(library, axis):
     expected = generic.gradients(dy, cache)
     convert = CONVERSIONS[library]
     for layouts in itertools.product(("f", "reversed", "part0", "step1"), repeat=2):
-        parameters = [convert(placed(array, layout)) for array, layout in zip((gamma, beta), layouts, strict=True)]
+        parameters = [convert(with_layout(array, layout)) for array, layout in zip((gamma, beta), layouts, strict=True)]
         _, cache = bn.forward(convert(x), *parameters, axis=axis)
         gradients = bn.backward(convert(dy), cache)
         for ours, theirs in zip(gradients[:3], expected[:3], strict=True):

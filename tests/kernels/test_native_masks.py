@@ -3,8 +3,8 @@
 import numpy as np
 import pytest
 import torch
-from layouts import DTYPES, placed, tensor
-from oracle import activated, check_gradients, check_within, check_y, expected, wide
+from layouts import DTYPES, tensor, with_layout
+from oracle import activated, as_longdouble, check_gradients, check_within, check_y, expected
 
 import batchnorm as bn
 
@@ -36,7 +36,7 @@ def masked_sample(rng, case, dtype):
         mask = rng.random([n if a in along else 1 for a, n in enumerate(shape)]) < 0.6
     x, residual = (rng.normal(size=shape) * 2 + 1 for _ in range(2))
     garbage = rng.choice([np.nan, np.inf, -np.inf, 0.5], size=shape)  # what padding may hold
-    x, residual = (placed(np.where(mask, a, garbage).astype(DTYPES[dtype]), layout, axis) for a in (x, residual))
+    x, residual = (with_layout(np.where(mask, a, garbage).astype(DTYPES[dtype]), layout, axis) for a in (x, residual))
     channels = [rng.normal(size=shape[axis]).astype(np.float32) for _ in range(2)]
     return x, residual, *channels, mask, {"lengths": lengths} if lengths is not None else {"mask": mask}, axis
 
@@ -52,12 +52,14 @@ def test_normalized_padding(instruction_set, case, dtype, rng):
     check_y(np.where(mask, y, np.zeros((), y.dtype)), exact, dtype, "silu")
     sizes = [-1 if a == axis % x.ndim else 1 for a in range(x.ndim)]
     mean, rstd, gamma, beta = (a.reshape(sizes) for a in (exact.mean + exact.mean_lo, exact.rstd, gamma, beta))
-    padding, added = (np.where(np.isfinite(wide(a)), wide(a), fill) for a, fill in ((x, mean), (residual, 0)))
+    padding, added = (
+        np.where(np.isfinite(as_longdouble(a)), as_longdouble(a), fill) for a, fill in ((x, mean), (residual, 0))
+    )
     z = gamma * (padding - mean) * rstd + beta + added
     unit = np.maximum(1, np.abs(z) + np.abs(beta)) * {"float16": 2e-3, "bfloat16": 1.6e-2, "float32": 2e-6}.get(
         dtype, 1e-13
     )
-    check_within("padding", np.where(mask, 0, wide(y)), np.where(mask, 0, activated("silu", z)[0]), unit)
+    check_within("padding", np.where(mask, 0, as_longdouble(y)), np.where(mask, 0, activated("silu", z)[0]), unit)
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -119,7 +121,7 @@ def test_masks_of_leading_elements_are_lengths(instruction_set, dtype, rng):
     dy = rng.normal(size=x.shape).astype(x.dtype)
     gradients = [bn.backward(dy, cache) for _, cache in (by_lengths, by_mask)]
     assert gradients[0].dx.tobytes() == gradients[1].dx.tobytes()
-    x = np.where(np.isfinite(wide(x)), wide(x), 0).astype(x.dtype)
+    x = np.where(np.isfinite(as_longdouble(x)), as_longdouble(x), 0).astype(x.dtype)
     whole, unmasked = bn.forward(x, axis=axis, mask=np.ones((1, 1, 37), bool)), bn.forward(x, axis=axis)
     assert whole[0].tobytes() == unmasked[0].tobytes()
     assert (whole[1].count == unmasked[1].count).all()

@@ -3,13 +3,13 @@
 import numpy as np
 import pytest
 import torch
-from layouts import DTYPES, LAYOUTS, placed, tensor
+from layouts import DTYPES, LAYOUTS, tensor, with_layout
 
 import batchnorm as bn
 
 
 def numbers(rng, layout="c", shape=(4, 3, 6)):
-    return placed(rng.normal(size=shape).astype(np.float32), layout)
+    return with_layout(rng.normal(size=shape).astype(np.float32), layout)
 
 
 @pytest.mark.parametrize("layout", [*LAYOUTS, "step1", "step2", "part1", "part2"])
@@ -92,7 +92,7 @@ def test_two_results_that_go_past_the_cache_in_layouts_of_their_own(instruction_
     x, dy, residual = rng.normal(size=(3, 7, 3, 60_001)).astype(np.float32)
     results = []
     for layout in ("c", "first"):
-        z = placed(residual, layout)
+        z = with_layout(residual, layout)
         _, cache = bn.forward(x, residual=z, activation="relu", kernel="native")
         dx, _, _, dresidual = bn.backward(dy, cache)
         assert (dx.strides, dresidual.strides) == (x.strides, z.strides)
@@ -109,7 +109,7 @@ def test_two_results_that_go_past_the_cache_in_layouts_of_their_own(instruction_
 def test_no_elements(library, shape, layout):
     """Zeros, not uninitialized memory."""
     channels = shape[1]
-    x, gamma = library(placed(np.ones(shape, np.float32), layout)), library(np.ones(channels, np.float32))
+    x, gamma = library(with_layout(np.ones(shape, np.float32), layout)), library(np.ones(channels, np.float32))
     dirt = [np.full(channels, 7.0, dtype) for dtype in (np.float32, np.int64) for _ in range(20)]
     del dirt
     for mask in (None, library(np.ones(shape, bool))):

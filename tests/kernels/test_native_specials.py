@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 from families import LARGE
-from layouts import DTYPES, placed
+from layouts import DTYPES, with_layout
 
 import batchnorm as bn
 
@@ -54,7 +54,7 @@ def results(x, dy, residual, gamma, axis, mask, activation):
 def test_threads(instruction_set, set_threads, place, activation, masked, dtype):
     shape, axis, layout = LARGE[place]
     rng = np.random.default_rng(4)
-    x, dy, residual = (placed(poisoned(rng, shape, dtype), layout, axis) for _ in range(3))
+    x, dy, residual = (with_layout(poisoned(rng, shape, dtype), layout, axis) for _ in range(3))
     gamma = rng.normal(size=() if axis == () else shape[axis]).astype(np.float32)
     if axis != ():
         gamma[1] = nans("float32")[3]
@@ -76,7 +76,7 @@ def test_statistics_have_one_nan(instruction_set, place, dtype):
     shape, axis, layout = LARGE[place]
     shape = tuple(min(size, 64) for size in shape)
     rng = np.random.default_rng(5)
-    x, dy = (placed(poisoned(rng, shape, dtype), layout, axis) for _ in range(2))
+    x, dy = (with_layout(poisoned(rng, shape, dtype), layout, axis) for _ in range(2))
     found = results(x, dy, None, np.ones(shape[axis], np.float32), axis, None, None)
     for name in ("mean", "mean_lo", "m2", "rstd", "dgamma", "dbeta"):
         broken = found[name][np.isnan(found[name])]

@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 import torch
 from families import LARGE, sample
-from layouts import DTYPES, placed, tensor
-from oracle import wide
+from layouts import DTYPES, tensor, with_layout
+from oracle import as_longdouble
 
 import batchnorm as bn
 from batchnorm import _native
@@ -14,7 +14,7 @@ from batchnorm import _native
 def sample_of(cut, dtype):
     """x, dy, a residual, gamma and the axis, all in the layout of the cut."""
     x, dy, residual, gamma, _, axis = sample(LARGE[cut], dtype, mean=10, std=2)
-    return x, *(placed(array, LARGE[cut].layout, axis) for array in (dy, residual)), gamma, axis
+    return x, *(with_layout(array, LARGE[cut].layout, axis) for array in (dy, residual)), gamma, axis
 
 
 def bits(values):
@@ -50,7 +50,9 @@ def test_instruction_sets_and_types(instruction_set, set_threads, cut, dtype):
     alone = results(x, dy, None, gamma, axis, None, None)
     set_threads(7)
     assert bits(results(x, dy, None, gamma, axis, None, None)) == bits(alone)
-    mean = wide(x.astype(np.float32)).mean(axis=tuple(a for a in range(x.ndim) if axis == () or a != axis % x.ndim))
+    mean = as_longdouble(x.astype(np.float32)).mean(
+        axis=tuple(a for a in range(x.ndim) if axis == () or a != axis % x.ndim)
+    )
     np.testing.assert_allclose(alone[5], mean.astype(np.float64), rtol=1e-6)
 
 

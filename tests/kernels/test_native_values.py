@@ -5,17 +5,17 @@ from typing import NamedTuple
 import numpy as np
 import pytest
 from instruction_sets import on_a_part
-from layouts import DTYPES, LAYOUTS, placed, tensor
+from layouts import DTYPES, LAYOUTS, tensor, with_layout
 from oracle import (
     ACTIVATIONS,
     KINKS,
     VARIANCES,
+    as_longdouble,
     check_gradients,
     check_moments,
     check_within,
     check_y,
     expected,
-    wide,
 )
 
 import batchnorm as bn
@@ -114,17 +114,22 @@ def inputs(case, dtype, number):
     small = (np.dtype("float32"), dtype, np.dtype("float64"))[number % 3]
     gamma, beta = (None if number % 5 == 3 + i else values.astype(small) for i, values in enumerate(channels))
     if number % 7 == 2 and gamma is not None:
-        gamma, beta = (None if a is None else placed(a, f"step{len(size) - 1}" if size else "c") for a in (gamma, beta))
+        gamma, beta = (
+            None if a is None else with_layout(a, f"step{len(size) - 1}" if size else "c") for a in (gamma, beta)
+        )
     values = [rng.normal(size=shape) * 2 + 3, rng.normal(size=shape), rng.normal(size=shape)]
     if mask is not None and "repeat" not in case.x + case.dy:  # garbage where nothing counts
         values = [np.where(mask, v, np.nan) for v in values]
     x, dy, residual = (v.astype(dtype) for v in values)
-    x, residual = placed(x, case.x, case.axis), placed(residual, case.dy, case.axis) if number % 3 == 1 else None
+    x, residual = (
+        with_layout(x, case.x, case.axis),
+        with_layout(residual, case.dy, case.axis) if number % 3 == 1 else None,
+    )
     for kink in KINKS.get(activation, ()):  # no gradient at a kink, of which float32 may be on the other side
         z = expected(x, dy, gamma, beta, residual, axis=case.axis, mask=mask).z
         is_at_kink = (np.abs(z - kink) < 1e-3).any(axis=int(case.dy[6:]) if "repeat" in case.dy else (), keepdims=True)
         dy = np.where(is_at_kink, np.zeros((), dtype), dy)
-    return Inputs(x, placed(dy, case.dy, case.axis), gamma, beta, residual, mask, lengths, activation)
+    return Inputs(x, with_layout(dy, case.dy, case.axis), gamma, beta, residual, mask, lengths, activation)
 
 
 def choose_mask(kind, shape, kept, reduced, rng):
@@ -140,7 +145,7 @@ def choose_mask(kind, shape, kept, reduced, rng):
     mask = rng.random([n if a in along else 1 for a, n in enumerate(shape)]) < 0.7
     if kind == "f":
         return np.asfortranarray(mask), None
-    return placed(mask, "reversed") if kind == "reversed" else mask, None
+    return with_layout(mask, "reversed") if kind == "reversed" else mask, None
 
 
 def run(given, axis, dtype, library=lambda array: array):
@@ -162,7 +167,7 @@ def run(given, axis, dtype, library=lambda array: array):
     check_gradients(gradients, exact(), dtype)
 
     trained, running = bn.batch_norm(x, gamma, beta, single="clamp", decay=0.0, **options)
-    np.testing.assert_array_equal(wide(trained), wide(y))
+    np.testing.assert_array_equal(as_longdouble(trained), as_longdouble(y))
     count, var = exact().count, exact().var
     if (count > 1).all():
         check_within("running var", running.spread, var * count / (count - 1), 2 * VARIANCES[dtype] * (var + 1))

@@ -3,9 +3,9 @@
 import numpy as np
 import pytest
 import torch
-from layouts import DTYPES, placed, tensor
+from layouts import DTYPES, tensor, with_layout
 from libraries import every_native_library
-from oracle import check_gradients, check_y, expected, wide
+from oracle import as_longdouble, check_gradients, check_y, expected
 
 import batchnorm as bn
 from batchnorm import _native
@@ -18,7 +18,7 @@ from batchnorm.spec import spec_of
 @pytest.mark.parametrize("layout", ["c", "f", "last", "part1", "step2", "reversed0"])
 def test_equals_the_checked_path(library, dtype, layout, extension, rng):
     shape = (4, 3, 17)
-    x, dy, residual = (placed(rng.normal(size=shape).astype(DTYPES[dtype]), layout) for _ in range(3))
+    x, dy, residual = (with_layout(rng.normal(size=shape).astype(DTYPES[dtype]), layout) for _ in range(3))
     channels = [rng.normal(size=3).astype(small) for small in (np.float32, np.float64)]
     x, dy, residual, gamma, beta = (library(a) for a in (x, dy, residual, *channels))
     bn.forward(x)  # from the second call on
@@ -33,7 +33,7 @@ def test_equals_the_checked_path(library, dtype, layout, extension, rng):
     assert type(cache.count) is type(slow_cache.count)
     pairs = zip((y, cache.count, *cache.statistics), (slow_y, slow_cache.count, *slow_cache.statistics), strict=True)
     for ours, theirs in pairs:
-        np.testing.assert_array_equal(wide(ours), wide(theirs))
+        np.testing.assert_array_equal(as_longdouble(ours), as_longdouble(theirs))
     exact = expected(x, dy, gamma, beta, residual, activation="silu")
     check_y(y, exact, dtype, "silu")
     check_gradients(gradients, exact, dtype)
@@ -45,7 +45,7 @@ def test_equals_the_checked_path(library, dtype, layout, extension, rng):
 @pytest.mark.parametrize("dtype", ["float16", "float32", "float64"])
 @pytest.mark.parametrize("layout", ["c", "last", "step2"])
 def test_into_an_array(library, dtype, layout, extension, rng):
-    x, out, residual = (library(placed(rng.normal(size=(4, 3, 17)).astype(dtype), layout)) for _ in range(3))
+    x, out, residual = (library(with_layout(rng.normal(size=(4, 3, 17)).astype(dtype), layout)) for _ in range(3))
     expected, _ = bn.forward(x, residual=residual, kernel="native")
     extension.calls.clear()
     y, cache = bn.forward(x, residual=residual, out=out)
@@ -53,12 +53,12 @@ def test_into_an_array(library, dtype, layout, extension, rng):
         assert extension.taken() == {"normalize": 1}
     assert y is out
     assert cache.x is x
-    np.testing.assert_array_equal(wide(y), wide(expected))
+    np.testing.assert_array_equal(as_longdouble(y), as_longdouble(expected))
     assert bn.forward(x, residual=residual, out=residual)[0] is residual
-    np.testing.assert_array_equal(wide(residual), wide(expected))
+    np.testing.assert_array_equal(as_longdouble(residual), as_longdouble(expected))
     plain_y, _ = bn.forward(x, kernel="native")
     assert bn.forward(x, out=x)[0] is x
-    np.testing.assert_array_equal(wide(x), wide(plain_y))
+    np.testing.assert_array_equal(as_longdouble(x), as_longdouble(plain_y))
 
 
 def bad_calls():

@@ -5,9 +5,9 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from layouts import DTYPES, placed, tensor
+from layouts import DTYPES, tensor, with_layout
 from libraries import every_native_library
-from oracle import wide
+from oracle import as_longdouble
 
 import batchnorm as bn
 
@@ -28,14 +28,14 @@ def state(rng, channels=3, convention="pytorch", dtype=np.float32, library=np.as
 def test_equals_the_checked_path(library, dtype, of_state, layout, extension, rng):
     if of_state is np.float32 and dtype == "float64":
         of_state = np.float64
-    x, residual = (library(placed(rng.normal(size=(4, 3, 17)).astype(DTYPES[dtype]), layout)) for _ in range(2))
+    x, residual = (library(with_layout(rng.normal(size=(4, 3, 17)).astype(DTYPES[dtype]), layout)) for _ in range(2))
     gamma, beta = (library(rng.normal(size=3).astype(of_state)) for _ in range(2))
     running = state(rng, dtype=of_state, library=library)
     options = {"training": False, "activation": "silu", "residual": residual}
     y, after = bn.batch_norm(x, gamma, beta, running, **options)
     by_steps, _ = bn.batch_norm(x, gamma, beta, running, kernel="native", **options)
     assert y.dtype == by_steps.dtype
-    np.testing.assert_array_equal(wide(y), wide(by_steps))
+    np.testing.assert_array_equal(as_longdouble(y), as_longdouble(by_steps))
     is_plain = (library is tensor or dtype != "bfloat16") and layout != "step2"
     if is_plain:
         assert extension.taken() == {"normalize": 2}
@@ -54,9 +54,9 @@ def test_every_convention(library, convention, extension, rng):
     by_steps, after_steps = bn.batch_norm(
         x, gamma, None, running, training=False, convention=convention, kernel="agnostic"
     )
-    np.testing.assert_allclose(wide(y), wide(by_steps), rtol=2e-6, atol=2e-6)
+    np.testing.assert_allclose(as_longdouble(y), as_longdouble(by_steps), rtol=2e-6, atol=2e-6)
     for ours, theirs in zip(after, after_steps, strict=True):
-        np.testing.assert_array_equal(wide(ours), wide(theirs))
+        np.testing.assert_array_equal(as_longdouble(ours), as_longdouble(theirs))
     assert extension.taken() == {"normalize": 1}
 
 
@@ -66,9 +66,9 @@ def test_placements_of_eps(library, placement, extension, rng):
     convention = replace(bn.CONVENTIONS["pytorch"], eps=0.3, eps_eval=placement)
     x, running = library(rng.normal(size=(5, 3)).astype(np.float32)), state(rng, library=library)
     y = bn.batch_norm(x, None, None, running, training=False, convention=convention)[0]
-    mean, var = wide(running.mean), wide(running.spread)
+    mean, var = as_longdouble(running.mean), as_longdouble(running.spread)
     std = {"inside": np.sqrt(var + 0.3), "outside": np.sqrt(var) + 0.3, "absent": np.sqrt(var)}[placement]
-    np.testing.assert_allclose(wide(y), (wide(x) - mean) / std, rtol=1e-6, atol=1e-6)
+    np.testing.assert_allclose(as_longdouble(y), (as_longdouble(x) - mean) / std, rtol=1e-6, atol=1e-6)
     assert extension.taken() == {"normalize": 1}
 
 
@@ -79,10 +79,10 @@ def test_invalid_variances(library, rng):
     running = state(rng, library=library)._replace(spread=library(np.array([0.0, -1.0, 1.0], np.float32)))
     y = bn.batch_norm(x, None, None, running, training=False, eps=0.0)[0]
     by_steps = bn.batch_norm(x, None, None, running, training=False, eps=0.0, kernel="native")[0]
-    np.testing.assert_array_equal(wide(y), wide(by_steps))
-    mean = wide(running.mean)
-    np.testing.assert_array_equal(wide(y)[:, 0], np.sign(wide(x)[:, 0] - mean[0]) * np.inf)
-    assert np.isnan(wide(y)[:, 1]).all()
+    np.testing.assert_array_equal(as_longdouble(y), as_longdouble(by_steps))
+    mean = as_longdouble(running.mean)
+    np.testing.assert_array_equal(as_longdouble(y)[:, 0], np.sign(as_longdouble(x)[:, 0] - mean[0]) * np.inf)
+    assert np.isnan(as_longdouble(y)[:, 1]).all()
 
 
 def bad_states():

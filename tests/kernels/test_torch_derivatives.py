@@ -36,7 +36,7 @@ RULES = {
 }  # fmt: skip
 
 
-def wide(*shape):
+def as_longdouble(*shape):
     return torch.randn(*shape, dtype=torch.float64, requires_grad=True)
 
 
@@ -54,7 +54,7 @@ def function(rule):
 
 def arguments():
     torch.manual_seed(1)
-    return wide(2, 3, 5), wide(3), wide(3), wide(2, 3, 5)
+    return as_longdouble(2, 3, 5), as_longdouble(3), as_longdouble(3), as_longdouble(2, 3, 5)
 
 
 @pytest.mark.parametrize("rule", RULES)
@@ -111,7 +111,7 @@ def test_whole_jacobians(rule):
 
 
 def test_batched_gradients():
-    x, dy = wide(4, 3), torch.randn(6, 4, 3, dtype=torch.float64)
+    x, dy = as_longdouble(4, 3), torch.randn(6, 4, 3, dtype=torch.float64)
     y, _ = bn.batch_norm(x)
     (batched,) = torch.autograd.grad(y, x, dy, is_grads_batched=True, retain_graph=True)
     each = torch.stack([torch.autograd.grad(y, x, d, retain_graph=True)[0] for d in dy])
@@ -141,7 +141,7 @@ def test_transformations_fall_back_and_are_right():
 
 def test_backward_is_differentiable():
     """A penalty on gradients, by bn.backward itself and by create_graph."""
-    x, gamma, dy = wide(5, 3), wide(3), wide(5, 3)
+    x, gamma, dy = as_longdouble(5, 3), as_longdouble(3), as_longdouble(5, 3)
 
     def penalty(x, gamma, dy):
         dx, dgamma, _, _ = bn.backward(dy, bn.forward(x, gamma, activation="silu")[1])

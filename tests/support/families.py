@@ -3,7 +3,7 @@
 from typing import NamedTuple
 
 import numpy as np
-from layouts import DTYPES, placed
+from layouts import DTYPES, with_layout
 
 
 class Place(NamedTuple):
@@ -79,7 +79,7 @@ def sample(place: Place, dtype: str = "float32", *, mean: float = 0.0, std: floa
     """The same numbers at each call. `mean` and `std` are those of x."""
     rng = np.random.default_rng(0)
     shape, axis, layout = place
-    x = placed((rng.normal(size=shape) * std + mean).astype(DTYPES[dtype]), layout, axis)
+    x = with_layout((rng.normal(size=shape) * std + mean).astype(DTYPES[dtype]), layout, axis)
     dy, residual = (rng.normal(size=shape).astype(DTYPES[dtype]) for _ in range(2))
     gamma, beta = (rng.normal(size=() if axis == () else shape[axis]).astype(np.float32) for _ in range(2))
     return Sample(x, dy, residual, gamma, beta, axis)

@@ -13,7 +13,7 @@ DTYPES = {
 }
 
 
-def placed(values: np.ndarray, layout: str, axis: int | tuple[int, ...] = 1) -> np.ndarray:
+def with_layout(values: np.ndarray, layout: str, axis: int | tuple[int, ...] = 1) -> np.ndarray:
     """An array with these values (but for `repeat`, which repeats those at index 0) and this layout.
 
     Layouts: `c`, `f`; `last` and `first`, with the kept axes in the last or first place in memory; `offset3`, starting

@@ -47,7 +47,7 @@ class Expected(NamedTuple):
     unit: Array  # what errors of y are measured by
 
 
-def wide(array: Array) -> np.ndarray:
+def as_longdouble(array: Array) -> np.ndarray:
     """Any array, in the widest floats."""
     if isinstance(array, torch.Tensor):
         array = array.detach().double().numpy()
@@ -75,7 +75,7 @@ def activated(name: str | None, z: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     leaf = torch.tensor(z.astype(np.float64), requires_grad=True)
     value = function(leaf)
     (slope,) = torch.autograd.grad(value.sum(), leaf)
-    return wide(value), wide(slope)
+    return as_longdouble(value), as_longdouble(slope)
 
 
 def expected(
@@ -86,11 +86,11 @@ def expected(
     kept = {a % x.ndim for a in axes}
     reduced = tuple(a for a in range(x.ndim) if a not in kept)
     sizes = tuple(x.shape[a] if a in kept else 1 for a in range(x.ndim))
-    x = wide(x)
+    x = as_longdouble(x)
     keep = np.broadcast_to(True if mask is None else np.asarray(mask), x.shape)
 
     def spread(channels, absent):
-        return np.full(sizes, np.longdouble(absent)) if channels is None else wide(channels).reshape(sizes)
+        return np.full(sizes, np.longdouble(absent)) if channels is None else as_longdouble(channels).reshape(sizes)
 
     def total(values):
         return np.sum(np.where(keep, values, 0), axis=reduced, keepdims=True)
@@ -108,10 +108,10 @@ def expected(
     statistics = (mean, mean_lo, var) if given is None else (spread(given[0], 0), 0, spread(given[1], 0))
     rstd = 1 / np.sqrt(statistics[2] + np.longdouble(eps))
     xhat = np.where(keep, x - statistics[0] - statistics[1], 0) * rstd
-    added = np.zeros_like(x) if residual is None else np.where(keep, wide(residual), 0)
+    added = np.zeros_like(x) if residual is None else np.where(keep, as_longdouble(residual), 0)
     z = gamma * xhat + beta + added
     y, slope = activated(activation, z)
-    dz = np.where(keep, (np.zeros_like(x) if dy is None else wide(dy)) * slope, 0)
+    dz = np.where(keep, (np.zeros_like(x) if dy is None else as_longdouble(dy)) * slope, 0)
     dbeta, dgamma = total(dz), total(dz * xhat)
     through_statistics = 0 if given is not None else dbeta / n + xhat * dgamma / n
     sizes_of_terms = [np.abs(gamma * xhat), np.abs(beta) + 0 * xhat, np.ones_like(xhat)]
@@ -132,7 +132,7 @@ def expected(
 
 def check_within(name: str, ours: Array, exact: np.ndarray, tolerance: Any) -> None:
     """Raise AssertionError where `ours` is further from `exact` than the tolerance."""
-    ours = wide(ours)
+    ours = as_longdouble(ours)
     assert ours.shape == exact.shape, f"{name} has shape {ours.shape}, not {exact.shape}"
     error, tolerance = np.abs(ours - exact), np.broadcast_to(tolerance, exact.shape)
     wrong = ~((error <= tolerance) | (np.isnan(ours) & np.isnan(exact)) | (ours == exact))
@@ -170,7 +170,7 @@ def check_moments(moments: Any, exact: Expected, dtype: str) -> None:
     """Counts exactly, the two-number mean by the deviation, the variance relatively."""
     budget, std = VARIANCES[dtype], np.sqrt(exact.var)
     np.testing.assert_array_equal(np.asarray(moments.count), exact.count)
-    mean_lo = (wide(moments.mean) - exact.mean) + wide(moments.mean_lo)
+    mean_lo = (as_longdouble(moments.mean) - exact.mean) + as_longdouble(moments.mean_lo)
     check_within("mean_lo", mean_lo, exact.mean_lo, budget * std + 1e-30)
-    var = wide(moments.m2) / np.maximum(exact.count, 1)
+    var = as_longdouble(moments.m2) / np.maximum(exact.count, 1)
     check_within("var", var, exact.var, budget * exact.var + 1e-30)
