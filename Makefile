@@ -25,7 +25,7 @@ RUN_TESTS := OMP_WAIT_POLICY=passive $(BIN)/python -m pytest
 test: $(VENV)/.dev ## Run the tests (six minutes on two cores); PYTEST="-k golden" passes options
 	$(RUN_TESTS) $(PYTEST)
 
-# Slower than `make test`: tracing takes a third of the time, and XLA's optimization as much as everything else.
+# Separate from `test`, because tracing adds a third to its time, and XLA's optimization half.
 coverage: export XLA_FLAGS := --xla_backend_optimization_level=3 --xla_cpu_use_fusion_emitters=true
 coverage: $(VENV)/.dev ## Run the tests on programs as users have them, with coverage of what pyproject.toml lists
 	$(RUN_TESTS) $(PARALLEL) --cov=batchnorm --cov-fail-under=95

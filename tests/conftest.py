@@ -21,7 +21,7 @@ os.environ["XLA_FLAGS"] = " ".join(
 
 
 def pytest_collection_finish():
-    """Half a million objects are there until the end: the garbage collector is spared looking at them in every pass."""
+    """A million objects stay until the end: the garbage collector is spared looking at them in every pass."""
     gc.collect()
     gc.freeze()
 

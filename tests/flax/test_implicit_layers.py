@@ -129,10 +129,10 @@ def train_linen(options, arguments):
         y, updated = explicit.apply({"params": weights, "batch_stats": statistics}, x, mutable=["batch_stats"])
         return target(y, x), updated["batch_stats"]
 
-    losses = []
+    losses, update = [], jax.jit(optimizer.update)
     for x in BATCHES:
         value, gradients = implicit_loss(parameters, x)
-        updates, state = optimizer.update(gradients, state, parameters)
+        updates, state = update(gradients, state, parameters)
         parameters = optax.apply_updates(parameters, updates)
         (expected, statistics), gradients = explicit_loss(weights, statistics, x)
         updates, other = adam.update(gradients, other, weights)

@@ -130,10 +130,12 @@ def test_dynamic_scale(batches):
     """Flax's loss scaling divides all gradients by the scale, which those of the statistics do not have."""
     optimizer, parameters, scaler = bnj.partition(optax.adam(1e-2), DECAY), start(), DynamicScale()
     state = optimizer.init(parameters)
+    scaled = jax.jit(lambda scaler, parameters, x: scaler.value_and_grad(partial(inputs_alone, x=x))(parameters))
+    update = jax.jit(optimizer.update)
     for x in batches:
-        scaler, is_finite, _, gradients = scaler.value_and_grad(partial(inputs_alone, x=x))(parameters)
+        scaler, is_finite, _, gradients = scaled(scaler, parameters, x)
         assert is_finite
-        updates, state = optimizer.update(gradients, state, parameters)
+        updates, state = update(gradients, state, parameters)
         parameters = optax.apply_updates(parameters, updates)
     check(parameters["running"], [[x] for x in batches])
 
@@ -142,7 +144,7 @@ def test_a_device_that_has_skipped_its_batch(batches):
     """`pmean` over two devices, one of which has NaN, gives the other's statistics, not half of them."""
     good, bad = batches[0], batches[1].at[3].set(jnp.nan)
     gradient = jax.vmap(lambda x: jax.lax.pmean(jax.grad(inputs_alone)(start(), x)["running"], "d"), axis_name="d")
-    received = jax.tree.map(lambda value: value[0], gradient(jnp.stack([good, bad])))
+    received = jax.tree.map(lambda value: value[0], jax.jit(gradient)(jnp.stack([good, bad])))
     assert (float(received.steps), float(received.skipped)) == (0.5, 0.5)
     optimizer, running = bnj.running_average(DECAY), start()["running"]
     updates, _ = optimizer.update(received, optimizer.init(running), running)

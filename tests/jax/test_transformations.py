@@ -79,7 +79,7 @@ def test_hessian_of_x():
 @pytest.mark.parametrize("values", [[2.5, 2.5, 2.5], [1.0, 2.0, 7.0]])
 def test_hessian_of_moments(values):
     """The Hessian is 2 (I - 1/n), also for a constant channel, whose m2 is at its minimum 0."""
-    hessian = jax.hessian(lambda x: bn.moments(x, axis=()).m2)(jnp.asarray(values))
+    hessian = jax.jit(jax.hessian(lambda x: bn.moments(x, axis=()).m2))(jnp.asarray(values))
     np.testing.assert_allclose(hessian, 2 * (np.eye(3) - 1 / 3), rtol=1e-6)
 
 
@@ -97,13 +97,13 @@ def test_vmap_is_a_batch_norm_for_each_lane(in_axes, order):
     for value, axis in zip(ARGUMENTS, in_axes, strict=True):
         many = jnp.stack([value * (1 + 0.1 * i) for i in range(lanes)])
         arguments.append(value if axis is None else jnp.moveaxis(many, 0, axis))
-    function = loss if order == 0 else jax.grad(loss, argnums=ALL)
+    function = jax.jit(loss if order == 0 else jax.grad(loss, argnums=ALL))
     lanewise = [
         function(*(a if axis is None else jnp.take(a, i, axis) for a, axis in zip(arguments, in_axes, strict=True)))
         for i in range(lanes)
     ]
     expected = jax.tree.map(lambda *values: jnp.stack(values), *lanewise)
-    got = jax.jit(jax.vmap(function, in_axes))(*arguments)
+    got = jax.vmap(function, in_axes)(*arguments)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4), got, expected)
     twice = jax.vmap(jax.vmap(function, in_axes), in_axes)(*(
         a if axis is None else jnp.stack([a, a * 0.9], axis) for a, axis in zip(arguments, in_axes, strict=True)

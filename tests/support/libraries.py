@@ -87,7 +87,8 @@ class Jax(Library):
         return jax.enable_x64(dtype == "float64")
 
     def gradients(self, loss, *arguments):
-        return [np.asarray(g) for g in jax.grad(loss, argnums=tuple(range(len(arguments))))(*arguments)]
+        gradients = jax.jit(jax.grad(loss, argnums=tuple(range(len(arguments)))))
+        return [np.asarray(gradient) for gradient in gradients(*arguments)]
 
 
 LIBRARIES = {library.name: library for library in (Library(), ReadOnly(), Strict(), Torch(), Jax())}
