@@ -258,6 +258,17 @@ def test_parts_of_different_sizes(devices):
     assert wrong > 1e-3 or np.isnan(wrong), "Flax's layer weights the devices alike"
 
 
+def test_masked_elements_are_zero_whatever_the_activation_of_zero():
+    mask, activation = uneven(), {"activation": "sigmoid"}
+    sharded = jax.shard_map(
+        partial(step, axis_name="d", **activation), mesh=mesh_of(2), in_specs=(P("d"), P(), P(), P("d")),
+        out_specs=(P("d"), P()),
+    )  # fmt: skip
+    y, _ = jax.jit(sharded)(X, GAMMA, BETA, mask)
+    np.testing.assert_array_equal(jnp.where(mask, 0.0, y), 0.0)
+    check(y, jax.jit(partial(step, **activation))(X, GAMMA, BETA, mask)[0])
+
+
 def test_an_empty_batch_on_every_device():
     sharded = jax.shard_map(
         partial(step, axis_name="d"), mesh=mesh_of(2), in_specs=(P("d"), P(), P(), P("d")), out_specs=(P("d"), P())
