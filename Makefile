@@ -22,7 +22,7 @@ PARALLEL := --numprocesses=auto --dist=worksteal
 PYTEST ?= $(PARALLEL)
 RUN_TESTS := OMP_WAIT_POLICY=passive $(BIN)/python -m pytest
 
-test: $(VENV)/.dev ## Run the tests (some seven minutes on two cores); PYTEST="-k golden" passes options
+test: $(VENV)/.dev ## Run the tests (some six minutes on two cores); PYTEST="-k golden" passes options
 	$(RUN_TESTS) $(PYTEST)
 
 # Separate from `test`, because tracing adds a third to its time, and XLA's optimization half.
