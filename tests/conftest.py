@@ -21,7 +21,7 @@ os.environ["XLA_FLAGS"] = " ".join(
 
 
 def pytest_collection_finish():
-    """A million objects stay until the end: the garbage collector is spared looking at them in every pass."""
+    """Exclude the million objects of the collected tests from every pass of the garbage collector."""
     gc.collect()
     gc.freeze()
 

@@ -1,4 +1,4 @@
-"""Programs of JAX that are compiled as for users; `conftest.py` has all others compiled without optimization."""
+"""JAX programs compiled with XLA's default optimization; `conftest.py` disables it for all others."""
 
 from functools import partial
 

@@ -29,7 +29,7 @@ def device(request):
 
 @pytest.fixture
 def warns_of_a_bad_batch(device):
-    """The context of a call on a batch that is not finite: warned of on the CPU, while others would have to wait."""
+    """The context of a call on a batch that is not finite, which warns only on the CPU."""
     text = "the statistics of a batch are not finite"
     return lambda: pytest.warns(RuntimeWarning, match=text) if device == "cpu" else nullcontext()
 

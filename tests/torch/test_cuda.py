@@ -1,4 +1,4 @@
-"""What only a GPU shows: captured graphs, streams, and calls that do not wait for it. Collected with --device cuda."""
+"""Captured graphs, streams, and calls that do not synchronize with the GPU; collected only with --device cuda."""
 
 import copy
 
@@ -21,7 +21,7 @@ ARGUMENTS = {
 
 @pytest.fixture
 def waiting_raises():
-    """Within a test, what synchronises the host with the device is an error, from a call of this on."""
+    """A function after whose call everything that synchronizes the host with the device raises."""
     yield lambda: torch.cuda.set_sync_debug_mode("error")
     torch.cuda.set_sync_debug_mode("default")
 
@@ -42,7 +42,7 @@ def test_a_training_step_waits_for_nothing(name, arguments, waiting_raises):
 @pytest.mark.parametrize("arguments", ARGUMENTS)
 @pytest.mark.parametrize("name", LAYERS)
 def test_a_captured_forward_pass(name, arguments):
-    """Replayed on other numbers it is that of eager mode, and takes in no batch that is not finite."""
+    """A replay on other numbers equals the eager call, and skips a batch that is not finite."""
     layer, x, options = LAYERS[name](), torch.randn(6, 4, 10), ARGUMENTS[arguments]()
     eager, stream, graph = copy.deepcopy(layer), torch.cuda.Stream(), torch.cuda.CUDAGraph()
     stream.wait_stream(torch.cuda.current_stream())
@@ -79,7 +79,7 @@ def test_graphed_callables():
 
 
 def test_other_streams():
-    """Calls on several streams that wait for each other, behind work that holds the device up."""
+    """Calls on several streams that wait for each other, queued behind slow work."""
     layer, other = bnt.BatchNorm2d(16), bnt.BatchNorm2d(16)
     inputs, before, outputs = [torch.randn(16, 16, 32, 32) for _ in range(8)], torch.cuda.current_stream(), []
     for x in inputs:

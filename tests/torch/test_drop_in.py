@@ -271,7 +271,7 @@ def test_evaluation_of_distributed_tensors(mesh, convention, masked_output):
     from torch.distributed.tensor import Replicate, distribute_module, distribute_tensor
 
     record = replace(bn.CONVENTIONS[convention], masked_output=masked_output, axis=1)
-    layer = bnt.BatchNorm(3, convention=record, activation="relu").eval()
+    layer = bnt.BatchNorm(3, convention=record, activation="sigmoid").eval()  # not 0 unless masked
     with torch.no_grad():
         for tensor in (layer.running_mean, layer.running_var, layer.weight, layer.bias):
             tensor.uniform_(0.5, 2)

@@ -95,11 +95,11 @@ def moments(xp: Namespace, x: Array, axes: Axes, mask: Array | None = None) -> M
 
 
 def one_number(xp: Namespace, value: Array) -> Array:
-    """The value; of JAX one bit shorter, which keeps it the same number wherever it is used.
+    """Round a value of JAX by one more bit, so that it is the same number in every use; others are unchanged.
 
-    XLA computes what is cheap anew in each loop, and contracts a product and a subtraction to one operation: x - hi
-    would subtract the product sum * (1 / count) before it is rounded, and the mean that is returned would be the
-    rounded one. They differ by 1e-3 standard deviations at mean/std = 1e4. A change of precision is never contracted.
+    XLA recomputes cheap values in each loop and contracts a multiplication and a subtraction into one operation:
+    x - hi would subtract the product sum * (1 / count) before rounding, although the returned mean is rounded. The two
+    differ by 1e-3 standard deviations at mean/std = 1e4. XLA does not contract across a change of precision.
     """
     if not array_api_compat.is_jax_array(value):
         return value

@@ -54,7 +54,9 @@ def native_batch_norm(
 
 
 def evaluate_natively(spec: Spec, operands: Operands, state: LayerBuffers | None, *, where: str) -> Tensor:
-    """Normalize by running statistics with PyTorch's operators, of any convention; the mask holds booleans.
+    """Normalize by the running statistics of any convention, with PyTorch's operators; the mask is boolean or None.
+
+    `where` ends the message of the error.
 
     Raises:
         NotImplementedError: PyTorch's operators cannot express the call.
@@ -62,7 +64,8 @@ def evaluate_natively(spec: Spec, operands: Operands, state: LayerBuffers | None
     (x, _, _, residual, mask), convention, axis = operands, spec.convention, spec.axes.channel_axes[0]
     if state is None:
         raise ValueError("there are no running statistics to normalize by")
-    is_native, pads = is_inference_of_torch(convention), mask is not None and convention.masked_output == "normalized"
+    is_native = is_inference_of_torch(convention)
+    normalizes_padding = mask is not None and convention.masked_output == "normalized"
     reason = None
     if convention.update != "training":
         reason = f"the convention {convention.name!r}, which updates running statistics in evaluation, too,"
@@ -75,24 +78,24 @@ def evaluate_natively(spec: Spec, operands: Operands, state: LayerBuffers | None
             f"evaluation with {reason} cannot be expressed by PyTorch's own batch norm, which is what {where}"
         )
     is_read = None if mask is None else readable_mask(xp, x, mask, convention.masked_output)
-    if is_read is not None:  # 0 times a NaN in padding is a gradient of NaN
+    if is_read is not None:  # a NaN in padding would make gradients NaN, because 0 * NaN is NaN
         residual = None if residual is None else masked_values(xp, residual, mask, convention.masked_output)
         operands = operands._replace(x=torch.where(is_read, x, 0.0), residual=residual)
-    if is_native and not pads:
+    if is_native and not normalizes_padding:
         y = native_batch_norm(spec, operands, state, training=False, is_tracked=False)
         return y if mask is None else torch.where(mask, y, 0.0)  # type: ignore[arg-type]
-    # Made here: the axes of a spec are a constant to Dynamo, which has no bound methods of constants.
+    # Not `spec.axes`: Dynamo treats a spec as a constant, and does not support bound methods of constants.
     axes = Axes((axis,), tuple(a for a in range(x.ndim) if a != axis))
     gamma, beta = effective_gamma(xp, operands.gamma, convention, x), effective_beta(operands.beta, convention)
     z = normalize(xp, operands.x, axes, statistics_of_buffers(state, convention), gamma, beta)
-    if pads:
+    if normalizes_padding:
         z = torch.where(is_read, z, 0.0 if beta is None else axes.expand_to_x(xp, beta).to(z.dtype))  # type: ignore[arg-type]
     y = apply_activation(z if residual is None else z + residual, spec.activation).to(x.dtype)
-    return y if mask is None or pads else torch.where(mask, y, 0.0)  # type: ignore[arg-type]
+    return y if mask is None or normalizes_padding else torch.where(mask, y, 0.0)  # type: ignore[arg-type]
 
 
 def statistics_of_buffers(state: LayerBuffers, convention: Convention) -> Statistics:
-    """Statistics that normalize as the running statistics of the convention do, in their dtype."""
+    """The statistics with which a layer's buffers normalize in evaluation, in the dtype of the buffers."""
     zero = state.mean.new_zeros(())
     weight = zero + 1 if state.weight is None else state.weight
     running = RunningStatistics(state.mean, state.spread, zero, weight, zero, tracked=convention.tracked)

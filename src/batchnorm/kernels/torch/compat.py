@@ -56,10 +56,10 @@ F = TypeVar("F", bound=Callable[..., Any])
 
 
 def is_exporting() -> bool:
-    """Whether a graph is made that leaves PyTorch.
+    """Whether calls are traced for torch.export.
 
-    By the flag: the Dynamo of PyTorch 2.11 takes `torch.compiler.is_exporting()` to be true in whatever it compiles.
-    Before 2.7 there is no flag, and exporting looks like compiling.
+    Reads the flag, because Dynamo in PyTorch 2.11 replaces `torch.compiler.is_exporting()` by True in everything that
+    it compiles. PyTorch before 2.7 has no flag: there, exporting cannot be told from compiling.
     """
     return getattr(torch.compiler, "_is_exporting_flag", False)
 
@@ -95,7 +95,7 @@ def is_recomputed() -> bool:
 
 
 def autograd_in_operators() -> AbstractContextManager[None]:
-    """Within it, autograd records in the implementation of an operator too, where PyTorch has switched it off."""
+    """Context manager that makes autograd record in an operator's implementation, where PyTorch disables it."""
     keys = excluded_keys().remove(DispatchKey.AutogradFunctionality)
     return force_keys(included_keys(), keys)
 
