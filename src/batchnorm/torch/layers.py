@@ -99,7 +99,7 @@ class Layer(nn.Module):
                     return y
             training = self.normalizes_by_batch()
             masked = mask if lengths is None else one_mask(mask, lengths)
-            operands = Operands(input, weight, bias, None, masked)
+            operands = new_tuple(Operands, (input, weight, bias, None, masked))
             tracks = training and self.track_running_stats
             return normalize(self.spec(input.ndim), operands, self.state, training=training, is_tracked=tracks)
 

@@ -22,8 +22,8 @@ DTYPES = {"float32": torch.float32, "float64": torch.float64, "int64": torch.int
 
 
 def empty(shape: tuple[int, ...], dtype: str) -> Array:
-    """An uninitialized tensor."""
-    return torch.empty(shape, dtype=DTYPES[dtype])
+    """An uninitialized tensor, whatever the default device is."""
+    return torch.empty(shape, dtype=DTYPES[dtype], device="cpu")
 
 
 def empty_like(array: Array) -> Array:
@@ -65,37 +65,27 @@ LAYER_EVALUATION = Mode(RUNNING, is_in_place=True)
 CONSTANTS, KNOWN_STATISTICS = (Mode(GIVEN, is_by_batch=is_by_batch) for is_by_batch in (False, True))
 
 
-def has_derivatives(*tensors: Array | None) -> bool:
-    """Whether a result computed from these tensors must be differentiable."""
-    return is_forward_mode() or has_gradients(*tensors)
+def is_recorded(*tensors: Array | None) -> bool | None:
+    """Whether autograd records operations on these tensors; None if the memory of one does not hold its values.
 
-
-def has_gradients(*tensors: Array | None) -> bool:
-    """Whether autograd records operations on these tensors."""
-    if torch.is_grad_enabled():
-        for tensor in tensors:  # `any` of a generator takes twice as long
-            if tensor is not None and tensor.requires_grad:
-                return True
-    return False
+    A tensor's memory may hold the negated values. Subclasses, and tensors without memory, are not looked for: the
+    extension declines them.
+    """
+    requires_grad = False
+    try:
+        for tensor in tensors:
+            if tensor is not None:
+                if tensor.is_neg():
+                    return None
+                requires_grad |= tensor.requires_grad
+    except AttributeError:  # no tensor
+        return None
+    return requires_grad and torch.is_grad_enabled()
 
 
 def are_concrete(*tensors: Array | None) -> bool:
     """Whether these are tensors whose memory holds their values, in a call that is neither traced nor transformed."""
-    return not is_traced() and are_in_memory(*tensors)
-
-
-def are_in_memory(*tensors: Array | None) -> bool:
-    """Whether the memory of tensors holds their values, and not the negated ones.
-
-    Subclasses, and tensors without memory, are not looked for: the extension declines them.
-    """
-    try:
-        for tensor in tensors:
-            if tensor is not None and tensor.is_neg():
-                return False
-    except AttributeError:  # no tensor
-        return False
-    return True
+    return not is_traced() and is_recorded(*tensors) is not None
 
 
 def apply(mode: Mode, spec: Spec, operands: Operands, numbers: Any = None, out: Array | None = None) -> Any:
@@ -105,9 +95,12 @@ def apply(mode: Mode, spec: Spec, operands: Operands, numbers: Any = None, out: 
     transformations. It must not be traced into a graph (`is_in_graph`).
     """
     x, gamma, beta, residual, mask = operands
-    if is_transformed() or is_forward_mode() or spec.native is None or not are_in_memory(x, gamma, beta, residual):
+    if is_transformed() or is_forward_mode() or spec.native is None:
         return TYPE
-    if not has_gradients(x, gamma, beta, residual):
+    records = is_recorded(x, gamma, beta, residual)
+    if records is None:
+        return TYPE
+    if not records:
         done = NATIVE.call(mode.eager, spec, operands, numbers, out)
     else:
         affine = spec.convention.affine
@@ -129,23 +122,27 @@ def apply(mode: Mode, spec: Spec, operands: Operands, numbers: Any = None, out: 
 
 
 class SavedCall:
-    """The arguments of a normalization that autograd records, and what its backward needs besides saved tensors."""
+    """The arguments of a normalization that autograd records, and what its backward needs besides saved tensors.
 
-    __slots__ = ("count", "done", "has_lengths", "mask", "mode", "numbers", "spec", "statistics")
+    Attributes:
+        numbers: Running statistics, or the statistics that normalize; after the call, always the latter.
+        count: Valid elements by channel; None without a mask.
+        done: The result of the extension.
+    """
+
+    has_lengths: bool = False
+    count: Any = None
+    done: Any = None
 
     def __init__(self, mode: Mode, spec: Spec, mask: Mask, numbers: Any) -> None:
         self.mode, self.spec, self.mask, self.numbers = mode, spec, mask, numbers
-        self.has_lengths = False
-        self.statistics: Any = None
-        self.count: Any = None
-        self.done: Any = None
 
     def constants(self, x: Array) -> Statistics | None:
         """The statistics if they do not depend on x, else None."""
         if self.mode.is_by_batch:
             return None
         shape = self.spec.axes.statistics_shape(x.shape)
-        return Statistics(*(row.reshape(shape) for row in self.statistics))
+        return Statistics(*(row.reshape(shape) for row in self.numbers))
 
 
 class Normalization(torch.autograd.Function):
@@ -170,9 +167,9 @@ class Normalization(torch.autograd.Function):
         if isinstance(mask, Lengths):
             mask, call.has_lengths = mask.values, True
         ctx.save_for_backward(x, gamma, beta, residual, mask)
-        call.numbers, call.statistics, call.count = None, done[3], done[4]
-        if call.statistics is None:
-            call.statistics = numbers
+        call.count = done[4]
+        if done[3] is not None:
+            call.numbers = done[3]
         return done[0]
 
     @staticmethod
@@ -185,7 +182,7 @@ class Normalization(torch.autograd.Function):
         spec, mask = call.spec, Lengths(mask) if call.has_lengths else mask
         operands = (x, gamma, beta, residual, mask)
         if not (torch.is_grad_enabled() or is_forward_mode() or is_traced() or is_batched(dy) or dy.is_neg()):
-            options = (call.statistics, call.count, call.mode.is_by_batch, ctx.needs_input_grad[0])
+            options = (call.numbers, call.count, call.mode.is_by_batch, ctx.needs_input_grad[0])
             done = _native.gradients(LIBRARY, spec.native, dy, operands, *options, get_num_threads())
             if done is STRIDES:
                 done = NATIVE.copied_backward(spec, dy, Operands(*operands), options)

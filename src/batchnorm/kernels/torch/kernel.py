@@ -28,9 +28,9 @@ from batchnorm.kernels.torch.autograd import (
     apply,
     are_concrete,
     differentiable_gradients,
-    has_derivatives,
+    is_recorded,
 )
-from batchnorm.kernels.torch.compat import is_in_graph, is_traced
+from batchnorm.kernels.torch.compat import is_forward_mode, is_in_graph, is_traced
 from batchnorm.spec import Operands, Spec, new_tuple
 
 TRAINING, INFERENCE = Mode(BATCH), Mode(RUNNING)
@@ -67,14 +67,16 @@ class PyTorch:
         arrays = operands[:4]
         if not are_concrete(dy, *arrays):
             return TYPE
-        if not has_derivatives(dy, *arrays):
+        if not (is_forward_mode() or is_recorded(dy, *arrays)):
             return NATIVE.gradients(dy, cache)
         constants = cache.statistics if cache.count is None else None
         return Gradients(*differentiable_gradients(cache.spec, operands, constants, dy))
 
     def moments(self, spec: Spec, x: Array, mask: Mask) -> Any:
         """Implement `functional.moments`."""
-        return TYPE if has_derivatives(x) or not are_concrete(x) else NATIVE.moments(spec, x, mask)
+        if not are_concrete(x) or is_forward_mode() or is_recorded(x):
+            return TYPE
+        return NATIVE.moments(spec, x, mask)
 
     def unsupported_reason(self, spec: Spec, operands: Operands, others: tuple[Array | None, ...]) -> str | None:
         """Why the kernels do not support these tensors; None if they do."""
