@@ -5,6 +5,7 @@
 
 #include <memory>
 
+#include "caches.hpp"
 #include "call.hpp"
 #include "dispatch.hpp"
 #include "memory.hpp"
@@ -154,6 +155,11 @@ NB_MODULE(_native, m) {
   m.attr("xla_version") = nb::make_tuple(xla::major_version, xla::minor_version);
   m.def("num_threads", &num_threads);
   m.def("set_num_threads", &set_num_threads);
+  m.def("caches", [] {
+    const Caches sizes = caches();
+    return nb::make_tuple(sizes.l2, sizes.l3);
+  });
+  m.def("set_caches", [](int64_t l2, int64_t l3) { set_caches({l2, l3}); }, nb::arg("l2"), nb::arg("l3"));
   m.def("instruction_set", [] { return chosen_kernels().name; });
   m.def("set_instruction_set", &choose_kernels);
   m.def("instruction_sets", [] {

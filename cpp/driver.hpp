@@ -288,7 +288,8 @@ template <class T> class Driver : public RowLayout<T> {
 
   // Rows traversed together: some 16 streams, which is as many as the processor recognizes, provided each continues for
   // a page. Shorter rows are read faster one after the other, in the order of memory (twice as fast from memory at 256
-  // columns).
+  // columns). Results that are streamed go to one row after the other: streaming stores to several rows in turn take up
+  // to four times as long.
   template <class Pass> static constexpr int row_group = Pass::num_arrays <= 2 ? 8 : 4;
 
   template <class Pass>
@@ -349,7 +350,8 @@ template <class T> class Driver : public RowLayout<T> {
     this->for_row_runs(slice, k, [&](Row<T> row, int64_t rows, int64_t length, bool is_valid) {
       const int64_t begin = columns.begin, end = min(columns.end, length);
       if (end <= begin) return;
-      for (; is_valid && plan.has_row_groups && rows >= row_group<Pass>;
+      const bool has_groups = is_valid && plan.has_row_groups && !plan.is_streaming;
+      for (; has_groups && rows >= row_group<Pass>;
            rows -= row_group<Pass>, row = row.offset_by(row_step_, row_group<Pass>))
         map_columns<row_group<Pass>>(pass, row, row_step_, begin, end, plan.is_streaming);
       for (; rows; --rows, row = row.offset_by(row_step_, 1)) {

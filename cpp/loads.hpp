@@ -136,14 +136,38 @@ template <class V> BATCHNORM_INLINE V load_as(const ScalarOf<V>* p) {
 }
 BATCHNORM_INLINE void store(float* p, Pair v) { store(p, v.low), store(p + width<VecF32>, v.high); }
 
+// Copies n elements, fewer than a vector has, in pieces of fixed sizes: a copy of variable size is a function call.
+template <class T> BATCHNORM_INLINE void copy_lanes(T* to, const T* from, int n) {
+#pragma GCC unroll 6
+  for (int piece = width<typename Compute<T>::V> / 2; piece; piece /= 2)
+    if (n & piece) {
+      __builtin_memcpy(to, from, piece * sizeof(T));
+      to += piece, from += piece;
+    }
+}
+
 // The first n elements; the other lanes are 0. Memory after them is not accessed.
 template <class T> BATCHNORM_INLINE typename Compute<T>::V load(const T* p, int n) {
 #if defined(__AVX512F__)
   if constexpr (sizeof(T) == 4) return (VecF32)_mm512_maskz_loadu_ps((__mmask16)((1u << n) - 1), p);
   else if constexpr (sizeof(T) == 8) return (VecF64)_mm512_maskz_loadu_pd((__mmask8)((1u << n) - 1), p);
+#elif defined(__AVX2__)
+  if constexpr (sizeof(T) >= 4) {
+    static constexpr int32_t mask_words[16] = {-1, -1, -1, -1, -1, -1, -1, -1};
+    const __m256i mask = _mm256_loadu_si256((const __m256i*)(mask_words + 8 - n * (sizeof(T) / 4)));
+    if constexpr (sizeof(T) == 4) return (VecF32)_mm256_maskload_ps(p, mask);
+    else return (VecF64)_mm256_maskload_pd(p, mask);
+  }
+#else
+  if constexpr (sizeof(T) >= 4) {  // a load of lanes that were stored one by one would wait for all of these stores
+    typename Compute<T>::V v = {};
+    for (int lane = 0; lane < width<typename Compute<T>::V> - 1; ++lane)
+      if (lane < n) v[lane] = p[lane];
+    return v;
+  }
 #endif
   alignas(64) T lanes[width<typename Compute<T>::V>] = {};
-  __builtin_memcpy(lanes, p, n * sizeof(T));
+  copy_lanes(lanes, p, n);
   return load(lanes);
 }
 
@@ -155,7 +179,7 @@ template <class T> BATCHNORM_INLINE void store(T* p, typename Compute<T>::V v, i
 #endif
   alignas(64) T lanes[width<typename Compute<T>::V>];
   store(lanes, v);
-  __builtin_memcpy(p, lanes, n * sizeof(T));
+  copy_lanes(p, lanes, n);
 }
 
 template <class V> BATCHNORM_INLINE ScalarOf<V> first_lane(V v) {

@@ -3,6 +3,8 @@
 #include <algorithm>
 #include <numeric>
 
+#include "caches.hpp"
+
 namespace batchnorm {
 namespace {
 
@@ -31,18 +33,21 @@ constexpr int64_t small_bytes = 256 << 10;
 // `min_ragged_row` for a pass that takes no sums and does not stream.
 constexpr int64_t min_ragged_row_single_pass = 512;
 
-// Bytes that a thread reads between two passes over them. This is more than some second-level caches hold, but with
+// Bytes that a thread reads between two passes over them. This may be more than its second-level cache holds: with
 // fewer channels at a time the contiguous stretches of memory are short, and the start of a stretch costs more than a
-// read from the third level.
-constexpr int64_t cache_bytes = 1 << 20;
+// read from the third level, which all threads share.
+int64_t bytes_between_passes(int threads) {
+  const Caches sizes = caches();
+  return std::max(sizes.l2, sizes.l3 / (4 * threads));
+}
 
-// Results are streamed if all tensors together have at least this many bytes, as they would evict each other from a
-// third-level cache of 32 MiB. The limit is lower where a thread goes over the same channels twice, as results would
-// evict these from the second level.
-constexpr int64_t min_streamed_bytes = 28 << 20, min_streamed_bytes_by_channel = 24 << 20;
-
-// The limits for uncached results: a line that is in no cache would be read before it is written.
-constexpr int64_t min_streamed_bytes_uncached = 16 << 20, min_streamed_bytes_uncached_by_channel = 4 << 20;
+// Results are streamed if all tensors together have at least this many bytes, as they would evict each other from the
+// third-level cache. The limit is lower where a thread goes over the same channels twice, as results would evict these
+// from the nearer levels, and for uncached results: a line that is in no cache would be read before it is written.
+int64_t min_streamed_bytes(bool is_by_channel, bool is_uncached) {
+  const int64_t l3 = caches().l3;
+  return is_uncached ? l3 / (is_by_channel ? 8 : 2) : l3 / 8 * (is_by_channel ? 6 : 7);
+}
 
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 int64_t at_least_1(int64_t a) { return std::max<int64_t>(1, a); }
@@ -109,7 +114,8 @@ int64_t channels_per_task(const Problem& p, const Plan& plan, int64_t bytes_per_
   const int64_t unit = plan.family == Family::short_rows ? plan.block / p.S : 1;
   const int64_t units = ceil_div(p.C, unit);
   if (plan.family == Family::columns || (p.threads > 1 && units < 8 * p.threads && units % p.threads)) return 0;
-  return unit * at_least_1(std::min(cache_bytes / at_least_1(bytes_per_channel * unit), units / (4 * p.threads)));
+  return unit * at_least_1(std::min(bytes_between_passes(p.threads) / at_least_1(bytes_per_channel * unit),
+                                    units / (4 * p.threads)));
 }
 
 // Bytes of the arrays that `Driver` allocates: partial sums, tables by channel, flags for a second computation, and for
@@ -146,7 +152,7 @@ bool make_plan(const Problem& p, Plan& plan) {
                                       (!mask.data || mask.c == 0 || mask.c == 1);
   if (has_contiguous_rows && (p.S > 1 || !has_contiguous_columns || p.C == 1)) {
     const bool is_packed = all_tensors(p, [&](const Tensor& t) { return t.c == p.S; });
-    const bool is_short = has_short_rows(p, is_single_pass, streams_from(min_streamed_bytes));
+    const bool is_short = has_short_rows(p, is_single_pass, streams_from(min_streamed_bytes(false, false)));
     if (is_short && is_packed && !is_masked) plan_short_rows(p, plan);
     else plan_rows(p, plan);
   } else if (has_contiguous_columns) {
@@ -156,12 +162,9 @@ bool make_plan(const Problem& p, Plan& plan) {
     return false;
   }
   const bool is_by_channel = plan.family != Family::columns && !is_single_pass;
-  const int64_t min_bytes = p.has_uncached_results ? min_streamed_bytes_uncached : min_streamed_bytes;
-  const int64_t min_bytes_by_channel =
-      p.has_uncached_results ? min_streamed_bytes_uncached_by_channel : min_streamed_bytes_by_channel;
   // Rows that end within cache lines: streamed, each of these lines would be flushed separately.
   const bool is_ragged = plan.family == Family::rows && p.S < min_ragged_row && (is_masked || p.S % vector_width(p));
-  plan.is_streaming = !is_ragged && streams_from(is_by_channel ? min_bytes_by_channel : min_bytes);
+  plan.is_streaming = !is_ragged && streams_from(min_streamed_bytes(is_by_channel, p.has_uncached_results));
   plan.has_row_groups = std::min(plan.width, plan.block) >= page_row || bytes <= small_bytes;
   plan.channels_per_task = channels_per_task(p, plan, read * p.N * p.S * size_of(p.dtype));
 

@@ -138,10 +138,15 @@ inline void reduce_columns(const Pass pass, const Row<T> row, const typename Row
   if (j < end) block(j, PartialVector{static_cast<int>(end - j)});
 }
 
-// True if all outputs of a row can be streamed in whole vectors from element j on.
+// The elements of a cache line, and the vectors that fill it. A line's vectors are stored one after the other: where
+// results are streamed, a line that is left half written is written to memory twice; where they are not, it may leave
+// the first-level cache in between, because rows that are a multiple of 4 KB apart share few of its lines.
+template <class T> constexpr int line_elements = static_cast<int>(cache_line_bytes / sizeof(T));
+template <class T> constexpr int line_vectors = line_elements<T> / width<typename Compute<T>::V>;
+
+// True if all outputs of a row can be streamed in whole cache lines from element j on.
 template <class T> inline bool is_aligned(const Row<T>& row, int64_t j) {
-  constexpr uintptr_t bytes = width<typename Compute<T>::V> * sizeof(T);
-  const auto at = [&](const T* p) { return p ? reinterpret_cast<uintptr_t>(p + j) % bytes : 0; };
+  const auto at = [&](const T* p) { return p ? reinterpret_cast<uintptr_t>(p + j) % cache_line_bytes : 0; };
   return at(row.out) == 0 && at(row.dresidual) == 0;
 }
 
@@ -149,14 +154,17 @@ template <class T> inline bool is_aligned(const Row<T>& row, int64_t j) {
 template <class Pass, class T>
 inline void map_row(const Pass pass, const Row<T> row, const typename Pass::Coefficients k, int64_t length,
                     bool is_streaming) {
-  constexpr int W = width<typename Pass::V>;
+  constexpr int W = width<typename Pass::V>, line = line_elements<T>;
   int64_t j = 0;
   if (is_streaming) {
     const T* out = row.out ? row.out : row.dresidual;
-    const int head = static_cast<int>((W - reinterpret_cast<uintptr_t>(out) / sizeof(T) % W) % W);
-    if (head < length && is_aligned(row, head)) {
-      if (head) pass.apply(row, 0, k, PartialVector{head}, false);
-      for (j = head; j + W <= length; j += W) pass.apply(row, j, k, FullVector{}, true);
+    const int64_t head = (line - reinterpret_cast<uintptr_t>(out) / sizeof(T) % line) % line;
+    if (head + line <= length && is_aligned(row, head)) {
+      for (; j + W <= head; j += W) pass.apply(row, j, k, FullVector{}, false);
+      if (j < head) pass.apply(row, j, k, PartialVector{static_cast<int>(head - j)}, false);
+      for (j = head; j + line <= length; j += line)
+#pragma GCC unroll 4
+        for (int v = 0; v < line_vectors<T>; ++v) pass.apply(row, j + v * W, k, FullVector{}, true);
     }
   }
   for (; j + W <= length; j += W) pass.apply(row, j, k, FullVector{}, false);
@@ -168,17 +176,27 @@ template <int rows, class Pass, class T>
 inline void map_columns(const Pass pass, const Row<T> row, const typename Row<T>::Step step, int64_t begin, int64_t end,
                         bool is_streaming) {
   using V = typename Pass::V;
-  constexpr int W = width<V>;
+  constexpr int W = width<V>, line = line_elements<T>;
   for (int r = 0; r < rows; ++r) is_streaming = is_streaming && is_aligned(row.offset_by(step, r), begin);
-  const auto block = [&](int64_t j, auto lanes, bool streams) __attribute__((always_inline)) {
+  const auto map_line = [&](int64_t j, bool streams) __attribute__((always_inline)) {
+    typename Pass::Coefficients k[line_vectors<T>];
+#pragma GCC unroll 4
+    for (int v = 0; v < line_vectors<T>; ++v) k[v] = pass.template coefficients<load_column<V>>(j + v * W);
+    for (int r = 0; r < rows; ++r)
+#pragma GCC unroll 4
+      for (int v = 0; v < line_vectors<T>; ++v)
+        pass.apply(row.offset_by(step, r), j + v * W, k[v], FullVector{}, streams);
+  };
+  const auto map_vector = [&](int64_t j, auto lanes) __attribute__((always_inline)) {
     const auto k = pass.template coefficients<load_column<V>>(j);
-    for (int r = 0; r < rows; ++r) pass.apply(row.offset_by(step, r), j, k, lanes, streams);
+    for (int r = 0; r < rows; ++r) pass.apply(row.offset_by(step, r), j, k, lanes, false);
   };
   int64_t j = begin;
   if (is_streaming)
-    for (; j + W <= end; j += W) block(j, FullVector{}, true);
-  for (; j + W <= end; j += W) block(j, FullVector{}, false);
-  if (j < end) block(j, PartialVector{static_cast<int>(end - j)}, false);
+    for (; j + line <= end; j += line) map_line(j, true);
+  for (; j + line <= end; j += line) map_line(j, false);
+  for (; j + W <= end; j += W) map_vector(j, FullVector{});
+  if (j < end) map_vector(j, PartialVector{static_cast<int>(end - j)});
 }
 
 }  // namespace batchnorm::BATCHNORM_ISA
