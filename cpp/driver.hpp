@@ -288,8 +288,7 @@ template <class T> class Driver : public RowLayout<T> {
 
   // Rows traversed together: some 16 streams, which is as many as the processor recognizes, provided each continues for
   // a page. Shorter rows are read faster one after the other, in the order of memory (twice as fast from memory at 256
-  // columns). Results that are streamed go to one row after the other: streaming stores to several rows in turn take up
-  // to four times as long.
+  // columns).
   template <class Pass> static constexpr int row_group = Pass::num_arrays <= 2 ? 8 : 4;
 
   template <class Pass>
@@ -350,15 +349,24 @@ template <class T> class Driver : public RowLayout<T> {
     this->for_row_runs(slice, k, [&](Row<T> row, int64_t rows, int64_t length, bool is_valid) {
       const int64_t begin = columns.begin, end = min(columns.end, length);
       if (end <= begin) return;
-      const bool has_groups = is_valid && plan.has_row_groups && !plan.is_streaming;
-      for (; has_groups && rows >= row_group<Pass>;
-           rows -= row_group<Pass>, row = row.offset_by(row_step_, row_group<Pass>))
-        map_columns<row_group<Pass>>(pass, row, row_step_, begin, end, plan.is_streaming);
-      for (; rows; --rows, row = row.offset_by(row_step_, 1)) {
-        if (is_valid) map_columns<1>(pass, row, row_step_, begin, end, plan.is_streaming);
-        else
+      const auto next = [&](int count) { rows -= count, row = row.offset_by(row_step_, count); };
+      if (!is_valid)
+        for (; rows; next(1))
           pad(pass, row.offset_by(element_step_, begin), end - begin,
-              [&](const auto& padding) { map_columns<1>(padding, row, row_step_, begin, end, false); });
+              [&](const auto& padding) { map_columns<1>(padding, row, row_step_, begin, end); });
+      if (plan.is_streaming) {
+        constexpr int group = 4;
+        // Short rows are as far apart as images are large. Where a line takes several stores, those to several distant
+        // rows in turn take up to twice as long on some processors.
+        const bool has_near_rows = plan.family == Family::columns || line_vectors<T> == 1;
+        if (plan.has_row_groups && has_near_rows)
+          for (; rows >= group; next(group)) stream_columns<group>(pass, row, row_step_, begin, end);
+        for (; rows; next(1)) stream_columns<1>(pass, row, row_step_, begin, end);
+      } else {
+        constexpr int group = row_group<Pass>;
+        if (plan.has_row_groups)
+          for (; rows >= group; next(group)) map_columns<group>(pass, row, row_step_, begin, end);
+        for (; rows; next(1)) map_columns<1>(pass, row, row_step_, begin, end);
       }
     });
   }

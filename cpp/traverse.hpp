@@ -173,30 +173,44 @@ inline void map_row(const Pass pass, const Row<T> row, const typename Pass::Coef
 
 // Stores the results of `rows` evenly spaced rows for the columns in [begin, end).
 template <int rows, class Pass, class T>
-inline void map_columns(const Pass pass, const Row<T> row, const typename Row<T>::Step step, int64_t begin, int64_t end,
-                        bool is_streaming) {
+inline void map_columns(const Pass pass, const Row<T> row, const typename Row<T>::Step step, int64_t begin,
+                        int64_t end) {
   using V = typename Pass::V;
   constexpr int W = width<V>, line = line_elements<T>;
-  for (int r = 0; r < rows; ++r) is_streaming = is_streaming && is_aligned(row.offset_by(step, r), begin);
-  const auto map_line = [&](int64_t j, bool streams) __attribute__((always_inline)) {
+  int64_t j = begin;
+  for (; j + line <= end; j += line) {
     typename Pass::Coefficients k[line_vectors<T>];
 #pragma GCC unroll 4
     for (int v = 0; v < line_vectors<T>; ++v) k[v] = pass.template coefficients<load_column<V>>(j + v * W);
     for (int r = 0; r < rows; ++r)
 #pragma GCC unroll 4
       for (int v = 0; v < line_vectors<T>; ++v)
-        pass.apply(row.offset_by(step, r), j + v * W, k[v], FullVector{}, streams);
-  };
-  const auto map_vector = [&](int64_t j, auto lanes) __attribute__((always_inline)) {
+        pass.apply(row.offset_by(step, r), j + v * W, k[v], FullVector{}, false);
+  }
+  const auto map_vector = [&](auto lanes) __attribute__((always_inline)) {
     const auto k = pass.template coefficients<load_column<V>>(j);
     for (int r = 0; r < rows; ++r) pass.apply(row.offset_by(step, r), j, k, lanes, false);
   };
+  for (; j + W <= end; j += W) map_vector(FullVector{});
+  if (j < end) map_vector(PartialVector{static_cast<int>(end - j)});
+}
+
+// `map_columns` with streaming stores: four cache lines of a row, then those of the next row. Reads in several streams
+// are faster than in one, but with single lines to several rows in turn, stores take up to four times as long.
+template <int rows, class Pass, class T>
+inline void stream_columns(const Pass pass, const Row<T> row, const typename Row<T>::Step step, int64_t begin,
+                           int64_t end) {
+  using V = typename Pass::V;
+  constexpr int W = width<V>, run = 4 * line_elements<T>;
+  bool is_streaming = true;
+  for (int r = 0; r < rows; ++r) is_streaming = is_streaming && is_aligned(row.offset_by(step, r), begin);
   int64_t j = begin;
-  if (is_streaming)
-    for (; j + line <= end; j += line) map_line(j, true);
-  for (; j + line <= end; j += line) map_line(j, false);
-  for (; j + W <= end; j += W) map_vector(j, FullVector{});
-  if (j < end) map_vector(j, PartialVector{static_cast<int>(end - j)});
+  for (; is_streaming && j + run <= end; j += run)
+    for (int r = 0; r < rows; ++r)
+      for (int i = 0; i < run; i += W)
+        pass.apply(row.offset_by(step, r), j + i, pass.template coefficients<load_column<V>>(j + i), FullVector{},
+                   true);
+  map_columns<rows>(pass, row, step, j, end);
 }
 
 }  // namespace batchnorm::BATCHNORM_ISA
