@@ -14,8 +14,14 @@
 namespace batchnorm {
 namespace {
 
-// For machines that report nothing: the sizes of a common server processor.
+// For machines that report nothing: the sizes of a common server processor. Of other architectures, those that report a
+// second level and no third have none, so that the second is the last.
 constexpr Caches unknown = {1 << 20, 32 << 20};
+#ifdef __x86_64__
+constexpr bool may_hide_third_level = true;  // as some virtual machines do
+#else
+constexpr bool may_hide_third_level = false;
+#endif
 
 #if defined(__APPLE__)
 int64_t reported_size(int level) {
@@ -65,7 +71,8 @@ int64_t size_of_level(int level, int64_t otherwise) {
 }
 
 // Written under the GIL, but read by XLA's threads without it.
-std::atomic<int64_t> l2 = size_of_level(2, unknown.l2), l3 = size_of_level(3, unknown.l3);
+std::atomic<int64_t> l2 = size_of_level(2, unknown.l2),
+                     l3 = size_of_level(3, may_hide_third_level ? unknown.l3 : l2.load());
 
 }  // namespace
 

@@ -5,6 +5,7 @@ import json
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -208,8 +209,37 @@ def test_caches_as_linux_tells(tmp_path):
         for name, value in (("level", level), ("type", kind), ("size", size)):
             if value is not None:
                 (folder / name).write_text(f"{value}\n")
-    assert configuration.caches(tmp_path) == {"L1": 48 << 10, "L2": 2 << 20}
-    assert configuration.caches(tmp_path / "nowhere") == {}
+    assert configuration.caches(None, tmp_path) == {"L1": 48 << 10, "L2": 2 << 20}
+    assert configuration.caches(None, tmp_path / "nowhere") == {}
+    l2, l3 = _native.caches()
+    assert configuration.caches(_native, tmp_path) == {"L1": 48 << 10, "L2": l2, "L3": l3}
+
+
+@pytest.mark.skipif(not Path("/sys/devices/system/cpu/cpu0/cache/index2/size").exists(), reason="Linux tells no sizes")
+def test_the_caches_of_the_extension_are_those_that_linux_tells():
+    told = configuration.caches(None)
+    assert _native.caches()[0] == told["L2"]
+    assert _native.caches()[1] == told.get("L3", _native.caches()[1])
+
+
+def test_cache_sizes_by_environment():
+    done = run("", "-m", "batchnorm", BATCHNORM_L2="524288", BATCHNORM_L3="12m")
+    assert done.returncode == 0, done.stderr
+    lines = done.stdout.splitlines()
+    for line in ("BATCHNORM_L2 524288", "BATCHNORM_L3 12m", "L2 512 KiB", "L3 12 MiB"):
+        assert line in [" ".join(one.split()) for one in lines]
+
+
+@pytest.mark.parametrize("size", ["0", "-1", "32 MB", "1.5M", "M", "9999999M"])
+def test_cache_size_that_is_none(size):
+    """`show_config` reports it, and a call raises the same error."""
+    done = run("", "-m", "batchnorm", BATCHNORM_L3=size)
+    assert done.returncode == 0, done.stderr
+    message = f"BATCHNORM_L3 is {size!r}; it must be a cache size in bytes, or with a unit: 512K, 32M"
+    assert message in done.stdout
+    call = run("import numpy as np, batchnorm as bn\nbn.forward(np.ones((2, 1), np.float32))", BATCHNORM_L3=size)
+    assert call.returncode == 1
+    assert f"ValueError: {message}" in call.stderr
 
 
 def test_unknown_mode():

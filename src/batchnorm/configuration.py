@@ -25,7 +25,7 @@ EXTRAS = {
 }
 
 #: Environment variables that change how the kernels run.
-VARIABLES = ("BATCHNORM_INSTRUCTION_SET", "OMP_NUM_THREADS")
+VARIABLES = ("BATCHNORM_INSTRUCTION_SET", "BATCHNORM_L2", "BATCHNORM_L3", "OMP_NUM_THREADS")
 
 Configuration = dict[str, dict[str, Any]]
 
@@ -107,13 +107,13 @@ def configuration() -> Configuration:
         "extension": extension(native, reason),
         "threads": {"numpy": None if native is None else native.num_threads(), "processors": processors()},
         "environment": {name: os.environ.get(name) for name in VARIABLES},
-        "caches": caches(),
+        "caches": caches(native),
         "result_memory": result_memory(native),
     }
 
 
 def extension_or_reason() -> tuple[ModuleType | None, str]:
-    """`kernels.native`, or the reason why it cannot be used, such as an unknown BATCHNORM_INSTRUCTION_SET."""
+    """`kernels.native`, or the reason why it cannot be used, such as an invalid environment variable."""
     try:
         return native_for_numpy()
     except ValueError as error:
@@ -193,8 +193,12 @@ def processors() -> int | None:
     return os.cpu_count()
 
 
-def caches(folder: Path = Path("/sys/devices/system/cpu/cpu0/cache")) -> dict[str, int]:
-    """Sizes in bytes of the first processor's data caches by level, from Linux's sysfs; empty on other systems."""
+def caches(native: Any, folder: Path = Path("/sys/devices/system/cpu/cpu0/cache")) -> dict[str, int]:
+    """Sizes in bytes of the first processor's data caches by level.
+
+    L2 and L3 are those that the extension takes its limits from: the machine's, or BATCHNORM_L2 and BATCHNORM_L3. The
+    others are read from Linux's sysfs, and absent on other systems.
+    """
     found = {}
     for index in sorted(folder.glob("index*")):
         try:
@@ -203,7 +207,7 @@ def caches(folder: Path = Path("/sys/devices/system/cpu/cpu0/cache")) -> dict[st
             continue
         if kind != "Instruction":
             found[f"L{level}"] = int(size.removesuffix("K")) * 1024
-    return found
+    return found if native is None else found | dict(zip(("L2", "L3"), native.caches(), strict=True))
 
 
 def result_memory(native: Any) -> dict[str, int | None]:

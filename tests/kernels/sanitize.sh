@@ -26,7 +26,7 @@ bfloat16=-DBATCHNORM_TEST_BFLOAT16
 build() {
   local name=$1 isa=$2
   shift 2
-  "${CXX:-c++}" "${flags[@]}" -DBATCHNORM_ISA="$isa" "$@" cpp/tests/fuzz.cpp cpp/plan.cpp cpp/memory.cpp cpp/external_pool.cpp -o "$folder/$name"
+  "${CXX:-c++}" "${flags[@]}" -DBATCHNORM_ISA="$isa" "$@" cpp/tests/fuzz.cpp cpp/caches.cpp cpp/plan.cpp cpp/memory.cpp cpp/external_pool.cpp -o "$folder/$name"
 }
 
 # Compiles the extension with the baseline kernels only.
@@ -37,7 +37,7 @@ build_extension() {
   "${CXX:-c++}" "${flags[@]}" -DBATCHNORM_ISA=baseline '-DBATCHNORM_INSTRUCTION_SETS="baseline"' -DNDEBUG "${memory[@]}" \
     -fPIC -shared -fvisibility=hidden -fno-strict-aliasing -isystem "$of_python" -isystem "$of_nanobind" \
     -isystem "$of_nanobind/../ext/robin_map/include" "$of_nanobind/../src/nb_combined.cpp" \
-    cpp/{bindings,call,library,checks,arrays,layout,dispatch,external_pool,memory,plan,running,xla,kernels}.cpp -o "$folder/_native.so"
+    cpp/{bindings,caches,call,library,checks,arrays,layout,dispatch,external_pool,memory,plan,running,xla,kernels}.cpp -o "$folder/_native.so"
 }
 
 # has NAMES...: succeeds if the processor has all of these features.

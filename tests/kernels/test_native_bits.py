@@ -71,6 +71,35 @@ def test_bits(instruction_set, set_threads, threads):
     assert wrong == []
 
 
+@pytest.fixture
+def set_caches():
+    """`_native.set_caches`; the sizes are restored afterwards."""
+    before = _native.caches()
+    yield _native.set_caches
+    _native.set_caches(*before)
+
+
+@pytest.mark.parametrize("l3", [16 << 10, 256 << 10, 32 << 20])
+@pytest.mark.parametrize("l2", [4 << 10, 64 << 10, 16 << 20])
+@pytest.mark.parametrize("instruction_set", _native.instruction_sets(), indirect=True)
+def test_bits_for_caches_of_any_size(instruction_set, set_threads, set_caches, l2, l3):
+    """What is read between two passes, and which results are streamed, change no bit."""
+    set_threads(2)
+    set_caches(l2, l3)
+    assert _native.caches() == (l2, l3)
+    recorded = json.loads(RECORD.read_text())[instruction_set]
+    wrong = [index for index in range(0, NUMBER, 3) if checksum(index) != recorded[index]]  # every shape, dtype
+    assert wrong == []
+
+
+def test_a_size_of_0_leaves_that_of_the_machine(set_caches):
+    before = _native.caches()
+    set_caches(0, 0)
+    assert _native.caches() == before
+    set_caches(0, 8 << 20)
+    assert _native.caches() == (before[0], 8 << 20)
+
+
 def record():
     """Write the digests of every instruction set of this machine, and keep those of the others."""
     recorded = json.loads(RECORD.read_text()) if RECORD.exists() else {}

@@ -1,6 +1,5 @@
 """The C++ kernels for NumPy's arrays, and the code shared with the kernels for PyTorch's tensors."""
 
-import os
 from collections.abc import Callable
 from typing import Any
 
@@ -12,11 +11,12 @@ from batchnorm.core.masks import Mask
 from batchnorm.core.moments import Moments
 from batchnorm.core.normalize import Statistics
 from batchnorm.core.running import RunningStatistics, with_arrays
+from batchnorm.kernels.environment import apply_environment
 from batchnorm.kernels.generic import Cache, Gradients
 from batchnorm.kernels.operands import ArrayOps, in_c_order, in_layout_of_x
 from batchnorm.spec import Operands, Spec, new_tuple
 
-_native.set_instruction_set(os.environ.get("BATCHNORM_INSTRUCTION_SET", ""))
+apply_environment()
 
 Refusal = _native.Refusal
 STRIDES, STATE, TYPE = Refusal.strides, Refusal.state, Refusal.type
