@@ -15,16 +15,18 @@ if TYPE_CHECKING:
 
 OURS, OURS_NUMPY, FLOOR = "batchnorm", "batchnorm (NumPy)", "floor"
 EAGER, IN_PLACE, COMPILED = "PyTorch", "PyTorch in place", "torch.compile"
-ONEDNN, JAX, NUMPY = "oneDNN", "JAX", "NumPy"
+ONEDNN, OPENVINO, JAX, NUMPY = "oneDNN", "OpenVINO", "JAX", "NumPy"
 PEERS = {
     EAGER: "eager, with autograd",
     IN_PLACE: "eager, with += and an in-place ReLU as torchvision's networks have them",
     COMPILED: "the same functions compiled by Inductor",
     ONEDNN: "the primitive, through PyTorch's mkldnn tensors",
+    OPENVINO: "a model of this operation, compiled for the case; inference only",
     JAX: "under jit, with the formulas of Flax",
     NUMPY: "as people write it; compared with ours on NumPy arrays",
 }
-MODULES = {JAX: "jax"}  # optional packages of peers; PyTorch is always required, because ours runs on it
+# The optional packages of peers. PyTorch is always required, because ours runs on it.
+MODULES = {OPENVINO: "openvino", JAX: "jax"}
 
 AGAINST = {NUMPY: OURS_NUMPY, OURS_NUMPY: OURS_NUMPY}  # the reference of a contestant's ratio, if it is not OURS
 
@@ -57,8 +59,8 @@ def participants(case: Case, *, compiles: bool = True) -> tuple[str, ...]:
     """The peers that take part in a case: those that support it and give a meaningful comparison.
 
     oneDNN is reachable for float32 and NCHW; its backward pass includes PyTorch's conversions, which would be timed
-    too. NumPy has no bfloat16, and takes seconds for the huge tensor. NumPy code with a fused activation is not in
-    common use.
+    too. OpenVINO has inference alone, and is compared in the same type and layout. NumPy has no bfloat16, and takes
+    seconds for the huge tensor. NumPy code with a fused activation is not in common use.
     """
     peers = [EAGER]
     if case.operation == "forward-out":
@@ -69,6 +71,8 @@ def participants(case: Case, *, compiles: bool = True) -> tuple[str, ...]:
         peers.append(COMPILED)
     if case.dtype == "float32" and case.layout == "NCHW" and case.operation in ("forward", "inference"):
         peers.append(ONEDNN)
+        if case.operation == "inference":
+            peers.append(OPENVINO)
     peers.append(JAX)
     is_plain = case.operation in ("forward", "forward+backward", "inference")
     if case.dtype == "float32" and is_plain and case.layout != "masked" and case.family != "huge":
@@ -91,6 +95,10 @@ def contestants(case: Case, arrays: "Arrays", peers: Iterable[str]) -> list[Cont
             from benchmarks import peer_jax
 
             found.append(peer_jax.contestant(case, arrays))
+        elif peer == OPENVINO:
+            from benchmarks import peer_openvino
+
+            found.append(peer_openvino.contestant(case, arrays))
         elif peer == NUMPY:
             found += [peer_numpy.contestant(case, arrays), ours.with_numpy(case, arrays)]
         else:
