@@ -14,16 +14,18 @@ from batchnorm.training.folder import output_folder, write_atomically
 from batchnorm.training.options import InputError
 from benchmarks.cases import DTYPES, FAMILIES, LAYOUTS, OPERATIONS, Case, all_cases, quick_cases
 from benchmarks.contestants import PEERS, missing, participants
-from benchmarks.machine import Machine, cores
+from benchmarks.machine import DISTURBED, Machine, cores, instruction_set_in_use, instruction_sets
 from benchmarks.progress import Progress
 from benchmarks.report import Table, cases_table, grid_table, legend, markdown, targets_table
 from benchmarks.results import Result, parse_shape, read_csv, write_csv
 from benchmarks.targets import evaluate
 from benchmarks.timing import QUICK, Effort
-from benchmarks.worker import DISTURBED, Note, Plan, WorkerError, compiled_cases, measured
+from benchmarks.worker import Note, Plan, WorkerError, compiled_cases, measured
 
 BAD_INPUT, FAILURE, INTERRUPTED = 2, 1, 130
 CSV, PNG = "results.csv", "speed.png"
+FOLDER = Path("bench-report")
+EVERY_SET = "all"
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
 
@@ -45,11 +47,21 @@ def bench(
         list[int] | None,
         typer.Option(help="Number of threads; may be repeated.", show_default="1 and all cores; all with --quick"),
     ] = None,
+    instruction_set: Annotated[
+        list[str] | None,
+        typer.Option(
+            help=f"That of the kernels; may be repeated. `{EVERY_SET}` is each that this machine supports.",
+            show_default="BATCHNORM_INSTRUCTION_SET, or the best",
+        ),
+    ] = None,
     seconds: Annotated[
         float | None, typer.Option(help="Seconds of calls in a case.", show_default="1.5; 0.25 with --quick")
     ] = None,
     targets: Annotated[bool, typer.Option("--targets", help="Say which of the targets are met.")] = False,
-    output: Annotated[Path, typer.Option(metavar="DIR", help=f"Where {CSV} and {PNG} go.")] = Path("bench-report"),
+    output: Annotated[
+        Path | None,
+        typer.Option(metavar="DIR", help=f"Where {CSV} and {PNG} go.", show_default=str(FOLDER)),
+    ] = None,
     markdown_file: Annotated[
         Path | None, typer.Option("--markdown", metavar="FILE", help="Write the tables as Markdown, too.")
     ] = None,
@@ -67,18 +79,18 @@ def bench(
     try:
         cases = _select(quick_cases() if quick and not shape else all_cases(), operation, dtype, layout, family, shape)
         peers = _names("peer", peer, (*PEERS, "none")) or tuple(PEERS)
-        effort = QUICK if quick else Effort()
-        if seconds is not None:
-            effort = replace(effort, seconds=_positive("seconds", seconds))
+        effort = _effort(seconds, quick)
         if list_:
             for case in cases:
                 typer.echo(f"{case}: {', '.join(name for name in participants(case) if name in peers)}")
             return
+        sets = _instruction_sets(instruction_set)
         numbers = _threads(threads, quick)
-        peers = _present(peers)
+        peers = _present(peers) if read is None else peers
         compiled = compiled_cases(cases, quick=quick)
-        plans = [Plan(number, tuple(cases), peers, compiled, effort) for number in numbers]
-        with output_folder(output) if read is None else nullcontext(output) as folder:
+        plans = [Plan(number, name, tuple(cases), peers, compiled, effort) for name in sets for number in numbers]
+        folder = output or FOLDER
+        with output_folder(folder) if read is None else nullcontext(folder):
             results, machine, early = _measure(plans) if read is None else (*read_csv(read), None)
             if early is not None and not results:
                 _fail(f"{early.reason} before the first case was measured; nothing was written", early.code)
@@ -132,7 +144,7 @@ def _show(
     if any(result.case.is_in_grid for result in results):
         tables.append(grid_table(results))
     if targets:
-        tables.append(targets_table(*evaluate(results)))
+        tables += [targets_table(evaluation, machine) for evaluation in evaluate(results)]
     typer.echo(f"Ratios are times over ours: above 1 ours is faster.\n{legend()}")
     for table in tables:
         typer.echo(f"\n{table.title}\n{table.text()}")
@@ -197,10 +209,24 @@ def _threads(given: list[int] | None, quick: bool) -> list[int]:
     return sorted(set(given or ([count] if quick else [1, count])))
 
 
-def _positive(option: str, value: float) -> float:
-    if not value > 0:
-        raise InputError(f"--{option} is {value}; it must be above 0")
-    return value
+def _instruction_sets(given: list[str] | None) -> tuple[str, ...]:
+    supported = instruction_sets()
+    names = _names("instruction-set", given, (*supported, EVERY_SET))
+    if EVERY_SET in names:
+        return tuple(supported)
+    try:
+        return tuple(dict.fromkeys(names)) or (instruction_set_in_use(),)
+    except ValueError as error:  # of the environment variable
+        raise InputError(str(error)) from None
+
+
+def _effort(seconds: float | None, quick: bool) -> Effort:
+    effort = QUICK if quick else Effort()
+    if seconds is None:
+        return effort
+    if not seconds > 0:
+        raise InputError(f"--seconds is {seconds}; it must be above 0")
+    return replace(effort, seconds=seconds)
 
 
 def _present(peers: tuple[str, ...]) -> tuple[str, ...]:

@@ -13,7 +13,7 @@ from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
 from batchnorm.training.charts import GRID, INK, MUTED, STYLE, WITH, WITHOUT
 from batchnorm.training.folder import write_atomically
 from benchmarks.cases import GRID_LIMIT, LAYOUTS, Case, Shape
-from benchmarks.contestants import COMPILED, EAGER, FLOOR, IN_PLACE, JAX, ONEDNN, OURS
+from benchmarks.contestants import COMPILED, EAGER, FLOOR, IN_PLACE, JAX, ONEDNN, OPENVINO, OURS
 from benchmarks.machine import Machine
 from benchmarks.results import Result
 
@@ -24,6 +24,7 @@ LINES = {  # contestant: color, line width, marker
     COMPILED: (WITHOUT, 1.4, "s"),
     JAX: ("#3d8b4f", 1.4, "D"),
     ONEDNN: ("#8a4fb0", 1.4, "^"),
+    OPENVINO: ("#4f6fb0", 1.4, ">"),
     IN_PLACE: ("#b08a1f", 1.4, "v"),
 }
 NAMES = {FLOOR: "memory alone (the floor)"}
@@ -41,10 +42,15 @@ Speeds = dict[Shape, float]
 
 
 def write_png(path: Path, results: Sequence[Result], machine: Machine) -> bool:
-    """Draw a panel for each operation and layout, in float32 with the most threads; False if nothing can be drawn."""
+    """Draw a panel for each operation and layout, in float32 with the most threads; False if nothing can be drawn.
+
+    Of several instruction sets, the first that was measured is drawn.
+    """
     threads = max((result.threads for result in results), default=0)
-    compared = {(r.threads, r.case) for r in results if r.contestant == EAGER and r.threads == threads}
-    shown = [r for r in results if (r.threads, r.case) in compared and r.case.dtype == DTYPE]
+    instruction_set = next((r.instruction_set for r in results if r.threads == threads), "")
+    drawn = [r for r in results if (r.threads, r.instruction_set) == (threads, instruction_set)]
+    compared = {r.case for r in drawn if r.contestant == EAGER}
+    shown = [r for r in drawn if r.case in compared and r.case.dtype == DTYPE]
     if any(r.case.family == "grid" for r in shown):
         shown = [r for r in shown if r.case.family == "grid"]
     operations = [operation for operation in TITLES if any(r.case.operation == operation for r in shown)]
@@ -62,7 +68,7 @@ def write_png(path: Path, results: Sequence[Result], machine: Machine) -> bool:
                 chosen = [r for r in column if r.case.operation == operation]
                 _draw(axes, chosen, _by_size(r.case for r in column), title=f"{TITLES[operation]}, {layout}")
         canvas.supylabel("times as fast as PyTorch eager", color=MUTED, fontsize=11)
-        _explain(canvas, panels.flat, machine, threads)
+        _explain(canvas, panels.flat, _conditions(machine, threads, instruction_set))
         write_atomically(path, lambda temporary: canvas.savefig(temporary, format="png", dpi=150))
     return True
 
@@ -108,7 +114,12 @@ def _label(case: Case) -> str:
     return " × ".join(map(str, case.shape))
 
 
-def _explain(canvas: Figure, panels: Iterable[Axes], machine: Machine, threads: int) -> None:
+def _conditions(machine: Machine, threads: int, instruction_set: str) -> str:
+    number = f"{threads} thread{'s' * (threads != 1)}"
+    return f"{machine.machine}; {number}; {instruction_set}; {DTYPE}; PyTorch {machine.torch}"
+
+
+def _explain(canvas: Figure, panels: Iterable[Axes], below: str) -> None:
     entries: dict[str, Any] = {}
     for axes in panels:
         for handle, label in zip(*axes.get_legend_handles_labels(), strict=True):
@@ -117,7 +128,6 @@ def _explain(canvas: Figure, panels: Iterable[Axes], machine: Machine, threads: 
     labels = sorted(entries, key=order.index)
     handles = [entries[label] for label in labels]
     canvas.legend(handles, labels, loc="outside upper center", ncols=4, frameon=False, fontsize=11)
-    below = f"{machine.machine}; {threads} thread{'s' * (threads != 1)}; {DTYPE}; PyTorch {machine.torch}"
     if any(axes.patches for axes in canvas.axes):
         below = f"channels × side², by the size of the tensor of 32 images; grey: above 32 MB\n{below}"
     canvas.supxlabel(below, fontsize=9.5, color=MUTED)

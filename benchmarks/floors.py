@@ -1,4 +1,4 @@
-"""The floor: the time that memory alone takes. It is the denominator of every "within 1.25 times the floor".
+"""The floor: the time that memory alone takes, which is the unit of every "x floor".
 
 A batch norm computes a few operations per element, so moving the elements bounds its time. The floor of a case is the
 sum of the memory passes that it needs, each timed separately in the same race as the contestants, with the same
@@ -8,6 +8,7 @@ tensors, layout and number of threads. `passes` defines it; a pass is one of
     copy        x is read, a result of its size is allocated and written         2 x
     copy-into   x is read, an existing tensor of its size is written             2 x
     add         two tensors are read, a result is allocated and written          3 x
+    add-into    two tensors are read, an existing one is written                 3 x
 
 A channel's statistics must be complete before its first result can be written, so x is visited twice. The second visit
 causes no memory traffic if the channel's *slice* stayed in L2, the cache of the core that works on it. A slice is the
@@ -34,11 +35,11 @@ from collections import Counter
 from typing import Literal
 
 from benchmarks.cases import DTYPES, Case
+from benchmarks.machine import LINE
 
-Pass = Literal["read", "copy", "copy-into", "add"]
+Pass = Literal["read", "copy", "copy-into", "add", "add-into"]
 
-LINE = 64  # bytes
-TRAFFIC: dict[Pass, int] = {"read": 1, "copy": 2, "copy-into": 2, "add": 3}  # tensors moved
+TRAFFIC: dict[Pass, int] = {"read": 1, "copy": 2, "copy-into": 2, "add": 3, "add-into": 3}  # tensors moved
 
 
 def slice_bytes(case: Case) -> int:

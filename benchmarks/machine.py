@@ -10,8 +10,11 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import NamedTuple, Self
 
+LINE = 64  # bytes of a cache line
 SHORTEST = 0.2  # seconds over which the use of a machine can be measured
-PACKAGES = ("batchnorm", "torch", "jax", "numpy")
+DISTURBED = 0.15  # cores that other processes took from a race, above which it counts as measured under load
+PACKAGES = ("batchnorm", "torch", "jax", "numpy", "openvino")
+NOT_INSTALLED, UNKNOWN = "not installed", "unknown"
 
 
 class Caches(NamedTuple):
@@ -23,7 +26,10 @@ class Caches(NamedTuple):
 
 @dataclass(frozen=True)
 class Machine:
-    """The machine and versions, as in every row of the results."""
+    """The machine and versions, as in every row of the results.
+
+    Fields with a default were added later: files of earlier versions lack them.
+    """
 
     commit: str
     date: str
@@ -35,6 +41,8 @@ class Machine:
     torch: str
     jax: str
     numpy: str
+    openvino: str = NOT_INSTALLED
+    instruction_sets: str = UNKNOWN
 
     @classmethod
     def here(cls) -> Self:
@@ -46,13 +54,40 @@ class Machine:
             os=f"{platform.system()} {platform.release()} {platform.machine()}",
             compiler=_output(*compiler(), "--version").partition("\n")[0] or "none",
             python=platform.python_version(),
+            instruction_sets=" ".join(instruction_sets()),
             **{package: _version(package) for package in PACKAGES},
         )
 
     def __str__(self) -> str:
-        versions = ", ".join(f"{name} {value}" for name, value in asdict(self).items() if name in PACKAGES[1:])
-        system = f"{self.machine}; {self.os}; {self.compiler}; Python {self.python}, {versions}"
+        found = {name: value for name, value in asdict(self).items() if name in PACKAGES[1:] and value != NOT_INSTALLED}
+        versions = ", ".join(f"{name} {value}" for name, value in found.items())
+        best = "" if self.best_instruction_set == UNKNOWN else f", {self.best_instruction_set}"
+        system = f"{self.machine}{best}; {self.os}; {self.compiler}; Python {self.python}, {versions}"
         return f"{system}; batchnorm {self.commit}, {self.date}"
+
+    @property
+    def best_instruction_set(self) -> str:
+        """The best instruction set that the machine supports and the kernels are compiled for."""
+        return self.instruction_sets.partition(" ")[0]
+
+
+def instruction_sets() -> list[str]:
+    """The instruction sets that the kernels are compiled for and this machine supports, the best first."""
+    from batchnorm import _native
+
+    return _native.instruction_sets()
+
+
+def instruction_set_in_use() -> str:
+    """The instruction set of the kernels in this process.
+
+    Raises:
+        ValueError: BATCHNORM_INSTRUCTION_SET is not one of `instruction_sets`.
+    """
+    import batchnorm.kernels.native  # noqa: F401 - the import applies the environment variable
+    from batchnorm import _native
+
+    return _native.instruction_set()
 
 
 def cores() -> list[int]:
@@ -74,6 +109,16 @@ def cache_sizes() -> Caches:
         found = {level: _output("sysctl", "-n", f"hw.{level}cachesize") for level in ("l2", "l3")}
         sizes = {level: int(text) for level, text in found.items() if text}
     return Caches(sizes.get("l2", 2**20), sizes.get("l3", 0))
+
+
+def line_size() -> int:
+    """Bytes of a cache line as the system reports them; otherwise `LINE`."""
+    if platform.system() == "Darwin":
+        return int(_output("sysctl", "-n", "hw.cachelinesize") or LINE)
+    try:
+        return os.sysconf("SC_LEVEL1_DCACHE_LINESIZE") or LINE
+    except (AttributeError, OSError, ValueError):
+        return LINE
 
 
 def processor() -> str:
@@ -130,6 +175,11 @@ class Others:
         return max(0.0, (total - self.total - (time.process_time() - self.own)) / elapsed)
 
 
+def is_disturbed(others: float, threads: int) -> bool:
+    """Whether other processes kept more cores busy than a race with this number of threads leaves free."""
+    return others > (os.cpu_count() or 1) - threads + DISTURBED
+
+
 def _busy_seconds() -> float | None:
     """Busy seconds of all cores together since the machine started; None if unknown."""
     try:
@@ -147,7 +197,7 @@ def _version(package: str) -> str:
             import batchnorm
 
             return batchnorm.__version__
-        return "not installed"
+        return NOT_INSTALLED
 
 
 def _output(*command: str) -> str:

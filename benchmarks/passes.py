@@ -1,6 +1,6 @@
 """The memory passes of `floors`, in PyTorch."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from functools import cache, partial
 from time import perf_counter
 
@@ -16,8 +16,12 @@ from benchmarks.machine import cache_sizes
 
 def contestants(case: Case, arrays: Arrays) -> list[Contestant]:
     """Each kind of pass in the case's floor, once; and always a copy, as a familiar reference."""
-    wanted: list[Pass] = sorted({*memory_passes(case, cache_sizes().l2), "copy"})
-    return [Contestant(name, partial(TIMED[name], arrays), warm_caches=partial(warm_caches, arrays)) for name in wanted]
+    return timed(sorted({*memory_passes(case, cache_sizes().l2), "copy"}), arrays)
+
+
+def timed(passes: Iterable[Pass], arrays: Arrays) -> list[Contestant]:
+    """These passes over x, and dy or the residual."""
+    return [Contestant(name, partial(TIMED[name], arrays), warm_caches=partial(warm_caches, arrays)) for name in passes]
 
 
 def warm_caches(arrays: Arrays) -> None:
@@ -44,10 +48,15 @@ def _copy_into(arrays: Arrays) -> Tensor:
     return arrays.out.copy_(arrays.x)
 
 
-def _add(arrays: Arrays) -> Tensor:
+def _add(arrays: Arrays, out: Tensor | None = None) -> Tensor:
     other = arrays.residual if arrays.dy is None else arrays.dy
     assert other is not None
-    return torch.add(arrays.x, other)
+    return torch.add(arrays.x, other, out=out)
+
+
+def _add_into(arrays: Arrays) -> Tensor:
+    assert arrays.out is not None
+    return _add(arrays, arrays.out)
 
 
 TIMED: dict[Pass, Callable[[Arrays], Tensor]] = {
@@ -55,6 +64,7 @@ TIMED: dict[Pass, Callable[[Arrays], Tensor]] = {
     "copy": _copy,
     "copy-into": _copy_into,
     "add": _add,
+    "add-into": _add_into,
 }
 
 

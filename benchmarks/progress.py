@@ -55,6 +55,7 @@ def summary(results: Sequence[Result]) -> str:
     """One line about a case."""
     by_name = {result.contestant: result for result in results}
     ours = by_name[OURS]
-    text = f"{ours.case}, {ours.threads} thread{'s' * (ours.threads != 1)}: {ours.p50:,.0f} us, "
+    text = f"{ours.case}, {ours.threads} thread{'s' * (ours.threads != 1)}, {ours.instruction_set}: "
+    text += f"{ours.p50:,.0f} us, "
     text += f"{1 / by_name[FLOOR].ratio:.2f} times the floor"
     return text + (f", PyTorch takes {by_name[EAGER].ratio:.2f} times as long" if EAGER in by_name else "")

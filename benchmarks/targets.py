@@ -1,123 +1,125 @@
-"""The library's performance targets, evaluated on a run's results."""
+"""The library's performance targets against PyTorch by kind of machine, and their verdicts on a run's results."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
-from benchmarks.cases import GRID_LIMIT, OPERATIONS, Case
-from benchmarks.contestants import COMPILED, EAGER, FLOOR, NUMPY, ONEDNN
-from benchmarks.results import Result, geometric_mean
+from benchmarks.cases import DTYPES, OPERATIONS, Case
+from benchmarks.contestants import EAGER, FLOOR
+from benchmarks.results import Result, Summary, over_floor, summarize
 
 THREADS = 2  # of the targets; if not measured, the largest number that was measured
-FLOOR_LIMIT = 1.25
-FUSED = ("relu", "add+relu")
-ASKED = tuple(operation for operation in OPERATIONS if operation != "forward-out")
+AVX2, AVX512 = "AVX2", "AVX-512"
+KINDS = {"avx2": AVX2, "avx512": AVX512, "avx512bf16": AVX512}  # the kind of machine by the instruction set in use
+IMAGES = ("NCHW", "channels-last")
+ALLOCATING = tuple(operation for operation in OPERATIONS if operation != "forward-out")
+
+
+class Ratios(NamedTuple):
+    """PyTorch's time divided by ours, to be reached by the geometric mean and by the worst shape; None is no demand."""
+
+    mean: float | None
+    worst: float | None = None
 
 
 @dataclass(frozen=True)
 class Target:
-    """A ratio of `contestant`'s time to ours, to be reached.
-
-    Attributes:
-        text: The cases, in words.
-        at_least: The ratio to reach.
-        judge: Whether the geometric mean of the cases decides, or the worst of them.
-        where: `grid` is ResNet-50's shapes up to 32 MB, `large` everything above; or one shape.
-        operations, dtypes, layouts: The cases among these; None is all.
-    """
+    """Cases of the grid, and the ratios to reach on each kind of machine; `operations` and the like are the cases."""
 
     text: str
-    contestant: str
-    at_least: float
-    judge: Literal["mean", "worst"]
-    where: Literal["grid", "large"] | tuple[int, ...] = "grid"
-    operations: tuple[str, ...] = ASKED
-    dtypes: tuple[str, ...] | None = ("float32",)
-    layouts: tuple[str, ...] | None = None
+    ratios: dict[str, Ratios]
+    operations: tuple[str, ...] = ALLOCATING
+    dtypes: tuple[str, ...] = tuple(DTYPES)
+    layouts: tuple[str, ...] = IMAGES
 
     def is_about(self, case: Case) -> bool:
         """Whether the target covers a case."""
-        places = {"grid": case.is_in_grid, "large": case.bytes > GRID_LIMIT}
         return (
-            (places[self.where] if isinstance(self.where, str) else case.shape == self.where)
+            case.is_in_grid
             and case.operation in self.operations
-            and (self.dtypes is None or case.dtype in self.dtypes)
-            and (self.layouts is None or case.layout in self.layouts)
+            and case.dtype in self.dtypes
+            and case.layout in self.layouts
         )
 
 
-class Verdict(NamedTuple):
-    """The result of a run for a target; `worst` is the case with the lowest ratio, None without cases."""
-
-    target: Target
-    cases: int
-    mean: float
-    lowest: float
-    worst: Case | None
-
-    @property
-    def figure(self) -> float:
-        """The figure that decides: the mean or the lowest ratio."""
-        return self.mean if self.target.judge == "mean" else self.lowest
-
-    @property
-    def is_met(self) -> bool | None:
-        """Whether the target is met; None if nothing was measured."""
-        return None if self.worst is None else self.figure >= self.target.at_least
-
-
-def evaluate(results: Sequence[Result]) -> tuple[list[Verdict], int]:
-    """A verdict for each target, and the number of threads of the results used."""
-    measured = {result.threads for result in results}
-    threads = THREADS if THREADS in measured else max(measured, default=THREADS)
-    return [_verdict(target, [r for r in results if r.threads == threads]) for target in TARGETS], threads
-
-
-def _verdict(target: Target, results: Sequence[Result]) -> Verdict:
-    counted = [r for r in results if r.contestant == target.contestant and target.is_about(r.case)]
-    if not counted:
-        return Verdict(target, 0, float("nan"), float("nan"), None)
-    lowest = min(counted, key=lambda result: result.ratio)
-    return Verdict(target, len(counted), geometric_mean(r.ratio for r in counted), lowest.ratio, lowest.case)
-
-
-def _of_layout(layout: str, ratios: dict[str, float]) -> list[Target]:
-    return [
-        Target(f"{layout} float32, {operation}", EAGER, ratio, "mean", operations=(operation,), layouts=(layout,))
-        for operation, ratio in ratios.items()
-    ]
-
-
-def _fused(layout: str, ratio: float) -> list[Target]:
-    return [
-        Target(f"{layout} float32, {operation}", peer, ratio, "mean", operations=(operation,), layouts=(layout,))
-        for operation in FUSED
-        for peer in (EAGER, COMPILED)
-    ]
+def _target(operation: str, dtype: str, layout: str, avx2: Ratios, avx512: Ratios) -> Target:
+    ratios = {AVX2: avx2, AVX512: avx512}
+    return Target(f"{operation}, {dtype} {layout}", ratios, (operation,), (dtype,), (layout,))
 
 
 TARGETS = (
-    Target("every case of the grid", FLOOR, 1 / FLOOR_LIMIT, "worst", dtypes=None),
-    *_of_layout("NCHW", {"forward": 4.0, "forward+backward": 3.3}),
-    *_of_layout("channels-last", {"forward": 1.6, "forward+backward": 2.2}),
-    Target("NCHW float32, forward", ONEDNN, 4.0, "mean", operations=("forward",), layouts=("NCHW",)),
-    *_fused("NCHW", 3.5),
-    *_fused("channels-last", 2.5),
+    _target("forward", "float32", "NCHW", Ratios(4.8, 4.0), Ratios(5.5, 4.5)),
+    _target("forward+backward", "float32", "NCHW", Ratios(3.3, 2.4), Ratios(3.8, 3.0)),
+    _target("forward", "float32", "channels-last", Ratios(1.8, 1.3), Ratios(1.8, 1.3)),
+    _target("forward+backward", "float32", "channels-last", Ratios(2.1, 1.2), Ratios(2.2, 1.4)),
+    _target("forward", "bfloat16", "NCHW", Ratios(1.9, 1.3), Ratios(2.4, 1.5)),
+    _target("forward+backward", "bfloat16", "NCHW", Ratios(1.9, 1.3), Ratios(2.8, 2.0)),
+    _target("forward", "bfloat16", "channels-last", Ratios(1.8, 1.4), Ratios(2.3, 1.8)),
+    _target("forward+backward", "bfloat16", "channels-last", Ratios(1.8, 1.4), Ratios(2.5, 1.8)),
     *(
-        Target(
-            f"{layout} bfloat16, forward+backward",
-            EAGER,
-            2.5,
-            "mean",
-            operations=("forward+backward",),
-            dtypes=("bfloat16",),
-            layouts=(layout,),
-        )
-        for layout in ("NCHW", "channels-last")
+        _target("inference", dtype, layout, Ratios(1.2, 0.95), Ratios(1.4, 0.95))
+        for dtype in DTYPES
+        for layout in IMAGES
     ),
-    Target("above 32 MB, forward+backward", EAGER, 1.5, "mean", "large", ("forward+backward",), None),
-    Target("(64, 6, 24, 24), forward+backward", EAGER, 4.0, "worst", (64, 6, 24, 24), ("forward+backward",)),
-    Target("(256, 120), everything", EAGER, 1.0, "worst", (256, 120), dtypes=None),
-    Target("float32, forward+backward", NUMPY, 12.0, "mean", operations=("forward+backward",)),
-    Target("every case of the grid", EAGER, 1.0, "worst", dtypes=None),
+    _target("relu", "float32", "NCHW", Ratios(4.0), Ratios(5.0)),
+    _target("relu", "float32", "channels-last", Ratios(2.6), Ratios(3.0)),
+    _target("add+relu", "float32", "NCHW", Ratios(2.8), Ratios(3.5)),
+    _target("add+relu", "float32", "channels-last", Ratios(2.0), Ratios(2.5)),
+    Target("every case of the grid", dict.fromkeys((AVX2, AVX512), Ratios(None, worst=1.0))),
 )
+
+
+class Verdict(NamedTuple):
+    """The result of a run for a target.
+
+    Attributes:
+        speedup: PyTorch's time divided by ours; None if nothing was measured, as `floor` and `worst` are.
+        floor: Our time divided by the floor, in the same cases; the worst is the largest.
+        worst: The case with the lowest speedup.
+    """
+
+    target: Target
+    demanded: Ratios
+    cases: int = 0
+    speedup: Summary | None = None
+    floor: Summary | None = None
+    worst: Case | None = None
+
+    @property
+    def is_met(self) -> bool | None:
+        """Whether both ratios are reached; None if nothing was measured."""
+        if self.speedup is None:
+            return None
+        return self.speedup.mean >= (self.demanded.mean or 0) and self.speedup.worst >= (self.demanded.worst or 0)
+
+
+class Evaluation(NamedTuple):
+    """The verdicts for one instruction set; `kind` is None, and there are none, if no targets are set for it."""
+
+    instruction_set: str
+    threads: int
+    kind: str | None
+    verdicts: list[Verdict]
+
+
+def evaluate(results: Sequence[Result]) -> list[Evaluation]:
+    """An evaluation for each instruction set that was measured."""
+    measured = {result.threads for result in results}
+    threads = THREADS if THREADS in measured else max(measured, default=THREADS)
+    evaluations = []
+    for instruction_set in dict.fromkeys(result.instruction_set for result in results):
+        kind = KINDS.get(instruction_set)
+        counted = [r for r in results if (r.instruction_set, r.threads) == (instruction_set, threads)]
+        verdicts = [] if kind is None else [_verdict(target, target.ratios[kind], counted) for target in TARGETS]
+        evaluations.append(Evaluation(instruction_set, threads, kind, verdicts))
+    return evaluations
+
+
+def _verdict(target: Target, demanded: Ratios, results: Sequence[Result]) -> Verdict:
+    eager = [r for r in results if r.contestant == EAGER and target.is_about(r.case)]
+    if not eager:
+        return Verdict(target, demanded)
+    cases = {result.case for result in eager}
+    floors = [r for r in results if r.contestant == FLOOR and r.case in cases]
+    worst = min(eager, key=lambda result: result.ratio)
+    return Verdict(target, demanded, len(eager), summarize(eager), over_floor(floors), worst.case)

@@ -1,12 +1,17 @@
 """The benchmarks measure what they say: the cases, the floor, the verdicts, the command."""
 
 import csv
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
-from benchmark_cases import case
-from benchmarks import calls, targets
-from benchmarks.__main__ import app
+from benchmark_cases import BEST, case, machine, result
+from benchmarks import calls
+from benchmarks.__main__ import Early, app
+from benchmarks.arrays import make
 from benchmarks.cases import GRID_LIMIT, LAYOUTS, OPERATIONS, all_cases, lenet, quick_cases, resnet50
 from benchmarks.contestants import (
     COMPILED,
@@ -15,25 +20,23 @@ from benchmarks.contestants import (
     IN_PLACE,
     JAX,
     ONEDNN,
+    OPENVINO,
     OURS,
+    contestants,
+    missing,
     participants,
 )
 from benchmarks.floors import memory_passes, moved_bytes, slice_bytes
-from benchmarks.machine import Machine
-from benchmarks.report import cases_table, grid_table, targets_table
-from benchmarks.results import Result, geometric_mean, read_csv, write_csv
-from benchmarks.targets import TARGETS, evaluate
+from benchmarks.results import read_csv, write_csv
 from benchmarks.timing import Effort, Timing
 from benchmarks.worker import Plan, measure, rows
 from PIL import Image
 from typer.testing import CliRunner
 
+from batchnorm import _native
 from batchnorm.training.options import InputError
 
 L2 = 2**20
-HERE = Machine(
-    "c0ffee-dirty", "2026-01-02 03:04", "a machine, 2 cores", "Linux", "g++ 12", "3.11", "0.1", "2.13", "0.10", "2.4"
-)
 
 #: He et al. 2016, table 1, by hand: channels and side of each distinct batch norm, for images of 224 x 224.
 RESNET50 = {
@@ -110,80 +113,37 @@ class TestFloors:
     def test_the_floor_is_the_sum_of_the_timed_passes(self):
         timings = {"read": Timing(1, 2, 3, 9), "copy": Timing(4, 5, 6, 8), "add": Timing(7, 8, 9, 7)}
         timings[OURS], timings[EAGER] = Timing(20, 38, 50, 7), Timing(70, 76, 90, 5)
-        found = {r.contestant: r for r in rows(case("forward+backward", "channels-last"), 2, timings, 0.25, L2)}
+        chosen, plan = case("forward+backward", "channels-last"), Plan(2, "avx2", (), (), frozenset(), Effort())
+        found = {r.contestant: r for r in rows(chosen, plan, timings, 0.25, L2)}
         assert (found[FLOOR].p20, found[FLOOR].p50, found[FLOOR].p80, found[FLOOR].rounds) == (14, 19, 24, 7)
         assert found[FLOOR].ratio == 0.5
         assert found[EAGER].ratio == 2
         assert found[OURS].ratio == 1
-        assert found[OURS].others == 0.25
-
-
-def result(chosen, contestant, ratio, threads=2):
-    return Result(chosen, threads, contestant, 90.0, 100.0, 110.0, 7, ratio, 0.0)
-
-
-class TestVerdicts:
-    def test_geometric_mean(self):
-        assert geometric_mean([4.0, 1.0]) == pytest.approx(2)
-        assert geometric_mean([2.0, 2.0, 16.0]) == pytest.approx(4)
-
-    def test_mean_and_worst_are_judged_as_the_target_says(self):
-        shapes = [shape for shape in resnet50() if case(shape=shape).is_in_grid][:2]
-        found = [result(case(shape=shape), EAGER, ratio) for shape, ratio in zip(shapes, (2.0, 9.0), strict=True)]
-        found.append(result(case(shape=resnet50()[0]), EAGER, 0.1))  # 103 MB: not in the grid
-        found.append(result(case(shape=shapes[0]), EAGER, 0.1, threads=1))
-        verdicts, threads = evaluate(found)
-        assert threads == 2
-        forward = next(v for v in verdicts if v.target.text == "NCHW float32, forward" and v.target.contestant == EAGER)
-        assert (forward.cases, forward.mean, forward.lowest) == (2, pytest.approx(18**0.5), 2.0)
-        assert forward.figure == forward.mean
-        assert forward.is_met is True
-        assert forward.worst.shape == shapes[0]
-        slower = next(v for v in verdicts if v.target.contestant == EAGER and v.target.text == "every case of the grid")
-        assert (slower.figure, slower.is_met) == (2.0, True)
-        assert {v.is_met for v in verdicts if v not in (forward, slower)} == {None}
-
-    def test_the_floor_is_an_upper_limit_for_every_case(self):
-        found = [result(case(), FLOOR, 1 / 1.2), result(case("relu"), FLOOR, 1 / 1.3)]
-        verdict = evaluate(found)[0][0]
-        assert verdict.is_met is False
-        assert verdict.worst.operation == "relu"
-        row = targets_table([verdict], 2).rows[0]
-        assert row[0] == "missed"
-        assert row[3] == "worst at most 1.25"
-        assert row[5:7] == ("1.25", "1.30")
-        assert evaluate(found[:1])[0][0].is_met is True
-
-    def test_every_target_has_cases_in_the_full_run_that_its_peer_takes_part_in(self):
-        for target in TARGETS:
-            about = [case for case in all_cases() if target.is_about(case)]
-            assert about, target
-            assert target.contestant == FLOOR or any(target.contestant in participants(case) for case in about), target
-        large = next(target for target in TARGETS if target.where == "large")
-        assert {case.family for case in all_cases() if large.is_about(case)} == {"grid", "huge"}
-
-    def test_without_two_threads_the_most_that_were_measured_are_judged(self):
-        assert evaluate([result(case(), EAGER, 5.0, threads) for threads in (1, 8)])[1] == 8
-        assert targets.THREADS == 2
-
-    def test_tables_show_ratios_and_leave_out_who_was_not_there(self):
-        found = [result(case(), name, r) for name, r in {OURS: 1, FLOOR: 0.8, "copy": 0.5, EAGER: 3.456}.items()]
-        table = cases_table(found)
-        assert dict(zip(table.header, table.rows[0], strict=True)) == {
-            "threads": "2", "operation": "forward", "type": "float32", "layout": "NCHW", "shape": "32x64x56x56",
-            "ours, us": "100", "x floor": "1.25", "x copy": "2.00", "PyTorch": "3.46", "ours on NumPy, us": "",
-        }  # fmt: skip
-        assert grid_table(found).rows == [("2", "forward", "float32", "NCHW", "1", "1.25 (1.25)", "3.46 (3.46)")]
-        assert table.markdown().splitlines()[1].startswith("| --- | --- |")
-        assert len({len(line) for line in table.text().splitlines()}) <= 2
+        assert {(r.threads, r.instruction_set, r.others) for r in found.values()} == {(2, "avx2", 0.25)}
 
 
 class TestFiles:
     def test_results_come_back_from_their_file(self, tmp_path):
         found = [result(case(), OURS, 1.0), result(case("relu", "NC", (256, 120)), EAGER, 2.5, threads=1)]
-        write_csv(tmp_path / "results.csv", found, HERE)
-        assert read_csv(tmp_path / "results.csv") == (found, HERE)
+        found.append(result(case(), EAGER, 3.0, instruction_set="avx2", is_disturbed=True))
+        write_csv(tmp_path / "results.csv", found, machine())
+        assert read_csv(tmp_path / "results.csv") == (found, machine())
         assert [path.name for path in tmp_path.iterdir()] == ["results.csv"]
+
+    def test_a_file_of_an_earlier_version_is_read(self, tmp_path):
+        """Without the instruction sets, OpenVINO and marks; the load tells which cases may have been disturbed."""
+        (tmp_path / "results.csv").write_text(
+            "commit,date,machine,os,compiler,python,batchnorm,torch,jax,numpy,"
+            "threads,family,operation,dtype,layout,shape,contestant,p20_us,p50_us,p80_us,rounds,ratio,others\n"
+            'c0ffee,2026-01-02 03:04,"a machine, 2 cores",Linux,g++ 12,3.11,0.1,2.13,0.10,2.4,'
+            "2,grid,forward,float32,NCHW,32x64x56x56,batchnorm,90,100,110,7,1,0.01\n"
+            'c0ffee,2026-01-02 03:04,"a machine, 2 cores",Linux,g++ 12,3.11,0.1,2.13,0.10,2.4,'
+            "2,grid,relu,float32,NCHW,32x64x56x56,batchnorm,90,100,110,7,1,0.16\n"
+        )
+        (quiet, busy), found = read_csv(tmp_path / "results.csv")
+        assert quiet == result(case(), OURS, 1.0, instruction_set="unknown", others=0.01)
+        assert busy == result(case("relu"), OURS, 1.0, instruction_set="unknown", others=0.16, is_disturbed=True)
+        assert (found.numpy, found.openvino, found.instruction_sets) == ("2.4", "not installed", "unknown")
 
     def test_a_file_of_something_else_is_refused(self, tmp_path):
         (tmp_path / "other.csv").write_text("a,b\n1,2\n")
@@ -219,7 +179,7 @@ class TestCommand:
         assert done.exit_code == 0, done.output
         assert "2x3x4x4" in done.stdout
         assert "64x16x8x8" in done.stdout
-        assert "not measured" in done.stdout
+        assert f"\nTargets, 1 thread, {BEST}: " in done.stdout
         assert f"Written: {output / 'results.csv'}" in done.stderr
         with (output / "results.csv").open(newline="") as file:
             written = list(csv.DictReader(file))
@@ -231,7 +191,7 @@ class TestCommand:
             assert picture.width > 1000
         markdown = (tmp_path / "table.md").read_text()
         assert "### Targets, 1 thread" in markdown
-        assert "| 1 | forward | float32 | NCHW | 2x3x4x4 |" in markdown
+        assert f"| 1 | {BEST} | forward | float32 | NCHW | 2x3x4x4 |" in markdown
 
         again = self.invoke("--read", output / "results.csv", "--output", tmp_path / "again")
         assert again.exit_code == 0, again.output
@@ -240,10 +200,17 @@ class TestCommand:
 
     def test_measuring_here_gives_a_row_for_every_contestant(self):
         chosen = case("add+relu", "channels-last", (2, 3, 4, 4), family="tiny")
-        note, *others, measured = measure(Plan(1, (chosen,), (EAGER, IN_PLACE), frozenset(), Effort(0.001, fewest=1)))
+        peers, effort, used = (EAGER, IN_PLACE), Effort(0.001, fewest=1), _native.instruction_set()
+        note, *others, measured = measure(Plan(1, used, (chosen,), peers, frozenset(), effort))
         assert "fastest read" in note.text
         assert all("other processes" in note.text for note in others)
         assert [r.contestant for r in measured] == [OURS, FLOOR, "add", "copy", EAGER, IN_PLACE]
+        assert {r.instruction_set for r in measured} == {used}
+
+    def test_figures_of_another_instruction_set_are_not_measured(self):
+        plan = Plan(1, "sse9", (case(),), (), frozenset(), Effort())
+        with pytest.raises(RuntimeError, match=f"is {_native.instruction_set()}; the plan's is sse9"):
+            next(measure(plan))
 
     @pytest.mark.parametrize(
         ("arguments", "message"),
@@ -253,6 +220,7 @@ class TestCommand:
             (("--shape", "64by64"), "--shape is 64by64; it must be sizes such as 32x64x56x56"),
             (("--threads", 0), "--threads is 0; it must be 1 to"),
             (("--seconds", 0), "--seconds is 0.0; it must be above 0"),
+            (("--instruction-set", "sse9"), f"--instruction-set is sse9; it must be one of {BEST}"),
             (("--layout", "NC", "--family", "huge"), "no case is left by these options"),
             (("--read", "missing.csv"), "--read missing.csv: cannot be read"),
         ],
@@ -273,6 +241,65 @@ class TestCommand:
             f"forward float32 NCHW (32, 256, 112, 112): {EAGER}, {COMPILED}, {ONEDNN}, {JAX}",
             f"forward+backward float32 NCHW (32, 256, 112, 112): {EAGER}, {COMPILED}, {JAX}",
         ]
+
+    def test_an_unknown_instruction_set_in_the_environment_is_one_line(self, tmp_path):
+        done = subprocess.run(
+            [sys.executable, "-m", "benchmarks", "--output", tmp_path / "report"],
+            cwd=Path(__file__).parents[1],
+            env={**os.environ, "BATCHNORM_INSTRUCTION_SET": "sse9"},
+            capture_output=True,
+            text=True,
+            timeout=60,
+            check=False,
+        )
+        assert done.returncode == 2
+        assert done.stderr.startswith("benchmarks: the instruction set sse9 is not one of")
+        assert len(done.stderr.splitlines()) == 1
+        assert list(tmp_path.iterdir()) == []
+
+    def test_each_instruction_set_is_measured_by_its_kernels(self, tmp_path):
+        """The worst last, which the environment of the tests does not select."""
+        sets = list(dict.fromkeys((BEST, _native.instruction_sets()[-1])))
+        options = [option for name in sets for option in ("--instruction-set", name)]
+        done = self.invoke(
+            *options, "--shape", "2x3", "--operation", "forward", "--peer", "none", "--threads", 1,
+            "--seconds", 0.001, "--quick", "--output", tmp_path, "--targets",
+        )  # fmt: skip
+        assert done.exit_code == 0, done.output
+        found, _ = read_csv(tmp_path / "results.csv")
+        assert [r.instruction_set for r in found if r.contestant == OURS] == sets
+        for name in sets:
+            assert f"1        {name} " in done.stdout
+            assert f"Targets, 1 thread, {name}: geometric mean (worst)" in done.stdout
+
+    def test_all_is_every_instruction_set_of_this_machine(self, tmp_path, monkeypatch):
+        def stop(plans):
+            asked.extend(plan.instruction_set for plan in plans)
+            return [], machine(), Early("stopped", 130)
+
+        asked = []
+        monkeypatch.setattr("benchmarks.__main__._measure", stop)
+        done = self.invoke("--instruction-set", "all", "--quick", "--output", tmp_path / "report")
+        assert done.exit_code == 130
+        assert asked == _native.instruction_sets()
+
+
+class TestOpenVINO:
+    def test_it_takes_part_in_inference_of_float32_images(self, monkeypatch):
+        assert OPENVINO in participants(case("inference"))
+        for other in (case("forward"), case("inference", "channels-last"), case("inference", dtype="bfloat16")):
+            assert OPENVINO not in participants(other)
+        monkeypatch.setattr("benchmarks.contestants.find_spec", lambda module: None)
+        assert missing([EAGER, OPENVINO]) == {OPENVINO: "openvino"}
+
+    def test_it_computes_the_same_and_allocates_its_results(self):
+        pytest.importorskip("openvino")
+        chosen = case("inference", shape=(4, 5, 3, 2))
+        ours, *_, peer = contestants(chosen, make(chosen), [OPENVINO])
+        first, second = peer.run(), peer.run()
+        assert first.data_ptr() != second.data_ptr()
+        np.testing.assert_allclose(peer.unpack(first)["y"], ours.unpack(ours.run())["y"], atol=1e-5)
+        np.testing.assert_array_equal(first, second)
 
 
 class TestCalls:
