@@ -23,7 +23,7 @@ from benchmarks.timing import QUICK, Effort
 from benchmarks.worker import Note, Plan, WorkerError, compiled_cases, measured
 
 BAD_INPUT, FAILURE, INTERRUPTED = 2, 1, 130
-CSV, PNG = "results.csv", "speed.png"
+CSV, PNG, REPORT = "results.csv", "speed.png", "machine.txt"
 FOLDER = Path("bench-report")
 EVERY_SET = "all"
 
@@ -69,6 +69,9 @@ def bench(
         Path | None, typer.Option(metavar="FILE", help=f"Measure nothing: tables and picture of this {CSV}.")
     ] = None,
     list_: Annotated[bool, typer.Option("--list", help="Print the cases that would be measured and stop.")] = False,
+    machine_report: Annotated[
+        bool, typer.Option("--machine-report", help=f"Print caches and memory bandwidth; with --output, {REPORT}, too.")
+    ] = False,
 ) -> None:
     """Measure batch norm against the speed of memory and other implementations.
 
@@ -85,6 +88,10 @@ def bench(
                 typer.echo(f"{case}: {', '.join(name for name in participants(case) if name in peers)}")
             return
         sets = _instruction_sets(instruction_set)
+        if machine_report:
+            numbers = _threads(threads, quick=False)
+            _report_machine([Plan(number, sets[0], (), (), frozenset(), effort) for number in numbers], output)
+            return
         numbers = _threads(threads, quick)
         peers = _present(peers) if read is None else peers
         compiled = compiled_cases(cases, quick=quick)
@@ -132,6 +139,24 @@ def _measure(plans: Sequence[Plan]) -> tuple[list[Result], Machine, Early | None
     except WorkerError as error:
         return results, machine, Early(str(error), FAILURE)
     return results, machine, None
+
+
+def _report_machine(plans: Sequence[Plan], output: Path | None) -> None:
+    """Print the report, and write it if a folder is given."""
+    from benchmarks.machine_report import measure, report
+
+    _say_if_busy()
+    try:
+        text = report(Machine.here(), measure(plans))
+    except KeyboardInterrupt:
+        _fail("stopped", INTERRUPTED)
+    except WorkerError as error:
+        _fail(str(error), FAILURE)
+    typer.echo(text, nl=False)
+    if output is not None:
+        with output_folder(output):
+            write_atomically(output / REPORT, lambda temporary: temporary.write_text(text, "utf-8"))
+        _say(f"Written: {output / REPORT}")
 
 
 def _show(
