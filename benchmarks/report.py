@@ -119,8 +119,8 @@ def _about_machine(instruction_set: str, kind: str | None, machine: Machine) -> 
     if KINDS.get(best, kind) == kind:
         return f"The targets are those of {kind} machines."
     return (
-        f"The targets are those of {kind} machines, but this one supports {best}: its memory, its caches and the "
-        f"instructions that PyTorch uses are not those of an {kind} machine."
+        f"The targets are those of {kind} machines, but this one supports {best}: its caches, its memory and its "
+        f"clock are not those of an {kind} machine."
     )
 
 

@@ -20,6 +20,10 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 
+#: The variables that restrict PyTorch, oneDNN and XLA to the instructions of one of the kernels' sets.
+AVX2_VARIABLES = {"ATEN_CPU_CAPABILITY": "avx2", "ONEDNN_MAX_CPU_ISA": "AVX2", "XLA_FLAGS": "--xla_cpu_max_isa=AVX2"}
+PEER_VARIABLES = {"avx2": AVX2_VARIABLES}
+
 
 @dataclass(frozen=True)
 class Plan:
@@ -96,6 +100,7 @@ def confine(plan: Plan) -> None:
         "MKL_NUM_THREADS": str(plan.threads),
         "JAX_PLATFORMS": "cpu",
         "TORCHINDUCTOR_COMPILE_THREADS": "1",  # its worker processes would wait for work while the clock runs
+        **PEER_VARIABLES.get(plan.instruction_set, {}),
     }
 
 

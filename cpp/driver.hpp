@@ -291,6 +291,9 @@ template <class T> class Driver : public RowLayout<T> {
   // columns).
   template <class Pass> static constexpr int row_group = Pass::num_arrays <= 2 ? 8 : 4;
 
+  // Shorter pieces of a row (less than a page) are streamed to several rows in turn.
+  static constexpr size_t streamed_piece_bytes = 4096;
+
   template <class Pass>
   void reduce_column_tile(const ChannelSlice& slice, const Pass& pass, int64_t k, Range columns) const {
     constexpr int64_t max_columns = max_block + width<Pair>;
@@ -355,13 +358,15 @@ template <class T> class Driver : public RowLayout<T> {
           pad(pass, row.offset_by(element_step_, begin), end - begin,
               [&](const auto& padding) { map_columns<1>(padding, row, row_step_, begin, end); });
       if (plan.is_streaming) {
-        constexpr int group = 4;
-        // Short rows are as far apart as images are large. Where a line takes several stores, those to several distant
-        // rows in turn take up to twice as long on some processors.
-        const bool has_near_rows = plan.family == Family::columns || line_vectors<T> == 1;
-        if (plan.has_row_groups && has_near_rows)
-          for (; rows >= group; next(group)) stream_columns<group>(pass, row, row_step_, begin, end);
-        for (; rows; next(1)) stream_columns<1>(pass, row, row_step_, begin, end);
+        // One store fills a line, or lines are filled four at a time. The latter is slow on some processors where rows
+        // are as far apart as images are large; single rows are slow everywhere if their pieces are short.
+        constexpr bool fills_line = line_vectors<T> == 1;
+        constexpr int group = fills_line ? row_group<Pass> : 4, lines = fills_line ? 1 : 4;
+        const bool is_in_turn =
+            fills_line || plan.family == Family::columns || plan.block * sizeof(T) < streamed_piece_bytes;
+        if (plan.has_row_groups && is_in_turn)
+          for (; rows >= group; next(group)) stream_columns<group, lines>(pass, row, row_step_, begin, end);
+        for (; rows; next(1)) stream_columns<1, lines>(pass, row, row_step_, begin, end);
       } else {
         constexpr int group = row_group<Pass>;
         if (plan.has_row_groups)

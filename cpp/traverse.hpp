@@ -195,13 +195,14 @@ inline void map_columns(const Pass pass, const Row<T> row, const typename Row<T>
   if (j < end) map_vector(PartialVector{static_cast<int>(end - j)});
 }
 
-// `map_columns` with streaming stores: four cache lines of a row, then those of the next row. Reads in several streams
-// are faster than in one, but with single lines to several rows in turn, stores take up to four times as long.
-template <int rows, class Pass, class T>
+// `map_columns` with streaming stores: some cache lines of a row, then those of the next row. Reads in several streams are
+// faster than in one. Where a line takes several stores, single lines to several rows in turn may take four times as
+// long as several lines.
+template <int rows, int lines, class Pass, class T>
 inline void stream_columns(const Pass pass, const Row<T> row, const typename Row<T>::Step step, int64_t begin,
                            int64_t end) {
   using V = typename Pass::V;
-  constexpr int W = width<V>, run = 4 * line_elements<T>;
+  constexpr int W = width<V>, run = lines * line_elements<T>;
   bool is_streaming = true;
   for (int r = 0; r < rows; ++r) is_streaming = is_streaming && is_aligned(row.offset_by(step, r), begin);
   int64_t j = begin;

@@ -4,12 +4,12 @@ import re
 
 import pytest
 import torch
-from benchmark_cases import BEST
+from benchmark_cases import BEST, capabilities
 from benchmarks.__main__ import app
 from benchmarks.machine import cores, line_size, size
 from benchmarks.machine_report import PASSES, Bandwidth, bandwidth_table, bandwidths, tensor_sizes
 from benchmarks.timing import Effort, Timing
-from benchmarks.worker import Plan
+from benchmarks.worker import Plan, in_process
 from typer.testing import CliRunner
 
 from batchnorm import _native
@@ -59,3 +59,10 @@ class TestMachineReport:
         assert done.stderr.splitlines()[-1] == f"Written: {tmp_path / 'report' / 'machine.txt'}"
         only_printed = CliRunner().invoke(app, ["--machine-report"])
         assert "Written" not in only_printed.stderr
+
+
+@pytest.mark.skipif("avx2" not in _native.instruction_sets(), reason="the machine has no AVX2")
+def test_peers_use_the_instruction_set_of_the_kernels(monkeypatch):
+    """Against a PyTorch that uses AVX-512, the figures of AVX2 kernels would mean nothing."""
+    monkeypatch.delenv("BATCHNORM_INSTRUCTION_SET", raising=False)
+    assert list(in_process(capabilities, Plan(1, "avx2", (), (), frozenset(), Effort()))) == [("AVX2", "avx2")]

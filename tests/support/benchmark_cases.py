@@ -1,7 +1,7 @@
 """Cases and made-up results for the tests of the benchmarks."""
 
 from benchmarks.cases import Case
-from benchmarks.machine import Machine
+from benchmarks.machine import Machine, instruction_set_in_use
 from benchmarks.results import Result
 
 from batchnorm import _native
@@ -34,3 +34,10 @@ def machine(instruction_sets="avx512bf16 avx512 avx2 baseline"):
         openvino="2026.4",
         instruction_sets=instruction_sets,
     )
+
+
+def capabilities(plan):
+    """The instruction sets that PyTorch and the kernels use in the process of a plan."""
+    import torch
+
+    yield torch.backends.cpu.get_cpu_capability(), instruction_set_in_use()
