@@ -162,7 +162,7 @@ template <class T> BATCHNORM_INLINE typename Compute<T>::V load(const T* p, int 
   if constexpr (sizeof(T) >= 4) {  // a load of lanes that were stored one by one would wait for all of these stores
     typename Compute<T>::V v = {};
     for (int lane = 0; lane < width<typename Compute<T>::V> - 1; ++lane)
-      if (lane < n) v[lane] = p[lane];
+      if (lane < n) v[lane] = element_at<T>(p, lane);
     return v;
   }
 #endif
