@@ -292,7 +292,7 @@ template <class T> class Driver : public RowLayout<T> {
   template <class Pass> static constexpr int row_group = Pass::num_arrays <= 2 ? 8 : 4;
 
   // Shorter pieces of a row (less than a page) are streamed to several rows in turn.
-  static constexpr size_t streamed_piece_bytes = 4096;
+  static constexpr int64_t streamed_piece_bytes = 4096;
 
   template <class Pass>
   void reduce_column_tile(const ChannelSlice& slice, const Pass& pass, int64_t k, Range columns) const {
@@ -363,7 +363,7 @@ template <class T> class Driver : public RowLayout<T> {
         constexpr bool fills_line = line_vectors<T> == 1;
         constexpr int group = fills_line ? row_group<Pass> : 4, lines = fills_line ? 1 : 4;
         const bool is_in_turn =
-            fills_line || plan.family == Family::columns || plan.block * sizeof(T) < streamed_piece_bytes;
+            fills_line || plan.family == Family::columns || plan.block * int64_t{sizeof(T)} < streamed_piece_bytes;
         if (plan.has_row_groups && is_in_turn)
           for (; rows >= group; next(group)) stream_columns<group, lines>(pass, row, row_step_, begin, end);
         for (; rows; next(1)) stream_columns<1, lines>(pass, row, row_step_, begin, end);
